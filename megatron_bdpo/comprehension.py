@@ -1,0 +1,64 @@
+"""How well the reference model comprehends each response of a pair, and the B-DPO weights that follow from it.
+
+    I(x; y)  = (log pi_ref(y|x) - log pi_ref(y)) / |y|        what the prompt x tells about the response y
+    w_w, w_l = 2 softmax(-[I_w, I_l] / tau)                   the better understood response is pushed less
+    s        = sqrt(2) / ||(w_w, w_l)||_2                     keeps the size of the gradient
+
+    x prompt, y response of |y| tokens, pi_ref frozen reference, tau temperature; w chosen, l rejected.
+
+Source: B-DPO, arXiv 2603.22829. THIS IS OUR RECONSTRUCTION, from the paper's abstract and a published summary, which
+say what these quantities are for but do not give the formulas. The choices that are ours: the estimator of I, its
+division by |y|, the softmax with its temperature, and the norm that s preserves.
+
+All tensors are [P], P preference pairs. Nothing here carries a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def mutual_information(conditional: Tensor, unconditional: Tensor, tokens: Tensor, per_token: bool = True) -> Tensor:
+    """Pointwise mutual information I(x; y) of prompt and response under the reference model.
+
+    Args:
+        conditional: log pi_ref(y|x), summed over the response tokens, nats, [P].
+        unconditional: log pi_ref(y): the same tokens after the empty prompt, nats, [P].
+        tokens: |y| >= 1, integer, [P].
+        per_token: divide by |y|. False leaves the sum, which grows with the response's length.
+
+    Returns:
+        I in nats per token (or nats), [P], in the log-probs' dtype. Negative where the prompt makes y less likely.
+    """
+    information = conditional - unconditional
+    return information / tokens if per_token else information
+
+
+@torch.no_grad()
+def balanced_weights(
+    chosen_information: Tensor, rejected_information: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Balanced weights (w_w, w_l) = 2 softmax(-[I_w, I_l] / tau): positive, summing to 2.
+
+    Args:
+        chosen_information, rejected_information: I_w and I_l, [P].
+        temperature: tau > 0 in the unit of I. `math.inf` turns the balancing off.
+
+    Returns:
+        (w_w, w_l), each [P]. Exactly 1.0 and 1.0, to the bit, where I_w equals I_l or tau is infinite.
+    """
+    information = torch.stack([chosen_information, rejected_information])
+    w_w, w_l = (2 * torch.softmax(-information / temperature, dim=0)).unbind()
+    return w_w, w_l
+
+
+@torch.no_grad()
+def gradient_scale(w_w: Tensor, w_l: Tensor) -> Tensor:
+    """Scale s = sqrt(2) / ||(w_w, w_l)||_2, [P]: in (1/sqrt(2), 1] for weights that sum to 2.
+
+    With it the gradient of -log sigmoid(z), z = beta s (w_w Delta_w - w_l Delta_l), in the two policy log-probs has
+    norm sqrt(2) beta sigmoid(-z) whatever the weights: DPO's at the same z. Exactly 1.0 for weights (1, 1).
+    """
+    return torch.sqrt(2 / (w_w.square() + w_l.square()))  # one rounding fewer than sqrt(2) / norm: exact at (1, 1)

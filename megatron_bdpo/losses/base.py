@@ -1,0 +1,89 @@
+"""What goes into a preference loss, what comes out, and what a loss says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PairLogProbs:
+    """Log-probs of P preference pairs. Every tensor is [P]; the floating ones share one dtype (fp32 in training).
+
+    Log-probs are sums over the response tokens, in nats. Only the policy's carry a gradient. The optional entries are
+    there when the loss's `Requirements` ask for them.
+    """
+
+    policy_chosen: Tensor
+    """log pi_theta(y_w|x)"""
+    policy_rejected: Tensor
+    """log pi_theta(y_l|x)"""
+    chosen_tokens: Tensor
+    """|y_w| >= 1, integer"""
+    rejected_tokens: Tensor
+    """|y_l| >= 1, integer"""
+    reference_chosen: Tensor | None = None
+    """log pi_ref(y_w|x)"""
+    reference_rejected: Tensor | None = None
+    """log pi_ref(y_l|x)"""
+    unconditional_chosen: Tensor | None = None
+    """log pi_ref(y_w): the same tokens after the empty prompt"""
+    unconditional_rejected: Tensor | None = None
+    """log pi_ref(y_l)"""
+    chosen_unsafe: Tensor | None = None
+    """h_w: 1 or True where the chosen response is unsafe"""
+    rejected_unsafe: Tensor | None = None
+    """h_l"""
+
+
+@dataclass(frozen=True, eq=False)
+class PairLosses:
+    """Per-pair results, every tensor [P]. Averaging is the caller's: only the caller knows the step's pair count."""
+
+    loss: Tensor
+    """Differentiable in the policy's log-probs."""
+    chosen_reward: Tensor
+    """Detached: beta Delta_w with a reference; without one, the scaled log-prob that the loss compares."""
+    rejected_reward: Tensor
+    """Detached: the same of y_l."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Detached extras of this loss, by name."""
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a loss, as configured, reads beyond the policy's log-probs, so that nothing is computed in vain."""
+
+    reference: bool = False
+    """The `reference_*` log-probs."""
+    comprehension: bool = False
+    """The `unconditional_*` log-probs, and with them the unconditional scoring pass."""
+    safety: bool = False
+    """The `*_unsafe` labels."""
+    length_normalised: bool = False
+    """The preference term compares log-probs per token, not their sums."""
+
+
+@dataclass(frozen=True)
+class LossSpec[Options]:
+    """A preference loss as the registry holds it.
+
+    `options` is a frozen dataclass type whose fields all have defaults and are float, int, bool, str or a `Literal` of
+    strings; each becomes a command-line flag (see `option`). Equally named fields of two losses mean the same thing.
+    """
+
+    name: str
+    function: Callable[[PairLogProbs, Options], PairLosses]
+    """Pure: no in-place writes, no collectives, no host synchronisation; results in the inputs' dtype."""
+    options: type[Options]
+    requirements: Callable[[Options], Requirements]
+    summary: str
+    """One line for `--help` and reports."""
+    source: str
+    """Paper and equation."""
+
+
+AnyLossSpec = LossSpec[Any]

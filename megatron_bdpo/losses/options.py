@@ -1,0 +1,97 @@
+"""The options of a loss: a frozen dataclass whose fields carry their own help text and range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from megatron_bdpo.errors import UserError
+
+
+class Range(NamedTuple):
+    """The admissible values of a numeric option, and how to say so. NaN is in no range."""
+
+    text: str
+    contains: Callable[[Any], bool]
+
+
+POSITIVE = Range("finite and > 0", lambda value: 0 < value < math.inf)
+POSITIVE_OR_INF = Range("> 0 (inf is allowed)", lambda value: value > 0)
+NON_NEGATIVE = Range("finite and >= 0", lambda value: 0 <= value < math.inf)
+BELOW_HALF = Range(">= 0 and < 0.5", lambda value: 0 <= value < 0.5)
+
+
+def option(default: Any, help: str, within: Range | None = None) -> Any:
+    """A dataclass field with its help text and range."""
+    return field(default=default, metadata={"help": help, "within": within})
+
+
+def beta(default: float = 0.1) -> Any:
+    """The `beta` that every loss but ORPO has."""
+    return option(default, "strength of the preference term: scales the log-ratios (or log-probs)", POSITIVE)
+
+
+def label_smoothing(default: float = 0.0) -> Any:
+    """The share of labels taken to be flipped: cDPO's and rDPO's epsilon."""
+    return option(default, "assumed share of pairs whose chosen and rejected are swapped", BELOW_HALF)
+
+
+def nll_weight(default: float = 0.0) -> Any:
+    """The weight of the NLL term (`terms.add_nll`)."""
+    return option(default, "weight of the chosen response's negative log-likelihood, mean per token", NON_NEGATIVE)
+
+
+def flag(name: str) -> str:
+    """The command-line flag of an option field: `nll_weight` -> `--nll-weight`."""
+    return "--" + name.replace("_", "-")
+
+
+class FieldType(NamedTuple):
+    """An option field's value type, and the allowed strings where its annotation is a `Literal`."""
+
+    type: type
+    choices: tuple[str, ...] | None = None
+
+
+def field_types(options: type) -> dict[str, FieldType]:
+    """The value types of an options dataclass by field name. Raises UserError for one that no flag can carry."""
+    hints = get_type_hints(options)
+    return {f.name: _field_type(options, f.name, hints[f.name]) for f in fields(options)}
+
+
+def _field_type(options: type, name: str, hint: Any) -> FieldType:
+    if hint in (float, int, bool, str):
+        return FieldType(hint)
+    choices = get_args(hint)
+    if get_origin(hint) is Literal and all(isinstance(choice, str) for choice in choices):
+        return FieldType(str, choices)
+    raise UserError(
+        f"{options.__module__}.{options.__qualname__}.{name}: an option of a loss has to be float, int, bool, str or "
+        f"Literal[<strings>], not {hint!r}"
+    )
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Base of options dataclasses: checks each value's type, choices and range. Raises UserError naming the flag."""
+
+    def __post_init__(self) -> None:
+        types = field_types(type(self))
+        for f in fields(self):
+            problem = _problem(getattr(self, f.name), types[f.name], f.metadata.get("within"))
+            if problem:
+                raise UserError(f"{flag(f.name)} {problem}, got {getattr(self, f.name)!r}")
+
+
+def _problem(value: object, wanted: FieldType, within: Range | None) -> str | None:
+    """What is wrong with an option's value, as the end of a sentence; None if nothing is."""
+    accepted = (float, int) if wanted.type is float else wanted.type
+    if not isinstance(value, accepted) or (isinstance(value, bool) and wanted.type is not bool):
+        return f"must be of type {wanted.type.__name__}"
+    if wanted.choices is not None and value not in wanted.choices:
+        return f"must be one of {', '.join(wanted.choices)}"
+    if within is not None and not within.contains(value):
+        return f"must be {within.text}"
+    return None

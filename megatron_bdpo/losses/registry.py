@@ -1,0 +1,175 @@
+"""The losses by name: the built-in ones, and those that installed packages offer.
+
+A package adds a loss through the entry-point group `megatron_bdpo.losses`. In its pyproject.toml:
+
+    [project.entry-points."megatron_bdpo.losses"]
+    my_loss = "my_package.losses:SPEC"          # a LossSpec whose name is my_loss
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NamedTuple
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses.base import AnyLossSpec, LossSpec
+from megatron_bdpo.losses.options import field_types, flag
+
+ENTRY_POINT_GROUP = "megatron_bdpo.losses"
+
+_registered: dict[str, AnyLossSpec] = {}
+
+
+class _Plugin(NamedTuple):
+    spec: AnyLossSpec
+    provider: str
+
+
+def register(spec: AnyLossSpec) -> None:
+    """Make a loss available in this process. Raises UserError for a taken name or a spec that cannot be used."""
+    _check(spec)
+    if spec.name in _registered:
+        raise UserError(f"the loss name '{spec.name}' is taken; choose another one")
+    _registered[spec.name] = spec
+
+
+def all_specs() -> tuple[AnyLossSpec, ...]:
+    """Every loss, built-in and third-party, by name. The first call loads the entry points.
+
+    Raises:
+        UserError: an entry point cannot be used, or its name is taken; the message names its distribution.
+    """
+    plugins = _plugins()
+    for name in plugins.keys() & _registered.keys():
+        raise UserError(f"{plugins[name].provider} offers a loss '{name}', but that name is taken: uninstall it")
+    specs = _registered | {name: plugin.spec for name, plugin in plugins.items()}
+    return tuple(specs[name] for name in sorted(specs))
+
+
+def names() -> tuple[str, ...]:
+    """The names of all losses, sorted."""
+    return tuple(spec.name for spec in all_specs())
+
+
+def get(name: str) -> AnyLossSpec:
+    """The loss of that name. Raises UserError with the known names if there is none."""
+    specs = {spec.name: spec for spec in all_specs()}
+    if name not in specs:
+        raise UserError(f"unknown loss '{name}'{_did_you_mean(name, specs)} Known losses: {', '.join(specs)}")
+    return specs[name]
+
+
+def build_options(name: str, given: Mapping[str, object]) -> Any:
+    """The options of loss `name`, with the values that the user set explicitly.
+
+    Args:
+        name: the loss.
+        given: values by field name. What is absent keeps the loss's own default.
+
+    Returns:
+        An instance of the loss's options dataclass.
+
+    Raises:
+        UserError: the loss is unknown, does not use a given option, or a value is out of range.
+    """
+    spec = get(name)
+    used = {f.name for f in fields(spec.options)}
+    for key in given:
+        if key not in used:
+            raise UserError(_unused(key, spec))
+    return spec.options(**given)
+
+
+@dataclass(frozen=True)
+class OptionField:
+    """An option as the command line sees it: one flag for all losses that have a field of this name."""
+
+    name: str
+    type: type
+    """float, int, bool or str"""
+    help: str
+    defaults: dict[str, object]
+    """The default per loss that uses the option: they may differ, so the flag itself has none."""
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def flag(self) -> str:
+        return flag(self.name)
+
+
+def option_fields() -> dict[str, OptionField]:
+    """The union of all losses' options, by field name, in order of first use.
+
+    Raises:
+        UserError: two losses have a field of one name and different types.
+    """
+    union: dict[str, OptionField] = {}
+    for spec in all_specs():
+        types = field_types(spec.options)
+        for f in fields(spec.options):
+            kind, choices = types[f.name]
+            seen = union.setdefault(f.name, OptionField(f.name, kind, f.metadata.get("help", ""), {}, choices))
+            if (seen.type, seen.choices) != (kind, choices):
+                raise UserError(
+                    f"{seen.flag} has other values for the loss '{next(iter(seen.defaults))}' than for '{spec.name}': "
+                    "an option of one name has to have one type and the same choices"
+                )
+            seen.defaults[spec.name] = f.default
+    return union
+
+
+@cache
+def _plugins() -> dict[str, _Plugin]:
+    found: dict[str, _Plugin] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        plugin = _load(point)
+        other = found.setdefault(point.name, plugin)
+        if other is not plugin:
+            raise UserError(f"{plugin.provider} and {other.provider} both offer a loss '{point.name}': uninstall one")
+    return found
+
+
+def _load(point: EntryPoint) -> _Plugin:
+    provider = f"distribution '{point.dist.name}'" if point.dist else "an unnamed distribution"
+    try:
+        spec = point.load()
+        _check(spec)
+        if spec.name != point.name:
+            raise UserError(f"the loss calls itself '{spec.name}'; the two names have to agree")
+    except Exception as error:  # third-party code may raise anything at import
+        raise UserError(
+            f"{provider} offers the loss '{point.name}' ({point.value}, entry-point group '{ENTRY_POINT_GROUP}'), but "
+            f"it cannot be used: {type(error).__name__}: {error}. Repair or uninstall it"
+        ) from error
+    return _Plugin(spec, provider)
+
+
+def _check(spec: AnyLossSpec) -> None:
+    if not isinstance(spec, LossSpec):
+        raise UserError(f"a loss has to be a LossSpec, not {type(spec).__name__}")
+    options = spec.options
+    if not (isinstance(options, type) and is_dataclass(options) and options.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise UserError(f"the options of loss '{spec.name}' have to be a frozen dataclass type, not {options!r}")
+    for f in fields(options):
+        if f.default is MISSING:
+            raise UserError(f"the option {flag(f.name)} of loss '{spec.name}' has no default")
+    field_types(options)
+
+
+def _unused(key: str, spec: AnyLossSpec) -> str:
+    used = [f.name for f in fields(spec.options)]
+    known = option_fields()
+    if key in known:
+        where = f"It is an option of: {', '.join(known[key].defaults)}."
+    else:
+        where = f"No loss uses it{_did_you_mean(flag(key), map(flag, known))}"
+    return f"{flag(key)} is not used by the loss '{spec.name}', which uses: {', '.join(map(flag, used))}. {where}"
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else "."

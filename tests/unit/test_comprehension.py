@@ -1,0 +1,96 @@
+"""Mutual information, balanced weights and gradient scale against plain-Python closed forms."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_bdpo.comprehension import balanced_weights, gradient_scale, mutual_information
+
+DTYPES = [torch.float32, torch.float64]
+INFORMATION = st.floats(-1e3, 1e3)
+TEMPERATURE = st.floats(1e-2, 1e3)
+
+
+def doubles(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_information_is_the_log_ratio_per_token(dtype):
+    conditional, unconditional = torch.tensor([-8.0, -30.0, -2.0], dtype=dtype), torch.tensor([-20.0, -10.0, -2.0])
+    tokens = torch.tensor([4, 10, 1])
+
+    expected_per_token = torch.tensor([3.0, -2.0, 0.0], dtype=dtype)  # exact in binary
+    expected_sum = torch.tensor([12.0, -20.0, 0.0], dtype=dtype)
+
+    unconditional = unconditional.to(dtype)
+    assert torch.equal(mutual_information(conditional, unconditional, tokens), expected_per_token)
+    assert torch.equal(mutual_information(conditional, unconditional, tokens, per_token=False), expected_sum)
+
+
+@given(i_w=INFORMATION, i_l=INFORMATION, tau=TEMPERATURE)
+def test_weights_are_twice_the_softmax_of_minus_information(i_w, i_l, tau):
+    difference = max(-700.0, min(700.0, (i_w - i_l) / tau))  # exp overflows at 709; the weights are 0 and 2 long before
+    expected_w = 2 / (1 + math.exp(difference))
+    expected_l = 2 / (1 + math.exp(-difference))
+
+    w_w, w_l = balanced_weights(doubles(i_w), doubles(i_l), tau)
+
+    # |I| / tau reaches 1e5, so its rounding is 1e-11: the relative error of an exponential of it.
+    assert w_w.item() == pytest.approx(expected_w, rel=1e-10, abs=1e-30)
+    assert w_l.item() == pytest.approx(expected_l, rel=1e-10, abs=1e-30)
+    assert (w_w + w_l).item() == pytest.approx(2.0, rel=1e-15)
+
+
+def test_the_better_understood_response_weighs_less():
+    w_w, w_l = balanced_weights(doubles(2.0, 0.5), doubles(0.5, 2.0), 1.0)
+    assert (w_w < w_l).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tau", [1e-3, 1.0, math.inf])
+def test_equal_information_weighs_exactly_one(dtype, tau):
+    information = torch.linspace(-50, 50, 1001, dtype=dtype)
+    for weight in balanced_weights(information, information.clone(), tau):
+        assert torch.equal(weight, torch.ones_like(information))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_temperature_weighs_exactly_one(dtype):
+    i_w, i_l = torch.randn(2, 1001, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 100
+    for weight in balanced_weights(i_w, i_l, math.inf):
+        assert torch.equal(weight, torch.ones_like(i_w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_is_exactly_one_for_plain_dpo_weights(dtype):
+    ones = torch.ones(7, dtype=dtype)
+    assert torch.equal(gradient_scale(ones, ones), ones)
+
+
+@given(w_w=st.floats(0, 2))
+def test_scale_gives_the_weights_the_norm_of_plain_dpo(w_w):
+    w_l = 2 - w_w
+    scale = gradient_scale(doubles(w_w), doubles(w_l)).item()
+
+    expected_norm = math.sqrt(2)
+    assert scale * math.hypot(w_w, w_l) == pytest.approx(expected_norm, rel=1e-14)
+    assert 1 / math.sqrt(2) - 1e-15 <= scale <= 1
+
+
+def test_nothing_carries_a_gradient():
+    log_probs = doubles(-3.0, -4.0).requires_grad_()
+    information = mutual_information(log_probs, 2 * log_probs, torch.tensor([2, 3]))
+    w_w, w_l = balanced_weights(log_probs, 2 * log_probs, 1.0)
+    scale = gradient_scale(2 * log_probs, log_probs)
+    assert not any(tensor.requires_grad for tensor in (information, w_w, w_l, scale))
+
+
+def test_no_pairs():
+    empty = torch.empty(0)
+    assert mutual_information(empty, empty, empty.long()).shape == (0,)
+    assert [weight.shape for weight in balanced_weights(empty, empty, 1.0)] == [(0,), (0,)]
+    assert gradient_scale(empty, empty).shape == (0,)

@@ -1,0 +1,609 @@
+"""Every loss against a plain-Python fp64 closed form with hand-derived gradients; then options and registry."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from megatron_bdpo import losses
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses import LossOptions, LossSpec, PairLogProbs, PairLosses, Requirements, option, registry
+
+
+class Pair(NamedTuple):
+    """One pair as Python floats; the arguments of PairLogProbs, in its order."""
+
+    l_w: float  # policy
+    l_l: float
+    n_w: int  # tokens
+    n_l: int
+    r_w: float  # reference
+    r_l: float
+    u_w: float  # unconditional
+    u_l: float
+    h_w: int = 0  # unsafe
+    h_l: int = 0
+
+    @property
+    def margin(self) -> float:
+        return (self.l_w - self.r_w) - (self.l_l - self.r_l)
+
+
+def random_pairs(count: int, seed: int = 0) -> list[Pair]:
+    """Log-probs on a grid of 1/16, so that fp32 holds them exactly and one oracle serves both dtypes."""
+    rng = random.Random(seed)
+
+    def log_prob(tokens: int) -> float:
+        return -round(16 * tokens * rng.uniform(0.05, 5)) / 16 - 1 / 16
+
+    def pair() -> Pair:
+        n_w, n_l = rng.choice([1, 2, 7, 60]), rng.choice([1, 3, 50])
+        lengths = (n_w, n_l) * 3
+        l_w, l_l, r_w, r_l, u_w, u_l = map(log_prob, lengths)
+        return Pair(l_w, l_l, n_w, n_l, r_w, r_l, u_w, u_l, 0, rng.randint(0, 1))
+
+    return [pair() for _ in range(count)]
+
+
+EXTREME = [  # |z| = 1e3 at beta 0.1, one-token responses, policy = reference, probabilities near 1, I near +-1e3
+    Pair(-10.0, -10010.0, 1, 1, -10.0, -10.0, -12.0, -11.0, 0, 1),
+    Pair(-10010.0, -10.0, 1, 1, -10.0, -10.0, -11.0, -12.0, 0, 1),
+    Pair(-3.0, -4.0, 1, 1, -3.0, -4.0, -5.0, -4.5),
+    Pair(-(2.0**-16), -(2.0**-18), 1, 1, -1.0, -1.0, -2.0, -3.0),
+    Pair(-(2.0**-16), -900.0, 1, 1, -1.0, -800.0, -1001.0, -2.0),
+    Pair(-900.0, -(2.0**-16), 1, 1, -800.0, -1.0, -2.0, -1001.0, 0, 1),
+]
+PAIRS = random_pairs(100) + EXTREME
+
+
+def inputs(pairs: list[Pair], dtype: torch.dtype) -> PairLogProbs:
+    columns = [list(column) for column in zip(*pairs, strict=True)] if pairs else [[]] * len(Pair._fields)
+    l_w, l_l, n_w, n_l, r_w, r_l, u_w, u_l, h_w, h_l = columns
+    policy = [torch.tensor(column, dtype=dtype, requires_grad=True) for column in (l_w, l_l)]
+    tokens = [torch.tensor(column, dtype=torch.int64) for column in (n_w, n_l)]
+    frozen = [torch.tensor(column, dtype=dtype) for column in (r_w, r_l, u_w, u_l)]
+    unsafe = [torch.tensor(h_w, dtype=torch.bool), torch.tensor(h_l, dtype=torch.int64)]  # either type is allowed
+    return PairLogProbs(*policy, *tokens, *frozen, *unsafe)
+
+
+class Result(NamedTuple):
+    """Loss and its gradient in (log pi_theta(y_w|x), log pi_theta(y_l|x))."""
+
+    loss: torch.Tensor
+    grad_w: torch.Tensor
+    grad_l: torch.Tensor
+
+
+def evaluate(name: str, given: dict[str, object], pairs: PairLogProbs) -> tuple[Result, PairLosses]:
+    out = losses.get(name).function(pairs, losses.build_options(name, given))
+    return Result(out.loss, *torch.autograd.grad(out.loss.sum(), (pairs.policy_chosen, pairs.policy_rejected))), out
+
+
+# --- the oracle: (loss, dloss/dl_w, dloss/dl_l) of one pair, in Python floats ---
+
+Expected = tuple[float, float, float]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def softplus(x: float) -> float:
+    """log(1 + e^x) = -log sigmoid(-x)"""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def expected_dpo(p: Pair, beta: float, label_smoothing: float) -> Expected:
+    z = beta * p.margin
+    loss = (1 - label_smoothing) * softplus(-z) + label_smoothing * softplus(z)
+    slope = beta * (label_smoothing - sigmoid(-z))
+    return loss, slope, -slope
+
+
+def expected_robust(p: Pair, beta: float, label_smoothing: float) -> Expected:
+    z = beta * p.margin
+    loss = ((1 - label_smoothing) * softplus(-z) - label_smoothing * softplus(z)) / (1 - 2 * label_smoothing)
+    slope = -beta * ((1 - label_smoothing) * sigmoid(-z) + label_smoothing * sigmoid(z)) / (1 - 2 * label_smoothing)
+    return loss, slope, -slope
+
+
+def expected_bdpo(
+    p: Pair, beta: float, bdpo_temperature: float, bdpo_weights: bool, bdpo_scale: bool, bdpo_comprehension: str
+) -> Expected:
+    per_token = bdpo_comprehension == "per-token"
+    i_w = (p.r_w - p.u_w) / (p.n_w if per_token else 1)
+    i_l = (p.r_l - p.u_l) / (p.n_l if per_token else 1)
+    w_w, w_l = 2 * sigmoid((i_l - i_w) / bdpo_temperature), 2 * sigmoid((i_w - i_l) / bdpo_temperature)
+    s = math.sqrt(2) / math.hypot(w_w, w_l) if bdpo_scale else 1.0
+    if not bdpo_weights:
+        w_w = w_l = 1.0
+    z = beta * s * (w_w * (p.l_w - p.r_w) - w_l * (p.l_l - p.r_l))
+    return softplus(-z), -beta * s * w_w * sigmoid(-z), beta * s * w_l * sigmoid(-z)
+
+
+def expected_ipo(p: Pair, beta: float, ipo_length_normalized: bool) -> Expected:
+    n_w, n_l = (p.n_w, p.n_l) if ipo_length_normalized else (1, 1)
+    residual = (p.l_w - p.r_w) / n_w - (p.l_l - p.r_l) / n_l - 1 / (2 * beta)
+    return residual**2, 2 * residual / n_w, -2 * residual / n_l
+
+
+def expected_hinge(p: Pair, beta: float) -> Expected:
+    gap = 1 - beta * p.margin
+    return max(0.0, gap), -beta * (gap > 0), beta * (gap > 0)
+
+
+def expected_simpo(p: Pair, beta: float, simpo_gamma: float) -> Expected:
+    z = beta * (p.l_w / p.n_w - p.l_l / p.n_l) - simpo_gamma
+    return softplus(-z), -beta * sigmoid(-z) / p.n_w, beta * sigmoid(-z) / p.n_l
+
+
+def expected_cpo(p: Pair, beta: float) -> Expected:
+    z = beta * (p.l_w - p.l_l)
+    return softplus(-z), -beta * sigmoid(-z), beta * sigmoid(-z)
+
+
+def expected_orpo(p: Pair, orpo_weight: float) -> Expected:
+    m_w, m_l = p.l_w / p.n_w, p.l_l / p.n_l
+    theta = (m_w - math.log(-math.expm1(m_w))) - (m_l - math.log(-math.expm1(m_l)))
+    loss = -m_w + orpo_weight * softplus(-theta)
+    slope_w = -orpo_weight * sigmoid(-theta) / -math.expm1(m_w)  # d logit(m) / dm = 1 / (1 - e^m)
+    slope_l = orpo_weight * sigmoid(-theta) / -math.expm1(m_l)
+    return loss, (slope_w - 1) / p.n_w, slope_l / p.n_l
+
+
+def expected_safedpo(p: Pair, beta: float, safedpo_delta: float) -> Expected:
+    z = beta * p.margin - (p.h_l - p.h_w) * safedpo_delta
+    return softplus(-z), -beta * sigmoid(-z), beta * sigmoid(-z)
+
+
+ORACLES: dict[str, Callable[..., Expected]] = {
+    "bdpo": expected_bdpo,
+    "cpo": expected_cpo,
+    "dpo": expected_dpo,
+    "hinge": expected_hinge,
+    "ipo": expected_ipo,
+    "orpo": expected_orpo,
+    "robust": expected_robust,
+    "safedpo": expected_safedpo,
+    "simpo": expected_simpo,
+}
+
+
+def expected(name: str, given: dict[str, object], pairs: list[Pair]) -> Result:
+    values = asdict(losses.build_options(name, given))
+    nll_weight = values.pop("nll_weight", 0.0)
+    rows = []
+    for p in pairs:
+        loss, grad_w, grad_l = ORACLES[name](p, **values)
+        rows.append((loss - nll_weight * p.l_w / p.n_w, grad_w - nll_weight / p.n_w, grad_l))
+    return Result(*torch.tensor(rows, dtype=torch.float64).unbind(1))
+
+
+CASES: list[tuple[str, dict[str, object]]] = [
+    ("dpo", {}),
+    ("dpo", {"beta": 0.5, "label_smoothing": 0.2, "nll_weight": 0.3}),
+    ("bdpo", {}),
+    ("bdpo", {"bdpo_weights": False}),
+    ("bdpo", {"bdpo_scale": False}),
+    ("bdpo", {"bdpo_weights": False, "bdpo_scale": False}),
+    ("bdpo", {"bdpo_comprehension": "sum", "bdpo_temperature": 30.0}),
+    ("bdpo", {"beta": 0.3, "bdpo_temperature": 0.2, "nll_weight": 2.0}),
+    ("ipo", {}),
+    ("ipo", {"beta": 0.4, "ipo_length_normalized": False, "nll_weight": 0.5}),
+    ("hinge", {}),
+    ("hinge", {"beta": 0.03, "nll_weight": 1.0}),
+    ("robust", {}),
+    ("robust", {"label_smoothing": 0.3, "nll_weight": 0.5}),
+    ("robust", {"label_smoothing": 0.0}),
+    ("simpo", {}),
+    ("simpo", {"beta": 10.0, "simpo_gamma": 3.0, "nll_weight": 0.5}),
+    ("cpo", {}),
+    ("cpo", {"beta": 0.4, "nll_weight": 0.0}),
+    ("orpo", {}),
+    ("orpo", {"orpo_weight": 1.0}),
+    ("safedpo", {}),
+    ("safedpo", {"safedpo_delta": 3.0, "nll_weight": 0.5}),
+]
+every_case = pytest.mark.parametrize(("name", "given"), CASES, ids=str)
+every_loss = pytest.mark.parametrize("name", sorted(ORACLES))
+
+# Log-ratios reach 1e4 and round at 1e4 eps; times beta that is the absolute error of z, and so the relative error of
+# sigmoid(-z) far from 0: 1e3 eps. A few operations more, and it is within 1e4 eps in both dtypes.
+TOLERANCE = {torch.float64: {"rtol": 2e-12, "atol": 2e-12}, torch.float32: {"rtol": 1e-3, "atol": 1e-5}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@every_case
+def test_loss_and_gradient_match_the_closed_form(name, given, dtype):
+    actual, out = evaluate(name, given, inputs(PAIRS, dtype))
+    for got, want in zip(actual, expected(name, given, PAIRS), strict=True):
+        torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
+    for tensor in (*actual, out.chosen_reward, out.rejected_reward, *out.metrics.values()):
+        assert tensor.dtype == dtype and tensor.shape == (len(PAIRS),)
+
+
+@every_case
+def test_inputs_stay_and_only_the_loss_carries_a_gradient(name, given):
+    pairs, expected_pairs = inputs(PAIRS, torch.float32), inputs(PAIRS, torch.float32)
+    _, out = evaluate(name, given, pairs)
+    for f in fields(PairLogProbs):
+        assert torch.equal(getattr(pairs, f.name), getattr(expected_pairs, f.name))
+    assert not any(t.requires_grad for t in (out.chosen_reward, out.rejected_reward, *out.metrics.values()))
+
+
+@every_case
+def test_no_pairs(name, given):
+    actual, out = evaluate(name, given, inputs([], torch.float32))
+    assert {t.shape for t in (*actual, out.chosen_reward, out.rejected_reward, *out.metrics.values())} == {(0,)}
+
+
+@pytest.mark.parametrize("name", ["bdpo", "dpo", "robust"])
+def test_loss_is_ln_2_where_policy_equals_reference(name):
+    pairs = [p._replace(l_w=p.r_w, l_l=p.r_l) for p in PAIRS]
+    actual, out = evaluate(name, {}, inputs(pairs, torch.float64))
+    torch.testing.assert_close(actual.loss, torch.full_like(actual.loss, math.log(2)), rtol=1e-15, atol=0)
+    assert not out.chosen_reward.any() and not out.rejected_reward.any()
+
+
+# --- B-DPO ---
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    margins=st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3)),
+    informations=st.tuples(st.floats(-20, 20), st.floats(-20, 20)),
+    beta=st.floats(1e-3, 1),
+)
+def test_bdpo_gradient_has_the_norm_of_dpo_at_the_same_z(margins, informations, beta):
+    pair = Pair(margins[0], margins[1], 1, 1, 0.0, 0.0, -informations[0], -informations[1])
+    actual, _ = evaluate("bdpo", {"beta": beta}, inputs([pair], torch.float64))
+
+    sigmoid_minus_z = -math.expm1(-actual.loss.item())  # L = -log sigmoid(z), so 1 - e^-L = sigmoid(-z)
+    expected_norm = math.sqrt(2) * beta * sigmoid_minus_z
+
+    norm = math.hypot(actual.grad_w.item(), actual.grad_l.item())
+    assert norm == pytest.approx(expected_norm, rel=1e-11, abs=1e-15)  # |z| eps in the exponent of sigmoid
+
+
+def assert_bitwise_dpo(pairs: list[Pair], given: dict[str, object], dtype: torch.dtype) -> None:
+    expected_result, expected_out = evaluate("dpo", {"nll_weight": given.get("nll_weight", 0.0)}, inputs(pairs, dtype))
+    actual, out = evaluate("bdpo", given, inputs(pairs, dtype))
+    for got, want in zip(actual, expected_result, strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(out.chosen_reward, expected_out.chosen_reward)
+    assert torch.equal(out.rejected_reward, expected_out.rejected_reward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"bdpo_temperature": math.inf, "bdpo_scale": False},
+        {"bdpo_temperature": math.inf},
+        {"bdpo_weights": False, "bdpo_scale": False},
+        {"bdpo_temperature": math.inf, "bdpo_scale": False, "nll_weight": 0.7},
+    ],
+    ids=str,
+)
+def test_bdpo_without_balance_is_dpo_to_the_bit(given, dtype):
+    assert_bitwise_dpo(PAIRS, given, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_bdpo_of_equally_comprehended_responses_is_dpo_to_the_bit(dtype):
+    assert_bitwise_dpo([p._replace(u_w=p.r_w - p.n_w / 2, u_l=p.r_l - p.n_l / 2) for p in PAIRS], {}, dtype)
+
+
+@pytest.mark.parametrize(
+    ("weights", "scale", "expected_weights", "expected_scale"),
+    [
+        (False, False, (1.0, 1.0), 1.0),  # DPO
+        (True, False, (0.5, 1.5), 1.0),  # DPO + BW
+        (False, True, (1.0, 1.0), math.sqrt(0.8)),  # DPO + SF
+        (True, True, (0.5, 1.5), math.sqrt(0.8)),  # B-DPO
+    ],
+)
+def test_bdpo_ablation_rows(weights, scale, expected_weights, expected_scale):
+    i_w, i_l = 2 * math.log(3), math.log(3)  # the weights' ratio is 1 : 3
+    pair = Pair(-5.0, -9.0, 2, 4, -6.0, -7.0, -6.0 - 2 * i_w, -7.0 - 4 * i_l)
+    actual, out = evaluate("bdpo", {"bdpo_weights": weights, "bdpo_scale": scale}, inputs([pair], torch.float64))
+
+    w_w, w_l = expected_weights
+    expected_loss = softplus(-0.1 * expected_scale * (w_w * 1.0 + w_l * 2.0))
+    expected_metrics = {"weights/chosen": w_w, "weights/rejected": w_l, "scale": expected_scale}
+    if weights or scale:
+        expected_metrics |= {
+            "comprehension/chosen": i_w,
+            "comprehension/rejected": i_l,
+            "comprehension/imbalance": math.log(3),
+        }
+
+    assert actual.loss.item() == pytest.approx(expected_loss, rel=1e-14)
+    assert {key: value.item() for key, value in out.metrics.items()} == pytest.approx(expected_metrics, rel=1e-14)
+
+
+def test_bdpo_without_weights_and_scale_needs_no_unconditional_log_probs():
+    given = {"bdpo_weights": False, "bdpo_scale": False}
+    full = inputs(PAIRS, torch.float32)
+    known = {f.name: getattr(full, f.name) for f in fields(full) if not f.name.startswith("unconditional")}
+    expected_result, _ = evaluate("dpo", {}, full)
+    actual, _ = evaluate("bdpo", given, PairLogProbs(**known))
+    assert torch.equal(actual.loss, expected_result.loss)
+    with pytest.raises(AssertionError, match="unconditional_chosen"):
+        evaluate("bdpo", {}, PairLogProbs(**known))
+
+
+# --- ORPO, rewards, metrics ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_orpo_stays_finite_where_the_odds_do_not(dtype):
+    certain = [Pair(l_w, l_l, 1, 1, 0, 0, 0, 0) for l_w in (0.0, 1e-8, -1e-9, -5.0) for l_l in (0.0, 1e-8, -1e4)]
+    actual, _ = evaluate("orpo", {}, inputs(certain, dtype))
+    assert all(torch.isfinite(tensor).all() for tensor in actual)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected_rewards"),
+    [
+        ("bdpo", (0.1 * 1, 0.1 * -2)),
+        ("cpo", (0.1 * -5, 0.1 * -9)),
+        ("dpo", (0.1 * 1, 0.1 * -2)),
+        ("hinge", (0.1 * 1, 0.1 * -2)),
+        ("ipo", (0.1 * 1, 0.1 * -2)),
+        ("orpo", (0.1 * -5 / 2, 0.1 * -9 / 4)),
+        ("robust", (0.1 * 1, 0.1 * -2)),
+        ("safedpo", (0.1 * 1, 0.1 * -2)),
+        ("simpo", (2.0 * -5 / 2, 2.0 * -9 / 4)),
+    ],
+)
+def test_rewards(name, expected_rewards):
+    _, out = evaluate(name, {}, inputs([Pair(-5.0, -9.0, 2, 4, -6.0, -7.0, -8.0, -9.0)], torch.float64))
+    assert (out.chosen_reward.item(), out.rejected_reward.item()) == pytest.approx(expected_rewards, rel=1e-15)
+
+
+@every_loss
+def test_the_nll_is_a_metric_exactly_where_it_is_in_the_loss(name):
+    pairs = inputs(PAIRS, torch.float32)
+    on_by_default = name in ("cpo", "orpo")
+    assert ("nll" in evaluate(name, {}, pairs)[1].metrics) == on_by_default
+    if name != "orpo":  # the NLL is not optional there
+        assert "nll" not in evaluate(name, {"nll_weight": 0.0}, pairs)[1].metrics
+        nll = evaluate(name, {"nll_weight": 0.5}, pairs)[1].metrics["nll"]
+        assert torch.equal(nll, -pairs.policy_chosen.detach() / pairs.chosen_tokens)
+
+
+# --- what each loss says about itself ---
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected_requirements"),
+    [
+        ("dpo", {}, Requirements(reference=True)),
+        ("robust", {}, Requirements(reference=True)),
+        ("hinge", {}, Requirements(reference=True)),
+        ("ipo", {}, Requirements(reference=True, length_normalised=True)),
+        ("ipo", {"ipo_length_normalized": False}, Requirements(reference=True)),
+        ("bdpo", {}, Requirements(reference=True, comprehension=True)),
+        ("bdpo", {"bdpo_weights": False}, Requirements(reference=True, comprehension=True)),
+        ("bdpo", {"bdpo_scale": False}, Requirements(reference=True, comprehension=True)),
+        ("bdpo", {"bdpo_weights": False, "bdpo_scale": False}, Requirements(reference=True)),
+        ("safedpo", {}, Requirements(reference=True, safety=True)),
+        ("simpo", {}, Requirements(length_normalised=True)),
+        ("cpo", {}, Requirements()),
+        ("orpo", {}, Requirements(length_normalised=True)),
+    ],
+)
+def test_requirements_are_stated_and_suffice(name, given, expected_requirements):
+    needs = losses.get(name).requirements(losses.build_options(name, given))
+    assert needs == expected_requirements
+
+    asked = ["policy", "tokens"]
+    asked += ["reference"] * needs.reference + ["unconditional"] * needs.comprehension + ["unsafe"] * needs.safety
+    full = inputs(PAIRS, torch.float32)
+    known = {f.name: getattr(full, f.name) for f in fields(full) if any(word in f.name for word in asked)}
+    evaluate(name, given, PairLogProbs(**known))
+
+
+def test_options_and_defaults():
+    expected_defaults = {
+        "bdpo": {
+            "beta": 0.1,
+            "bdpo_temperature": 1.0,
+            "bdpo_weights": True,
+            "bdpo_scale": True,
+            "bdpo_comprehension": "per-token",
+            "nll_weight": 0.0,
+        },
+        "cpo": {"beta": 0.1, "nll_weight": 1.0},
+        "dpo": {"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0},
+        "hinge": {"beta": 0.1, "nll_weight": 0.0},
+        "ipo": {"beta": 0.1, "ipo_length_normalized": True, "nll_weight": 0.0},
+        "orpo": {"orpo_weight": 0.1},
+        "robust": {"beta": 0.1, "label_smoothing": 0.1, "nll_weight": 0.0},
+        "safedpo": {"beta": 0.1, "safedpo_delta": 10.0, "nll_weight": 0.0},
+        "simpo": {"beta": 2.0, "simpo_gamma": 0.5, "nll_weight": 0.0},
+    }
+    assert {name: asdict(losses.build_options(name, {})) for name in losses.names()} == expected_defaults
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "expected_message"),
+    [
+        ("dpo", "beta", 0.0, "--beta must be finite and > 0, got 0.0"),
+        ("dpo", "beta", math.inf, "--beta must be finite"),
+        ("dpo", "beta", math.nan, "--beta must be finite"),
+        ("dpo", "beta", "0.1", "--beta must be of type float, got '0.1'"),
+        ("dpo", "beta", True, "--beta must be of type float"),
+        ("dpo", "label_smoothing", -0.1, "--label-smoothing must be >= 0 and < 0.5"),
+        ("dpo", "label_smoothing", 0.5, "--label-smoothing must be >= 0 and < 0.5"),
+        ("robust", "label_smoothing", 0.5, "--label-smoothing must be >= 0 and < 0.5"),
+        ("bdpo", "bdpo_temperature", 0.0, "--bdpo-temperature must be > 0"),
+        ("bdpo", "bdpo_temperature", math.nan, "--bdpo-temperature must be > 0"),
+        ("bdpo", "bdpo_comprehension", "mean", "--bdpo-comprehension must be one of per-token, sum, got 'mean'"),
+        ("bdpo", "bdpo_scale", "no", "--bdpo-scale must be of type bool"),
+        ("orpo", "orpo_weight", 0.0, "--orpo-weight must be finite and > 0"),
+        ("safedpo", "safedpo_delta", -1.0, "--safedpo-delta must be finite and >= 0"),
+        ("simpo", "simpo_gamma", -1.0, "--simpo-gamma must be finite and >= 0"),
+        *[(name, "beta", -1.0, "--beta must be") for name in sorted(ORACLES) if name != "orpo"],
+        *[(name, "nll_weight", -1.0, "--nll-weight must be") for name in sorted(ORACLES) if name != "orpo"],
+    ],
+)
+def test_values_out_of_range_are_refused(name, key, value, expected_message):
+    with pytest.raises(UserError) as caught:
+        losses.build_options(name, {key: value})
+    assert expected_message in str(caught.value)
+
+
+def test_an_option_the_loss_does_not_use_is_refused():
+    with pytest.raises(UserError) as caught:
+        losses.build_options("simpo", {"beta": 1.0, "label_smoothing": 0.1})
+    expected_message = (
+        "--label-smoothing is not used by the loss 'simpo', which uses: --beta, --simpo-gamma, --nll-weight. "
+        "It is an option of: dpo, robust."
+    )
+    assert str(caught.value) == expected_message
+
+    with pytest.raises(UserError, match="No loss uses it; did you mean '--nll-weight'"):
+        losses.build_options("dpo", {"nll_wieght": 1.0})
+
+
+def test_an_unknown_loss_is_refused_with_a_suggestion():
+    with pytest.raises(UserError, match=r"unknown loss 'bpdo'; did you mean 'bdpo'.*simpo"):
+        losses.get("bpdo")
+    with pytest.raises(UserError, match=r"unknown loss 'xyz'\. Known losses: bdpo, cpo"):
+        losses.get("xyz")
+
+
+def test_option_fields_are_the_union_over_the_losses():
+    union = losses.option_fields()
+    assert set(union) == {f.name for spec in losses.all_specs() for f in fields(spec.options)}
+    assert all(f.help for f in union.values())
+
+    assert union["label_smoothing"].defaults == {"dpo": 0.0, "robust": 0.1}
+    assert union["beta"].defaults["simpo"] == 2.0
+    assert union["bdpo_temperature"].flag == "--bdpo-temperature"
+    assert union["bdpo_weights"].type is bool
+    assert (union["bdpo_comprehension"].type, union["bdpo_comprehension"].choices) == (str, ("per-token", "sum"))
+
+
+# --- registering losses ---
+
+
+@dataclass(frozen=True)
+class ClashingOptions(LossOptions):
+    beta: int = option(1, "an integer, unlike every other beta")
+
+
+def spec(name: str, options: type) -> LossSpec:
+    return LossSpec(name, lambda pairs, options: None, options, lambda options: Requirements(), "", "")
+
+
+@pytest.fixture
+def fresh_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    registry._plugins.cache_clear()
+    yield
+    registry._plugins.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_registry")
+class TestRegister:
+    def test_a_taken_name(self):
+        with pytest.raises(UserError, match="'dpo' is taken"):
+            losses.register(losses.get("dpo"))
+
+    def test_options_that_are_no_frozen_dataclass(self):
+        with pytest.raises(UserError, match="frozen dataclass"):
+            losses.register(spec("mine", dataclass(type("Thawed", (), {}))))
+
+    def test_an_option_without_a_default(self):
+        bare = dataclass(frozen=True)(type("Bare", (), {"__annotations__": {"beta": float}}))
+        with pytest.raises(UserError, match="--beta of loss 'mine' has no default"):
+            losses.register(spec("mine", bare))
+
+    def test_an_option_that_no_flag_can_carry(self):
+        odd = dataclass(frozen=True)(type("Odd", (), {"__annotations__": {"margins": tuple}, "margins": ()}))
+        with pytest.raises(UserError, match=r"Odd\.margins: .* not <class 'tuple'>"):
+            losses.register(spec("mine", odd))
+
+    def test_one_option_name_with_two_types(self):
+        losses.register(spec("mine", ClashingOptions))
+        with pytest.raises(UserError, match="--beta has other values for the loss 'bdpo' than for 'mine'"):
+            losses.option_fields()
+
+
+PLUGIN = """
+from dataclasses import dataclass, replace
+from megatron_bdpo.losses import LossOptions, LossSpec, PairLosses, Requirements, option
+
+@dataclass(frozen=True)
+class Options(LossOptions):
+    shift: float = option(1.0, "what is added")
+
+def shifted(pairs, options):
+    difference = pairs.policy_rejected - pairs.policy_chosen
+    return PairLosses(difference + options.shift, pairs.policy_chosen.detach(), pairs.policy_rejected.detach())
+
+SPEC = LossSpec("shifted", shifted, Options, lambda options: Requirements(), "a third party's loss", "none")
+OTHER = replace(SPEC, name="dpo")
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch, fresh_registry):
+    """Installs a distribution, as pip would leave it on sys.path, that offers `name = target`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "shifted_loss_plugin.py").write_text(PLUGIN)
+
+    def install(distribution: str, name: str, target: str) -> None:
+        info = tmp_path / f"{distribution}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[megatron_bdpo.losses]\n{name} = {target}\n")
+
+    return install
+
+
+def test_a_loss_from_an_entry_point(install):
+    install("acme_losses", "shifted", "shifted_loss_plugin:SPEC")
+
+    actual, _ = evaluate("shifted", {"shift": 0.25}, inputs([Pair(-5.0, -9.0, 2, 4, 0, 0, 0, 0)], torch.float64))
+    expected_loss, expected_grad_w = -3.75, -1.0
+
+    assert (actual.loss.item(), actual.grad_w.item()) == (expected_loss, expected_grad_w)
+    assert "shifted" in losses.names()
+    assert losses.option_fields()["shift"].defaults == {"shifted": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "expected_message"),
+    [
+        ("dpo", "shifted_loss_plugin:OTHER", "offers a loss 'dpo', but that name is taken"),
+        ("shifted", "no_such_module:SPEC", "cannot be used: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("shifted", "shifted_loss_plugin:MISSING", "cannot be used: AttributeError"),
+        ("shifted", "shifted_loss_plugin:shifted", "has to be a LossSpec, not function"),
+        ("another", "shifted_loss_plugin:SPEC", "the loss calls itself 'shifted'"),
+    ],
+)
+def test_a_broken_entry_point_names_its_distribution(install, name, target, expected_message):
+    install("acme_losses", name, target)
+    with pytest.raises(UserError) as caught:
+        losses.get("dpo")
+    assert "distribution 'acme_losses'" in str(caught.value) and expected_message in str(caught.value)
+
+
+def test_two_distributions_with_one_loss(install):
+    install("acme_losses", "shifted", "shifted_loss_plugin:SPEC")
+    install("other_losses", "shifted", "shifted_loss_plugin:SPEC")
+    with pytest.raises(UserError) as caught:
+        losses.names()
+    assert "acme_losses" in str(caught.value) and "other_losses" in str(caught.value)
