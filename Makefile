@@ -1,0 +1,82 @@
+# make demo   trains a tiny model with Balanced DPO on the CPU and shows what it learned
+# make test   lint, type check, tests
+# make help   everything else
+#
+# The first call makes .venv with a Python >= 3.12 and installs the project; later calls go straight to work.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+VENV ?= .venv
+PYTHON ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+# Megatron wants one connection with tensor parallelism; more than one thread per rank only makes ranks fight on a CPU.
+export CUDA_DEVICE_MAX_CONNECTIONS ?= 1
+export OMP_NUM_THREADS ?= 1
+export PYTHON
+
+# Tools are called as modules: the shebangs of scripts in .venv/bin do not survive every path.
+RUN := "$(VENV)/bin/python" -m
+REQUIREMENTS := setup.py pyproject.toml tools/setup_env.sh tools/constraints.txt
+# Stamps are names relative to here, so the path of the checkout may hold spaces. The tests' environment serves the demo.
+TEST_ENV := $(VENV)/.installed-test
+DEMO_ENV := $(firstword $(wildcard $(TEST_ENV)) $(VENV)/.installed-demo)
+
+.PHONY: help demo test lint types pytest install install-test versions clean distclean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@echo
+	@echo "Variables: PYTHON=/path/to/python3.12, DEMO_ARGS='...', PYTEST_ARGS='-k name -x', VENV=.venv"
+
+demo: $(DEMO_ENV) ## train a tiny model with Balanced DPO on this machine's CPU
+	@"$(VENV)/bin/python" examples/pretrain_bdpo.py $(DEMO_ARGS)
+
+test: lint types pytest ## lint, type check and all tests
+
+lint: $(TEST_ENV) ## ruff
+	@$(RUN) ruff check .
+
+types: $(TEST_ENV) ## mypy over megatron_bdpo
+	@$(RUN) mypy
+
+pytest: $(TEST_ENV) ## the tests alone
+	@$(RUN) pytest $(PYTEST_ARGS)
+
+install: $(DEMO_ENV) ## make .venv for running
+
+install-test: $(TEST_ENV) ## make .venv for developing
+
+versions: $(TEST_ENV) ## print the versions of what the tests run on
+	@"$(VENV)/bin/python" --version
+	@$(RUN) pip list --format=freeze 2>/dev/null \
+		| grep -E '^(torch|triton|megatron|numpy|datasets|sentencepiece|transformers|pytest|ruff|mypy)' | paste -sd ' ' -
+
+$(VENV)/.installed-test: $(REQUIREMENTS)
+	@tools/setup_env.sh "$(VENV)" test
+	@touch "$@" "$(VENV)/.installed-demo"
+
+$(VENV)/.installed-demo: $(REQUIREMENTS)
+	@tools/setup_env.sh "$(VENV)"
+	@touch "$@"
+
+# PYTHON chooses the interpreter of a new environment. For one made with another it is refused, not ignored.
+BASE := import sys; print(sys.base_prefix)
+ifneq ($(PYTHON),)
+$(VENV)/.installed-test $(VENV)/.installed-demo: | check-python
+.PHONY: check-python
+check-python:
+	@[ ! -x "$(VENV)/bin/python" ] || [ "$$("$(PYTHON)" -c '$(BASE)')" = "$$("$(VENV)/bin/python" -c '$(BASE)')" ] || { \
+		echo "$(VENV) was made with another Python than PYTHON=$(PYTHON). 'make distclean' removes it," \
+			"VENV=... makes one beside it." >&2; exit 1; }
+endif
+
+clean: ## remove caches and build outputs
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the virtual environment too
+	@rm -rf "$(VENV)"

@@ -1,0 +1,142 @@
+"""One pack of token positions: pair groups laid out with shared prompts, and who attends to whom.
+
+A *group* is a prompt P with its branches, here the chosen answer W and the rejected answer L of one pair:
+
+    tokens     [ P ........ | W ....... | L ..... ]
+    positions    0 .. |P|-1  |P| ..       |P| ..          both branches continue the prompt
+    attends to   P, causal   P + W        P + L           a branch never sees its sibling
+
+P is encoded once for both branches. The first token of W and of L is predicted from P's last hidden state, so what is
+scored is a list (hidden index, target id, sequence) and not a label row shifted by one.
+
+Shapes: T pack length, R runs, K gathered keys, N scored positions, P pairs, S = 2P sequences (2i chosen, 2i+1 rejected).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PairGroup:
+    """One pair to be laid out. All token arrays are int32 [length]."""
+
+    pair_id: int
+    prompt: npt.NDArray[np.int32]
+    chosen: npt.NDArray[np.int32]
+    rejected: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A laid-out pack of length T; everything the model and the loss need, as NumPy arrays.
+
+    Attention is a list of R *runs*: the queries ``[sum(query_lengths[:r]), +query_lengths[r])`` of the pack attend to
+    ``key_index[sum(key_lengths[:r]) : +key_lengths[r]]`` under a bottom-right causal mask. Runs cover the used part of
+    the pack in order; padding after them attends to nothing.
+    """
+
+    tokens: IntArray  # [T]
+    positions: IntArray  # [T] position of each token within its sequence
+    query_lengths: IntArray  # [R]
+    key_lengths: IntArray  # [R]
+    key_index: IntArray  # [K] pack index of each gathered key
+    scored_hidden: IntArray  # [N] pack index whose hidden state predicts the target
+    scored_target: IntArray  # [N] token id
+    scored_sequence: IntArray  # [N] in [0, S), non-decreasing
+    sequence_tokens: IntArray  # [S] response tokens of each sequence
+    pair_ids: IntArray  # [P]
+
+    @property
+    def used(self) -> int:
+        """Positions that hold a token."""
+        return int(self.query_lengths.sum())
+
+
+def group_tokens(lengths: npt.NDArray[np.integer], *, share_prompts: bool) -> IntArray:
+    """Pack positions each pair takes. ``lengths`` [P, 3] are prompt, chosen and rejected tokens; returns [P]."""
+    prompt_copies = 1 if share_prompts else 2
+    return lengths[:, 0].astype(np.int64) * prompt_copies + lengths[:, 1] + lengths[:, 2]
+
+
+def lay_out(groups: Sequence[PairGroup], length: int, *, share_prompts: bool = True) -> Pack:
+    """Lay pair groups out in one pack of ``length`` positions.
+
+    Args:
+        groups: the pairs, in order; may be empty (a rank with nothing to do still takes part in collectives).
+        length: T. Positions after the last group are padding: token 0, position 0, attended by nothing.
+        share_prompts: encode each prompt once; otherwise each branch gets its own copy (the plain layout, kept as the
+            oracle and for measuring what sharing saves).
+
+    Raises:
+        ValueError: if the groups do not fit.
+    """
+    builder = _PackBuilder(length)
+    for group in groups:
+        if share_prompts:
+            prompt = builder.add_segment(group.prompt, prefix=_NOTHING, first_position=0)
+            for branch in (group.chosen, group.rejected):
+                builder.add_branch(branch, prompt)
+        else:
+            for branch in (group.chosen, group.rejected):
+                builder.add_sequence(group.prompt, branch)
+    return builder.finish([group.pair_id for group in groups])
+
+
+_NOTHING: IntArray = np.zeros(0, np.int64)
+
+
+class _PackBuilder:
+    def __init__(self, length: int) -> None:
+        self.tokens = np.zeros(length, np.int64)
+        self.positions = np.zeros(length, np.int64)
+        self.used = 0
+        self.query_lengths: list[int] = []
+        self.keys: list[IntArray] = []
+        self.scored: list[tuple[IntArray, npt.NDArray[np.int32]]] = []
+
+    def add_segment(self, tokens: npt.NDArray[np.int32], prefix: IntArray, first_position: int) -> IntArray:
+        """Append tokens that attend to ``prefix`` and, causally, to themselves. Returns their pack indices."""
+        start, stop = self.used, self.used + len(tokens)
+        if stop > len(self.tokens):
+            raise ValueError(f"pack of {len(self.tokens)} positions overflows: {stop} needed")
+        own = np.arange(start, stop)
+        self.tokens[start:stop] = tokens
+        self.positions[start:stop] = np.arange(first_position, first_position + len(tokens))
+        self.query_lengths.append(len(tokens))
+        self.keys.append(np.concatenate([prefix, own]))
+        self.used = stop
+        return own
+
+    def add_branch(self, response: npt.NDArray[np.int32], prompt: IntArray) -> None:
+        own = self.add_segment(response, prefix=prompt, first_position=len(prompt))
+        self.scored.append((np.concatenate([prompt[-1:], own[:-1]]), response))
+
+    def add_sequence(self, prompt: npt.NDArray[np.int32], response: npt.NDArray[np.int32]) -> None:
+        own = self.add_segment(np.concatenate([prompt, response]), prefix=_NOTHING, first_position=0)
+        self.scored.append((own[len(prompt) - 1 : -1], response))
+
+    def finish(self, pair_ids: list[int]) -> Pack:
+        sequence_tokens = np.array([len(response) for _, response in self.scored], np.int64)
+        return Pack(
+            tokens=self.tokens,
+            positions=self.positions,
+            query_lengths=np.array(self.query_lengths, np.int64),
+            key_lengths=np.array([len(keys) for keys in self.keys], np.int64),
+            key_index=_concatenate(self.keys),
+            scored_hidden=_concatenate([hidden for hidden, _ in self.scored]),
+            scored_target=_concatenate([response.astype(np.int64) for _, response in self.scored]),
+            scored_sequence=np.repeat(np.arange(len(sequence_tokens)), sequence_tokens),
+            sequence_tokens=sequence_tokens,
+            pair_ids=np.array(pair_ids, np.int64),
+        )
+
+
+def _concatenate(arrays: list[IntArray]) -> IntArray:
+    return np.concatenate(arrays) if arrays else _NOTHING

@@ -1,0 +1,138 @@
+"""All pairs of a run under one numbering, and which of them are trained on, held out or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bdpo.data.layout import PairGroup, group_tokens
+from megatron_bdpo.data.sources import describe_row
+from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.errors import UserError
+
+IntArray = npt.NDArray[np.int64]
+
+
+class PairPool:
+    """Token stores one after the other: pair ids are [0, P) over all of them.
+
+    Attributes:
+        lengths: [P, 3] tokens of prompt, chosen, rejected.
+        unsafe: [P, 2] of chosen, rejected: 1 unsafe, 0 safe, -1 unknown.
+        swapped: [P] pairs whose chosen and rejected change places (SafeDPO); applies to everything but ``store_ids``.
+    """
+
+    def __init__(self, stores: Sequence[PairStore]) -> None:
+        self.stores = tuple(stores)
+        self.offsets = np.cumsum([0, *(len(store) for store in stores)])
+        self.lengths = np.concatenate([np.asarray(store.lengths) for store in stores])
+        self.unsafe = np.concatenate([np.asarray(store.unsafe) for store in stores])
+        self.swapped = np.zeros(len(self.lengths), bool)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def store_ids(self, index: int) -> IntArray:
+        """Pair ids of the store at ``index``, in the store's order."""
+        return np.arange(self.offsets[index], self.offsets[index + 1])
+
+    def swap(self, ids: IntArray) -> None:
+        """Exchange chosen and rejected of these pairs."""
+        self.swapped[ids] ^= True
+        self.lengths[ids] = self.lengths[ids][:, [0, 2, 1]]
+        self.unsafe[ids] = self.unsafe[ids][:, ::-1]
+
+    def group(self, pair_id: int, *, unconditional: bool = False) -> PairGroup:
+        """Tokens of one pair, ready to lay out; with ``unconditional`` its answers follow the empty prompt."""
+        store, row = self._locate(pair_id)
+        pair = store.pair(row)
+        prompt = store.empty_prompt if unconditional else pair.prompt
+        answers = (pair.rejected, pair.chosen) if self.swapped[pair_id] else (pair.chosen, pair.rejected)
+        return PairGroup(int(pair_id), prompt, *answers)
+
+    def sizes(self, *, share_prompts: bool) -> IntArray:
+        """[P] pack positions each pair takes, with its own prompt or with the empty one, whichever is longer.
+
+        So every pack that holds some pairs also holds them after the empty prompt, which the resident reference needs.
+        """
+        lengths = self.lengths.astype(np.int64)
+        empty = np.repeat([len(store.empty_prompt) for store in self.stores], np.diff(self.offsets))
+        lengths[:, 0] = np.maximum(lengths[:, 0], empty)
+        return group_tokens(lengths, share_prompts=share_prompts)
+
+    def describe(self, pair_id: int) -> str:
+        """Where a pair comes from, for messages."""
+        store, row = self._locate(pair_id)
+        return describe_row(store.sources[store.source[row]], int(store.row[row]))
+
+    def pools(self, index: int, ids: IntArray) -> list[tuple[IntArray, float]]:
+        """Those of ``ids`` that belong to the store at ``index``, by data source, with the source's weight."""
+        store = self.stores[index]
+        source = store.source[ids - self.offsets[index]]
+        return [(ids[source == number], spec.weight) for number, spec in enumerate(store.sources)]
+
+    def _locate(self, pair_id: int) -> tuple[PairStore, int]:
+        index = int(np.searchsorted(self.offsets, pair_id, side="right")) - 1
+        return self.stores[index], int(pair_id - self.offsets[index])
+
+
+@dataclass
+class Selection:
+    """Pairs that remain after everything that depends on this run's settings, and what was done to the others."""
+
+    ids: IntArray
+    notes: list[str] = field(default_factory=list)
+
+
+def drop_long(pool: PairPool, selection: Selection, sizes: IntArray, limit: int, *, drop: bool) -> None:
+    """Keep the pairs that fit a pack of ``limit`` positions.
+
+    Raises:
+        UserError: if one does not fit and ``drop`` is off.
+    """
+    fits = sizes[selection.ids] <= limit
+    if fits.all():
+        return
+    longest = int(selection.ids[np.argmax(sizes[selection.ids])])
+    count = int((~fits).sum())
+    if not drop:
+        raise UserError(
+            f"{count} of {len(selection.ids)} pairs do not fit a pack of --seq-length {limit}; the longest "
+            f"({pool.describe(longest)}) takes {sizes[longest]} positions. Raise --seq-length, truncate with "
+            "--max-prompt-length / --max-response-length, or leave them out with --long-pairs drop."
+        )
+    selection.ids = selection.ids[fits]
+    selection.notes.append(f"{count} pairs longer than --seq-length {limit} dropped")
+
+
+def order_by_safety(pool: PairPool, selection: Selection) -> None:
+    """SafeDPO's data step: drop pairs unsafe both ways; swap pairs whose chosen is unsafe and rejected safe.
+
+    Raises:
+        UserError: if a pair has no safety labels.
+    """
+    labels = pool.unsafe[selection.ids]
+    if (unlabelled := (labels < 0).any(axis=1)).any():
+        example = int(selection.ids[np.argmax(unlabelled)])
+        raise UserError(
+            f"the loss needs safety labels, but {int(unlabelled.sum())} of {len(labels)} pairs have none "
+            f"({pool.describe(example)}). Add boolean columns chosen_safe and rejected_safe, or choose another loss."
+        )
+    both_unsafe = labels.all(axis=1)
+    swap = (labels[:, 0] == 1) & (labels[:, 1] == 0)
+    pool.swap(selection.ids[swap])
+    selection.ids = selection.ids[~both_unsafe]
+    selection.notes.append(f"{int(swap.sum())} pairs swapped by their safety labels, {int(both_unsafe.sum())} dropped")
+
+
+def hold_out(ids: IntArray, share: float, seed: int) -> tuple[IntArray, IntArray]:
+    """Split off a random share of the pairs. Returns (train, held out), each in the original order."""
+    if not 0 <= share < 1:
+        raise UserError(f"--eval-share must be at least 0 and below 1, not {share}.")
+    chosen = np.random.default_rng([seed, 2]).permutation(len(ids))[: round(len(ids) * share)]
+    mask = np.zeros(len(ids), bool)
+    mask[chosen] = True
+    return ids[~mask], ids[mask]

@@ -1,0 +1,273 @@
+"""From sources to a `PairStore`, built once per content, tokenizer and limits, and found again in seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_bdpo.data.records import PreferenceRecord, RowProblem, parse_row
+from megatron_bdpo.data.report import DataReport
+from megatron_bdpo.data.sources import Row, SourceSpec, content_digest, describe_row, read_rows, sha256_of_file
+from megatron_bdpo.data.store import FORMAT_VERSION, PairStore, PairStoreWriter, StoreInfo
+from megatron_bdpo.data.tokenization import PairTokenizer, PairTokens
+from megatron_bdpo.errors import UserError
+
+_DIGESTS = "digests.json"
+_RACY_SECONDS = 2.0  # a file this young may still change without a change of its time stamp
+_SILENT_SECONDS = 10.0  # where no one watches, progress is shown only of what takes longer
+
+
+@dataclass(frozen=True)
+class PairDataSettings:
+    """What is read, how much of it, and how much may be wrong with it."""
+
+    sources: tuple[SourceSpec, ...]
+    """The data sets. Their weights do not concern the store: they say how often the pairs are seen."""
+
+    cache_dir: Path
+    """Where stores are kept, one directory each; several runs may share it."""
+
+    max_prompt_tokens: int | None = None
+    """Longer prompts keep their end; None: no limit."""
+
+    max_response_tokens: int | None = None
+    """Longer responses keep their beginning; None: no limit."""
+
+    max_pairs: int | None = None
+    """Stop after this many usable pairs of all sources together; None: all."""
+
+    max_malformed_share: float = 0.0
+    """Share of rows that may be broken (bad JSON, missing column, wrong type). 0: the first one stops the run."""
+
+    max_dropped_share: float = 0.5
+    """Share of rows that may give no pair, for whatever reason."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UserError("--pair-data: no source is given.")
+        for flag, count in (
+            ("--max-prompt-length", self.max_prompt_tokens),
+            ("--max-response-length", self.max_response_tokens),
+            ("--max-pairs", self.max_pairs),
+        ):
+            if count is not None and count < 1:
+                raise UserError(f"{flag} must be at least 1, not {count}.")
+        for flag, share in (
+            ("--max-malformed-share", self.max_malformed_share),
+            ("--max-dropped-share", self.max_dropped_share),
+        ):
+            if not 0 <= share <= 1:
+                raise UserError(f"{flag} must lie between 0 and 1, not {share}.")
+
+
+def prepare_pairs(settings: PairDataSettings, tokenizer: PairTokenizer, progress: bool = True) -> PairStore:
+    """Open the store of these data, building it first when there is none.
+
+    Safe to call from several processes at once, also on different machines with a common file system: each builds on
+    its own and the first to finish wins. A killed process leaves an ``.unfinished-*`` directory behind, which nobody
+    reads and anybody may delete.
+
+    Raises:
+        UserError: a source cannot be read, too many rows are broken or unusable, or no pair is left.
+    """
+    cache_dir = Path(settings.cache_dir).expanduser()
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--pair-cache-dir: {cache_dir} cannot be made: {error.strerror or error}.") from error
+    fingerprint = _fingerprint(settings, tokenizer, cache_dir)
+    directory = cache_dir / fingerprint[:16]
+    if not directory.exists():
+        try:
+            with _committed(directory) as unfinished, PairStoreWriter(unfinished) as writer:
+                _write_store(writer, settings, tokenizer, fingerprint, progress)
+        except OSError as error:  # failures to read come as UserError already
+            raise UserError(f"--pair-cache-dir: cannot write to {cache_dir}: {error.strerror or error}.") from error
+    store = PairStore.open(directory, sources=settings.sources)
+    if store.fingerprint != fingerprint:
+        raise UserError(f"{directory} holds the store of other data ({store.fingerprint}). Delete the directory.")
+    # Again for a store that was found: it may have been built under more lenient limits.
+    _check_shares(store.report, settings)
+    return store
+
+
+def _fingerprint(settings: PairDataSettings, tokenizer: PairTokenizer, cache_dir: Path) -> str:
+    """Hex digest of everything that decides which tokens the store holds, and of nothing else."""
+    digests = _FileDigests(cache_dir / _DIGESTS)
+    decisive = {
+        "format": FORMAT_VERSION,
+        "contents": [content_digest(source, digests.of) for source in settings.sources],
+        "tokenizer": tokenizer.identity(),
+        "max_prompt_tokens": settings.max_prompt_tokens,
+        "max_response_tokens": settings.max_response_tokens,
+        "max_pairs": settings.max_pairs,
+    }
+    digests.save()
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+class _FileDigests:
+    """SHA-256 of files, remembered between runs by path, size and time of change."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._new: dict[str, str] = {}
+        self._known: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError):  # only an aid: without it files are read again
+            known = json.loads(path.read_bytes())
+            if isinstance(known, dict):
+                self._known = known
+
+    def of(self, file: Path) -> str:
+        status = file.stat()
+        key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+        if key not in self._known:
+            self._known[key] = sha256_of_file(file)
+            if time.time() - status.st_mtime > _RACY_SECONDS:
+                self._new[key] = self._known[key]
+        return self._known[key]
+
+    def save(self) -> None:
+        if not self._new:
+            return
+        known = {**_FileDigests(self._path)._known, **self._new}
+        unfinished = self._path.with_name(f".{self._path.name}.{_unique()}")
+        with contextlib.suppress(OSError):
+            unfinished.write_text(json.dumps(known, indent=1))
+            unfinished.replace(self._path)
+
+
+@contextlib.contextmanager
+def _committed(directory: Path) -> Iterator[Path]:
+    """A new directory to write into, which takes its final name on success and is removed on any failure."""
+    unfinished = directory.with_name(f".unfinished-{directory.name}-{_unique()}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        try:
+            unfinished.rename(directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
+            shutil.rmtree(unfinished)  # another process was faster and has written the same
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _unique() -> str:
+    """A name that no other process has, on this or another machine."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _write_store(
+    writer: PairStoreWriter, settings: PairDataSettings, tokenizer: PairTokenizer, fingerprint: str, progress: bool
+) -> None:
+    """Tokenize all rows into the writer and finish it, unless too many are no good."""
+    report = DataReport([source.path for source in settings.sources])
+    is_chat: bool | None = None
+    for index, number, row in _all_rows(settings.sources, report, progress):
+        try:
+            record = _record(row)
+            is_chat = _same_form(is_chat, record, settings.sources[index], number)
+            pair = _encode(record, tokenizer, settings, report)
+        except RowProblem as problem:
+            _count_problem(problem, index, number, settings, report)
+            continue
+        writer.append(pair, index, number, record)
+        report.pairs_kept[index] += 1
+        if len(writer) == settings.max_pairs:
+            break
+    if not len(writer):
+        raise UserError(f"No row of the pair data can be used.\n{_explained(report, settings)}")
+    report.set_lengths(writer.lengths)
+    _check_shares(report, settings)
+    assert is_chat is not None
+    empty_prompt = tokenizer.empty_prompt(is_chat).tolist()
+    writer.finish(StoreInfo(fingerprint, tokenizer.identity(), empty_prompt, settings.sources, report))
+
+
+def _all_rows(
+    sources: tuple[SourceSpec, ...], report: DataReport, progress: bool
+) -> Iterator[tuple[int, int, Row | RowProblem]]:
+    """Source index, row number and row of everything there is to read, counted and shown as it passes."""
+    watched = sys.stderr.isatty()
+    delay, interval = (0.0, 0.1) if watched else (_SILENT_SECONDS, _SILENT_SECONDS)
+    with tqdm(desc="tokenizing pairs", unit=" rows", disable=not progress, delay=delay, mininterval=interval) as bar:
+        for index, source in enumerate(sources):
+            for number, row in read_rows(source):
+                report.rows_read[index] += 1
+                bar.update()
+                yield index, number, row
+
+
+def _record(row: Row | RowProblem) -> PreferenceRecord:
+    if isinstance(row, RowProblem):
+        raise row
+    return parse_row(row)
+
+
+def _same_form(is_chat: bool | None, record: PreferenceRecord, source: SourceSpec, number: int) -> bool:
+    """Whether the data are chat messages, which is the same for all of them: they share one empty prompt."""
+    if is_chat is not None and is_chat != record.is_chat:
+        here, before = ("chat messages", "strings") if record.is_chat else ("strings", "chat messages")
+        raise UserError(
+            f"{describe_row(source, number)} holds {here}, the rows before it {before}. One run takes one form: "
+            "a model learns one prompt format, and the empty prompt depends on it. Convert one of them."
+        )
+    return record.is_chat
+
+
+def _encode(
+    record: PreferenceRecord, tokenizer: PairTokenizer, settings: PairDataSettings, report: DataReport
+) -> PairTokens:
+    """Tokens of a record within the limits; what is cut is counted."""
+    whole = tokenizer.encode(record)
+    pair = tokenizer.truncate(whole, settings.max_prompt_tokens, settings.max_response_tokens)
+    prompt_cut, *responses_cut = (len(after) < len(before) for before, after in zip(whole, pair, strict=True))
+    report.truncated_prompts += prompt_cut
+    report.truncated_responses += sum(responses_cut)
+    return pair
+
+
+def _count_problem(
+    problem: RowProblem, index: int, number: int, settings: PairDataSettings, report: DataReport
+) -> None:
+    report.add_problem(index, number, problem.kind, problem.detail)
+    if problem.kind.malformed and settings.max_malformed_share == 0:
+        where = describe_row(settings.sources[index], number)
+        raise UserError(
+            f"{where}: {problem}. Correct the row, or allow a share of broken rows with --max-malformed-share."
+        )
+
+
+def _check_shares(report: DataReport, settings: PairDataSettings) -> None:
+    """Stop when more rows are broken or dropped than the settings allow."""
+    for what, share, limit, flag in (
+        ("malformed", report.malformed_share, settings.max_malformed_share, "--max-malformed-share"),
+        ("dropped", report.dropped_share, settings.max_dropped_share, "--max-dropped-share"),
+    ):
+        if share > limit:
+            raise UserError(
+                f"{share:.1%} of the rows are {what}; {flag} allows {limit:.1%}.\n{_explained(report, settings)}"
+            )
+
+
+def _explained(report: DataReport, settings: PairDataSettings) -> str:
+    """The report, and what is wrong with the first row of each of the commonest problems."""
+    lines = [report.format()]
+    for problem in sorted(report.problems, key=lambda problem: -problem.count)[:3]:
+        lines.append(f"{describe_row(settings.sources[problem.source], problem.rows[0])}: {problem.detail}")
+    return "\n".join(lines)

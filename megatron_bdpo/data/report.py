@@ -1,0 +1,150 @@
+"""What became of the rows: how many gave pairs, why the others did not, and how long the pairs are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bdpo.data.records import ProblemKind
+
+_MAX_EXAMPLES = 3
+_MAX_LINES = 20
+_PARTS = ("prompt", "chosen", "rejected")
+
+
+@dataclass
+class ProblemCount:
+    """How often one kind of problem came up in one source.
+
+    Attributes:
+        kind: name of the `ProblemKind`.
+        source: index of the source.
+        count: rows.
+        rows: numbers of the first few of them.
+        detail: what was wrong with the first.
+    """
+
+    kind: str
+    source: int
+    count: int
+    rows: list[int]
+    detail: str
+
+
+@dataclass(frozen=True)
+class LengthStats:
+    """Mean, median, 95th percentile and maximum of a length, in tokens."""
+
+    mean: float
+    p50: float
+    p95: float
+    max: int
+
+
+@dataclass
+class DataReport:
+    """Counts over all rows read. `rows_read` = `pairs_kept` + the counts of `problems`."""
+
+    sources: list[str]
+    rows_read: list[int] = field(default_factory=list)  # per source
+    pairs_kept: list[int] = field(default_factory=list)  # per source
+    problems: list[ProblemCount] = field(default_factory=list)
+    truncated_prompts: int = 0
+    truncated_responses: int = 0  # a pair counts twice when both of its responses are cut
+    tokens: dict[str, LengthStats] = field(default_factory=dict)  # by part: prompt, chosen, rejected
+    prompt_token_share: float = 0.0  # prompt tokens / all tokens, each prompt counted once per pair
+
+    def __post_init__(self) -> None:
+        self.rows_read = self.rows_read or [0] * len(self.sources)
+        self.pairs_kept = self.pairs_kept or [0] * len(self.sources)
+
+    @property
+    def malformed_rows(self) -> int:
+        """Rows that are broken: bad JSON, a missing column, a wrong type."""
+        return sum(problem.count for problem in self.problems if ProblemKind[problem.kind].malformed)
+
+    @property
+    def dropped_rows(self) -> int:
+        """Rows that gave no pair, for whatever reason."""
+        return sum(problem.count for problem in self.problems)
+
+    @property
+    def malformed_share(self) -> float:
+        """Share of the rows read that are broken."""
+        return self.malformed_rows / max(1, sum(self.rows_read))
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the rows read that gave no pair."""
+        return self.dropped_rows / max(1, sum(self.rows_read))
+
+    def add_problem(self, source: int, row: int, kind: ProblemKind, detail: str) -> None:
+        """Count one row that gives no pair."""
+        for problem in self.problems:
+            if problem.kind == kind.name and problem.source == source:
+                problem.count += 1
+                if len(problem.rows) < _MAX_EXAMPLES:
+                    problem.rows.append(row)
+                return
+        self.problems.append(ProblemCount(kind.name, source, 1, [row], detail))
+
+    def set_lengths(self, lengths: npt.NDArray[np.int32]) -> None:
+        """Fill in the token statistics from the kept pairs' lengths, [P, 3]: prompt, chosen, rejected."""
+        for part, column in zip(_PARTS, lengths.T, strict=True):
+            p50, p95 = np.percentile(column, (50, 95))
+            self.tokens[part] = LengthStats(float(column.mean()), float(p50), float(p95), int(column.max()))
+        totals = lengths.sum(axis=0, dtype=np.int64)
+        self.prompt_token_share = float(totals[0] / totals.sum())
+
+    def format(self) -> str:
+        """The report as text, at most 20 lines."""
+        read, kept = sum(self.rows_read), sum(self.pairs_kept)
+        lines = [f"pairs: {kept:,} kept of {read:,} rows ({self.dropped_rows:,} dropped, {self.dropped_share:.2%})"]
+        if len(self.sources) > 1:
+            per_source = zip(self.sources, self.pairs_kept, self.rows_read, strict=True)
+            lines += _at_most(4, [f"  {name}: {pairs:,} of {rows:,}" for name, pairs, rows in per_source])
+        problems = sorted(self.problems, key=lambda problem: -problem.count)
+        room = _MAX_LINES - len(lines) - len(_PARTS) - 2
+        lines += _at_most(room, [self._describe(problem) for problem in problems])
+        if self.tokens:
+            lines.append(f"{'tokens':<10}{'mean':>8}{'p50':>8}{'p95':>8}{'max':>8}")
+            for part, stats in self.tokens.items():
+                lines.append(f"  {part:<8}{stats.mean:>8.1f}{stats.p50:>8.0f}{stats.p95:>8.0f}{stats.max:>8,}")
+            lines.append(
+                f"prompts are {self.prompt_token_share:.1%} of the tokens; truncated: {self.truncated_prompts:,} "
+                f"prompts, {self.truncated_responses:,} responses"
+            )
+        return "\n".join(lines)
+
+    def _describe(self, problem: ProblemCount) -> str:
+        where = f" of {self.sources[problem.source]}" if len(self.sources) > 1 else ""
+        rows = ", ".join(str(row) for row in problem.rows) + (", ..." if problem.count > len(problem.rows) else "")
+        kind = ProblemKind[problem.kind]
+        return f"  {problem.count:,} {'malformed' if kind.malformed else 'unusable'}: {kind.value} (row {rows}{where})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as an object for `json.dump`; `from_json` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> DataReport:
+        """Inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError: it is no report.
+        """
+        problems = [ProblemCount(**problem) for problem in fields["problems"]]
+        tokens = {part: LengthStats(**stats) for part, stats in fields["tokens"].items()}
+        return cls(**{**fields, "problems": problems, "tokens": tokens})
+
+
+def _at_most(count: int, lines: Sequence[str]) -> list[str]:
+    """The first lines, and one that says how many are left out."""
+    if len(lines) <= count:
+        return list(lines)
+    return [*lines[: count - 1], f"  ... and {len(lines) - count + 1} more"]

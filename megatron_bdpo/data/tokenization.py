@@ -1,0 +1,330 @@
+"""Preference records to token ids, with Megatron's own tokenizers.
+
+The rules, in the order in which they apply:
+
+1. Prompt and response are tokenized *jointly* and then split, because this is the text the model sees. The prompt's
+   own tokens must be a prefix of both joint encodings; a pair in which a token straddles the boundary is not used.
+2. String records begin with one start token if the tokenizer has one: what its library puts in front by itself, else
+   BOS. It is never doubled, whether the library or the text brings it. An empty prompt without BOS starts with EOD,
+   because the first response token has to be predicted from something.
+3. The responses of string records end with EOD exactly once.
+4. Chat records are what the chat template makes of them. The prompt is rendered with the generation prompt, the whole
+   conversation without; the former's text must be a prefix of the latter's. Whatever the template puts after the
+   response belongs to the response. EOD is added only when the template puts nothing but white space there.
+5. A Hugging Face template writes BOS itself where the model wants it, so it alone decides. The other libraries cannot
+   express BOS in a template: there rule 2 holds for chat records too.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bdpo.data.records import ASSISTANT, USER, Message, PreferenceRecord, ProblemKind, RowProblem
+from megatron_bdpo.errors import UserError
+
+type TokenArray = npt.NDArray[np.int32]
+
+# A change of the rules above makes other tokens of the same data: raise this number, and stored tokens are renewed.
+RULES_VERSION = 1
+
+
+class PairTokens(NamedTuple):
+    """Token ids of one pair; each is int32 [length]. ``prompt`` includes the start token, the responses their end."""
+
+    prompt: TokenArray
+    chosen: TokenArray
+    rejected: TokenArray
+
+
+class MegatronTextTokenizer(Protocol):
+    """What we use of the object that ``megatron.core.tokenizers.utils.build_tokenizer`` returns."""
+
+    library: str
+    chat_template: str | None
+
+    def tokenize(self, text: str) -> list[int]: ...
+
+    def apply_chat_template(self, conversation: list[Message], **kwargs: Any) -> Any: ...
+
+
+class PairTokenizer:
+    """Encodes records by the rules in this module's docstring.
+
+    Args:
+        tokenizer: Megatron's tokenizer, from its ``build_tokenizer(args)``.
+
+    Raises:
+        UserError: the tokenizer is of a kind that cannot be used here, or it has no end-of-document token.
+    """
+
+    def __init__(self, tokenizer: MegatronTextTokenizer) -> None:
+        library = getattr(tokenizer, "library", type(tokenizer).__name__)
+        if library not in _VOCABULARY_OF:
+            raise UserError(
+                f"--tokenizer-type: tokenizers of kind '{library}' cannot tokenize preference pairs. Use "
+                "HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer."
+            )
+        self._tokenizer = tokenizer
+        self._library = library
+        self._added_before, self._added_after = _tokens_added_by_library(tokenizer)
+        end = _special_id(tokenizer, "eod")
+        if end is None:
+            raise UserError("The tokenizer has no EOS (end-of-document) token, so no response could end. Define one.")
+        bos = _special_id(tokenizer, "bos")
+        self._end = end
+        # Rule 2. More than one token only where the library itself puts more than one in front.
+        self._start = self._added_before or ([] if bos is None else [bos])
+
+    def encode(self, record: PreferenceRecord) -> PairTokens:
+        """Token ids of a record, not truncated.
+
+        Raises:
+            RowProblem: the record cannot be tokenized faithfully.
+            UserError: a chat record, and the tokenizer has no chat template or one that cannot be used at all.
+        """
+        prompt_text, chosen_text, rejected_text = self._render(record) if record.is_chat else _joint_texts(record)
+        prompt = self._ids(prompt_text, record.is_chat)
+        chosen = _after(prompt, self._ids(chosen_text, record.is_chat), "chosen")
+        rejected = _after(prompt, self._ids(rejected_text, record.is_chat), "rejected")
+        end = [self._end] if not record.is_chat or self._turn_is_left_open else []
+        chosen, rejected = _ended(chosen, end, "chosen"), _ended(rejected, end, "rejected")
+        if chosen == rejected:
+            raise RowProblem(ProblemKind.IDENTICAL_TOKENS, "chosen and rejected give the same tokens")
+        return PairTokens(self._started(prompt, record.is_chat), _int32(chosen), _int32(rejected))
+
+    def truncate(self, pair: PairTokens, max_prompt_tokens: int | None, max_response_tokens: int | None) -> PairTokens:
+        """Keep the prompt's end, with its start token, and the beginning of each response; None is no limit.
+
+        A response that is cut loses its end token: the model shall not learn to stop there.
+
+        Raises:
+            RowProblem: the responses are identical after the cut.
+        """
+        prompt, chosen, rejected = pair
+        if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
+            starts_so = prompt[: len(self._start)].tolist() == self._start
+            start = prompt[: min(len(self._start), max_prompt_tokens - 1)] if starts_so else prompt[:0]
+            prompt = np.concatenate([start, prompt[len(prompt) - (max_prompt_tokens - len(start)) :]])
+        if max_response_tokens is not None:
+            chosen, rejected = chosen[:max_response_tokens], rejected[:max_response_tokens]
+            if np.array_equal(chosen, rejected):
+                raise RowProblem(
+                    ProblemKind.IDENTICAL_AFTER_TRUNCATION,
+                    f"the first {max_response_tokens} tokens of chosen and rejected are the same",
+                )
+        return PairTokens(prompt, chosen, rejected)
+
+    def empty_prompt(self, chat: bool) -> TokenArray:
+        """The prompt that says nothing, int32 [length >= 1]: what the unconditional log-probability is conditioned on.
+
+        The start token (EOD where there is none) for string records; the template with one empty user turn, opened for
+        the assistant's answer, for chat records.
+        """
+        if not chat:
+            return self._started([], chat=False)
+        try:
+            text = self._apply_template([{"role": USER, "content": ""}], add_generation_prompt=True)
+        except RowProblem as problem:
+            raise UserError(
+                "--chat-template: the template cannot render an empty user turn, which is the prompt of the "
+                f"unconditional log-probability ({problem.detail})."
+            ) from problem
+        return self._started(self._ids(text, chat=True), chat=True)
+
+    def identity(self) -> str:
+        """Hex SHA-256 of everything that decides which tokens a record becomes, wherever the tokenizer's files lie."""
+        return self._identity
+
+    @functools.cached_property
+    def _identity(self) -> str:
+        digest = hashlib.sha256(_VOCABULARY_OF[self._library](_library_object(self._tokenizer)))
+        rules = {
+            "rules_version": RULES_VERSION,
+            "library": self._library,
+            "start": self._start,
+            "end": self._end,
+            "added": [self._added_before, self._added_after],
+            "chat_template": self._tokenizer.chat_template,
+        }
+        digest.update(json.dumps(rules, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def _ids(self, text: str, chat: bool) -> list[int]:
+        """Tokens of the text without what the library adds and without the start token: that is `_started`'s part."""
+        if not text:
+            return []
+        try:
+            ids = list(self._tokenizer.tokenize(text))
+        except (ValueError, TypeError) as error:  # for example a word given to NullTokenizer
+            raise RowProblem(ProblemKind.NOT_ENCODABLE, f"{type(error).__name__}: {error}") from error
+        ids = ids[len(self._added_before) : len(ids) - len(self._added_after)]
+        spelled_out = not self._template_decides(chat) and ids[: len(self._start)] == self._start
+        return ids[len(self._start) :] if spelled_out else ids
+
+    def _started(self, prompt: list[int], chat: bool) -> TokenArray:
+        """The prompt with its start token: rules 2 and 5."""
+        if prompt and self._template_decides(chat):
+            return _int32(prompt)
+        return _int32((self._start or ([] if prompt else [self._end])) + prompt)
+
+    def _template_decides(self, chat: bool) -> bool:
+        return chat and self._library in _TEMPLATE_KNOWS_BOS
+
+    def _render(self, record: PreferenceRecord) -> tuple[str, str, str]:
+        """Texts of the prompt and of the two whole conversations: rule 4."""
+        assert isinstance(record.prompt, list)
+        prompt = self._apply_template(record.prompt, add_generation_prompt=True)
+        texts = []
+        for name, response in (("chosen", record.chosen), ("rejected", record.rejected)):
+            assert isinstance(response, list)
+            text = self._apply_template(record.prompt + response, add_generation_prompt=False)
+            if not text.startswith(prompt):
+                raise RowProblem(
+                    ProblemKind.TEMPLATE_MISMATCH,
+                    f"the rendered prompt ends with {prompt[-40:]!r}, but with the response of {name} the template "
+                    f"writes {text[max(0, len(prompt) - 40) : len(prompt)]!r} there",
+                )
+            texts.append(text)
+        return prompt, texts[0], texts[1]
+
+    def _apply_template(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        if not self._tokenizer.chat_template:
+            raise UserError(
+                "The data is made of chat messages, but the tokenizer has no chat template. Give the "
+                'template\'s text with --chat-template ("$(cat template.jinja)"), or use a tokenizer that has one.'
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # templates raise what they like, jinja2.TemplateError for one
+            detail = f"{type(error).__name__}: {error}"
+            if self._library not in _TEMPLATE_KNOWS_BOS:
+                detail += f" (Megatron gives the templates of {self._library} tokenizers no bos_token and no eos_token)"
+            raise RowProblem(ProblemKind.TEMPLATE_REFUSED, detail) from error
+        assert isinstance(text, str)
+        return text
+
+    @functools.cached_property
+    def _turn_is_left_open(self) -> bool:
+        """True when the template puts nothing but white space after a response, so that we have to end it."""
+        question = {"role": USER, "content": "a"}
+        texts = (
+            self._apply_template([question, {"role": ASSISTANT, "content": answer}], add_generation_prompt=False)
+            for answer in ("b", "c")
+        )
+        # Reading backwards, the two texts differ first where the response ends.
+        after = itertools.takewhile(lambda ends: ends[0] == ends[1], zip(*(text[::-1] for text in texts), strict=False))
+        return all(character.isspace() for character, _ in after)
+
+
+def _int32(ids: list[int]) -> TokenArray:
+    return np.array(ids, dtype=np.int32)
+
+
+def _joint_texts(record: PreferenceRecord) -> tuple[str, str, str]:
+    """Texts of the prompt and of the prompt with either response."""
+    assert isinstance(record.prompt, str) and isinstance(record.chosen, str) and isinstance(record.rejected, str)
+    return record.prompt, record.prompt + record.chosen, record.prompt + record.rejected
+
+
+def _after(prompt: list[int], joint: list[int], name: str) -> list[int]:
+    """The response's tokens of a joint encoding: rule 1."""
+    if joint[: len(prompt)] != prompt:
+        raise RowProblem(
+            ProblemKind.BOUNDARY_MERGE,
+            f"the prompt's last token and the first one of {name} become one; end the prompt before the white space "
+            "or start the response with it",
+        )
+    return joint[len(prompt) :]
+
+
+def _ended(response: list[int], end: list[int], name: str) -> list[int]:
+    """The response with its end token, exactly once: rules 3 and 4."""
+    text_only = response[:-1] if end and response[-1:] == end else response
+    if not text_only:
+        raise RowProblem(ProblemKind.EMPTY_RESPONSE, f"{name} has no tokens")
+    return text_only + end
+
+
+def _special_id(tokenizer: object, name: str) -> int | None:
+    """Id of a special token, None where there is none; the libraries say so by -1, by None or by raising."""
+    try:
+        token_id = getattr(tokenizer, name)
+    except (AttributeError, NameError):
+        return None
+    return None if token_id is None or token_id < 0 else int(token_id)
+
+
+def _tokens_added_by_library(tokenizer: MegatronTextTokenizer) -> tuple[list[int], list[int]]:
+    """What the library puts before and after every text by itself. Only Hugging Face tokenizers do that."""
+    try:
+        added = list(tokenizer.tokenize(""))
+    except ValueError:  # NullTokenizer splits numbers
+        return [], []
+    if not added:
+        return [], []
+    probe = list(tokenizer.tokenize("a"))
+    before = sum(1 for _ in itertools.takewhile(lambda ids: ids[0] == ids[1], zip(added, probe, strict=False)))
+    after = added[before:]
+    if after and probe[-len(after) :] != after:
+        raise UserError(f"The tokenizer adds the tokens {added} to every text, but not just before and after it.")
+    return added[:before], after
+
+
+# Libraries whose templates are rendered with the names of the special tokens, bos_token among them.
+_TEMPLATE_KNOWS_BOS = frozenset({"huggingface", "megatron"})
+
+
+def _library_object(tokenizer: MegatronTextTokenizer) -> Any:
+    """Megatron's wrapper of the library's tokenizer: the only place that knows where it is kept."""
+    return tokenizer._tokenizer  # type: ignore[attr-defined]
+
+
+def _hugging_face_vocabulary(wrapper: Any) -> bytes:
+    tokenizer = wrapper.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        model = json.loads(backend.to_str())
+        for last_call in ("padding", "truncation"):  # how a text was last encoded, not what the tokenizer is
+            model.pop(last_call, None)
+    else:  # a tokenizer written in Python: its merges are in its files only
+        with tempfile.TemporaryDirectory() as directory:
+            files = [Path(name) for name in tokenizer.save_vocabulary(directory)]
+            contents = {file.name: file.read_bytes().hex() for file in files}
+        model = [type(tokenizer).__name__, tokenizer.get_vocab(), contents]
+    return json.dumps([model, bool(wrapper.include_special_tokens)], sort_keys=True).encode()
+
+
+def _sentencepiece_vocabulary(wrapper: Any) -> bytes:
+    settings = [wrapper.special_token_to_id, wrapper.legacy, wrapper.ignore_extra_whitespaces]
+    return wrapper.tokenizer.serialized_model_proto() + json.dumps(settings, sort_keys=True).encode()
+
+
+def _tiktoken_vocabulary(wrapper: Any) -> bytes:
+    ranks = sorted((rank, token.hex()) for token, rank in wrapper.token2id.items())
+    return json.dumps([ranks, wrapper.special_tokens, wrapper.tokenizer._pat_str]).encode()
+
+
+def _null_vocabulary(wrapper: Any) -> bytes:
+    return json.dumps([wrapper.vocab_size, wrapper.eod]).encode()
+
+
+# Library name in Megatron -> bytes that stand for its vocabulary, merges and special tokens.
+_VOCABULARY_OF: dict[str, Callable[[Any], bytes]] = {
+    "huggingface": _hugging_face_vocabulary,
+    "megatron": _hugging_face_vocabulary,
+    "sentencepiece": _sentencepiece_vocabulary,
+    "tiktoken": _tiktoken_vocabulary,
+    "null-text": _null_vocabulary,
+}

@@ -1,0 +1,46 @@
+"""The positions of a pack whose next token is scored, and sums over sequences.
+
+Shapes: N scored positions, S sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScoredPositions:
+    """Which hidden state predicts which token of which sequence.
+
+    A hidden state may appear twice: the last prompt position predicts the first token of both answers of a pair.
+    """
+
+    hidden: Tensor  # [N] int64, position in the pack
+    target: Tensor  # [N] int64, token id
+    sequence: Tensor  # [N] int64 in [0, S), non-decreasing
+    sequence_tokens: Tensor  # [S] int64, scored tokens of each sequence
+
+
+def sequence_log_probs(token_log_probs: Tensor, scored: ScoredPositions) -> Tensor:
+    """Sum token log-probs over each sequence: log pi(y|x) in nats.
+
+    Log-ratios are small differences of these large sums, so they are added and kept in fp64. The sum runs over a
+    padded matrix rather than a scatter-add, whose order is not fixed on a GPU.
+
+    Args:
+        token_log_probs: [N] of any floating type.
+
+    Returns:
+        [S] float64, differentiable. A sequence without tokens sums to 0.
+    """
+    lengths = scored.sequence_tokens
+    sequences = lengths.numel()
+    if sequences == 0:
+        return token_log_probs.double()  # [0]: keeps the graph, so that an empty rank still runs its backward
+    starts = torch.cumsum(lengths, 0) - lengths
+    offset = torch.arange(scored.sequence.numel(), device=lengths.device) - starts[scored.sequence]
+    padded = token_log_probs.new_zeros((sequences, int(lengths.max())), dtype=torch.float64)
+    return padded.index_put((scored.sequence, offset), token_log_probs.double()).sum(dim=1)

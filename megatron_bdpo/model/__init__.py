@@ -1,0 +1,1 @@
+"""The GPT model with pair attention, and the reference beside it."""

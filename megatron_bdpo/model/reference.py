@@ -1,0 +1,103 @@
+"""The frozen reference beside the policy: the other half of the dual model provider.
+
+The reference is a second set of model chunks in the policy's own layout, without gradients, DDP or optimizer, so it is
+never in the policy's checkpoint. Its weights are the policy's at the first start; a resumed run loads them from where
+they were kept, never from the resumed policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.pair_gpt import PairGPTConfig
+
+WEIGHTS_DIR = "reference_weights"
+
+
+def build_reference(config: PairGPTConfig) -> list[torch.nn.Module]:
+    """Model chunks like the policy's, weights undefined, in evaluation mode. Collective."""
+    config = copy.deepcopy(config)
+    config.transformer.perform_initialization = False
+    builder = config.get_builder_cls()(config)
+    chunks = builder.build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    for chunk in chunks:
+        chunk.requires_grad_(False).eval()
+    return chunks
+
+
+@torch.no_grad()
+def copy_policy(policy: list[Any], reference: list[Any]) -> None:
+    """Give the reference the policy's weights; both have the same layout, so nothing is communicated."""
+    for source, target in zip(unwrap_model(policy), unwrap_model(reference), strict=True):
+        for (name, weight), (own_name, own) in zip(
+            source.state_dict().items(), target.state_dict(keep_vars=True).items(), strict=True
+        ):
+            assert name == own_name
+            if isinstance(weight, torch.Tensor):
+                own.copy_(weight)
+
+
+def save_weights(model: list[Any], directory: Path) -> None:
+    """Write the weights as a torch_dist checkpoint that any layout can load. Collective; committed by rename."""
+    partial = directory.with_name(directory.name + ".partial")
+    if torch.distributed.get_rank() == 0:
+        partial.mkdir(parents=True, exist_ok=True)
+        for leftover in partial.iterdir():
+            leftover.unlink()
+    torch.distributed.barrier()
+    dist_checkpointing.save(_sharded_weights(model), str(partial))
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        partial.rename(directory)
+    torch.distributed.barrier()
+
+
+def load_weights(model: list[Any], directory: Path) -> None:
+    """Load weights written by :func:`save_weights`, or the model part of a Megatron checkpoint. Collective.
+
+    Raises:
+        UserError: if the directory holds no such checkpoint, naming it.
+    """
+    state = _sharded_weights(model)
+    try:
+        loaded = dist_checkpointing.load(state, str(directory))
+    except Exception as error:  # the checkpoint library raises many kinds
+        raise UserError(f"the reference weights in {directory} cannot be loaded: {type(error).__name__}: {error}") from error
+    for key, chunk in _keys(unwrap_model(model)):
+        chunk.load_state_dict(loaded[key], strict=True)
+
+
+def _sharded_weights(model: list[Any]) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _keys(unwrap_model(model))}
+
+
+def _keys(chunks: list[Any]) -> list[tuple[str, Any]]:
+    """Checkpoint keys as Megatron names them: 'model', or 'model0', 'model1'... with virtual stages."""
+    return [("model" if len(chunks) == 1 else f"model{index}", chunk) for index, chunk in enumerate(chunks)]
+
+
+@contextlib.contextmanager
+def evaluating(model: list[Any]) -> Any:
+    """Evaluation mode inside the block, the former mode afterwards."""
+    modes = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, mode in zip(model, modes, strict=True):
+            chunk.train(mode)

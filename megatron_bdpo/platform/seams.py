@@ -1,0 +1,153 @@
+"""The functions of ``megatron.training`` that we stand in for, and why each.
+
+``pretrain()`` has no call-backs for these moments, so its module-level names are wrapped for the length of one run
+and restored afterwards. Nothing is copied: each wrapper calls Megatron's own function.
+
+| name                        | why                                                                                   |
+|-----------------------------|---------------------------------------------------------------------------------------|
+| `initialize_megatron`       | without a GPU it must be told so (`allow_no_cuda`)                                     |
+| `compile_helpers`           | calls `make` where the wheel ships no Makefile, and exits; our data needs no helper    |
+| `load_checkpoint`           | torch's Adam has no state before its first step, which the distributed optimizer needs |
+| `setup_model_and_optimizer` | the reference is scored or copied just after the policy is loaded                      |
+| `train`                     | an evaluation before the first step                                                    |
+| `get_forward_backward_func` | the resident reference scores the step's microbatches before the policy's pass         |
+| `training_log`              | Megatron's line leaves out negative values (log-probs, rewards) and knows no pairs     |
+| `evaluate`                  | the same for evaluation, and the before/after table                                    |
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from megatron_bdpo.platform import cpu
+
+
+class TrainerHooks(Protocol):
+    """What a run wants to do at the seams. All ranks call every hook, in the same order."""
+
+    def wrap_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
+        """Given Megatron's forward-backward function, return the one to use."""
+
+    def after_load(self, model: list[Any]) -> None:
+        """The model's chunks hold their initial or loaded weights."""
+
+    def before_training(self, evaluate: Callable[[], Any]) -> None:
+        """Training is about to begin. ``evaluate`` runs one evaluation."""
+
+    def after_step(self, losses: dict[str, torch.Tensor], iteration: int, skipped: bool) -> None:
+        """One optimizer step is done. ``losses`` is empty but on the last pipeline stage."""
+
+    def after_evaluation(self, metrics: dict[str, torch.Tensor]) -> None:
+        """One pass over the held-out pairs is done. ``metrics`` is empty but on the last pipeline stage."""
+
+
+@contextlib.contextmanager
+def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
+    """Wrap the trainer's functions with ``hooks`` inside the ``with`` block."""
+    import megatron.core.datasets.utils as dataset_utils
+    import megatron.training.training as trainer
+
+    replacements = [
+        (dataset_utils, "compile_helpers", lambda: None),
+        (trainer, "initialize_megatron", _initialize(trainer.initialize_megatron)),
+        (trainer, "load_checkpoint", _load(trainer.load_checkpoint)),
+        (trainer, "setup_model_and_optimizer", _setup(trainer.setup_model_and_optimizer, hooks)),
+        (trainer, "train", _train(trainer.train, hooks)),
+        (trainer, "get_forward_backward_func", _schedule(trainer.get_forward_backward_func, hooks)),
+        (trainer, "training_log", _log(trainer.training_log, hooks)),
+        (trainer, "evaluate", _evaluate(trainer.evaluate, hooks)),
+    ]
+    originals = [(module, name, getattr(module, name)) for module, name, _ in replacements]
+    for module, name, replacement in replacements:
+        setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
+
+
+def _initialize(original: Callable[..., Any]) -> Callable[..., Any]:
+    def initialize(**kwargs: Any) -> Any:
+        return original(allow_no_cuda=cpu.is_active(), **kwargs)
+
+    return initialize
+
+
+def _load(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        _give_adam_its_state(optimizer)
+        return original(model, optimizer, *args, **kwargs)
+
+    return load
+
+
+def _give_adam_its_state(optimizer: Any) -> None:
+    """Create the state that torch's Adam would make at its first step, for a checkpoint to be loaded into."""
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = getattr(inner, "optimizer", None)
+        if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            continue  # TE's and Apex's keep their step in the parameter group
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                state = adam.state[parameter]
+                if "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def _setup(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
+    def setup(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        hooks.after_load(result[0])
+        return result
+
+    return setup
+
+
+def _train(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
+    def train(
+        step: Any, model: Any, optimizer: Any, scheduler: Any, train_data: Any, valid_data: Any, process: Any, config: Any,
+        *rest: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        import megatron.training.training as trainer
+
+        hooks.before_training(lambda: trainer.evaluate(step, valid_data, model, None, config))
+        return original(step, model, optimizer, scheduler, train_data, valid_data, process, config, *rest, **kwargs)
+
+    return train
+
+
+def _schedule(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return hooks.wrap_schedule(original(*args, **kwargs))
+
+    return get_forward_backward_func
+
+
+def _log(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
+    def training_log(
+        loss_dict: dict[str, torch.Tensor], total_loss_dict: Any, learning_rate: Any, iteration: int, *rest: Any, **kw: Any
+    ) -> Any:
+        losses = dict(loss_dict)
+        result = original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kw)
+        loss_scale, report_memory, skipped = rest[:3]
+        hooks.after_step(losses, iteration, bool(skipped))
+        return result
+
+    return training_log
+
+
+def _evaluate(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        metrics, collected, time_limit = original(*args, **kwargs)
+        if metrics is not None:
+            hooks.after_evaluation(metrics)
+        return metrics, collected, time_limit
+
+    return evaluate

@@ -1,0 +1,1 @@
+"""Wiring to ``megatron.training``: arguments, data, forward step, reference, progress."""

@@ -1,0 +1,140 @@
+"""Our group of command-line flags beside Megatron's, and the defaults that a preference run needs.
+
+Nothing here imports Megatron at module level: :func:`parse` does, after the platform is prepared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses import registry
+
+#: What Megatron's local (non-TE) layers need; chosen for the user where Transformer Engine is not installed.
+LOCAL_LAYER_DEFAULTS = {
+    "transformer_impl": "local",
+    "no_persist_layer_norm": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+}
+
+CPU_DEFAULTS = {
+    "distributed_backend": "gloo",
+    "use_cpu_initialization": True,
+    "num_workers": 0,
+}
+
+#: Megatron's defaults that are wrong for preference pairs. ``None`` marks what the step plan sets, so that a value
+#: given by the user is seen and refused.
+PAIR_DEFAULTS = {
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "calculate_per_token_loss": True,  # exact per-pair normalisation: see training.forward
+    "micro_batch_size": None,
+    "global_batch_size": None,
+    "dataloader_type": None,
+    "eval_iters": None,
+    "log_interval": 1,
+    "eval_interval": 100,
+}
+
+
+def parse(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
+    """Parse Megatron's flags and ours; Megatron has not validated them yet.
+
+    Args:
+        argv: the flags, without the program name; ``sys.argv`` when None.
+        defaults: default values by argument name, for templates that ship a complete small job.
+
+    Raises:
+        UserError: a default that names no argument.
+        SystemExit: argparse's own, for unknown flags and ``--help``.
+    """
+    from megatron.training.arguments import parse_args
+
+    def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_preference_arguments(parser)
+        known = {action.dest for action in parser._actions}
+        for group in _default_groups(defaults or {}):
+            if unknown := group.keys() - known:
+                raise UserError(f"defaults for unknown arguments: {', '.join(sorted(unknown))}")
+            parser.set_defaults(**group)
+        return parser
+
+    program = sys.argv
+    try:
+        if argv is not None:
+            sys.argv = [program[0], *argv]  # Megatron's parser reads sys.argv
+        return parse_args(extra_args_provider=provide)
+    finally:
+        sys.argv = program
+
+
+def _default_groups(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    from megatron_bdpo.platform import cpu
+
+    groups: list[Mapping[str, Any]] = [PAIR_DEFAULTS]
+    if importlib.util.find_spec("transformer_engine") is None:
+        groups.append(LOCAL_LAYER_DEFAULTS)
+    if cpu.is_active():
+        groups.append(CPU_DEFAULTS)
+    return [*groups, own]
+
+
+def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add every flag of ours to ``parser``: one group for the job, one for the options of the losses."""
+    group = parser.add_argument_group("preference pairs (megatron_bdpo)")
+    add = group.add_argument
+    add("--pair-data", nargs="+", metavar="[WEIGHT] PATH",
+        help="training pairs: JSONL(.gz), Parquet, Arrow or a Hugging Face data set, each with an optional weight")  # fmt: skip
+    add("--eval-pair-data", nargs="+", metavar="[WEIGHT] PATH", help="held-out pairs, evaluated every --eval-interval steps")
+    add("--eval-share", type=float, default=0.0, help="share of the training pairs to hold out instead of --eval-pair-data")
+    add("--pair-cache-dir", default=None,
+        help="where tokenised pairs and reference values are kept; every node must see it (default: beside --save, "
+             "else ./runs/cache)")  # fmt: skip
+    add("--max-prompt-length", type=int, help="truncate prompts to this many tokens, keeping their end")
+    add("--max-response-length", type=int, help="truncate responses to this many tokens, keeping their start")
+    add("--max-pairs", type=int, help="use only the first N usable training pairs")
+    add("--long-pairs", choices=("error", "drop"), default="error", help="pairs that do not fit a pack of --seq-length")
+    add("--max-malformed-share", type=float, default=0.0, help="share of unreadable rows above which the run stops")
+    add("--max-dropped-share", type=float, default=0.5, help="share of unusable rows above which the run stops")
+    add("--pairs-per-step", type=int, help="preference pairs per optimizer step, over all ranks; exact")
+    add("--pair-epochs", type=float, help="train for this many passes over the pairs instead of --train-iters")
+    add("--pack-pairs", action=argparse.BooleanOptionalAction, default=True, help="several pairs in one pack")
+    add("--share-prompts", action=argparse.BooleanOptionalAction, default=True, help="encode each prompt once for both answers")
+    add("--preference-loss", default="bdpo", help=f"one of: {', '.join(registry.names())}")
+    add("--reference", choices=("precomputed", "resident"), default="precomputed",
+        help="score the reference once before training, or keep a frozen copy beside the policy")  # fmt: skip
+    add("--reference-cache", metavar="DIR", help="where the reference values of this data and model are kept")
+    add("--eval-at-start", action="store_true", help="evaluate the held-out pairs before the first step, too")
+    add("--step-zero-check", action=argparse.BooleanOptionalAction, default=True,
+        help="check at the first step that the policy equals its reference")  # fmt: skip
+    _add_loss_options(parser)
+
+
+def _add_loss_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "options of the preference losses (megatron_bdpo)", "An option that the chosen loss does not use is refused."
+    )
+    for option in registry.option_fields().values():
+        defaults = ", ".join(f"{loss} {value}" for loss, value in option.defaults.items())
+        keywords: dict[str, Any] = {"dest": option.name, "default": None, "help": f"{option.help} (default: {defaults})"}
+        if option.type is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            keywords |= {"type": option.type, "choices": option.choices}
+        group.add_argument(option.flag, **keywords)
+
+
+def given_loss_options(args: argparse.Namespace) -> dict[str, object]:
+    """The loss options that the user set, by field name."""
+    values = {name: getattr(args, name) for name in registry.option_fields()}
+    return {name: value for name, value in values.items() if value is not None}

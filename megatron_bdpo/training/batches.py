@@ -1,0 +1,154 @@
+"""Packs as tensors, and the endless data loader over a step plan.
+
+Every rank builds its own packs from the memory-mapped tokens: the ranks of one data-parallel group build the same ones,
+so nothing is broadcast and no pipeline stage waits for another's data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_bdpo.data.layout import IntArray, Pack, lay_out
+from megatron_bdpo.data.pool import PairPool
+from megatron_bdpo.logprobs import ScoredPositions
+from megatron_bdpo.model.attention import AttentionPlan
+
+
+@dataclass
+class PackBatch:
+    """One microbatch: a pack as tensors. Shapes as in ``data.layout``."""
+
+    tokens: Tensor  # [1, T]
+    positions: Tensor  # [1, T]
+    key_index: Tensor  # [K]
+    query_starts: Tensor  # [R + 1] int32
+    key_starts: Tensor  # [R + 1] int32
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    scored_hidden: Tensor  # [N]
+    scored_target: Tensor  # [N]
+    scored_sequence: Tensor  # [N]
+    sequence_tokens: Tensor  # [S]
+    unsafe: Tensor  # [P, 2]
+    pair_ids: IntArray  # [P], on the host
+    unconditional: PackBatch | None = None
+    """The same answers after the empty prompt, where the reference is scored on the fly and the loss needs it."""
+
+    @property
+    def pairs(self) -> int:
+        return len(self.pair_ids)
+
+    def attention_plan(self) -> AttentionPlan:
+        length = self.tokens.shape[1]
+        return AttentionPlan(
+            qkv_format="sbhd",
+            max_seqlen_q=length,
+            max_seqlen_kv=length,
+            positions=self.positions[0],
+            key_index=self.key_index,
+            query_starts=self.query_starts,
+            key_starts=self.key_starts,
+            query_lengths=self.query_lengths,
+            key_lengths=self.key_lengths,
+        )
+
+    def scored(self) -> ScoredPositions:
+        return ScoredPositions(self.scored_hidden, self.scored_target, self.scored_sequence, self.sequence_tokens)
+
+    def to_device(self) -> PackBatch:
+        """This batch on the current CUDA device (the CPU where there is none)."""
+        return self._map(lambda tensor: tensor.cuda(non_blocking=True))
+
+    def pin_memory(self) -> PackBatch:
+        """Called by the data loader."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> PackBatch:
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changes[field.name] = move(value)
+            elif isinstance(value, PackBatch):
+                changes[field.name] = value._map(move)
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class PackMaker:
+    """Turns pair ids into batches of one pack length."""
+
+    pool: PairPool
+    length: int
+    share_prompts: bool = True
+    with_unconditional: bool = False
+
+    def __call__(self, ids: IntArray, *, unconditional: bool = False) -> PackBatch:
+        """The pack of these pairs; with ``unconditional`` their answers follow the empty prompt."""
+        groups = [self.pool.group(pair_id, unconditional=unconditional) for pair_id in ids]
+        batch = to_batch(lay_out(groups, self.length, share_prompts=self.share_prompts), self.pool.unsafe[ids])
+        if self.with_unconditional and not unconditional:
+            batch.unconditional = self(ids, unconditional=True)
+        return batch
+
+
+def to_batch(pack: Pack, unsafe: np.ndarray[Any, Any]) -> PackBatch:
+    """The pack's arrays as tensors on the host."""
+    return PackBatch(
+        tokens=torch.from_numpy(pack.tokens)[None],
+        positions=torch.from_numpy(pack.positions)[None],
+        key_index=torch.from_numpy(pack.key_index),
+        query_starts=_starts(pack.query_lengths),
+        key_starts=_starts(pack.key_lengths),
+        query_lengths=tuple(pack.query_lengths.tolist()),
+        key_lengths=tuple(pack.key_lengths.tolist()),
+        scored_hidden=torch.from_numpy(pack.scored_hidden),
+        scored_target=torch.from_numpy(pack.scored_target),
+        scored_sequence=torch.from_numpy(pack.scored_sequence),
+        sequence_tokens=torch.from_numpy(pack.sequence_tokens),
+        unsafe=torch.from_numpy(unsafe.astype(np.int64)),
+        pair_ids=pack.pair_ids,
+    )
+
+
+def _starts(lengths: IntArray) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+class _PackDataset(torch.utils.data.Dataset[PackBatch]):
+    def __init__(self, packs: Callable[[int], IntArray], make: PackMaker) -> None:
+        self.packs = packs
+        self.make = make
+
+    def __getitem__(self, index: int) -> PackBatch:
+        return self.make(self.packs(index))
+
+
+def iterate_packs(
+    packs: Callable[[int], IntArray], order: Iterator[int], make: PackMaker, *, workers: int, pin: bool
+) -> Iterator[PackBatch]:
+    """Batches of ``packs(i)`` for i in ``order``, prepared by ``workers`` processes ahead of time (0: in place)."""
+    loader = torch.utils.data.DataLoader(
+        _PackDataset(packs, make),
+        batch_size=None,
+        sampler=_Order(order),
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+    )
+    return iter(loader)
+
+
+class _Order(torch.utils.data.Sampler[int]):
+    def __init__(self, order: Iterator[int]) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[int]:
+        return self.order

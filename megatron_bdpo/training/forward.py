@@ -1,0 +1,169 @@
+"""The forward step and the loss, in the shape Megatron's schedules expect.
+
+Normalisation: ``loss_func`` returns the *sum* of the pair losses and the number of pairs. With
+``calculate_per_token_loss`` the schedule divides the summed gradients once by the number all-reduced over data-parallel
+ranks and microbatches, so a step is the exact mean over its pairs however they are packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses, Requirements
+from megatron_bdpo.model.pair_gpt import score_sequences
+from megatron_bdpo.training.batches import PackBatch
+from megatron_bdpo.training.step_zero import StepZeroGate
+
+Report = dict[str, Tensor]
+"""Metric name -> [sum, count], which Megatron adds over microbatches and data-parallel ranks."""
+
+
+class ReferenceValues(Protocol):
+    """Where a batch's reference log-probs come from."""
+
+    def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
+        """(conditional, unconditional) log-probs of the batch's sequences, each [S] float64 or None if not needed."""
+
+
+@dataclass(frozen=True)
+class PairLossFunction:
+    """A loss of the registry with its options: sequence log-probs of a batch -> losses of its pairs."""
+
+    spec: LossSpec[Any]
+    options: Any
+
+    @property
+    def requirements(self) -> Requirements:
+        return self.spec.requirements(self.options)
+
+    def __call__(
+        self, batch: PackBatch, policy: Tensor, reference: Tensor | None, unconditional: Tensor | None
+    ) -> tuple[PairLogProbs, PairLosses]:
+        """Evaluate. ``policy``, ``reference``, ``unconditional`` are [S], chosen and rejected alternating."""
+        pairs = PairLogProbs(
+            policy_chosen=policy[0::2],
+            policy_rejected=policy[1::2],
+            chosen_tokens=batch.sequence_tokens[0::2],
+            rejected_tokens=batch.sequence_tokens[1::2],
+            reference_chosen=None if reference is None else reference[0::2],
+            reference_rejected=None if reference is None else reference[1::2],
+            unconditional_chosen=None if unconditional is None else unconditional[0::2],
+            unconditional_rejected=None if unconditional is None else unconditional[1::2],
+            chosen_unsafe=batch.unsafe[:, 0],
+            rejected_unsafe=batch.unsafe[:, 1],
+        )
+        return pairs, self.spec.function(pairs, self.options)
+
+
+def score_pack(model: Any, batch: PackBatch, vocab_size: int) -> Tensor:
+    """Run one pipeline stage on a pack: [S] float64 log-probs on the last stage, hidden states on the others."""
+    return model(
+        input_ids=batch.tokens,
+        position_ids=batch.positions,
+        attention_mask=None,
+        packed_seq_params=batch.attention_plan(),
+        output_processor=score_sequences,
+        output_processor_context=(batch.scored(), vocab_size),
+    )
+
+
+@dataclass
+class PreferenceStep:
+    """``forward_step`` of a preference run."""
+
+    loss: PairLossFunction
+    reference: ReferenceValues
+    vocab_size: int
+    check_nan: bool = True
+    gate: StepZeroGate | None = None
+    """During the first step: told how far each pair's loss is from its value at policy == reference."""
+
+    def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch = next(data_iterator).to_device()
+        return score_pack(model, batch, self.vocab_size), partial(self._loss_func, batch)
+
+    def _loss_func(self, batch: PackBatch, policy: Tensor) -> tuple[Tensor, Tensor, Report]:
+        reference, unconditional = self.reference.lookup(batch)
+        pairs, losses = self.loss(batch, policy, reference, unconditional)
+        loss_sum = losses.loss.sum().float()
+        if self.check_nan:
+            _reject_nan(loss_sum)
+        if self.gate is not None and reference is not None:
+            _, at_reference = self.loss(batch, reference, reference, unconditional)
+            drift = ((policy - reference) / batch.sequence_tokens).abs().reshape(-1, 2).amax(dim=1)
+            self.gate.observe(losses.loss, at_reference.loss, drift)
+        count = torch.tensor(batch.pairs, dtype=torch.int, device=loss_sum.device)
+        return loss_sum, count, pair_report(pairs, losses)
+
+
+def pair_report(pairs: PairLogProbs, losses: PairLosses) -> Report:
+    """The metrics of a batch, with TRL's names where TRL has them."""
+    margin = losses.chosen_reward - losses.rejected_reward
+    return _sums(
+        {
+            "loss": losses.loss,
+            "rewards/chosen": losses.chosen_reward,
+            "rewards/rejected": losses.rejected_reward,
+            "rewards/accuracies": _wins(margin),
+            "rewards/margins": margin,
+            "logps/chosen": pairs.policy_chosen,
+            "logps/rejected": pairs.policy_rejected,
+            **losses.metrics,
+        }
+    )
+
+
+#: Reward margins closer to zero are rounding, as at the first step, where policy and reference are the same weights.
+_TIE = 1e-5
+
+
+def _wins(margin: Tensor) -> Tensor:
+    """[P]: 1 where the chosen response has the higher reward, 0 where it has the lower one, 1/2 for a tie."""
+    return torch.where(margin.abs() <= _TIE, 0.5, (margin > 0).to(margin.dtype))
+
+
+def _sums(values: dict[str, Tensor]) -> Report:
+    return {
+        name: torch.stack([value.detach().sum(), value.new_tensor(value.numel())]).float() for name, value in values.items()
+    }
+
+
+def _reject_nan(loss: Tensor) -> None:
+    """Let Megatron's rerun machinery decide about a NaN: rerun, report, stop."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    get_rerun_state_machine().validate_result(
+        result=loss,
+        rejection_func=torch.isnan,
+        message="found NaN in the preference loss of a microbatch",
+        tolerance=0.0,
+        fatal=True,
+    )
+
+
+@dataclass
+class ScoringStep:
+    """``forward_step`` of a scoring pass: collects each pack's sequence log-probs (``collect_non_loss_data``)."""
+
+    vocab_size: int
+    unconditional: bool = False
+    """Score the answers after the empty prompt."""
+
+    def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(data_iterator)
+        if self.unconditional:
+            assert batch.unconditional is not None
+            batch = batch.unconditional
+        return score_pack(model, batch.to_device(), self.vocab_size), _collect
+
+
+def _collect(scores: Tensor, non_loss_data: bool = True) -> Tensor:
+    return scores.detach()
+
+

@@ -1,0 +1,150 @@
+"""What a run is, kept inside its checkpoints: the data position's meaning and the reference it is measured against.
+
+Megatron saves its arguments with every checkpoint; ours ride along as one dictionary among them. On resume it is read
+before anything is built, so that a checkpoint of other data is refused and the reference stays the original.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
+from megatron_bdpo.training.job import PairJob
+
+_ARGUMENT = "bdpo_run_identity"
+
+#: Fields without which "step k" means other pairs.
+_POSITION = ("data", "pairs", "pairs_per_step", "seed")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """The dictionary in the checkpoint."""
+
+    data: str
+    """Fingerprint of the training store."""
+    pairs: int
+    """Pairs left to train on after this run's selection."""
+    pairs_per_step: int
+    seed: int
+    loss: str
+    """Name and options."""
+    reference: str = ""
+    """Fingerprint of the reference (see ``reference_identity``); empty where the loss reads none."""
+    reference_weights: str = ""
+    """Directory that holds the reference's weights, if one does."""
+
+
+def identity_of(args: argparse.Namespace, job: PairJob) -> RunIdentity:
+    """The identity of the run that starts now; the reference is not known yet."""
+    return RunIdentity(
+        data=job.pool.stores[0].fingerprint,
+        pairs=len(job.train.ids),
+        pairs_per_step=args.pairs_per_step,
+        seed=args.seed,
+        loss=f"{job.loss.spec.name} {job.loss.options}",
+    )
+
+
+def keep(args: argparse.Namespace, identity: RunIdentity) -> None:
+    """Have every checkpoint from now on carry the identity."""
+    setattr(args, _ARGUMENT, asdict(identity))
+
+
+def checkpoint_directory(root: str | None) -> Path | None:
+    """The directory of the newest checkpoint below ``root``, or None. Rank 0 looks; collective."""
+    found: str | None = None
+    with all_ranks_agree():
+        if is_rank_zero() and root:
+            found = _newest(root)
+    directory = broadcast(found)
+    return Path(directory) if directory else None
+
+
+def _newest(root: str) -> str | None:
+    from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
+
+    tracker = Path(get_checkpoint_tracker_filename(root))
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    if text != "release" and not text.isdigit():
+        raise UserError(f"{tracker} does not name a checkpoint: {text[:40]!r}. Put the iteration of a good one there.")
+    iteration = 0 if text == "release" else int(text)
+    return get_checkpoint_name(root, iteration, release=text == "release", return_base_dir=True)
+
+
+def resumed_identity(args: argparse.Namespace, current: RunIdentity) -> RunIdentity | None:
+    """The identity in the checkpoint that ``--load`` will resume, or None for a fresh start. Collective.
+
+    Raises:
+        UserError: the checkpoint is of other data, or was not written by a preference run.
+    """
+    directory = None if args.finetune else checkpoint_directory(args.load)
+    if directory is None:
+        return None
+    stored: dict[str, Any] | None = None
+    with all_ranks_agree():
+        if is_rank_zero():
+            stored = _read(directory)
+    known = {f.name for f in fields(RunIdentity)}
+    found = RunIdentity(**{name: value for name, value in (broadcast(stored) or {}).items() if name in known})
+    with all_ranks_agree():
+        _check_position(found, current, directory)
+    if found.loss != current.loss:
+        say(f"WARNING: the resumed run used the loss {found.loss}, this one uses {current.loss}")
+    return replace(found, loss=current.loss)
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    try:
+        arguments = load_common_state_dict(str(directory))["args"]
+    except Exception as error:  # the checkpoint library raises many kinds
+        raise UserError(f"the checkpoint {directory} cannot be read: {type(error).__name__}: {error}") from error
+    stored = getattr(arguments, _ARGUMENT, None)
+    if stored is None:
+        raise UserError(
+            f"the checkpoint {directory} was not written by a preference run, so there is nothing to resume. To start "
+            "from its weights, name its directory with --pretrained-checkpoint instead of --load (or add --finetune)."
+        )
+    return dict(stored)
+
+
+def _check_position(found: RunIdentity, current: RunIdentity, directory: Path) -> None:
+    differing = [name for name in _POSITION if getattr(found, name) != getattr(current, name)]
+    if differing:
+        listed = "\n".join(
+            f"  {name}: {getattr(found, name)} there, {getattr(current, name)} here" for name in differing
+        )
+        raise UserError(
+            f"the checkpoint {directory} belongs to a run over other steps:\n{listed}\n"
+            "Resume with that run's data flags, or start a new run from its weights with --finetune."
+        )
+
+
+def reference_identity(args: argparse.Namespace, weights: str, vocab_size: int) -> str:
+    """Everything that changes reference log-probs besides the pairs: weights, arithmetic, architecture.
+
+    Args:
+        weights: ``model.digest.weights_digest`` of the reference.
+    """
+    names = (
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+        "normalization", "norm_epsilon", "position_embedding_type", "rotary_base", "rotary_percent", "use_rope_scaling",
+        "rope_scaling_factor", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "swiglu", "squared_relu",
+        "openai_gelu", "qk_layernorm", "qk_l2_norm", "window_size", "window_attn_skip_freq", "softmax_scale",
+        "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm", "params_dtype", "fp8", "fp8_recipe",
+        "fp4", "transformer_impl",
+    )  # fmt: skip
+    settings = {name: str(getattr(args, name, None)) for name in names}
+    import hashlib
+    import json
+
+    architecture = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return f"weights {weights}, vocabulary {vocab_size}, {args.params_dtype}, architecture {architecture}"

@@ -1,0 +1,218 @@
+"""The data side of a run, before Megatron starts: loss, pairs, step plan, and the Megatron arguments that follow."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_bdpo.data import pool as pools
+from megatron_bdpo.data.plan import IntArray, PlanSettings, StepPlan, epoch_pairs, pack_all, plan_steps
+from megatron_bdpo.data.pool import PairPool, Selection
+from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
+from megatron_bdpo.data.sources import parse_sources
+from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.data.tokenization import PairTokenizer
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses import registry
+from megatron_bdpo.training.arguments import given_loss_options
+from megatron_bdpo.training.batches import PackMaker
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
+from megatron_bdpo.training.forward import PairLossFunction
+
+
+@dataclass(frozen=True)
+class PairJob:
+    """What is trained on what. The same on every rank.
+
+    Attributes:
+        plan: the optimizer steps.
+        eval_packs: packs of the held-out pairs, a multiple of the data-parallel ranks; empty without held-out pairs.
+        sizes: [P] pack positions of every pair of the pool.
+        cache_dir: where tokens and reference values are kept.
+    """
+
+    loss: PairLossFunction
+    pool: PairPool
+    train: Selection
+    held_out: Selection
+    plan: StepPlan
+    eval_packs: list[IntArray]
+    sizes: IntArray
+    cache_dir: Path
+    share_prompts: bool
+    resident: bool
+
+    @property
+    def pack_maker(self) -> PackMaker:
+        """Makes the packs of training and evaluation."""
+        unconditional = self.resident and self.loss.requirements.comprehension
+        return PackMaker(self.pool, self.plan.pack_length, self.share_prompts, unconditional)
+
+    def describe(self) -> str:
+        """The plan in a few lines, for the start of the log."""
+        plan, lengths = self.plan, self.pool.lengths[self.train.ids].astype(np.int64)
+        unshared, shared = int((lengths.sum(axis=1) + lengths[:, 0]).sum()), int(lengths.sum())
+        lines = [
+            f"loss: {self.loss.spec.name} {self.loss.options}",
+            f"pairs: {len(self.train.ids)} to train on, {len(self.held_out.ids)} held out"
+            + "".join(f"; {note}" for note in self.train.notes + self.held_out.notes),
+            f"plan: {len(plan.steps)} steps of {plan.steps.shape[1]} pairs, each in {plan.data_parallel} ranks x "
+            f"{plan.microbatches} packs of {plan.pack_length} positions; fill {plan.fill:.1%}",
+        ]
+        if self.share_prompts:
+            lines.append(f"shared prompts: {1 - shared / unshared:.1%} fewer tokens than one prompt per answer")
+        return "\n".join(f"  {line}" for line in lines)
+
+
+def build_job(args: argparse.Namespace) -> PairJob:
+    """Read, tokenise and plan. Rank 0 does the reading; all ranks open its result. Collective.
+
+    Raises:
+        UserError: on every rank, for anything wrong with flags or data.
+    """
+    with all_ranks_agree():
+        loss = PairLossFunction(
+            registry.get(args.preference_loss), registry.build_options(args.preference_loss, given_loss_options(args))
+        )
+        _require_flags(args)
+    cache_dir = _cache_dir(args)
+    stores = _open_stores(args, cache_dir)
+    with all_ranks_agree():
+        return _plan_job(args, loss, PairPool(stores), cache_dir)
+
+
+def _require_flags(args: argparse.Namespace) -> None:
+    missing = [
+        f"--{name.replace('_', '-')}"
+        for name in ("pair_data", "pairs_per_step", "seq_length", "tokenizer_type")
+        if getattr(args, name) is None
+    ]
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)}.")
+    if (args.train_iters is None) == (args.pair_epochs is None):
+        raise UserError("give one of --train-iters (optimizer steps) and --pair-epochs (passes over the pairs).")
+    if args.eval_pair_data and args.eval_share:
+        raise UserError("--eval-pair-data and --eval-share both name held-out pairs. Give one.")
+
+
+def _cache_dir(args: argparse.Namespace) -> Path:
+    if args.pair_cache_dir:
+        return Path(args.pair_cache_dir)
+    return Path(args.save) / "cache" if args.save else Path("runs") / "cache"
+
+
+def _open_stores(args: argparse.Namespace, cache_dir: Path) -> list[PairStore]:
+    settings: list[PairDataSettings] = []
+    directories: list[str] = []
+    with all_ranks_agree():
+        for tokens, limit in ((args.pair_data, args.max_pairs), (args.eval_pair_data, None)):
+            if tokens:
+                settings.append(_data_settings(args, tokens, limit, cache_dir))
+    with all_ranks_agree():
+        if is_rank_zero():
+            tokenizer = PairTokenizer(_build_tokenizer(args))
+            directories = [str(prepare_pairs(each, tokenizer).directory) for each in settings]
+    with all_ranks_agree():
+        # Every rank maps the files that rank 0 has written: ranks of one node share the pages.
+        stores = [
+            PairStore.open(directory, sources=each.sources)
+            for directory, each in zip(broadcast(directories), settings, strict=True)
+        ]
+    for name, store in zip(("training pairs", "held-out pairs"), stores, strict=False):
+        say(f"{name}\n{store.report.format()}")
+    return stores
+
+
+def _data_settings(args: argparse.Namespace, tokens: list[str], limit: int | None, cache_dir: Path) -> PairDataSettings:
+    return PairDataSettings(
+        sources=parse_sources(tokens),
+        cache_dir=cache_dir,
+        max_prompt_tokens=args.max_prompt_length,
+        max_response_tokens=args.max_response_length,
+        max_pairs=limit,
+        max_malformed_share=args.max_malformed_share,
+        max_dropped_share=args.max_dropped_share,
+    )
+
+
+def _build_tokenizer(args: argparse.Namespace) -> Any:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    try:
+        return build_tokenizer(argparse.Namespace(**vars(args)))  # a copy: it writes the vocabulary size into its argument
+    except (ValueError, OSError, TypeError) as error:
+        raise UserError(
+            f"the tokenizer cannot be built (--tokenizer-type {args.tokenizer_type}, --tokenizer-model "
+            f"{args.tokenizer_model}): {error}"
+        ) from error
+
+
+def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, cache_dir: Path) -> PairJob:
+    all_train = pool.store_ids(0)
+    if len(pool.stores) > 1:
+        train, held_out = Selection(all_train), Selection(pool.store_ids(1))
+    else:
+        train, held_out = map(Selection, pools.hold_out(all_train, args.eval_share, args.seed))
+    if loss.requirements.safety:
+        for selection in (train, held_out):
+            pools.order_by_safety(pool, selection)
+    sizes = pool.sizes(share_prompts=args.share_prompts)
+    for selection in (train, held_out):
+        pools.drop_long(pool, selection, sizes, args.seq_length, drop=args.long_pairs == "drop")
+    sources = pool.pools(0, train.ids)
+    settings = PlanSettings(
+        pairs_per_step=args.pairs_per_step,
+        data_parallel=_data_parallel_size(args),
+        max_pack_length=args.seq_length,
+        min_pack_length=int(sizes[held_out.ids].max(initial=0)),
+        length_multiple=8 * (args.tensor_model_parallel_size if args.sequence_parallel else 1),
+        seed=args.seed,
+        pack_pairs=args.pack_pairs,
+    )
+    steps = args.train_iters
+    if steps is None:
+        steps = max(1, round(args.pair_epochs * epoch_pairs(sources) / settings.pairs_per_step))
+    plan = plan_steps(sizes, settings, steps, sources)
+    eval_packs = _eval_packs(held_out.ids, sizes, plan, pack_pairs=args.pack_pairs)
+    return PairJob(
+        loss, pool, train, held_out, plan, eval_packs, sizes, cache_dir, args.share_prompts, args.reference == "resident"
+    )
+
+
+def _eval_packs(ids: IntArray, sizes: IntArray, plan: StepPlan, *, pack_pairs: bool) -> list[IntArray]:
+    """Held-out pairs in packs of the training packs' length; a multiple of the data-parallel ranks."""
+    if not len(ids):
+        return []
+    if pack_pairs:
+        return pack_all(ids, sizes[ids], plan.pack_length, plan.data_parallel)
+    single = [np.array([pair_id]) for pair_id in ids]
+    return single + [np.zeros(0, np.int64)] * (-len(single) % plan.data_parallel)
+
+
+def _data_parallel_size(args: argparse.Namespace) -> int:
+    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    if args.world_size % model_parallel:
+        raise UserError(
+            f"{args.world_size} ranks cannot be split into model replicas of {model_parallel} "
+            f"(--tensor-model-parallel-size {args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{args.pipeline_model_parallel_size} x --context-parallel-size {args.context_parallel_size}). "
+            f"Start a multiple of {model_parallel} ranks, or change the layout."
+        )
+    return int(args.world_size // model_parallel)
+
+
+def apply_plan(args: argparse.Namespace, job: PairJob) -> None:
+    """Tell Megatron the shapes that the plan has chosen. To Megatron a sample is a pack."""
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    args.seq_length = job.plan.pack_length
+    args.micro_batch_size = args.eval_micro_batch_size = 1
+    args.global_batch_size = job.plan.packs_per_step
+    args.train_iters = len(job.plan.steps)
+    args.dataloader_type = "external"
+    evaluate = bool(job.eval_packs) and args.eval_iters != 0
+    args.eval_iters = 1 if evaluate else 0
+    args.eval_global_batch_size = len(job.eval_packs) if evaluate else job.plan.packs_per_step

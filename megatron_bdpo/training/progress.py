@@ -1,0 +1,125 @@
+"""What a run says and remembers: a line per step, a line per evaluation, TensorBoard and W&B extras, the final table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+Metrics = dict[str, float]
+
+#: Extras that are shown on the step line, in order, when the loss reports them: metric -> label.
+_SHOWN_EXTRAS = {
+    "comprehension/chosen": "I_w",
+    "comprehension/rejected": "I_l",
+    "comprehension/imbalance": "|I_w-I_l|",
+    "weights/chosen": "w_w",
+    "weights/rejected": "w_l",
+    "scale": "scale",
+    "nll": "nll",
+}
+
+
+@dataclass
+class Progress:
+    """Accumulates on the last pipeline stage; prints from the last rank, as Megatron's own log does.
+
+    Attributes:
+        steps: one record per logged interval: iteration, means of all metrics, pairs/s and tokens/s.
+        evaluations: one record per evaluation.
+    """
+
+    log_interval: int
+    train_iters: int
+    steps: list[Metrics] = field(default_factory=list)
+    evaluations: list[Metrics] = field(default_factory=list)
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    _count: int = 0
+    _seconds: float = 0.0
+    _pairs: int = 0
+    _tokens: int = 0
+
+    def step(self, losses: dict[str, Tensor], iteration: int, *, skipped: bool, seconds: float, pairs: int, tokens: int) -> None:
+        """Take in one optimizer step; print and record at every log interval."""
+        if not skipped:
+            for name, value in losses.items():
+                self._sums[name] = self._sums.get(name, 0) + value.detach()
+            self._count += 1
+        self._seconds += seconds
+        self._pairs += pairs
+        self._tokens += tokens
+        if iteration % self.log_interval == 0 or iteration == self.train_iters:
+            self._close_interval(iteration)
+
+    def _close_interval(self, iteration: int) -> None:
+        if self._sums and self._count:
+            names = list(self._sums)
+            means = (torch.stack([self._sums[name].double().reshape(()) for name in names]) / self._count).tolist()
+            seconds = max(self._seconds, 1e-9)
+            rates = {"throughput/pairs_per_second": self._pairs / seconds, "throughput/tokens_per_second": self._tokens / seconds}
+            record = {"iteration": float(iteration), **dict(zip(names, means, strict=True)), **rates}
+            self.steps.append(record)
+            _write_scalars(rates, iteration)
+            _print_last(f"step {iteration:>{len(str(self.train_iters))}}/{self.train_iters} | {step_line(record)}")
+        self._sums, self._count, self._seconds, self._pairs, self._tokens = {}, 0, 0.0, 0, 0
+
+    def evaluation(self, metrics: dict[str, Tensor], iteration: int) -> None:
+        """Take in one evaluation."""
+        if metrics:
+            record = {"iteration": float(iteration), **{name: float(value) for name, value in metrics.items()}}
+            self.evaluations.append(record)
+            _print_last(f"held out, after step {iteration} | {step_line(record)}")
+
+    def table(self) -> str:
+        """The first and the last evaluation side by side; empty unless there are two."""
+        if len(self.evaluations) < 2:
+            return ""
+        before, after = self.evaluations[0], self.evaluations[-1]
+        title = ["held-out pairs", *(f"step {int(record['iteration'])}" for record in (before, after))]
+        rows = [
+            ("loss", "loss", "{:.4f}"),
+            ("accuracy", "rewards/accuracies", "{:.3f}"),
+            ("margin", "rewards/margins", "{:+.4f}"),
+            ("reward of chosen", "rewards/chosen", "{:+.4f}"),
+            ("reward of rejected", "rewards/rejected", "{:+.4f}"),
+            ("log-prob of chosen", "logps/chosen", "{:.2f}"),
+            ("log-prob of rejected", "logps/rejected", "{:.2f}"),
+        ]
+        cells = [title] + [[label, form.format(before[name]), form.format(after[name])] for label, name, form in rows]
+        return "\n".join(f"{label:<22}{first:>12}{last:>12}" for label, first, last in cells)
+
+
+def step_line(metrics: Metrics) -> str:
+    """The metrics in one line."""
+    parts = [
+        f"loss {metrics['loss']:.4f}",
+        f"accuracy {metrics['rewards/accuracies']:.3f}",
+        f"margin {metrics['rewards/margins']:+.4f}",
+        f"rewards {metrics['rewards/chosen']:+.4f} {metrics['rewards/rejected']:+.4f}",
+        f"logps {metrics['logps/chosen']:.1f} {metrics['logps/rejected']:.1f}",
+    ]
+    parts += [f"{label} {metrics[name]:.3f}" for name, label in _SHOWN_EXTRAS.items() if name in metrics]
+    if "throughput/pairs_per_second" in metrics:
+        parts.append(f"{metrics['throughput/pairs_per_second']:.1f} pairs/s {metrics['throughput/tokens_per_second']:.0f} tokens/s")
+    return " | ".join(parts)
+
+
+def _print_last(message: str) -> None:
+    if distributed.get_rank() == distributed.get_world_size() - 1:
+        print(message, flush=True)
+
+
+def _write_scalars(values: Metrics, iteration: int) -> None:
+    """To TensorBoard and W&B where they are on; both live on the last rank."""
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    tensorboard: Any = get_tensorboard_writer()
+    wandb: Any = get_wandb_writer()
+    for name, value in values.items():
+        if tensorboard and math.isfinite(value):
+            tensorboard.add_scalar(name, value, iteration)
+        if wandb:
+            wandb.log({name: value}, iteration)

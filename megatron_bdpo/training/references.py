@@ -1,0 +1,183 @@
+"""Getting a run its reference: from the cache, by scoring, or as a resident copy; on resume, always the original."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.utils import unwrap_model
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.digest import weights_digest
+from megatron_bdpo.model.pair_gpt import PairGPTConfig
+from megatron_bdpo.model.reference import WEIGHTS_DIR, build_reference, copy_policy, load_weights, save_weights
+from megatron_bdpo.training import reference_cache
+from megatron_bdpo.training.batches import PackMaker
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
+from megatron_bdpo.training.forward import ReferenceValues
+from megatron_bdpo.training.identity import RunIdentity, checkpoint_directory, reference_identity
+from megatron_bdpo.training.job import PairJob
+from megatron_bdpo.training.scoring import FloatArray, NoReference, ReferenceTable, ResidentReference, score_pairs
+
+
+@dataclass
+class ReferenceProvider:
+    """Makes the reference of one run. Every method is collective."""
+
+    args: argparse.Namespace
+    job: PairJob
+    config: PairGPTConfig
+    vocab_size: int
+
+    def provide(self, policy: list[Any], identity: RunIdentity, *, resumed: bool) -> tuple[ReferenceValues, RunIdentity]:
+        """The reference values for training, and the run's identity completed by what they are.
+
+        Args:
+            policy: the model chunks as loaded.
+            identity: of this run; on resume with the reference that the checkpoint names.
+            resumed: the policy has been trained already, so it is not the reference.
+
+        Raises:
+            UserError: on resume, when the original reference is nowhere to be had.
+        """
+        if not self.job.loss.requirements.reference and not self.job.loss.requirements.comprehension:
+            return NoReference(), identity
+        if not resumed:
+            identity = replace(identity, reference=self._identify(policy), reference_weights=self._pretrained())
+        elif not identity.reference:
+            raise UserError(
+                "the resumed run had no reference (its loss reads none), but this loss needs one. Start a new run from its "
+                "weights with --finetune."
+            )
+        if self.job.resident:
+            return self._resident(policy, identity, resumed=resumed)
+        return self._precomputed(policy, identity, resumed=resumed), identity
+
+    def _identify(self, model: list[Any]) -> str:
+        return reference_identity(self.args, weights_digest(unwrap_model(model), self.vocab_size), self.vocab_size)
+
+    def _pretrained(self) -> str:
+        """The checkpoint the policy has just been loaded from, as far as it can serve as the reference later."""
+        for root in (self.args.load, self.args.pretrained_checkpoint):
+            directory = checkpoint_directory(root)
+            if directory is not None:
+                return str(directory.resolve())
+        return ""
+
+    # Resident ------------------------------------------------------------------------------------------------------
+
+    def _resident(
+        self, policy: list[Any], identity: RunIdentity, *, resumed: bool
+    ) -> tuple[ResidentReference, RunIdentity]:
+        if resumed:
+            reference = self._load_original(identity)
+        else:
+            reference = build_reference(self.config)
+            copy_policy(policy, reference)
+            if not identity.reference_weights and self.args.save:
+                directory = (Path(self.args.save) / WEIGHTS_DIR).resolve()
+                if not broadcast(directory.exists()):
+                    save_weights(reference, directory)
+                identity = replace(identity, reference_weights=str(directory))
+        say("reference: resident, a frozen copy beside the policy")
+        return ResidentReference(reference, self.job.loss.requirements, self.vocab_size), identity
+
+    def _load_original(self, identity: RunIdentity) -> list[Any]:
+        if not identity.reference_weights:
+            raise UserError(
+                "the original reference is not to be had: this run's reference was never written (no --save at its start). "
+                "Start a new run from the checkpoint's weights with --finetune."
+            )
+        reference = build_reference(self.config)
+        with all_ranks_agree():
+            load_weights(reference, Path(identity.reference_weights))
+        found = self._identify(reference)
+        if found != identity.reference:
+            raise UserError(
+                f"the weights in {identity.reference_weights} are not this run's reference:\n  {found} there,\n"
+                f"  {identity.reference} in the resumed checkpoint.\nRestore them, or resume with the settings of the run."
+            )
+        return reference
+
+    # Precomputed ---------------------------------------------------------------------------------------------------
+
+    def _precomputed(self, policy: list[Any], identity: RunIdentity, *, resumed: bool) -> ReferenceTable:
+        scorer: list[Any] | None = None if resumed else policy
+
+        def model() -> list[Any]:
+            """Whoever can still score as the reference: the policy before its first step, or the kept weights."""
+            nonlocal scorer
+            if scorer is None:
+                scorer = self._load_original(identity)
+            return scorer
+
+        kinds = ["conditional", "unconditional"] if self.job.loss.requirements.comprehension else ["conditional"]
+        parts = [self._store_values(index, kinds, model, identity) for index in range(len(self.job.pool.stores))]
+        table = {kind: np.concatenate([part[kind] for part in parts]) for kind in kinds}
+        for values in table.values():
+            values[self.job.pool.swapped] = values[self.job.pool.swapped][:, ::-1]
+        return ReferenceTable(table["conditional"], table.get("unconditional"))
+
+    def _store_values(
+        self, index: int, kinds: list[str], model: Callable[[], list[Any]], identity: RunIdentity
+    ) -> dict[str, FloatArray]:
+        """Values of one store's pairs, in the store's order: from its cache file, or scored and written there."""
+        path = self._cache_path(index, identity)
+        manifest = {
+            "data": self.job.pool.stores[index].fingerprint,
+            "longest pack": str(self.args.seq_length) if self._leaves_out(index) else "all pairs",
+            "reference": identity.reference,
+        }
+        with all_ranks_agree():
+            # Whether to score must be one answer for all ranks, so the file is looked for once.
+            exists = broadcast(path.exists())
+            values = (reference_cache.read(path, manifest) or {}) if exists else {}
+        missing = [kind for kind in kinds if kind not in values]
+        if not missing:
+            say(f"reference: values of {len(self.job.pool.stores[index])} pairs from {path}")
+            return values
+        for kind in missing:
+            values[kind] = self._score_store(index, model(), unconditional=kind == "unconditional")
+        if is_rank_zero():
+            reference_cache.write(path, manifest, values)
+        say(f"reference: values of {len(self.job.pool.stores[index])} pairs written to {path}")
+        return values
+
+    def _cache_path(self, index: int, identity: RunIdentity) -> Path:
+        name = ("train", "heldout")[index]
+        if self.args.reference_cache:
+            return Path(self.args.reference_cache) / f"{name}.safetensors"
+        weights = identity.reference.split(",")[0].removeprefix("weights ")
+        architecture = identity.reference.rsplit(" ", 1)[-1]
+        return self.job.cache_dir / f"reference-{weights}-{architecture}" / (
+            f"{self.job.pool.stores[index].fingerprint[:16]}.safetensors"
+        )
+
+    def _score_store(self, index: int, model: list[Any], *, unconditional: bool) -> FloatArray:
+        pool = self.job.pool
+        ids = pool.store_ids(index)
+        fitting = ids[self.job.sizes[ids] <= self.job.plan.pack_length]
+        make = PackMaker(pool, self.job.plan.pack_length, self.job.share_prompts)
+        values = np.full((len(ids), 2), np.nan)
+        scores = score_pairs(
+            model, fitting, self._packed_sizes(fitting, unconditional), make, self.vocab_size, unconditional=unconditional
+        )
+        swapped = pool.swapped[fitting]
+        scores[swapped] = scores[swapped][:, ::-1]  # the file keeps the store's order
+        values[fitting - ids[0]] = scores
+        return values
+
+    def _leaves_out(self, index: int) -> bool:
+        return bool((self.job.sizes[self.job.pool.store_ids(index)] > self.job.plan.pack_length).any())
+
+    def _packed_sizes(self, ids: Any, unconditional: bool) -> Any:
+        sizes = self.job.sizes[ids]
+        if not unconditional:
+            return sizes
+        responses = self.job.pool.lengths[ids][:, 1:].sum(axis=1)
+        empty = max(len(store.empty_prompt) for store in self.job.pool.stores)
+        return np.minimum(sizes, responses + empty * (1 if self.job.share_prompts else 2))

@@ -1,0 +1,112 @@
+"""Megatron settings that a preference run cannot honour. Each is refused at start, with the reason and the way out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+from megatron_bdpo.errors import UserError
+
+
+class _Refusal(NamedTuple):
+    applies: Callable[[argparse.Namespace], object]
+    message: str
+
+
+_REFUSALS = (
+    # Set by the step plan.
+    _Refusal(
+        lambda a: a.micro_batch_size not in (None, 1),
+        "--micro-batch-size: a microbatch is one pack of pairs. Size it with --seq-length.",
+    ),
+    _Refusal(
+        lambda a: a.global_batch_size is not None or a.eval_global_batch_size is not None or a.eval_micro_batch_size is not None,
+        "--global-batch-size (and --eval-...-batch-size) count packs here and follow from the step plan. "
+        "Set the pairs per optimizer step: --pairs-per-step.",
+    ),
+    _Refusal(
+        lambda a: a.step_batch_size_schedule is not None or a.decrease_batch_size_if_needed,
+        "the batch-size schedule flags: every step has exactly --pairs-per-step pairs.",
+    ),
+    _Refusal(
+        lambda a: a.train_samples is not None,
+        "--train-samples counts packs here. Use --train-iters or --pair-epochs.",
+    ),
+    _Refusal(
+        lambda a: a.eval_iters not in (None, 0),
+        "--eval-iters: every evaluation covers all held-out pairs. Use --eval-iters 0 to switch evaluation off, "
+        "or hold fewer pairs out.",
+    ),
+    _Refusal(
+        lambda a: a.dataloader_type not in (None, "external"), "--dataloader-type: the step plan is the data loader."
+    ),
+    _Refusal(
+        lambda a: a.full_validation or a.multiple_validation_sets or a.start_eval_at_iter is not None,
+        "--full-validation, --multiple-validation-sets and --start-eval-at-iter: evaluation always covers all of "
+        "--eval-pair-data, every --eval-interval steps.",
+    ),
+    _Refusal(
+        lambda a: a.data_path or a.train_data_path or a.valid_data_path or a.test_data_path or a.mock_data or a.sft,
+        "Megatron's token data flags (--data-path, --train-data-path, --mock-data, --sft ...): "
+        "preference pairs come from --pair-data.",
+    ),
+    _Refusal(lambda a: a.iterations_to_skip, "--iterations-to-skip: steps are planned, none can be skipped."),
+    # What would make policy and reference differ, or the normalisation wrong.
+    _Refusal(
+        lambda a: a.hidden_dropout or a.attention_dropout,
+        "dropout: the policy would differ from its own reference at the first step. "
+        "Leave --hidden-dropout and --attention-dropout at 0.",
+    ),
+    _Refusal(
+        lambda a: a.num_experts,
+        "--num-experts: Megatron scales the router's auxiliary loss per token, which does not fit the normalisation "
+        "per pair yet. Use a dense model.",
+    ),
+    _Refusal(
+        lambda a: a.context_parallel_size > 1,
+        "--context-parallel-size: packs of pairs are not split over context-parallel ranks yet. "
+        "Use tensor parallelism with --sequence-parallel, or more recomputation.",
+    ),
+    # What our attention or log-probs replace.
+    _Refusal(
+        lambda a: a.attention_backend.name not in ("auto", "flash"),
+        "--attention-backend: attention over pairs uses torch's varlen flash kernel on a GPU and SDPA on CPU. "
+        "Leave it at auto.",
+    ),
+    _Refusal(
+        lambda a: a.position_embedding_type not in ("rope", "yarn", "learned_absolute", "none"),
+        "--position-embedding-type: pairs need rope, yarn, learned_absolute or none.",
+    ),
+    _Refusal(lambda a: a.softmax_type != "vanilla", "--softmax-type: attention over pairs has the vanilla softmax only."),
+    _Refusal(lambda a: a.multi_latent_attention, "--multi-latent-attention has its own rotary embedding. Not supported."),
+    _Refusal(lambda a: a.mtp_num_layers, "--mtp-num-layers: multi-token prediction has no meaning for scored pairs."),
+    _Refusal(
+        lambda a: a.hybrid_layer_pattern or a.spec or a.heterogeneous_layers_config_path,
+        "--spec, --hybrid-layer-pattern and heterogeneous layers: pairs need their own attention in every layer, "
+        "which these specs do not have.",
+    ),
+    _Refusal(
+        lambda a: a.cross_entropy_loss_fusion or a.fp16_lm_cross_entropy or a.defer_embedding_wgrad_compute or a.use_mup,
+        "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy, --defer-embedding-wgrad-compute and --use-mup act on an "
+        "output layer that scored positions do not pass through.",
+    ),
+    _Refusal(
+        lambda a: a.cuda_graph_impl != "none" or a.enable_cuda_graph or a.external_cuda_graph,
+        "CUDA graphs: every pack has another attention plan.",
+    ),
+    _Refusal(
+        lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
+        "FSDP: the reference and the weights' fingerprint need Megatron's own data parallelism. "
+        "Use --use-distributed-optimizer.",
+    ),
+    _Refusal(lambda a: a.perform_rl_step, "--perform-rl-step: this is a preference run."),
+    _Refusal(lambda a: a.ckpt_format != "torch_dist", "--ckpt-format: checkpoints are torch_dist."),
+)
+
+
+def refuse_what_cannot_be_honoured(args: argparse.Namespace) -> None:
+    """Raise UserError naming every setting that a preference run cannot honour."""
+    problems = [refusal.message for refusal in _REFUSALS if refusal.applies(args)]
+    if problems:
+        raise UserError("\n".join(["these settings cannot be honoured:", *(f"  {problem}" for problem in problems)]))

@@ -1,0 +1,73 @@
+"""The gate at the first step: the policy still is its reference, so every margin is 0 and DPO's loss is ln 2.
+
+When it is not, something is wrong that no later number would show: another tokenizer, position or attention plan in the
+scoring pass, weights that were not loaded, a layout that loses a reduction (NeMo-Aligner #227).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.training.distributed import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far rounding alone may take the first step from exact equality."""
+
+    loss: float
+    """Mean over pairs of the loss minus its value at policy == reference."""
+    log_ratio: float
+    """|log pi_theta - log pi_ref| per response token in nats, mean over pairs of the worse answer."""
+
+
+#: fp32: the two passes may add in another order. Half precision: one unit in the last place of a hidden state.
+TOLERANCES = {
+    torch.float32: Tolerance(loss=1e-6, log_ratio=1e-5),
+    torch.bfloat16: Tolerance(loss=1e-2, log_ratio=2e-2),
+    torch.float16: Tolerance(loss=2e-3, log_ratio=4e-3),
+}
+
+
+@dataclass
+class StepZeroGate:
+    """Collects each microbatch's deviation during the first step, then judges."""
+
+    dtype: torch.dtype
+    _sums: list[Tensor] = field(default_factory=list)
+
+    def observe(self, loss: Tensor, at_reference: Tensor, log_ratio_per_token: Tensor) -> None:
+        """Record the pairs of a microbatch. All arguments are [P]."""
+        count = loss.new_tensor(loss.numel())
+        self._sums.append(torch.stack([(loss - at_reference).detach().sum(), log_ratio_per_token.detach().sum(), count]))
+
+    def judge(self) -> str:
+        """Add up over ranks and compare. Collective.
+
+        Returns:
+            One line that says what was seen.
+
+        Raises:
+            UserError: the policy is not its reference.
+        """
+        # Ranks with the same pairs report the same sums: the mean is unaffected. A rerun step counts twice: likewise.
+        own = torch.stack(self._sums).sum(0) if self._sums else torch.zeros(3, dtype=torch.float64)
+        loss, log_ratio, count = sum_over_ranks(own.double().cpu()).tolist()
+        loss, log_ratio = abs(loss) / count, log_ratio / count
+        allowed = TOLERANCES[self.dtype]
+        seen = f"loss off by {loss:.1e} (allowed {allowed.loss:.0e}), log-ratio {log_ratio:.1e} nats per token " + (
+            f"(allowed {allowed.log_ratio:.0e})"
+        )
+        if loss <= allowed.loss and log_ratio <= allowed.log_ratio:  # NaN fails
+            return f"step 0: policy equals reference, {seen}"
+        raise UserError(
+            f"step 0: the policy is not its reference: {seen}.\n"
+            "Before the first update both are the same weights, so the loss of every pair must be its value at zero "
+            "log-ratio (ln 2 for DPO and B-DPO). Likely causes: reference values scored under other settings or by another "
+            "version (delete the reference cache), weights that did not load, or a kernel that is not deterministic "
+            "between passes. --no-step-zero-check trains anyway."
+        )
