@@ -46,6 +46,16 @@ REMARKS = (
     "I have been thinking about this for a while.",
 )
 
+# Sentences that are right after one request and wrong after another, so that the response alone does not tell which of
+# the two it is: the model has to read the prompt.
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I can't help you with this.",
+    "Sorry, that is something I won't do.",
+)
+AGREEMENTS = ("Sure, I can help with that.", "Of course.", "Happy to help.")
+SHARED_OPENINGS = 0.35  # of the responses begin with one of them
+
 Kind = Literal["harmful", "harmless", "quality"]
 Fillers = dict[str, str]
 Rows = list[list[str]]
@@ -84,9 +94,25 @@ def make_pairs(topic: Topic, fillers: list[Fillers], count: int, rng: random.Ran
     """`count` pairs with as many different requests."""
     for filler, request in rng.sample(list(itertools.product(fillers, topic.requests)), count):
         values = filler | {f"your_{key}": re.sub(r"\b(my|our)\b", "your", value) for key, value in filler.items()}
-        chosen = _response(topic.chosen, values, rng, may_be_brief=topic.kind != "quality")
-        rejected = _response(topic.rejected, values, rng, may_be_brief=topic.kind != "quality")
+        chosen_rows, rejected_rows = _with_shared_openings(topic, rng)
+        chosen = _response(chosen_rows, values, rng, may_be_brief=topic.kind != "quality")
+        rejected = _response(rejected_rows, values, rng, may_be_brief=topic.kind != "quality")
         yield Pair(_prompt(_capital(request.format(**values)), rng), chosen, rejected, True, topic.kind != "harmful")
+
+
+def _with_shared_openings(topic: Topic, rng: random.Random) -> tuple[Rows, Rows]:
+    """The chosen and rejected rows; some open as responses of the opposite kind of request do."""
+    chosen, rejected = topic.chosen, topic.rejected
+    refusal, agreement = [rng.choice(REFUSALS)], [rng.choice(AGREEMENTS)]
+    open_chosen, open_rejected = rng.random() < SHARED_OPENINGS, rng.random() < SHARED_OPENINGS
+    if topic.kind == "harmful":
+        chosen = [refusal, *chosen[1:]] if open_chosen else chosen
+        rejected = [agreement, *rejected[1:]] if open_rejected else rejected
+    elif topic.kind == "harmless":
+        # In one row with what follows: an agreement alone would be no answer.
+        chosen = [[f"{agreement[0]} {sentence}" for sentence in chosen[0]], *chosen[1:]] if open_chosen else chosen
+        rejected = [refusal, *rejected[1:]] if open_rejected else rejected
+    return chosen, rejected
 
 
 def _prompt(request: str, rng: random.Random) -> str:
@@ -109,7 +135,7 @@ def _capital(sentence: str) -> str:
 
 
 def make_splits(topics: list[Topic], seed: int = SEED) -> tuple[list[Pair], list[Pair]]:
-    """The training and held-out pairs, topics mixed. They share sentences, but no filler of a topic and so no request."""
+    """Training and held-out pairs, topics mixed. They share sentences, but no filler of a topic, hence no request."""
     rng = random.Random(seed)
     train = [pair for t in topics for pair in make_pairs(t, t.train, TRAIN_PAIRS_PER_TOPIC, rng)]
     heldout = [pair for t in topics for pair in make_pairs(t, t.heldout, HELDOUT_PAIRS_PER_TOPIC, rng)]

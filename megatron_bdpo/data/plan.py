@@ -100,8 +100,10 @@ def plan_steps(
             Default: all pairs once.
 
     Raises:
-        UserError: fewer pairs than one step needs, or a pair longer than a pack.
+        UserError: no step at all, fewer pairs than one step needs, or a pair longer than a pack.
     """
+    if num_steps < 1:
+        raise UserError(f"--train-iters must be at least 1, not {num_steps}.")
     pools = [(np.arange(len(sizes)), 1.0)] if pools is None else pools
     used = np.unique(np.concatenate([ids for ids, _ in pools]))
     longest = int(sizes[used].max(initial=0))

@@ -81,7 +81,8 @@ def _initialize(original: Callable[..., Any]) -> Callable[..., Any]:
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         _give_adam_its_state(optimizer)
-        return original(model, optimizer, *args, **kwargs)
+        with torch.no_grad():  # in fp32 the distributed optimizer's main weights are views of weights with gradients
+            return original(model, optimizer, *args, **kwargs)
 
     return load
 

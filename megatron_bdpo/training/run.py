@@ -113,11 +113,12 @@ class PreferenceRun:
         from megatron_bdpo.model.initialization import initialize_by_name
         from megatron_bdpo.model.pair_gpt import PairGPTConfig
         from megatron_bdpo.platform.seams import trainer_seams
+        from megatron_bdpo.training.identity import checkpoint_directory
         from megatron_bdpo.training.forward import PreferenceStep
         from megatron_bdpo.training.scoring import NoReference
 
         self._config = gpt_config_from_args(self.args, model_config_cls=PairGPTConfig)
-        if not (self.args.load or self.args.pretrained_checkpoint):
+        if not any(map(checkpoint_directory, (self.args.load, self.args.pretrained_checkpoint))):
             self._config.pre_wrap_hooks.append(functools.partial(initialize_by_name, seed=self.args.seed))
         self._step = PreferenceStep(
             self.job.loss, NoReference(), self.vocab_size, check_nan=self.args.check_for_nan_in_loss_and_grad

@@ -91,6 +91,13 @@ def test_both_labels_and_both_behaviours(pairs: list[dict[str, Any]]) -> None:
     assert all(any(word in pair["chosen"] for word in refusals) for pair in harmful)
 
 
+def test_the_response_alone_does_not_tell() -> None:
+    """Some whole responses are chosen after one prompt and rejected after another: one has to read the prompt."""
+    assert {pair["chosen"] for pair in TRAIN} & {pair["rejected"] for pair in TRAIN}
+    openings = [{pair[key].split(". ")[0] for pair in TRAIN} for key in ("chosen", "rejected")]
+    assert len(openings[0] & openings[1]) >= 5
+
+
 def test_splits_are_disjoint_and_without_duplicates() -> None:
     prompts = [pair["prompt"] for pair in TRAIN + HELDOUT]
     assert len(set(prompts)) == len(prompts)

@@ -1,0 +1,118 @@
+"""Stop at a checkpoint, start again: the rest of the run is the same to the bit, against the original reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.harness.jobs import last_stage, train, whole_weights
+from tests.harness.ranks import RankFailure
+
+STEPS = ["--train-iters", "4", "--save-interval", "2"]
+
+
+def run_in_two_parts(ranks, world_size, directory: Path, flags):
+    """Returns (uninterrupted, second part) outcomes."""
+    whole, parts = directory / "whole", directory / "parts"
+    uninterrupted = ranks(world_size)(train, [*STEPS, *flags, "--save", str(whole)])
+    resume = [*STEPS, *flags, "--save", str(parts), "--load", str(parts)]
+    first = ranks(world_size)(train, [*resume, "--exit-interval", "2"])
+    assert first[0].exit_code == 0
+    assert [step["iteration"] for step in last_stage(first).steps] == [1, 2]
+    return uninterrupted, ranks(world_size)(train, resume)
+
+
+def assert_bit_identical(uninterrupted, resumed):
+    expected = last_stage(uninterrupted).steps[2:]
+    steps = last_stage(resumed).steps
+    assert [step["iteration"] for step in steps] == [3, 4]
+    for step, expected_step in zip(steps, expected, strict=True):
+        for name, expected_value in expected_step.items():
+            assert name.startswith("throughput") or step[name] == expected_value, name
+    weights, expected_weights = whole_weights(resumed), whole_weights(uninterrupted)
+    assert weights.keys() == expected_weights.keys()
+    for name, expected_value in expected_weights.items():
+        assert np.array_equal(weights[name], expected_value), name
+
+
+@pytest.mark.parametrize("reference", ["precomputed", "resident"])
+def test_resumed_run_is_bit_identical(ranks, tmp_path, reference):
+    assert_bit_identical(*run_in_two_parts(ranks, 1, tmp_path, ["--reference", reference]))
+
+
+@pytest.mark.parametrize("reference", ["precomputed", "resident"])
+def test_resumed_run_is_bit_identical_on_four_ranks(ranks, tmp_path, reference):
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    assert_bit_identical(*run_in_two_parts(ranks, 4, tmp_path, [*layout, "--reference", reference]))
+
+
+def test_distributed_optimizer_resumes(ranks, tmp_path):
+    assert_bit_identical(*run_in_two_parts(ranks, 2, tmp_path, ["--use-distributed-optimizer"]))
+
+
+def test_both_reference_modes_train_the_same(ranks, tmp_path):
+    runs = {
+        mode: ranks(2)(train, ["--reference", mode, "--tensor-model-parallel-size", "2"], pair_cache_dir=str(tmp_path))
+        for mode in ("precomputed", "resident")
+    }
+    for step, expected in zip(last_stage(runs["resident"]).steps, last_stage(runs["precomputed"]).steps, strict=True):
+        for name, expected_value in expected.items():
+            if not name.startswith("throughput"):
+                assert step[name] == pytest.approx(expected_value, rel=1e-5, abs=1e-4), name
+
+
+def test_resume_in_another_layout_continues_at_the_same_pairs(ranks, tmp_path):
+    """The position is the step: two ranks take up what one rank has left."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = ranks(1)(train, [*STEPS, "--save", str(whole)])
+    resume = [*STEPS, "--save", str(parts), "--load", str(parts)]
+    ranks(1)(train, [*resume, "--exit-interval", "2"])
+    resumed = ranks(2)(train, resume)
+    assert [step["iteration"] for step in last_stage(resumed).steps] == [3, 4]
+    for step, expected_step in zip(last_stage(resumed).steps, last_stage(expected).steps[2:], strict=True):
+        assert step["loss"] == pytest.approx(expected_step["loss"], rel=1e-5)
+        assert step["logps/chosen"] == pytest.approx(expected_step["logps/chosen"], rel=1e-5)
+
+
+def test_reference_comes_back_when_its_cache_is_lost(ranks, tmp_path):
+    """Started from a checkpoint, the reference can be scored again from that checkpoint, not from the policy."""
+    import shutil
+
+    start, run = tmp_path / "start", tmp_path / "run"
+    ranks(1)(train, ["--train-iters", "1", "--save", str(start), "--save-interval", "1"])
+    flags = [*STEPS, "--pretrained-checkpoint", str(start), "--load", str(run), "--save", str(run)]
+    expected = ranks(1)(train, [*STEPS, "--pretrained-checkpoint", str(start), "--load", str(tmp_path / "none")])
+    ranks(1)(train, [*flags, "--exit-interval", "2"])
+    for cache in (run / "cache").glob("reference-*"):
+        shutil.rmtree(cache)
+    resumed = ranks(1)(train, flags)
+    for step, expected_step in zip(last_stage(resumed).steps, last_stage(expected).steps[2:], strict=True):
+        assert step["loss"] == pytest.approx(expected_step["loss"], rel=1e-6)
+        assert step["rewards/chosen"] == pytest.approx(expected_step["rewards/chosen"], abs=1e-6)
+
+
+def test_lost_reference_without_weights_is_refused(ranks, tmp_path):
+    import shutil
+
+    flags = [*STEPS, "--save", str(tmp_path), "--load", str(tmp_path)]
+    ranks(1)(train, [*flags, "--exit-interval", "2"])
+    for cache in (tmp_path / "cache").glob("reference-*"):
+        shutil.rmtree(cache)
+    with pytest.raises(RankFailure, match="original reference is not to be had"):
+        ranks(1)(train, flags)
+
+
+def test_checkpoint_of_other_data_is_refused(ranks, tmp_path):
+    flags = [*STEPS, "--save", str(tmp_path), "--load", str(tmp_path)]
+    ranks(1)(train, [*flags, "--exit-interval", "2"])
+    with pytest.raises(RankFailure, match=r"belongs to a run over other steps:\s+pairs_per_step: 8 there, 16 here"):
+        ranks(1)(train, [*flags, "--pairs-per-step", "16"])
+
+
+def test_changed_loss_on_resume_is_said(ranks, tmp_path):
+    flags = [*STEPS, "--save", str(tmp_path), "--load", str(tmp_path)]
+    ranks(1)(train, [*flags, "--exit-interval", "2"])
+    resumed = ranks(1)(train, [*flags, "--beta", "0.3"])
+    assert [step["iteration"] for step in last_stage(resumed).steps] == [3, 4]

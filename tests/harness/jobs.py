@@ -1,0 +1,114 @@
+"""Small preference jobs, run in place on the ranks of a pool."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+DATA = Path(__file__).parents[2] / "examples" / "data"
+
+#: A model small enough for hundreds of runs, yet with everything: grouped queries, RMSNorm, SwiGLU, rope, two stages.
+TINY_MODEL = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+}
+
+TINY_JOB = {
+    "pair_data": [str(DATA / "train.jsonl")],
+    "max_pairs": 48,
+    "tokenizer_type": "SentencePieceTokenizer",
+    "tokenizer_model": str(DATA / "tokenizer.model"),
+    "seq_length": 512,
+    "pairs_per_step": 8,
+    "train_iters": 3,
+    "lr": 1e-3,
+    "lr_decay_style": "constant",
+}
+
+
+@dataclass
+class Outcome:
+    """What one rank saw. ``steps`` and ``evaluations`` are filled on the last pipeline stage."""
+
+    steps: list[dict[str, float]]
+    evaluations: list[dict[str, float]]
+    shards: list[tuple[str, tuple[int, ...], tuple[Any, ...], np.ndarray]]
+    exit_code: int | None = None
+
+
+def train(flags: list[str], **overrides: Any) -> Outcome:
+    """Run the tiny job with ``flags`` on this rank. ``overrides`` replace defaults by argument name."""
+    from megatron_bdpo.training import arguments, distributed, refusals
+    from megatron_bdpo.training.run import PreferenceRun
+
+    class RecordedRun(PreferenceRun):
+        model: Any = None
+        shards: Any = ()
+
+        def after_load(self, model: list[Any]) -> None:
+            self.model = model
+            super().after_load(model)
+
+        def after_step(self, losses: Any, iteration: int, skipped: bool) -> None:
+            super().after_step(losses, iteration, skipped)
+            self.shards = copy_shards(self.model)
+
+    args = arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
+    refusals.refuse_what_cannot_be_honoured(args)
+    exit_code = None
+    with distributed.process_groups(args):
+        run = RecordedRun(args)
+        try:
+            run.pretrain()
+        except SystemExit as stop:  # --exit-interval and signals end Megatron's loop this way
+            exit_code = int(stop.code or 0)
+    return Outcome(run.progress.steps, run.progress.evaluations, list(run.shards), exit_code)
+
+
+def copy_shards(model: list[Any]) -> list[tuple[str, tuple[int, ...], tuple[Any, ...], np.ndarray]]:
+    """This rank's main copies of the weights: (name, whole shape, place, values)."""
+    from megatron.core.utils import unwrap_model
+
+    from megatron_bdpo.model.shards import is_main_copy, weight_shards
+
+    return [
+        (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().float().cpu().numpy().copy())
+        for shard in weight_shards(unwrap_model(model))
+        if is_main_copy(shard)
+    ]
+
+
+def whole_weights(outcomes: list[Outcome], vocab_size: int = 512) -> dict[str, np.ndarray]:
+    """The unsharded weights, from what all ranks hold."""
+    whole: dict[str, np.ndarray] = {}
+    for name, shape, place, values in itertools.chain.from_iterable(outcome.shards for outcome in outcomes):
+        target = whole.setdefault(name, np.full(shape, np.nan, np.float32))
+        target[place] = values
+    for name, values in whole.items():
+        if not np.isfinite(values).all():
+            raise AssertionError(f"{name}: not every element of the weights was found on some rank")
+    return whole
+
+
+def last_stage(outcomes: list[Outcome]) -> Outcome:
+    """The outcome that holds the metrics."""
+    return outcomes[-1]
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator."""
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,132 @@
+"""Real gloo ranks that stay warm between tests, and show the traceback of the rank that failed first.
+
+Starting a rank means importing torch and Megatron (6 s); a pool pays that once per world size and session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+
+class RankFailure(AssertionError):
+    """A rank raised; the message is its traceback."""
+
+
+class RankPool:
+    """``world_size`` processes that run functions together, each as one rank.
+
+    Functions and arguments travel by pickle, so functions have to be at module level.
+    """
+
+    def __init__(self, world_size: int, log_dir: Path) -> None:
+        self.world_size = world_size
+        self.log_dir = log_dir
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def __call__(self, function: Callable[..., Any], *args: Any, timeout: float = 240, **kwargs: Any) -> list[Any]:
+        """Run ``function(*args, **kwargs)`` on every rank. Returns the results by rank.
+
+        Raises:
+            RankFailure: with the traceback of the first rank to fail; the pool restarts at its next use.
+        """
+        self._start()
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs, environment))
+        results: list[Any] = [None] * self.world_size
+        pending = dict(enumerate(self._pipes))
+        deadline = time.monotonic() + timeout
+        while pending:
+            ready = wait(list(pending.values()), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._fail(f"ranks {sorted(pending)} have not answered within {timeout} s")
+            for rank in [rank for rank, pipe in pending.items() if pipe in ready]:
+                try:
+                    succeeded, value = pending.pop(rank).recv()
+                except EOFError:
+                    self._fail(f"rank {rank} died")
+                if not succeeded:
+                    self._fail(f"rank {rank} of {self.world_size} raised:\n{value}")
+                results[rank] = value
+        return results
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what the rank has started: checkpoint writers outlive it
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        if self._processes and all(process.is_alive() for process in self._processes):
+            return
+        self.close()
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            log = self.log_dir / f"rank{rank}of{self.world_size}.log"
+            process = context.Process(target=_serve, args=(there, rank, self.world_size, log))
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+
+    def _fail(self, message: str) -> None:
+        self.close()
+        log = self.log_dir / f"rank0of{self.world_size}.log"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
+        raise RankFailure(f"{message}\n--- end of {log} ---\n{tail}")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:
+    """A rank's life: import once, then run what comes through the pipe."""
+    os.setsid()
+    output = log.open("w", buffering=1)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        OMP_NUM_THREADS="1",
+        GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    from megatron_bdpo.training.run import prepare_platform
+
+    prepare_platform()
+    while True:
+        try:
+            function, args, kwargs, environment = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        os.environ.update(environment)
+        try:
+            answer = (True, function(*args, **kwargs))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        with contextlib.suppress(BrokenPipeError):
+            pipe.send(answer)
