@@ -28,11 +28,12 @@ INSTALL_REQUIRES = [
     "packaging",
     "datasets",
     "sentencepiece",
+    "safetensors",  # reference values on disk
     "tqdm",
     "psutil",  # megatron-core imports it if it can, and fails on saving a checkpoint if it cannot
 ]
 
-HF = ["transformers", "safetensors"]
+HF = ["transformers"]
 
 EXTRAS_REQUIRE = {
     # The Transformer Engine build that this release of megatron-core names.
@@ -59,7 +60,6 @@ setup(
     package_data={"megatron_bdpo": ["py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
-    entry_points={"console_scripts": ["megatron-bdpo = megatron_bdpo.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

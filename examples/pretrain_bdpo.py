@@ -1,9 +1,10 @@
-"""Align a language model on preference pairs with Balanced DPO, through Megatron's own trainer.
+r"""Align a language model on preference pairs with Balanced DPO, through Megatron's own trainer.
 
 Without arguments this trains a tiny Llama-style model on the pairs in examples/data, on the CPU if there is no GPU:
 
     python examples/pretrain_bdpo.py
-    torchrun --nproc-per-node 4 examples/pretrain_bdpo.py --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+    torchrun --nproc-per-node 4 examples/pretrain_bdpo.py \
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
 With --pair-data it is your job: Megatron's flags as for pretrain_gpt.py, and ours (--help, "preference pairs").
 """

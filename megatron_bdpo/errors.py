@@ -9,3 +9,6 @@ class UserError(ValueError):
     The message names the file, line, field or flag and the way out. Entry points show it without a
     traceback, once, and every rank ends with a non-zero exit code.
     """
+
+    shown: bool = False
+    """Already printed."""

@@ -6,10 +6,10 @@ A *group* is a prompt P with its branches, here the chosen answer W and the reje
     positions    0 .. |P|-1  |P| ..       |P| ..          both branches continue the prompt
     attends to   P, causal   P + W        P + L           a branch never sees its sibling
 
-P is encoded once for both branches. The first token of W and of L is predicted from P's last hidden state, so what is
-scored is a list (hidden index, target id, sequence) and not a label row shifted by one.
+P is encoded once for both branches. The first token of W and of L is predicted from P's last hidden state, so what
+is scored is a list (hidden index, target id, sequence) and not a label row shifted by one.
 
-Shapes: T pack length, R runs, K gathered keys, N scored positions, P pairs, S = 2P sequences (2i chosen, 2i+1 rejected).
+Shapes: T pack length, R runs, K gathered keys, N scored positions, P pairs, S = 2P sequences (chosen, rejected).
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ class PlanSettings:
             raise UserError(f"--pairs-per-step must be at least 1, not {self.pairs_per_step}.")
         if self.pairs_per_step < self.data_parallel:
             raise UserError(
-                f"--pairs-per-step {self.pairs_per_step} cannot be split over {self.data_parallel} data-parallel ranks: "
-                f"each needs at least one pair. Use --pairs-per-step {self.data_parallel} or more, or fewer ranks."
+                f"--pairs-per-step {self.pairs_per_step} cannot be split over {self.data_parallel} data-parallel ranks "
+                f"of which each needs one. Use --pairs-per-step {self.data_parallel} or more, or fewer ranks."
             )
         if self.max_pack_length % self.length_multiple:
             raise UserError(
@@ -84,8 +84,8 @@ class PlanSettings:
             )
         if not self.pack_pairs and self.pairs_per_step % self.data_parallel:
             raise UserError(
-                f"--no-pack-pairs gives every pair its own pack, and {self.pairs_per_step} packs cannot be split evenly "
-                f"over {self.data_parallel} data-parallel ranks. Use a multiple of {self.data_parallel}."
+                f"--no-pack-pairs gives every pair its own pack, and {self.pairs_per_step} packs cannot be split "
+                f"evenly over {self.data_parallel} data-parallel ranks. Use a multiple of {self.data_parallel}."
             )
 
 
@@ -108,7 +108,9 @@ def plan_steps(
     used = np.unique(np.concatenate([ids for ids, _ in pools]))
     longest = int(sizes[used].max(initial=0))
     if longest > settings.max_pack_length:
-        raise UserError(f"a pair takes {longest} positions, more than a pack of --seq-length {settings.max_pack_length}")
+        raise UserError(
+            f"a pair takes {longest} positions, more than a pack of --seq-length {settings.max_pack_length}"
+        )
     steps = _draw_steps(sizes, settings, num_steps, pools)
     step_sizes = sizes[steps]
     length, packs, pack_of = _choose_packs(step_sizes, settings)
@@ -174,7 +176,7 @@ def _draw_steps(
     per_step, per_epoch = settings.pairs_per_step, epoch_pairs(pools)
     if per_epoch < per_step:
         raise UserError(
-            f"--pairs-per-step {per_step} is more than the {per_epoch} usable pairs: a pair would come twice in one step. "
+            f"--pairs-per-step {per_step} is more than the {per_epoch} usable pairs: one would come twice in a step. "
             f"Use --pairs-per-step {per_epoch} or less, or more data."
         )
     # Windows depend on the data alone, so that a longer run repeats a shorter one's steps.

@@ -246,17 +246,17 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Row | RowProblem | None]
                     f"{path} is one JSON array; write one object per line instead, for example with "
                     f"`jq -c '.[]' {path.name} > rows.jsonl`."
                 )
-            yield number, _parse_line(line, path, number) if line.strip() else None
+            yield number, _parse_line(line, number) if line.strip() else None
 
 
-def _parse_line(line: bytes, path: Path, number: int) -> Row | RowProblem:
+def _parse_line(line: bytes, number: int) -> Row | RowProblem:
     try:
         # utf-8-sig: some editors put a byte order mark before the first line.
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (ValueError, RecursionError) as error:
-        return RowProblem(ProblemKind.BAD_JSON, f"{path}, line {number}: {error}")
+        return RowProblem(ProblemKind.BAD_JSON, str(error))
     if not isinstance(row, dict):
-        return RowProblem(ProblemKind.BAD_JSON, f"{path}, line {number}: {type(row).__name__}, not an object")
+        return RowProblem(ProblemKind.BAD_JSON, f"{type(row).__name__}, not an object")
     return row
 
 

@@ -92,7 +92,9 @@ class PairAttention(MegatronModule):
         return out.unsqueeze(1)
 
 
-def _sdpa_per_run(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float, window: int | None) -> Tensor:
+def _sdpa_per_run(
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float, window: int | None
+) -> Tensor:
     """The oracle, for any device: one scaled_dot_product_attention per run. Returns [used, n, d]."""
     outputs = []
     runs = zip(query.split(plan.query_lengths), key.split(plan.key_lengths), value.split(plan.key_lengths), strict=True)
@@ -115,9 +117,7 @@ def _sdpa_per_run(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan
 
 def _bottom_right_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """[queries, keys], True where query i, which is key ``keys - queries + i`` itself, may look."""
-    distance = (
-        torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
-    )
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
     allowed = distance >= 0
     return allowed if window is None else allowed & (distance <= window)
 
@@ -133,7 +133,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scal
         ) from error
     if not plan.query_lengths:
         return query
-    return varlen_attn(
+    out: Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only if return_aux is asked for
         query,
         key,
         value,
@@ -145,3 +145,4 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scal
         window_size=(-1 if window is None else window, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    return out

@@ -37,7 +37,7 @@ def weights_digest(model: Iterable[Any], vocab_size: int) -> str:
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
         total = total.to(device)
         torch.distributed.all_reduce(total)
-    return f"{total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
+    return f"{int(total) & 0xFFFFFFFFFFFFFFFF:016x}"
 
 
 def _hash_shard(shard: ShardedTensor, vocab_size: int) -> Tensor:

@@ -57,7 +57,11 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     transformer = config.transformer
     use_te = transformer.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
-        transformer, use_te, normalization=transformer.normalization, qk_l2_norm=transformer.qk_l2_norm, vp_stage=vp_stage
+        transformer,
+        use_te,
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
     )
     block.layer_specs = [copy.deepcopy(spec) for spec in block.layer_specs]  # Megatron shares one object among layers
     for spec in block.layer_specs:

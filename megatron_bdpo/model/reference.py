@@ -73,7 +73,9 @@ def load_weights(model: list[Any], directory: Path) -> None:
     try:
         loaded = dist_checkpointing.load(state, str(directory))
     except Exception as error:  # the checkpoint library raises many kinds
-        raise UserError(f"the reference weights in {directory} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"the reference weights in {directory} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
     for key, chunk in _keys(unwrap_model(model)):
         chunk.load_state_dict(loaded[key], strict=True)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 _active: TorchFunctionMode | None = None
@@ -47,6 +48,9 @@ def emulate_cuda_on_cpu() -> None:
         raise RuntimeError("the CPU emulation must not be installed where a GPU is usable")
     _patch_torch_cuda()
     _patch_megatron_random()
+    # Megatron warms up torch.compile'd functions at start. On a CPU that takes a C++ compiler and minutes, and our
+    # defaults use none of them.
+    torch._dynamo.config.disable = True
     _active = _CudaNamesCpu()
     _active.__enter__()  # stays: the mode lasts as long as the process
 
@@ -130,7 +134,7 @@ def _patch_torch_cuda() -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
-    torch.nn.Module.cuda = lambda self, *args: self  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *args: self  # type: ignore[method-assign]
 
 
 def _patch_megatron_random() -> None:

@@ -7,7 +7,7 @@ and restored afterwards. Nothing is copied: each wrapper calls Megatron's own fu
 |-----------------------------|---------------------------------------------------------------------------------------|
 | `initialize_megatron`       | without a GPU it must be told so (`allow_no_cuda`)                                     |
 | `compile_helpers`           | calls `make` where the wheel ships no Makefile, and exits; our data needs no helper    |
-| `load_checkpoint`           | torch's Adam has no state before its first step, which the distributed optimizer needs |
+| `load_checkpoint`           | torch's Adam (no TE, no Apex) needs a state to load into, and its own counters         |
 | `setup_model_and_optimizer` | the reference is scored or copied just after the policy is loaded                      |
 | `train`                     | an evaluation before the first step                                                    |
 | `get_forward_backward_func` | the resident reference scores the step's microbatches before the policy's pass         |
@@ -80,26 +80,44 @@ def _initialize(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        _give_adam_its_state(optimizer)
+        adams = list(_torch_adams(optimizer))
+        steps: dict[Any, float] = {}
+        for adam in adams:
+            _create_state(adam)
+            adam.register_load_state_dict_post_hook(lambda loaded: steps.update(_step_counters(loaded)))
         with torch.no_grad():  # in fp32 the distributed optimizer's main weights are views of weights with gradients
-            return original(model, optimizer, *args, **kwargs)
+            result = original(model, optimizer, *args, **kwargs)
+        for adam in adams:
+            # The distributed optimizer gives all weights one and the same counter, which torch's Adam would advance
+            # once per weight, and then copies a zero into it: each weight gets its own, with what was loaded.
+            for parameter, state in adam.state.items():
+                state["step"] = torch.tensor(steps.get(parameter, 0.0))
+        return result
 
     return load
 
 
-def _give_adam_its_state(optimizer: Any) -> None:
-    """Create the state that torch's Adam would make at its first step, for a checkpoint to be loaded into."""
+def _step_counters(adam: torch.optim.Optimizer) -> dict[Any, float]:
+    return {parameter: float(state["step"]) for parameter, state in adam.state.items()}
+
+
+def _torch_adams(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    """torch's own Adams inside Megatron's optimizer; TE's and Apex's keep their step elsewhere."""
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         adam = getattr(inner, "optimizer", None)
-        if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
-            continue  # TE's and Apex's keep their step in the parameter group
-        for group in adam.param_groups:
-            for parameter in group["params"]:
-                state = adam.state[parameter]
-                if "step" not in state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+        if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            yield adam
+
+
+def _create_state(adam: torch.optim.Optimizer) -> None:
+    """What torch's Adam would create at its first step, for a checkpoint to be loaded into."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            state = adam.state[parameter]
+            if "step" not in state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
 def _setup(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
@@ -113,8 +131,8 @@ def _setup(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., A
 
 def _train(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
     def train(
-        step: Any, model: Any, optimizer: Any, scheduler: Any, train_data: Any, valid_data: Any, process: Any, config: Any,
-        *rest: Any, **kwargs: Any,
+        step: Any, model: Any, optimizer: Any, scheduler: Any, train_data: Any, valid_data: Any, process: Any,
+        config: Any, *rest: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         import megatron.training.training as trainer
 
@@ -133,11 +151,16 @@ def _schedule(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[...
 
 def _log(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
     def training_log(
-        loss_dict: dict[str, torch.Tensor], total_loss_dict: Any, learning_rate: Any, iteration: int, *rest: Any, **kw: Any
+        loss_dict: dict[str, torch.Tensor],
+        total_loss_dict: Any,
+        learning_rate: Any,
+        iteration: int,
+        *rest: Any,
+        **kw: Any,
     ) -> Any:
         losses = dict(loss_dict)
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kw)
-        loss_scale, report_memory, skipped = rest[:3]
+        _loss_scale, _report_memory, skipped, *_ = rest
         hooks.after_step(losses, iteration, bool(skipped))
         return result
 

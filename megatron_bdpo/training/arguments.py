@@ -93,13 +93,30 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     """Add every flag of ours to ``parser``: one group for the job, one for the options of the losses."""
     group = parser.add_argument_group("preference pairs (megatron_bdpo)")
     add = group.add_argument
-    add("--pair-data", nargs="+", metavar="[WEIGHT] PATH",
-        help="training pairs: JSONL(.gz), Parquet, Arrow or a Hugging Face data set, each with an optional weight")  # fmt: skip
-    add("--eval-pair-data", nargs="+", metavar="[WEIGHT] PATH", help="held-out pairs, evaluated every --eval-interval steps")
-    add("--eval-share", type=float, default=0.0, help="share of the training pairs to hold out instead of --eval-pair-data")
-    add("--pair-cache-dir", default=None,
+    add(
+        "--pair-data",
+        nargs="+",
+        metavar="[WEIGHT] PATH",
+        help="training pairs: JSONL(.gz), Parquet, Arrow, Hugging Face data sets; each with an optional weight",
+    )
+    add(
+        "--eval-pair-data",
+        nargs="+",
+        metavar="[WEIGHT] PATH",
+        help="held-out pairs, evaluated every --eval-interval steps",
+    )
+    add(
+        "--eval-share",
+        type=float,
+        default=0.0,
+        help="share of the training pairs to hold out instead of --eval-pair-data",
+    )
+    add(
+        "--pair-cache-dir",
+        default=None,
         help="where tokenised pairs and reference values are kept; every node must see it (default: beside --save, "
-             "else ./runs/cache)")  # fmt: skip
+        "else ./runs/cache)",
+    )
     add("--max-prompt-length", type=int, help="truncate prompts to this many tokens, keeping their end")
     add("--max-response-length", type=int, help="truncate responses to this many tokens, keeping their start")
     add("--max-pairs", type=int, help="use only the first N usable training pairs")
@@ -109,14 +126,27 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pairs-per-step", type=int, help="preference pairs per optimizer step, over all ranks; exact")
     add("--pair-epochs", type=float, help="train for this many passes over the pairs instead of --train-iters")
     add("--pack-pairs", action=argparse.BooleanOptionalAction, default=True, help="several pairs in one pack")
-    add("--share-prompts", action=argparse.BooleanOptionalAction, default=True, help="encode each prompt once for both answers")
+    add(
+        "--share-prompts",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="encode each prompt once for both answers",
+    )
     add("--preference-loss", default="bdpo", help=f"one of: {', '.join(registry.names())}")
-    add("--reference", choices=("precomputed", "resident"), default="precomputed",
-        help="score the reference once before training, or keep a frozen copy beside the policy")  # fmt: skip
+    add(
+        "--reference",
+        choices=("precomputed", "resident"),
+        default="precomputed",
+        help="score the reference once before training, or keep a frozen copy beside the policy",
+    )
     add("--reference-cache", metavar="DIR", help="where the reference values of this data and model are kept")
     add("--eval-at-start", action="store_true", help="evaluate the held-out pairs before the first step, too")
-    add("--step-zero-check", action=argparse.BooleanOptionalAction, default=True,
-        help="check at the first step that the policy equals its reference")  # fmt: skip
+    add(
+        "--step-zero-check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="check at the first step that the policy equals its reference",
+    )
     _add_loss_options(parser)
 
 
@@ -126,7 +156,11 @@ def _add_loss_options(parser: argparse.ArgumentParser) -> None:
     )
     for option in registry.option_fields().values():
         defaults = ", ".join(f"{loss} {value}" for loss, value in option.defaults.items())
-        keywords: dict[str, Any] = {"dest": option.name, "default": None, "help": f"{option.help} (default: {defaults})"}
+        keywords: dict[str, Any] = {
+            "dest": option.name,
+            "default": None,
+            "help": f"{option.help} (default: {defaults})",
+        }
         if option.type is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,8 @@ from megatron_bdpo.errors import UserError
 
 #: One rank may tokenise or score for hours while the others wait for it.
 _PATIENCE = timedelta(days=2)
+
+_LEAVE_TOGETHER = timedelta(seconds=10)
 
 _host_group: Any = None
 
@@ -41,9 +44,32 @@ def process_groups(args: argparse.Namespace) -> Iterator[None]:
     _host_group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     try:
         yield
+    except UserError as error:
+        _show_once(error)
+        raise
     finally:
         _host_group = None
         distributed.destroy_process_group()
+
+
+def _show_once(error: UserError) -> None:
+    """Print an error that all ranks raise from rank 0, and one that this rank raises alone from here.
+
+    The ranks leave together: a launcher stops all of them when the first one ends, perhaps before rank 0 has printed.
+    """
+    error.shown = True
+    if distributed.get_rank() == 0:
+        show_error(error)
+    try:
+        distributed.monitored_barrier(host_group(), timeout=_LEAVE_TOGETHER)
+    except RuntimeError:
+        if distributed.get_rank() != 0:
+            show_error(error, f" (rank {distributed.get_rank()})")
+
+
+def show_error(error: UserError, where: str = "") -> None:
+    """Print an error for the user."""
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
 
 
 def _free_port() -> int:

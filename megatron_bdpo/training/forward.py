@@ -130,7 +130,8 @@ def _wins(margin: Tensor) -> Tensor:
 
 def _sums(values: dict[str, Tensor]) -> Report:
     return {
-        name: torch.stack([value.detach().sum(), value.new_tensor(value.numel())]).float() for name, value in values.items()
+        name: torch.stack([value.detach().sum(), value.new_tensor(value.numel())]).float()
+        for name, value in values.items()
     }
 
 
@@ -165,5 +166,3 @@ class ScoringStep:
 
 def _collect(scores: Tensor, non_loss_data: bool = True) -> Tensor:
     return scores.detach()
-
-

@@ -7,6 +7,8 @@ before anything is built, so that a checkpoint of other data is refused and the 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -139,12 +141,9 @@ def reference_identity(args: argparse.Namespace, weights: str, vocab_size: int) 
         "normalization", "norm_epsilon", "position_embedding_type", "rotary_base", "rotary_percent", "use_rope_scaling",
         "rope_scaling_factor", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "swiglu", "squared_relu",
         "openai_gelu", "qk_layernorm", "qk_l2_norm", "window_size", "window_attn_skip_freq", "softmax_scale",
-        "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm", "params_dtype", "fp8", "fp8_recipe",
-        "fp4", "transformer_impl",
+        "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm", "params_dtype", "fp8",
+        "fp8_recipe", "fp4", "transformer_impl",
     )  # fmt: skip
     settings = {name: str(getattr(args, name, None)) for name in names}
-    import hashlib
-    import json
-
     architecture = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     return f"weights {weights}, vocabulary {vocab_size}, {args.params_dtype}, architecture {architecture}"

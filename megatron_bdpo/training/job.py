@@ -143,7 +143,9 @@ def _build_tokenizer(args: argparse.Namespace) -> Any:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     try:
-        return build_tokenizer(argparse.Namespace(**vars(args)))  # a copy: it writes the vocabulary size into its argument
+        return build_tokenizer(
+            argparse.Namespace(**vars(args))
+        )  # a copy: it writes the vocabulary size into its argument
     except (ValueError, OSError, TypeError) as error:
         raise UserError(
             f"the tokenizer cannot be built (--tokenizer-type {args.tokenizer_type}, --tokenizer-model "
@@ -179,7 +181,16 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
     plan = plan_steps(sizes, settings, steps, sources)
     eval_packs = _eval_packs(held_out.ids, sizes, plan, pack_pairs=args.pack_pairs)
     return PairJob(
-        loss, pool, train, held_out, plan, eval_packs, sizes, cache_dir, args.share_prompts, args.reference == "resident"
+        loss,
+        pool,
+        train,
+        held_out,
+        plan,
+        eval_packs,
+        sizes,
+        cache_dir,
+        args.share_prompts,
+        args.reference == "resident",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run says and remembers: a line per step, a line per evaluation, TensorBoard and W&B extras, the final table."""
+"""What a run says and remembers: a line per step and per evaluation, TensorBoard and W&B extras, the final table."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class Progress:
     _pairs: int = 0
     _tokens: int = 0
 
-    def step(self, losses: dict[str, Tensor], iteration: int, *, skipped: bool, seconds: float, pairs: int, tokens: int) -> None:
+    def step(
+        self, losses: dict[str, Tensor], iteration: int, *, skipped: bool, seconds: float, pairs: int, tokens: int
+    ) -> None:
         """Take in one optimizer step; print and record at every log interval."""
         if not skipped:
             for name, value in losses.items():
@@ -59,7 +61,10 @@ class Progress:
             names = list(self._sums)
             means = (torch.stack([self._sums[name].double().reshape(()) for name in names]) / self._count).tolist()
             seconds = max(self._seconds, 1e-9)
-            rates = {"throughput/pairs_per_second": self._pairs / seconds, "throughput/tokens_per_second": self._tokens / seconds}
+            rates = {
+                "throughput/pairs_per_second": self._pairs / seconds,
+                "throughput/tokens_per_second": self._tokens / seconds,
+            }
             record = {"iteration": float(iteration), **dict(zip(names, means, strict=True)), **rates}
             self.steps.append(record)
             _write_scalars(rates, iteration)
@@ -103,7 +108,8 @@ def step_line(metrics: Metrics) -> str:
     ]
     parts += [f"{label} {metrics[name]:.3f}" for name, label in _SHOWN_EXTRAS.items() if name in metrics]
     if "throughput/pairs_per_second" in metrics:
-        parts.append(f"{metrics['throughput/pairs_per_second']:.1f} pairs/s {metrics['throughput/tokens_per_second']:.0f} tokens/s")
+        pairs, tokens = metrics["throughput/pairs_per_second"], metrics["throughput/tokens_per_second"]
+        parts.append(f"{pairs:.1f} pairs/s {tokens:.0f} tokens/s")
     return " | ".join(parts)
 
 

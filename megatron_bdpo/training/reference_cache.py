@@ -41,7 +41,9 @@ def read(path: Path, manifest: Mapping[str, str]) -> dict[str, FloatArray] | Non
                 raise UserError(_mismatch(path, found, expected, differing))
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"the reference cache {path} is damaged ({error}). Delete it; it will be made again.") from error
+        raise UserError(
+            f"the reference cache {path} is damaged ({error}). Delete it; it will be made again."
+        ) from error
 
 
 def write(path: Path, manifest: Mapping[str, str], values: Mapping[str, FloatArray]) -> None:
@@ -49,14 +51,20 @@ def write(path: Path, manifest: Mapping[str, str], values: Mapping[str, FloatArr
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, partial, {"format": FORMAT, **manifest})
+        save_file(
+            {name: np.ascontiguousarray(value) for name, value in values.items()},
+            partial,
+            {"format": FORMAT, **manifest},
+        )
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _mismatch(path: Path, found: Mapping[str, str], expected: Mapping[str, str], differing: list[str]) -> str:
-    fields = "\n".join(f"  {name}: {found.get(name, 'missing')} in the file, {expected[name]} here" for name in differing)
+    fields = "\n".join(
+        f"  {name}: {found.get(name, 'missing')} in the file, {expected[name]} here" for name in differing
+    )
     return (
         f"the reference cache {path} belongs to something else:\n{fields}\n"
         "Give another --reference-cache directory, or delete the file to score again."

@@ -33,7 +33,9 @@ class ReferenceProvider:
     config: PairGPTConfig
     vocab_size: int
 
-    def provide(self, policy: list[Any], identity: RunIdentity, *, resumed: bool) -> tuple[ReferenceValues, RunIdentity]:
+    def provide(
+        self, policy: list[Any], identity: RunIdentity, *, resumed: bool
+    ) -> tuple[ReferenceValues, RunIdentity]:
         """The reference values for training, and the run's identity completed by what they are.
 
         Args:
@@ -50,8 +52,8 @@ class ReferenceProvider:
             identity = replace(identity, reference=self._identify(policy), reference_weights=self._pretrained())
         elif not identity.reference:
             raise UserError(
-                "the resumed run had no reference (its loss reads none), but this loss needs one. Start a new run from its "
-                "weights with --finetune."
+                "the resumed run had no reference (its loss reads none), but this loss needs one. Start a new run from "
+                "its weights with --finetune."
             )
         if self.job.resident:
             return self._resident(policy, identity, resumed=resumed)
@@ -89,7 +91,7 @@ class ReferenceProvider:
     def _load_original(self, identity: RunIdentity) -> list[Any]:
         if not identity.reference_weights:
             raise UserError(
-                "the original reference is not to be had: this run's reference was never written (no --save at its start). "
+                "the original reference is not to be had: its values are gone, and its weights were never written. "
                 "Start a new run from the checkpoint's weights with --finetune."
             )
         reference = build_reference(self.config)
@@ -99,7 +101,7 @@ class ReferenceProvider:
         if found != identity.reference:
             raise UserError(
                 f"the weights in {identity.reference_weights} are not this run's reference:\n  {found} there,\n"
-                f"  {identity.reference} in the resumed checkpoint.\nRestore them, or resume with the settings of the run."
+                f"  {identity.reference} in the resumed checkpoint.\nRestore them, or resume with that run's settings."
             )
         return reference
 
@@ -153,8 +155,10 @@ class ReferenceProvider:
             return Path(self.args.reference_cache) / f"{name}.safetensors"
         weights = identity.reference.split(",")[0].removeprefix("weights ")
         architecture = identity.reference.rsplit(" ", 1)[-1]
-        return self.job.cache_dir / f"reference-{weights}-{architecture}" / (
-            f"{self.job.pool.stores[index].fingerprint[:16]}.safetensors"
+        return (
+            self.job.cache_dir
+            / f"reference-{weights}-{architecture}"
+            / (f"{self.job.pool.stores[index].fingerprint[:16]}.safetensors")
         )
 
     def _score_store(self, index: int, model: list[Any], *, unconditional: bool) -> FloatArray:
@@ -164,7 +168,12 @@ class ReferenceProvider:
         make = PackMaker(pool, self.job.plan.pack_length, self.job.share_prompts)
         values = np.full((len(ids), 2), np.nan)
         scores = score_pairs(
-            model, fitting, self._packed_sizes(fitting, unconditional), make, self.vocab_size, unconditional=unconditional
+            model,
+            fitting,
+            self._packed_sizes(fitting, unconditional),
+            make,
+            self.vocab_size,
+            unconditional=unconditional,
         )
         swapped = pool.swapped[fitting]
         scores[swapped] = scores[swapped][:, ::-1]  # the file keeps the store's order

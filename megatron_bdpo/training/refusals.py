@@ -21,7 +21,11 @@ _REFUSALS = (
         "--micro-batch-size: a microbatch is one pack of pairs. Size it with --seq-length.",
     ),
     _Refusal(
-        lambda a: a.global_batch_size is not None or a.eval_global_batch_size is not None or a.eval_micro_batch_size is not None,
+        lambda a: (
+            a.global_batch_size is not None
+            or a.eval_global_batch_size is not None
+            or a.eval_micro_batch_size is not None
+        ),
         "--global-batch-size (and --eval-...-batch-size) count packs here and follow from the step plan. "
         "Set the pairs per optimizer step: --pairs-per-step.",
     ),
@@ -78,8 +82,12 @@ _REFUSALS = (
         lambda a: a.position_embedding_type not in ("rope", "yarn", "learned_absolute", "none"),
         "--position-embedding-type: pairs need rope, yarn, learned_absolute or none.",
     ),
-    _Refusal(lambda a: a.softmax_type != "vanilla", "--softmax-type: attention over pairs has the vanilla softmax only."),
-    _Refusal(lambda a: a.multi_latent_attention, "--multi-latent-attention has its own rotary embedding. Not supported."),
+    _Refusal(
+        lambda a: a.softmax_type != "vanilla", "--softmax-type: attention over pairs has the vanilla softmax only."
+    ),
+    _Refusal(
+        lambda a: a.multi_latent_attention, "--multi-latent-attention has its own rotary embedding. Not supported."
+    ),
     _Refusal(lambda a: a.mtp_num_layers, "--mtp-num-layers: multi-token prediction has no meaning for scored pairs."),
     _Refusal(
         lambda a: a.hybrid_layer_pattern or a.spec or a.heterogeneous_layers_config_path,
@@ -87,7 +95,9 @@ _REFUSALS = (
         "which these specs do not have.",
     ),
     _Refusal(
-        lambda a: a.cross_entropy_loss_fusion or a.fp16_lm_cross_entropy or a.defer_embedding_wgrad_compute or a.use_mup,
+        lambda a: (
+            a.cross_entropy_loss_fusion or a.fp16_lm_cross_entropy or a.defer_embedding_wgrad_compute or a.use_mup
+        ),
         "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy, --defer-embedding-wgrad-compute and --use-mup act on an "
         "output layer that scored positions do not pass through.",
     ),

@@ -47,8 +47,8 @@ def train(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None 
     from megatron_bdpo.training import arguments, distributed, refusals
 
     args = arguments.parse(argv, defaults)
-    refusals.refuse_what_cannot_be_honoured(args)
     with distributed.process_groups(args):
+        refusals.refuse_what_cannot_be_honoured(args)
         run = PreferenceRun(args)
         run.pretrain()
     return run
@@ -59,9 +59,9 @@ def main(defaults: Mapping[str, Any] | None = None) -> PreferenceRun:
     try:
         return train(defaults=defaults)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if not error.shown and int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
+        raise SystemExit(2) from None
 
 
 class PreferenceRun:
@@ -113,8 +113,8 @@ class PreferenceRun:
         from megatron_bdpo.model.initialization import initialize_by_name
         from megatron_bdpo.model.pair_gpt import PairGPTConfig
         from megatron_bdpo.platform.seams import trainer_seams
-        from megatron_bdpo.training.identity import checkpoint_directory
         from megatron_bdpo.training.forward import PreferenceStep
+        from megatron_bdpo.training.identity import checkpoint_directory
         from megatron_bdpo.training.scoring import NoReference
 
         self._config = gpt_config_from_args(self.args, model_config_cls=PairGPTConfig)

@@ -43,7 +43,9 @@ class StepZeroGate:
     def observe(self, loss: Tensor, at_reference: Tensor, log_ratio_per_token: Tensor) -> None:
         """Record the pairs of a microbatch. All arguments are [P]."""
         count = loss.new_tensor(loss.numel())
-        self._sums.append(torch.stack([(loss - at_reference).detach().sum(), log_ratio_per_token.detach().sum(), count]))
+        self._sums.append(
+            torch.stack([(loss - at_reference).detach().sum(), log_ratio_per_token.detach().sum(), count])
+        )
 
     def judge(self) -> str:
         """Add up over ranks and compare. Collective.
@@ -67,7 +69,7 @@ class StepZeroGate:
         raise UserError(
             f"step 0: the policy is not its reference: {seen}.\n"
             "Before the first update both are the same weights, so the loss of every pair must be its value at zero "
-            "log-ratio (ln 2 for DPO and B-DPO). Likely causes: reference values scored under other settings or by another "
-            "version (delete the reference cache), weights that did not load, or a kernel that is not deterministic "
-            "between passes. --no-step-zero-check trains anyway."
+            "log-ratio (ln 2 for DPO and B-DPO). Likely causes: reference values scored under other settings or by "
+            "another version (delete the reference cache), weights that did not load, or a kernel that is not "
+            "deterministic between passes. --no-step-zero-check trains anyway."
         )

@@ -98,7 +98,9 @@ def dense(p: Problem) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy() for name, value in results.items()}
 
 
-def scored_on_a_rank(p: Problem, tp: int, sequence_parallel: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def scored_on_a_rank(
+    p: Problem, tp: int, sequence_parallel: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """This rank's part of the results: its shards of the gradients, and what every rank has of the rest."""
     from megatron_bdpo.logprobs import ScoredPositions, sequence_log_probs, token_log_probs
 
@@ -194,7 +196,9 @@ def inputs_before_and_after() -> tuple[dict[str, np.ndarray], dict[str, np.ndarr
     p = PROBLEMS["no padding"]
     hidden, weight = torch.tensor(p.hidden).float()[:, None], torch.tensor(p.weight).float()
     index = [torch.tensor(x) for x in (p.scored_hidden, p.target, p.sequence, p.sequence_tokens)]
-    inputs = dict(zip(("hidden", "weight", "index", "target", "sequence", "lengths"), (hidden, weight, *index), strict=True))
+    inputs = dict(
+        zip(("hidden", "weight", "index", "target", "sequence", "lengths"), (hidden, weight, *index), strict=True)
+    )
     before = {name: value.numpy().copy() for name, value in inputs.items()}
     with tensor_parallel_group(1) as group:
         token_log_probs(

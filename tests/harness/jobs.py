@@ -68,9 +68,9 @@ def train(flags: list[str], **overrides: Any) -> Outcome:
             self.shards = copy_shards(self.model)
 
     args = arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
-    refusals.refuse_what_cannot_be_honoured(args)
     exit_code = None
     with distributed.process_groups(args):
+        refusals.refuse_what_cannot_be_honoured(args)
         run = RecordedRun(args)
         try:
             run.pretrain()

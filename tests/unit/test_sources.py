@@ -75,10 +75,10 @@ def test_rows_are_numbered_by_line(tmp_path: Path) -> None:
 
     assert [number for number, _ in found] == [1, 3, 4, 5, 6]
     assert [row for _, row in found if not isinstance(row, RowProblem)] == [ROWS[0], ROWS[0]]
-    for number, row in found[1:4]:
+    for _, row in found[1:4]:
         assert isinstance(row, RowProblem)
         assert row.kind is ProblemKind.BAD_JSON
-        assert f"rows.jsonl, line {number}" in row.detail
+        assert "rows.jsonl" not in row.detail  # whoever reports it adds where: once
 
 
 def test_parquet_and_arrow(tmp_path: Path) -> None:

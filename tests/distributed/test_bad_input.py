@@ -1,0 +1,141 @@
+"""Whatever the user gets wrong ends the run on every rank with one message that names it and the way out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import jobs
+from tests.harness.jobs import DATA
+
+EXAMPLE = DATA.parent / "pretrain_bdpo.py"
+GOOD_ROW = {"prompt": "Question?", "chosen": " A good answer.", "rejected": " No."}
+
+
+def refusal(flags, **overrides):
+    """The UserError that this rank's run ends with."""
+    from megatron_bdpo.errors import UserError
+
+    try:
+        jobs.train(flags, **overrides)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def write(path: Path, *rows) -> str:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def data_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
+    """Name -> flags, and what the message has to say."""
+    good = [GOOD_ROW | {"prompt": f"Question {number}?"} for number in range(20)]
+    many = ["--max-malformed-share", "0"]
+    return {
+        "missing file": (["--pair-data", str(directory / "nowhere.jsonl")], r"nowhere\.jsonl"),
+        "empty file": (["--pair-data", write(directory / "empty.jsonl")], r"empty\.jsonl.*empty"),
+        "broken line": (
+            ["--pair-data", write(directory / "broken.jsonl", *good[:3], '{"prompt": "x", \n', *good[3:]), *many],
+            r"broken\.jsonl, line 4",
+        ),
+        "wrong type": (
+            ["--pair-data", write(directory / "types.jsonl", *good[:5], GOOD_ROW | {"chosen": 7}, *good[5:])],
+            r"types\.jsonl, line 6.*chosen",
+        ),
+        "missing column": (
+            ["--pair-data", write(directory / "column.jsonl", {"prompt": "x", "chosen": "y"})],
+            "rejected",
+        ),
+        "tokenizer": (["--tokenizer-model", str(directory / "no.model")], r"--tokenizer-model .*no\.model"),
+    }
+
+
+FLAG_CASES = {
+    "unknown loss": (["--preference-loss", "dpoo"], r"unknown loss 'dpoo'; did you mean 'dpo'\?"),
+    "unused option": (["--preference-loss", "dpo", "--simpo-gamma", "1"], r"--simpo-gamma is not used by the loss 'dpo'"),
+    "option out of range": (["--beta", "-1"], r"--beta must be finite and > 0"),
+    "pair longer than a pack": (["--seq-length", "64"], r"do not fit a pack of --seq-length 64.*--long-pairs drop"),
+    "fewer pairs than ranks": (["--pairs-per-step", "1"], r"--pairs-per-step 1 cannot be split over 2 data-parallel ranks"),
+    "more pairs than there are": (["--pairs-per-step", "4096"], r"--pairs-per-step 4096 is more than the 48 usable pairs"),
+    "ranks that fit no layout": (["--tensor-model-parallel-size", "4"], r"2 ranks cannot be split into model replicas of 4"),
+    "a setting of Megatron's": (["--num-layers", "3", "--pipeline-model-parallel-size", "2"], "Megatron refused.*[Nn]umber of layers"),
+    "batch size": (["--global-batch-size", "8"], r"--pairs-per-step"),
+    "dropout": (["--attention-dropout", "0.1"], r"dropout.*--attention-dropout"),
+    "two run lengths": (["--pair-epochs", "2"], r"one of --train-iters .* and --pair-epochs"),
+    "no labels": (
+        ["--preference-loss", "safedpo", "--pair-data", "UNLABELLED"],
+        r"needs safety labels, but 20 of 20 pairs have none.*chosen_safe",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLAG_CASES)
+def test_wrong_flag_is_refused_on_every_rank(ranks, tmp_path, name):
+    flags, expected = FLAG_CASES[name]
+    unlabelled = write(tmp_path / "plain.jsonl", *(GOOD_ROW | {"prompt": f"Question {n}?"} for n in range(20)))
+    flags = [unlabelled if flag == "UNLABELLED" else flag for flag in flags]
+    assert_refused(ranks(2)(refusal, flags, pair_cache_dir=str(tmp_path / "cache")), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["missing file", "empty file", "broken line", "wrong type", "missing column", "tokenizer"]
+)
+def test_bad_data_is_refused_on_every_rank(ranks, tmp_path, name):
+    flags, expected = data_cases(tmp_path)[name]
+    cache = tmp_path / "cache"
+    assert_refused(ranks(2)(refusal, flags, pair_cache_dir=str(cache)), expected)
+    assert not list(cache.glob("*/meta.json")), "a failed run left something that looks like a store"
+
+
+def test_reference_cache_of_other_data_is_refused(ranks, tmp_path):
+    flags = ["--reference-cache", str(tmp_path / "reference"), "--train-iters", "1"]
+    ranks(2)(jobs.train, flags, pair_cache_dir=str(tmp_path))
+    messages = ranks(2)(refusal, [*flags, "--max-pairs", "24"], pair_cache_dir=str(tmp_path))
+    assert_refused(messages, r"train\.safetensors belongs to something else:\s+data: \w+ in the file, \w+ here")
+
+
+def test_reference_cache_of_another_model_is_refused(ranks, tmp_path):
+    flags = ["--reference-cache", str(tmp_path / "reference"), "--train-iters", "1"]
+    ranks(2)(jobs.train, flags, pair_cache_dir=str(tmp_path))
+    messages = ranks(2)(refusal, [*flags, "--rotary-base", "500000"], pair_cache_dir=str(tmp_path))
+    assert_refused(messages, r"belongs to something else:\s+reference: .* in the file, .* here")
+
+
+def test_damaged_reference_cache_is_refused(ranks, tmp_path):
+    flags = ["--reference-cache", str(tmp_path / "reference"), "--train-iters", "1"]
+    ranks(2)(jobs.train, flags, pair_cache_dir=str(tmp_path))
+    file = tmp_path / "reference" / "train.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert_refused(ranks(2)(refusal, flags, pair_cache_dir=str(tmp_path)), r"train\.safetensors is damaged")
+
+
+def assert_refused(messages, expected):
+    assert len(set(messages)) == 1, messages
+    assert re.search(expected, messages[0], re.DOTALL), messages[0]
+
+
+def test_torchrun_ends_with_one_message(tmp_path):
+    """The whole way: launcher, two ranks, exit code, no traceback of ours, no hang."""
+    bad = write(tmp_path / "bad.jsonl", GOOD_ROW, "not json\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(EXAMPLE)]
+    flags = ["--pair-data", bad, "--pair-cache-dir", str(tmp_path / "cache"), *model_flags()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, env=environment)
+    assert ended.returncode != 0
+    assert ended.stderr.count("bad.jsonl, line 2") == 1, ended.stderr
+    assert "error: " in ended.stderr
+    assert "UserError" not in ended.stderr, "a traceback of ours was shown"
+
+
+def model_flags() -> list[str]:
+    return (
+        "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 256 --lr 1e-3 --train-iters 1 "
+        f"--pairs-per-step 2 --tokenizer-type SentencePieceTokenizer --tokenizer-model {DATA / 'tokenizer.model'}"
+    ).split()

@@ -1,0 +1,182 @@
+"""Packs of pairs with shared prompts give what one sequence at a time gives: log-probs, loss and gradients.
+
+Two oracles: our own model without packing and sharing, and Hugging Face's Llama with the same weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from megatron_bdpo.data.store import PairStore
+from tests.harness.jobs import TINY_MODEL, Outcome, last_stage, train, whole_weights
+
+PAIRS = 12  # all in one step: several packs of several pairs
+ONE_AT_A_TIME = ["--no-pack-pairs", "--no-share-prompts"]
+
+# One plain gradient step so long that what was there before is rounding: the weights after it are the gradient.
+GRADIENT_STEP = ["--optimizer", "sgd", "--sgd-momentum", "0", "--weight-decay", "0", "--clip-grad", "0", "--lr", "1e6"]
+
+VOCABULARY = 1024  # of the example tokenizer
+
+# fp32 throughout; sums of some hundred terms are added in another order.
+RELATIVE = 1e-5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished job and the reference values it has left in its cache: those of the initial weights."""
+
+    cache: Path
+    outcome: Outcome
+
+    @property
+    def log_probs(self) -> dict[str, np.ndarray]:
+        """'conditional' and 'unconditional', [P, 2], as far as the loss needs them."""
+        (path,) = self.cache.glob("reference-*/*.safetensors")
+        return load_file(path)
+
+
+def run(ranks, cache: Path, flags: list[str]) -> Run:
+    """One step over all pairs. Initial weights are drawn wide: with the usual 0.02 a model hardly looks at its prompt."""
+    overrides = {"max_pairs": PAIRS, "pairs_per_step": PAIRS, "train_iters": 1, "init_method_std": 0.2}
+    (outcome,) = ranks(1)(train, flags, pair_cache_dir=str(cache), **overrides)
+    return Run(cache, outcome)
+
+
+@pytest.fixture(scope="module", params=["bdpo", "simpo"])
+def both(request, ranks, tmp_path_factory) -> tuple[Run, Run]:
+    """The packed run and the run with one sequence at a time."""
+    flags = ["--preference-loss", request.param, *GRADIENT_STEP]
+    packed = run(ranks, tmp_path_factory.mktemp("packed"), flags)
+    single = run(ranks, tmp_path_factory.mktemp("single"), flags + ONE_AT_A_TIME)
+    return packed, single
+
+
+def test_metrics_equal_those_of_one_sequence_at_a_time(both):
+    packed, single = both
+    ((step,), (expected,)) = last_stage([packed.outcome]).steps, last_stage([single.outcome]).steps
+    assert step.keys() == expected.keys()
+    for name, expected_value in expected.items():
+        if not name.startswith("throughput"):
+            assert step[name] == pytest.approx(expected_value, rel=RELATIVE, abs=1e-6), name
+
+
+@pytest.mark.parametrize("both", ["bdpo"], indirect=True)  # its cache holds every pair's log-probs, of both kinds
+def test_log_probs_equal_those_of_one_sequence_at_a_time(both):
+    packed, single = both
+    expected = single.log_probs
+    assert expected.keys() == {"conditional", "unconditional"}
+    for kind, expected_values in expected.items():
+        assert packed.log_probs[kind] == pytest.approx(expected_values, rel=RELATIVE), kind
+
+
+def test_gradients_equal_those_of_one_sequence_at_a_time(both):
+    packed, single = both
+    gradients, expected = whole_weights([packed.outcome]), whole_weights([single.outcome])
+    assert gradients.keys() == expected.keys()
+    for name, expected_value in expected.items():
+        scale = np.abs(expected_value).max()
+        assert scale > 100, f"{name}: the gradient shall outweigh the weights of before"
+        assert np.abs(gradients[name] - expected_value).max() <= RELATIVE * scale, name
+
+
+# Hugging Face
+
+
+@pytest.fixture(scope="module")
+def untrained(ranks, tmp_path_factory) -> Run:
+    """A packed run that leaves the weights as they were, so that they can be given to Hugging Face.
+
+    Its vocabulary is padded, to 1500 rows; Hugging Face's is not.
+    """
+    flags = ["--lr", "0", "--weight-decay", "0", "--make-vocab-size-divisible-by", "1500"]
+    return run(ranks, tmp_path_factory.mktemp("untrained"), flags)
+
+
+@pytest.fixture(scope="module")
+def llama(untrained) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=TINY_MODEL["hidden_size"],
+        intermediate_size=TINY_MODEL["ffn_hidden_size"],
+        num_hidden_layers=TINY_MODEL["num_layers"],
+        num_attention_heads=TINY_MODEL["num_attention_heads"],
+        num_key_value_heads=TINY_MODEL["num_query_groups"],
+        rms_norm_eps=1e-5,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config).float().eval()
+    state = {name: torch.from_numpy(value) for name, value in llama_weights(whole_weights([untrained.outcome])).items()}
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def llama_weights(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Megatron's tensors under Hugging Face's names. Megatron stacks layers, and fuses q/k/v by group and gate/up."""
+    hidden, groups = TINY_MODEL["hidden_size"], TINY_MODEL["num_query_groups"]
+    head = hidden // TINY_MODEL["num_attention_heads"]
+    renamed = {
+        "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"][:VOCABULARY],
+        "lm_head.weight": weights["output_layer.weight"][:VOCABULARY],
+        "model.norm.weight": weights["decoder.final_layernorm.weight"],
+    }
+    for layer in range(TINY_MODEL["num_layers"]):
+        own = {
+            name.removeprefix("decoder.layers."): value[layer]
+            for name, value in weights.items()
+            if name.startswith("decoder.layers.")
+        }
+        qkv = own["self_attention.linear_qkv.weight"].reshape(
+            groups, -1, hidden
+        )  # per group: its queries, one k, one v
+        queries, key, value = np.split(qkv, [qkv.shape[1] - 2 * head, qkv.shape[1] - head], axis=1)
+        gate, up = np.split(own["mlp.linear_fc1.weight"], 2)
+        layer_weights = {
+            "input_layernorm": own["self_attention.linear_qkv.layer_norm_weight"],
+            "post_attention_layernorm": own["mlp.linear_fc1.layer_norm_weight"],
+            "self_attn.q_proj": queries.reshape(-1, hidden),
+            "self_attn.k_proj": key.reshape(-1, hidden),
+            "self_attn.v_proj": value.reshape(-1, hidden),
+            "self_attn.o_proj": own["self_attention.linear_proj.weight"],
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": own["mlp.linear_fc2.weight"],
+        }
+        renamed |= {f"model.layers.{layer}.{name}.weight": value for name, value in layer_weights.items()}
+    return renamed
+
+
+@torch.no_grad()
+def llama_log_prob(model: torch.nn.Module, prompt: np.ndarray, response: np.ndarray) -> float:
+    """log p(response | prompt), nothing packed, nothing shared."""
+    tokens = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+    log_probs = model(input_ids=tokens[None]).logits[0].double().log_softmax(-1)
+    return sum(log_probs[i - 1, tokens[i]].item() for i in range(len(prompt), len(tokens)))
+
+
+@pytest.mark.parametrize("kind", ["conditional", "unconditional"])
+def test_log_probs_equal_hugging_face_llama(untrained, llama, kind):
+    (directory,) = [path.parent for path in untrained.cache.glob("*/meta.json")]
+    store = PairStore.open(directory)
+    expected = np.zeros((PAIRS, 2))
+    for row in range(PAIRS):
+        pair = store.pair(row)
+        prompt = pair.prompt if kind == "conditional" else store.empty_prompt
+        expected[row] = [llama_log_prob(llama, prompt, response) for response in (pair.chosen, pair.rejected)]
+    assert untrained.log_probs[kind] == pytest.approx(expected, rel=RELATIVE)
+
+
+def test_the_tiny_model_reads_its_prompt(untrained):
+    """Else the comparisons above would not notice a prompt that is not attended to."""
+    values = untrained.log_probs
+    assert np.abs(values["conditional"] - values["unconditional"]).min() > 1e-2
