@@ -65,6 +65,7 @@ class PlanSettings:
     data_parallel: int
     max_pack_length: int  # --seq-length
     min_pack_length: int = 0  # longest pair that has to fit besides those trained on (held-out pairs)
+    microbatch_multiple: int = 1  # M is a multiple of this (interleaved pipeline stages)
     length_multiple: int = 8  # T is a multiple of this (sequence parallelism, FP8)
     seed: int = 1234
     pack_pairs: bool = True  # False: one pair per pack, the oracle
@@ -82,10 +83,12 @@ class PlanSettings:
                 f"--seq-length {self.max_pack_length} must be a multiple of {self.length_multiple} "
                 "(8, times the tensor-parallel ranks under --sequence-parallel)."
             )
-        if not self.pack_pairs and self.pairs_per_step % self.data_parallel:
+        group = self.data_parallel * self.microbatch_multiple
+        if not self.pack_pairs and self.pairs_per_step % group:
             raise UserError(
-                f"--no-pack-pairs gives every pair its own pack, and {self.pairs_per_step} packs cannot be split "
-                f"evenly over {self.data_parallel} data-parallel ranks. Use a multiple of {self.data_parallel}."
+                f"--no-pack-pairs gives every pair its own pack, and {self.pairs_per_step} packs cannot be split evenly "
+                f"over {self.data_parallel} data-parallel ranks in groups of {self.microbatch_multiple}. "
+                f"Use a multiple of {group}."
             )
 
 
@@ -218,7 +221,8 @@ def _level_window(ids: IntArray, sizes: IntArray, window: int, seed: int, index:
 
 def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[int, int, IntArray]:
     """Pack length, packs per step and the pack of each pair [B, N], wasting least; ties go to fewer packs."""
-    unit, ranks, limit = settings.length_multiple, settings.data_parallel, settings.max_pack_length
+    unit, limit = settings.length_multiple, settings.max_pack_length
+    group = settings.data_parallel * settings.microbatch_multiple
 
     def length_for(fullest: int) -> int:
         return _round_up(max(fullest, settings.min_pack_length), unit)
@@ -227,17 +231,17 @@ def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[int, in
         own = np.broadcast_to(np.arange(step_sizes.shape[1]), step_sizes.shape)
         return length_for(int(step_sizes.max())), step_sizes.shape[1], own
     fewest = -(-int(step_sizes.sum(axis=1).max()) // limit)
-    first = _round_up(max(fewest, ranks), ranks)
+    first = _round_up(max(fewest, group), group)
     best: tuple[int, int, IntArray] | None = None
-    for packs in range(first, step_sizes.shape[1] + ranks, ranks):
+    for packs in range(first, step_sizes.shape[1] + group, group):
         pack_of, fullest = _spread(step_sizes, packs)
         length = length_for(fullest)
         if length <= limit and (best is None or length * packs < best[0] * best[1]):
             best = (length, packs, pack_of)
-        if best is not None and packs >= first + _PACK_CHOICES * ranks:
+        if best is not None and packs >= first + _PACK_CHOICES * group:
             break
     if best is None:  # more packs than pairs leaves some empty, but every pair fits alone
-        packs = _round_up(step_sizes.shape[1], ranks)
+        packs = _round_up(step_sizes.shape[1], group)
         pack_of, fullest = _spread(step_sizes, packs)
         best = (length_for(fullest), packs, pack_of)
     return best

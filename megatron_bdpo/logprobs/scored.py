@@ -22,6 +22,7 @@ class ScoredPositions:
     target: Tensor  # [N] int64, token id
     sequence: Tensor  # [N] int64 in [0, S), non-decreasing
     sequence_tokens: Tensor  # [S] int64, scored tokens of each sequence
+    longest: int  # largest of sequence_tokens, 0 without sequences; known to the host, so that no one waits for the GPU
 
 
 def sequence_log_probs(token_log_probs: Tensor, scored: ScoredPositions) -> Tensor:
@@ -42,5 +43,5 @@ def sequence_log_probs(token_log_probs: Tensor, scored: ScoredPositions) -> Tens
         return token_log_probs.double()  # [0]: keeps the graph, so that an empty rank still runs its backward
     starts = torch.cumsum(lengths, 0) - lengths
     offset = torch.arange(scored.sequence.numel(), device=lengths.device) - starts[scored.sequence]
-    padded = token_log_probs.new_zeros((sequences, int(lengths.max())), dtype=torch.float64)
+    padded = token_log_probs.new_zeros((sequences, scored.longest), dtype=torch.float64)
     return padded.index_put((scored.sequence, offset), token_log_probs.double()).sum(dim=1)

@@ -36,6 +36,7 @@ class PackBatch:
     scored_target: Tensor  # [N]
     scored_sequence: Tensor  # [N]
     sequence_tokens: Tensor  # [S]
+    longest_sequence: int
     unsafe: Tensor  # [P, 2]
     pair_ids: IntArray  # [P], on the host
     unconditional: PackBatch | None = None
@@ -60,7 +61,9 @@ class PackBatch:
         )
 
     def scored(self) -> ScoredPositions:
-        return ScoredPositions(self.scored_hidden, self.scored_target, self.scored_sequence, self.sequence_tokens)
+        return ScoredPositions(
+            self.scored_hidden, self.scored_target, self.scored_sequence, self.sequence_tokens, self.longest_sequence
+        )
 
     def to_device(self) -> PackBatch:
         """This batch on the current CUDA device (the CPU where there is none)."""
@@ -113,6 +116,7 @@ def to_batch(pack: Pack, unsafe: np.ndarray[Any, Any]) -> PackBatch:
         scored_target=torch.from_numpy(pack.scored_target),
         scored_sequence=torch.from_numpy(pack.scored_sequence),
         sequence_tokens=torch.from_numpy(pack.sequence_tokens),
+        longest_sequence=int(pack.sequence_tokens.max(initial=0)),
         unsafe=torch.from_numpy(unsafe.astype(np.int64)),
         pair_ids=pack.pair_ids,
     )

@@ -171,6 +171,7 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
         data_parallel=_data_parallel_size(args),
         max_pack_length=args.seq_length,
         min_pack_length=int(sizes[held_out.ids].max(initial=0)),
+        microbatch_multiple=_microbatch_multiple(args),
         length_multiple=8 * (args.tensor_model_parallel_size if args.sequence_parallel else 1),
         seed=args.seed,
         pack_pairs=args.pack_pairs,
@@ -179,7 +180,7 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
     if steps is None:
         steps = max(1, round(args.pair_epochs * epoch_pairs(sources) / settings.pairs_per_step))
     plan = plan_steps(sizes, settings, steps, sources)
-    eval_packs = _eval_packs(held_out.ids, sizes, plan, pack_pairs=args.pack_pairs)
+    eval_packs = _eval_packs(held_out.ids, sizes, plan, _microbatch_multiple(args), pack_pairs=args.pack_pairs)
     return PairJob(
         loss,
         pool,
@@ -194,14 +195,24 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
     )
 
 
-def _eval_packs(ids: IntArray, sizes: IntArray, plan: StepPlan, *, pack_pairs: bool) -> list[IntArray]:
-    """Held-out pairs in packs of the training packs' length; a multiple of the data-parallel ranks."""
+def _eval_packs(
+    ids: IntArray, sizes: IntArray, plan: StepPlan, microbatch_multiple: int, *, pack_pairs: bool
+) -> list[IntArray]:
+    """Held-out pairs in packs of the training packs' length, as many as the ranks and the schedule can share."""
     if not len(ids):
         return []
+    group = plan.data_parallel * microbatch_multiple
     if pack_pairs:
-        return pack_all(ids, sizes[ids], plan.pack_length, plan.data_parallel)
+        return pack_all(ids, sizes[ids], plan.pack_length, group)
     single = [np.array([pair_id]) for pair_id in ids]
-    return single + [np.zeros(0, np.int64)] * (-len(single) % plan.data_parallel)
+    return single + [np.zeros(0, np.int64)] * (-len(single) % group)
+
+
+def _microbatch_multiple(args: argparse.Namespace) -> int:
+    """Megatron's interleaved schedule takes microbatches in groups of the pipeline's size."""
+    interleaved = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
+    interleaved = interleaved or args.pipeline_model_parallel_layout
+    return int(args.pipeline_model_parallel_size) if interleaved else 1
 
 
 def _data_parallel_size(args: argparse.Namespace) -> int:

@@ -99,7 +99,7 @@ class PreferenceRun:
     def print_table(self) -> None:
         """Print held-out results before and after, from the last rank, where metrics live. After ``pretrain``."""
         table = self.progress.table()
-        if table:
+        if table and self.args.rank == self.args.world_size - 1:
             print(f"\n{table}", flush=True)
 
     # The trainer ---------------------------------------------------------------------------------------------------

@@ -160,15 +160,19 @@ def score_pairs(
         [n, 2] log-probs of chosen and rejected, in nats, on every rank.
     """
     ranks = parallel_state.get_data_parallel_world_size()
-    packs = pack_all(ids, sizes, make.length, ranks)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    packs = pack_all(ids, sizes, make.length, ranks * stages)  # interleaved stages take microbatches in groups
     own = packs[parallel_state.get_data_parallel_rank() :: ranks]
     place = np.full(int(ids.max()) + 1, -1)
     place[ids] = np.arange(len(ids))
     result = np.zeros((len(ids), 2))
     writes = _is_one_of_each_replica()
-    per_call = _PACKS_PER_CALL * parallel_state.get_pipeline_model_parallel_world_size()
+    per_call = _PACKS_PER_CALL * stages
     label = "scoring answers after the empty prompt" if unconditional else "scoring the reference"
-    with tqdm(total=len(ids), desc=label, unit=" pairs", disable=not is_rank_zero(), file=sys.stderr) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
+    with tqdm(
+        total=len(ids), desc=label, unit=" pairs", disable=not is_rank_zero(), mininterval=interval, maxinterval=interval
+    ) as bar:
         for start in range(0, len(own), per_call):
             part = own[start : start + per_call]
             iterators = [_packs_of(part, make, unconditional) for _ in model]

@@ -11,6 +11,7 @@ LAYOUTS = {
     "TP2": (2, ["--tensor-model-parallel-size", "2"]),
     "TP2 SP": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "PP2 VPP2": (2, ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]),
     "DP2": (2, []),
     "DP2 distributed optimizer": (2, ["--use-distributed-optimizer"]),
     "TP2 PP2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),

@@ -1,0 +1,53 @@
+"""What a run reports: to TensorBoard, at evaluations, and with packs that hold nothing."""
+
+from __future__ import annotations
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.distributed.test_layouts import assert_same_steps
+from tests.harness.jobs import DATA, last_stage, train
+
+HELD_OUT = ["--eval-pair-data", str(DATA / "heldout.jsonl"), "--eval-interval", "2", "--eval-at-start"]
+
+
+def test_tensorboard_has_the_metrics_by_their_known_names(ranks, tmp_path):
+    ranks(2)(train, [*HELD_OUT, "--tensorboard-dir", str(tmp_path / "tb")], pair_cache_dir=str(tmp_path))
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    expected = {
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+        "logps/rejected", "comprehension/chosen", "comprehension/rejected", "comprehension/imbalance",
+        "weights/chosen", "weights/rejected", "scale", "throughput/pairs_per_second", "throughput/tokens_per_second",
+        "loss validation", "rewards/accuracies validation",
+    }  # fmt: skip
+    assert expected <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("rewards/margins")] == [1, 2, 3]
+
+
+def test_evaluation_covers_all_held_out_pairs_on_every_layout(ranks, tmp_path):
+    expected = last_stage(ranks(1)(train, HELD_OUT, pair_cache_dir=str(tmp_path / "1"))).evaluations
+    assert [record["iteration"] for record in expected] == [0, 2, 3]
+    for name, flags in {"dp": [], "tp": ["--tensor-model-parallel-size", "2"]}.items():
+        found = last_stage(ranks(2)(train, [*HELD_OUT, *flags], pair_cache_dir=str(tmp_path / name))).evaluations
+        assert_same_steps(found, expected)
+
+
+def test_share_held_out_from_training_data(ranks, tmp_path):
+    outcome = last_stage(ranks(1)(train, ["--eval-share", "0.25", "--eval-at-start"], pair_cache_dir=str(tmp_path)))
+    assert len(outcome.evaluations) == 2
+
+
+@pytest.mark.parametrize("pairs", ["3", "5"])
+def test_ranks_with_uneven_and_empty_packs_agree_with_one_rank(ranks, tmp_path, pairs):
+    """Each pair counts once, wherever it is: the step is the mean over its pairs, not over packs or ranks."""
+    flags = ["--pairs-per-step", pairs, "--pipeline-model-parallel-size"]
+    expected = ranks(1)(train, [*flags, "1"], pair_cache_dir=str(tmp_path / "one"))
+    interleaved = ["--num-layers-per-virtual-pipeline-stage", "1"]  # needs packs in groups of two
+    found = ranks(4)(train, [*flags, "2", *interleaved], pair_cache_dir=str(tmp_path / "four"))
+    assert_same_steps(last_stage(found).steps, last_stage(expected).steps)
+
+
+def test_safety_labels_swap_and_drop(ranks, tmp_path):
+    outcome = last_stage(ranks(1)(train, ["--preference-loss", "safedpo"], pair_cache_dir=str(tmp_path)))
+    assert len(outcome.steps) == 3
