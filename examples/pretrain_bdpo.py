@@ -12,7 +12,7 @@ With --pair-data it is your job: Megatron's flags as for pretrain_gpt.py, and ou
 import sys
 from pathlib import Path
 
-from megatron_bdpo.training.run import main
+from megatron_bdpo.training.entry import main
 
 DATA = Path(__file__).parent / "data"
 

@@ -64,7 +64,7 @@ class PlanSettings:
     pairs_per_step: int
     data_parallel: int
     max_pack_length: int  # --seq-length
-    min_pack_length: int = 0  # longest pair that has to fit besides those trained on (held-out pairs)
+    min_pack_length: int = 0  # longest pair that has to fit besides those drawn (held out, or beyond the last step)
     microbatch_multiple: int = 1  # M is a multiple of this (interleaved pipeline stages)
     length_multiple: int = 8  # T is a multiple of this (sequence parallelism, FP8)
     seed: int = 1234
@@ -86,8 +86,8 @@ class PlanSettings:
         group = self.data_parallel * self.microbatch_multiple
         if not self.pack_pairs and self.pairs_per_step % group:
             raise UserError(
-                f"--no-pack-pairs gives every pair its own pack, and {self.pairs_per_step} packs cannot be split evenly "
-                f"over {self.data_parallel} data-parallel ranks in groups of {self.microbatch_multiple}. "
+                f"--no-pack-pairs gives every pair its own pack, and {self.pairs_per_step} packs cannot be split "
+                f"evenly over {self.data_parallel} data-parallel ranks in groups of {self.microbatch_multiple}. "
                 f"Use a multiple of {group}."
             )
 

@@ -131,14 +131,14 @@ class ReferenceProvider:
         path = self._cache_path(index, identity)
         manifest = {
             "data": self.job.pool.stores[index].fingerprint,
-            "longest pack": str(self.args.seq_length) if self._leaves_out(index) else "all pairs",
             "reference": identity.reference,
         }
         with all_ranks_agree():
             # Whether to score must be one answer for all ranks, so the file is looked for once.
             exists = broadcast(path.exists())
             values = (reference_cache.read(path, manifest) or {}) if exists else {}
-        missing = [kind for kind in kinds if kind not in values]
+        used = self._used_rows(index)
+        missing = [kind for kind in kinds if kind not in values or np.isnan(values[kind][used]).any()]
         if not missing:
             say(f"reference: values of {len(self.job.pool.stores[index])} pairs from {path}")
             return values
@@ -180,8 +180,10 @@ class ReferenceProvider:
         values[fitting - ids[0]] = scores
         return values
 
-    def _leaves_out(self, index: int) -> bool:
-        return bool((self.job.sizes[self.job.pool.store_ids(index)] > self.job.plan.pack_length).any())
+    def _used_rows(self, index: int) -> Any:
+        """Rows of a store that this run looks up. The others may be NaN: pairs longer than a pack are never scored."""
+        ids = self.job.pool.store_ids(index)
+        return np.flatnonzero(np.isin(ids, np.concatenate([self.job.train.ids, self.job.held_out.ids])))
 
     def _packed_sizes(self, ids: Any, unconditional: bool) -> Any:
         sizes = self.job.sizes[ids]

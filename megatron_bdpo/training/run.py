@@ -6,62 +6,34 @@ import argparse
 import contextlib
 import functools
 import itertools
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.training import pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import validate_args
+from megatron.training.global_vars import get_tokenizer, set_global_variables
+from megatron.training.training import destroy_global_state
 from torch import Tensor
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.platform import cpu, versions
-
-
-def prepare_platform() -> None:
-    """Check the installation and, where there is no GPU, emulate one on the CPU. Call before importing Megatron."""
-    has_gpu = torch.cuda.is_available()
-    versions.check_environment(has_gpu=has_gpu)
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it with tensor parallelism
-    if not has_gpu and not cpu.is_active():
-        if int(os.environ.get("RANK", "0")) == 0:
-            print("no GPU found: running Megatron on the CPU with gloo (for trials and tests)", flush=True)
-        cpu.emulate_cuda_on_cpu()
-
-
-def train(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> PreferenceRun:
-    """Run a whole preference job from its flags, as ``examples/pretrain_bdpo.py`` does.
-
-    Args:
-        argv: Megatron's flags and ours; ``sys.argv[1:]`` when None.
-        defaults: defaults by argument name for flags not given.
-
-    Returns:
-        The finished run; its ``progress`` holds the metrics on the last rank.
-
-    Raises:
-        UserError: on every rank, with one message, for anything the user can put right.
-    """
-    prepare_platform()
-    from megatron_bdpo.training import arguments, distributed, refusals
-
-    args = arguments.parse(argv, defaults)
-    with distributed.process_groups(args):
-        refusals.refuse_what_cannot_be_honoured(args)
-        run = PreferenceRun(args)
-        run.pretrain()
-    return run
-
-
-def main(defaults: Mapping[str, Any] | None = None) -> PreferenceRun:
-    """:func:`train` for entry points: a UserError becomes one message, without traceback, and exit code 2."""
-    try:
-        return train(defaults=defaults)
-    except UserError as error:
-        if not error.shown and int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+from megatron_bdpo.model.initialization import initialize_by_name
+from megatron_bdpo.model.pair_gpt import PairGPTConfig
+from megatron_bdpo.platform import cpu
+from megatron_bdpo.platform.seams import trainer_seams
+from megatron_bdpo.training import identity
+from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
+from megatron_bdpo.training.distributed import all_ranks_agree, say
+from megatron_bdpo.training.forward import PreferenceStep
+from megatron_bdpo.training.job import apply_plan, build_job
+from megatron_bdpo.training.progress import Progress
+from megatron_bdpo.training.references import ReferenceProvider
+from megatron_bdpo.training.refusals import refuse_what_cannot_be_honoured
+from megatron_bdpo.training.scoring import NoReference, ResidentReference
+from megatron_bdpo.training.step_zero import StepZeroGate
 
 
 class PreferenceRun:
@@ -79,22 +51,33 @@ class PreferenceRun:
         Raises:
             UserError: on every rank.
         """
-        from megatron_bdpo.training import identity, job, progress
-
         self.args = args
-        self.job = job.build_job(args)
-        job.apply_plan(args, self.job)
+        with all_ranks_agree():
+            refuse_what_cannot_be_honoured(args)
+        self.job = build_job(args)
+        apply_plan(args, self.job)
         self.vocab_size = _validate(args)
         current = identity.identity_of(args, self.job)
-        self._resumed_identity = identity.resumed_identity(args, current)
-        self._identity = self._resumed_identity or current
-        self.progress = progress.Progress(args.log_interval, args.train_iters)
-        self._step_started = 0.0
+        self._identity = identity.resumed_identity(args, current) or current
+        self.progress = Progress(args.log_interval, args.train_iters)
+        self._config = gpt_config_from_args(args, model_config_cls=PairGPTConfig)
+        self._step = PreferenceStep(
+            self.job.loss, NoReference(), self.vocab_size, check_nan=args.check_for_nan_in_loss_and_grad
+        )
         self._iteration = 0
-        self._step: Any = None
-        self._config: Any = None
-        self._resident: Any = None
-        distributed_say(self.job.describe())
+        self._step_started = 0.0
+        say(self.job.describe())
+
+    def pretrain(self) -> None:
+        """Hand over to Megatron's trainer until the last step is done. Collective."""
+        if not any(map(identity.checkpoint_directory, (self.args.load, self.args.pretrained_checkpoint))):
+            self._config.pre_wrap_hooks.append(functools.partial(initialize_by_name, seed=self.args.seed))
+        try:
+            with trainer_seams(self):
+                container = pretrain_cfg_container_from_args(self.args, self._config)
+                pretrain(container, self._dataset_provider(), ModelType.encoder_or_decoder, self._step)
+        finally:
+            _forget_global_state()
 
     def print_table(self) -> None:
         """Print held-out results before and after, from the last rank, where metrics live. After ``pretrain``."""
@@ -102,55 +85,21 @@ class PreferenceRun:
         if table and self.args.rank == self.args.world_size - 1:
             print(f"\n{table}", flush=True)
 
-    # The trainer ---------------------------------------------------------------------------------------------------
+    # Data ------------------------------------------------------------------------------------------------------------
 
-    def pretrain(self) -> None:
-        """Hand over to Megatron's trainer until the last step is done. Collective."""
-        from megatron.core.enums import ModelType
-        from megatron.training import pretrain
-        from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-
-        from megatron_bdpo.model.initialization import initialize_by_name
-        from megatron_bdpo.model.pair_gpt import PairGPTConfig
-        from megatron_bdpo.platform.seams import trainer_seams
-        from megatron_bdpo.training.forward import PreferenceStep
-        from megatron_bdpo.training.identity import checkpoint_directory
-        from megatron_bdpo.training.scoring import NoReference
-
-        self._config = gpt_config_from_args(self.args, model_config_cls=PairGPTConfig)
-        if not any(map(checkpoint_directory, (self.args.load, self.args.pretrained_checkpoint))):
-            self._config.pre_wrap_hooks.append(functools.partial(initialize_by_name, seed=self.args.seed))
-        self._step = PreferenceStep(
-            self.job.loss, NoReference(), self.vocab_size, check_nan=self.args.check_for_nan_in_loss_and_grad
-        )
-        try:
-            with trainer_seams(self):
-                pretrain(
-                    pretrain_cfg_container_from_args(self.args, self._config),
-                    self._datasets,
-                    ModelType.encoder_or_decoder,
-                    self._step,
-                )
-        finally:
-            _forget_global_state()
-
-    @property
-    def _datasets(self) -> Callable[..., Any]:
-        """Megatron's data-set provider. Loaders are built on every rank, each for its own data-parallel part."""
+    def _dataset_provider(self) -> Callable[..., Any]:
+        """What Megatron calls for its data: here, iterators on every rank, each for its own data-parallel part."""
 
         def provide(num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
-            held_out = self._eval_batches() if self.args.eval_iters else None
-            return self._train_batches(), held_out, None
+            return self._train_batches(), self._eval_batches() if self.args.eval_iters else None, None
 
         provide.is_distributed = True  # type: ignore[attr-defined]
         return provide
 
-    def _train_batches(self) -> Iterator[Any]:
-        from megatron.core import parallel_state
-
+    def _train_batches(self) -> Iterator[PackBatch]:
         plan, rank = self.job.plan, parallel_state.get_data_parallel_rank()
 
-        def packs(index: int) -> Any:
+        def packs(index: int) -> IntArray:
             step, microbatch = divmod(index, plan.microbatches)
             return plan.packs(step, rank)[microbatch]
 
@@ -158,48 +107,37 @@ class PreferenceRun:
         first = self.args.iteration * plan.microbatches
         return self._iterate(packs, iter(range(first, len(plan.steps) * plan.microbatches)))
 
-    def _eval_batches(self) -> Iterator[Any]:
-        from megatron.core import parallel_state
-
-        ranks, rank = self.job.plan.data_parallel, parallel_state.get_data_parallel_rank()
-        own = self.job.eval_packs[rank::ranks]
+    def _eval_batches(self) -> Iterator[PackBatch]:
+        own = self.job.eval_packs[parallel_state.get_data_parallel_rank() :: self.job.plan.data_parallel]
         return self._iterate(own.__getitem__, itertools.cycle(range(len(own))))
 
-    def _iterate(self, packs: Callable[[int], Any], order: Iterator[int]) -> Iterator[Any]:
-        from megatron_bdpo.training.batches import iterate_packs
-
+    def _iterate(self, packs: Callable[[int], IntArray], order: Iterator[int]) -> Iterator[PackBatch]:
         pin = not cpu.is_active()
         return iterate_packs(packs, order, self.job.pack_maker, workers=self.args.num_workers, pin=pin)
 
-    # TrainerHooks --------------------------------------------------------------------------------------------------
+    # TrainerHooks ----------------------------------------------------------------------------------------------------
 
     def after_load(self, model: list[Any]) -> None:
         """The policy holds its weights: settle the reference and what checkpoints will say about this run."""
-        from megatron_bdpo.training import identity
-        from megatron_bdpo.training.references import ReferenceProvider
-        from megatron_bdpo.training.scoring import ResidentReference
-        from megatron_bdpo.training.step_zero import StepZeroGate
-
         self._iteration = self.args.iteration
         resumed = self._iteration > 0
         provider = ReferenceProvider(self.args, self.job, self._config, self.vocab_size)
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
         identity.keep(self.args, self._identity)
-        if isinstance(self._step.reference, ResidentReference):
-            self._resident = self._step.reference
         if self.args.step_zero_check and not resumed and self.job.loss.requirements.reference:
             self._step.gate = StepZeroGate(self.args.params_dtype)
 
     def before_training(self, evaluate: Callable[[], Any]) -> None:
         """Megatron's loop is about to start."""
-        if self.args.eval_at_start and self.args.eval_iters and self.args.iteration == 0:
+        if self.args.eval_at_start and self.args.eval_iters and self._iteration == 0:
             gate, self._step.gate = self._step.gate, None
             evaluate()
             self._step.gate = gate
 
     def wrap_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
         """Time each training step, and let a resident reference score before it."""
-        inner = self._resident.wrap(schedule) if self._resident is not None else schedule
+        reference = self._step.reference
+        inner = reference.wrap(schedule) if isinstance(reference, ResidentReference) else schedule
 
         def run(*args: Any, forward_only: bool = False, **kwargs: Any) -> Any:
             if not forward_only:
@@ -212,7 +150,7 @@ class PreferenceRun:
         """Report the step; after the first one, judge it."""
         self._iteration = iteration
         if self._step.gate is not None:
-            distributed_say(self._step.gate.judge())
+            say(self._step.gate.judge())
             self._step.gate = None
         plan = self.job.plan
         self.progress.step(
@@ -229,19 +167,8 @@ class PreferenceRun:
         self.progress.evaluation(metrics, self._iteration)
 
 
-def distributed_say(message: str) -> None:
-    from megatron_bdpo.training.distributed import say
-
-    say(message)
-
-
 def _validate(args: argparse.Namespace) -> int:
     """Megatron's own validation and globals. Returns the tokenizer's vocabulary size."""
-    from megatron.training.arguments import validate_args
-    from megatron.training.global_vars import get_tokenizer, set_global_variables
-
-    from megatron_bdpo.training.distributed import all_ranks_agree
-
     with all_ranks_agree():
         try:
             validate_args(args)
@@ -253,7 +180,5 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _forget_global_state() -> None:
     """Leave the process as it was, so that another run can follow in it."""
-    from megatron.training.training import destroy_global_state
-
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # after a failure at start, some of it was never made
         destroy_global_state()

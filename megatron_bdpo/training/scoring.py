@@ -170,8 +170,9 @@ def score_pairs(
     per_call = _PACKS_PER_CALL * stages
     label = "scoring answers after the empty prompt" if unconditional else "scoring the reference"
     interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
+    quiet = not is_rank_zero()
     with tqdm(
-        total=len(ids), desc=label, unit=" pairs", disable=not is_rank_zero(), mininterval=interval, maxinterval=interval
+        total=len(ids), desc=label, unit=" pairs", disable=quiet, mininterval=interval, maxinterval=interval
     ) as bar:
         for start in range(0, len(own), per_call):
             part = own[start : start + per_call]

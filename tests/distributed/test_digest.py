@@ -44,7 +44,7 @@ class _Enough(Exception):
 
 
 def look(flags: list[str], edit: bool = False) -> Seen:
-    """Build the tiny model through the real job, fingerprint it, and with ``edit`` (one rank only) fingerprint edits."""
+    """Build the tiny model by the real job and fingerprint it; with ``edit`` (on one rank only), edits of it, too."""
     from megatron.core.utils import unwrap_model
 
     from megatron_bdpo.model.digest import weights_digest
@@ -162,7 +162,7 @@ def test_seed_decides_the_random_weights(ranks, one_rank):
 def test_random_weights_have_the_configured_spread(one_rank):
     """Megatron's defaults: 0.02, divided by sqrt(2 x layers) where a layer writes to the residual stream."""
     for name, value in without_padding([one_rank]).items():
-        if name.endswith("norm_weight") or name.endswith("layernorm.weight"):
+        if name.endswith(("norm_weight", "layernorm.weight")):
             assert (value == 1).all(), name
             continue
         writes = name.endswith(("linear_proj.weight", "linear_fc2.weight"))

@@ -51,6 +51,15 @@ class Problem:
     def sequence(self) -> np.ndarray:
         return np.repeat(np.arange(len(self.sequence_tokens)), self.sequence_tokens)
 
+    @property
+    def index(self) -> tuple[np.ndarray, ...]:
+        """The arrays of ``ScoredPositions``."""
+        return self.scored_hidden, self.target, self.sequence, self.sequence_tokens
+
+    @property
+    def longest(self) -> int:
+        return int(self.sequence_tokens.max(initial=0))
+
 
 def problem(vocab_size: int, *, bias: bool = False, sequence_tokens: tuple[int, ...] = (5, 1, 9, 4)) -> Problem:
     """Random values of a size that makes some tokens nearly certain and others nearly impossible."""
@@ -110,20 +119,19 @@ def scored_on_a_rank(
         hidden = (whole.chunk(tp)[rank] if sequence_parallel else whole).clone().requires_grad_()
         weight = torch.tensor(p.weight, dtype=dtype).chunk(tp)[rank].clone().requires_grad_()
         bias = None if p.bias is None else torch.tensor(p.bias, dtype=dtype).chunk(tp)[rank].clone()
-        scored = ScoredPositions(*map(torch.tensor, (p.scored_hidden, p.target, p.sequence, p.sequence_tokens)))
+        scored = ScoredPositions(*map(torch.tensor, p.index), longest=p.longest)
         tokens = token_log_probs(
             hidden, weight, bias, scored,
             vocab_size=p.vocab_size, tp_group=group, sequence_parallel=sequence_parallel,
         )  # fmt: skip
         sequences = sequence_log_probs(tokens, scored)
         if len(p.sequence_tokens):
-            gradients = torch.tensor(p.token_gradient, dtype=torch.float32), torch.tensor(p.sequence_gradient)
-            torch.autograd.backward([tokens, sequences], list(gradients))
+            incoming = [torch.tensor(p.token_gradient, dtype=torch.float32), torch.tensor(p.sequence_gradient)]
+            torch.autograd.backward([tokens, sequences], incoming)
         else:
             sequences.sum().backward()
-        results = {
-            "tokens": tokens, "sequences": sequences, "hidden gradient": hidden.grad[:, 0], "weight gradient": weight.grad
-        }  # fmt: skip
+        gradients = {"hidden gradient": hidden.grad[:, 0], "weight gradient": weight.grad}
+        results = {"tokens": tokens, "sequences": sequences, **gradients}
         dtypes = {name: str(value.dtype) for name, value in results.items()}
         return {"dtypes": dtypes, "rank": rank} | {n: v.detach().double().numpy() for n, v in results.items()}
 
@@ -195,15 +203,14 @@ def inputs_before_and_after() -> tuple[dict[str, np.ndarray], dict[str, np.ndarr
 
     p = PROBLEMS["no padding"]
     hidden, weight = torch.tensor(p.hidden).float()[:, None], torch.tensor(p.weight).float()
-    index = [torch.tensor(x) for x in (p.scored_hidden, p.target, p.sequence, p.sequence_tokens)]
+    index = [torch.tensor(array) for array in p.index]
     inputs = dict(
         zip(("hidden", "weight", "index", "target", "sequence", "lengths"), (hidden, weight, *index), strict=True)
     )
     before = {name: value.numpy().copy() for name, value in inputs.items()}
     with tensor_parallel_group(1) as group:
-        token_log_probs(
-            hidden, weight, None, ScoredPositions(*index), vocab_size=64, tp_group=group, sequence_parallel=False
-        )
+        scored = ScoredPositions(*index, longest=p.longest)
+        token_log_probs(hidden, weight, None, scored, vocab_size=64, tp_group=group, sequence_parallel=False)
     return before, {name: value.numpy() for name, value in inputs.items()}
 
 
@@ -215,7 +222,8 @@ def scored_with_lengths(lengths: list[int]) -> Any:
 
     tokens = torch.tensor(lengths, dtype=torch.int64)
     nothing = torch.zeros(int(tokens.sum()), dtype=torch.int64)
-    return ScoredPositions(nothing, nothing, torch.repeat_interleave(torch.arange(len(lengths)), tokens), tokens)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), tokens)
+    return ScoredPositions(nothing, nothing, sequence, tokens, longest=max(lengths, default=0))
 
 
 def test_sums_are_added_in_double_precision():

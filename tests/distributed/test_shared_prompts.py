@@ -43,7 +43,7 @@ class Run:
 
 
 def run(ranks, cache: Path, flags: list[str]) -> Run:
-    """One step over all pairs. Initial weights are drawn wide: with the usual 0.02 a model hardly looks at its prompt."""
+    """One step over all pairs. Initial weights are drawn wide: at the usual 0.02 a model hardly looks at its prompt."""
     overrides = {"max_pairs": PAIRS, "pairs_per_step": PAIRS, "train_iters": 1, "init_method_std": 0.2}
     (outcome,) = ranks(1)(train, flags, pair_cache_dir=str(cache), **overrides)
     return Run(cache, outcome)

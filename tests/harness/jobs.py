@@ -52,7 +52,7 @@ class Outcome:
 
 def train(flags: list[str], **overrides: Any) -> Outcome:
     """Run the tiny job with ``flags`` on this rank. ``overrides`` replace defaults by argument name."""
-    from megatron_bdpo.training import arguments, distributed, refusals
+    from megatron_bdpo.training import arguments, distributed
     from megatron_bdpo.training.run import PreferenceRun
 
     class RecordedRun(PreferenceRun):
@@ -70,7 +70,6 @@ def train(flags: list[str], **overrides: Any) -> Outcome:
     args = arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
     exit_code = None
     with distributed.process_groups(args):
-        refusals.refuse_what_cannot_be_honoured(args)
         run = RecordedRun(args)
         try:
             run.pretrain()

@@ -115,7 +115,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from megatron_bdpo.training.run import prepare_platform
+    from megatron_bdpo.platform.prepare import prepare_platform
 
     prepare_platform()
     while True:

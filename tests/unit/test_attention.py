@@ -1,7 +1,7 @@
 """Pair attention against a dense softmax under an explicit mask, value and gradient.
 
-The module runs on a rank of a pool (importing Megatron without a GPU needs the emulation, which shall not be in force in
-this process); the dense softmax runs here, in fp64.
+The module runs on a rank of a pool: without a GPU it needs the emulation, which shall not be in force in this process.
+The dense softmax runs here, in fp64.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def attend_without_plan() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", [name for name in CASES if name != "scale by layer"])
 def test_varlen_kernel_equals_a_dense_softmax(name, dtype):
-    from megatron_bdpo.training.run import prepare_platform
+    from megatron_bdpo.platform.prepare import prepare_platform
 
     prepare_platform()
     case = Case(**{**vars(CASES[name]), "head_size": 64})

@@ -124,7 +124,7 @@ def test_example():
     assert pack.positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 0]
     assert pack.query_lengths.tolist() == [3, 2, 1]
     assert pack.key_lengths.tolist() == [3, 5, 4]
-    assert pack.key_index.tolist() == [0, 1, 2] + [0, 1, 2, 3, 4] + [0, 1, 2, 5]
+    assert pack.key_index.tolist() == [*[0, 1, 2], *[0, 1, 2, 3, 4], *[0, 1, 2, 5]]
     assert pack.scored_hidden.tolist() == [2, 3, 2]
     assert pack.scored_target.tolist() == [4, 5, 6]
     assert pack.scored_sequence.tolist() == [0, 0, 1]

@@ -40,6 +40,7 @@ def cases(draw) -> Case:
             data_parallel=draw(st.integers(1, min(4, pairs_per_step))),
             max_pack_length=multiple * draw(st.integers(shortest_limit, 3 * shortest_limit)),
             min_pack_length=draw(st.integers(0, multiple * shortest_limit)),
+            microbatch_multiple=draw(st.integers(1, 3)),
             length_multiple=multiple,
             seed=draw(st.integers(0, 3)),
         ),
@@ -107,7 +108,8 @@ def test_steps_do_not_depend_on_the_layout(case):
         {"data_parallel": most},
         {"max_pack_length": case.settings.max_pack_length * 2},
         {"min_pack_length": 0},
-        {"pack_pairs": False, "data_parallel": 1},
+        {"microbatch_multiple": 4},
+        {"pack_pairs": False, "data_parallel": 1, "microbatch_multiple": 1},
     ):
         assert np.array_equal(case.plan(**changes).steps, expected_steps), changes
 
@@ -182,6 +184,7 @@ def test_packs_hold_each_pair_once_and_never_overflow(case):
         assert plan.real_tokens[step] == case.sizes[plan.steps[step]].sum()
     assert limits.min_pack_length <= plan.pack_length <= limits.max_pack_length
     assert plan.pack_length % limits.length_multiple == 0
+    assert plan.microbatches % limits.microbatch_multiple == 0
     assert 0 < plan.fill <= 1
 
 
@@ -262,6 +265,10 @@ def test_pack_all_takes_the_tightest_room():
         (
             {"pack_pairs": False, "pairs_per_step": 6, "data_parallel": 4},
             "6 packs cannot be split evenly over 4 data-parallel ranks",
+        ),
+        (
+            {"pack_pairs": False, "pairs_per_step": 6, "data_parallel": 2, "microbatch_multiple": 2},
+            r"over 2 data-parallel ranks in groups of 2\. Use a multiple of 4",
         ),
     ],
 )

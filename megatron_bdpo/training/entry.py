@@ -1,0 +1,49 @@
+"""Starting a preference job: the platform first, then everything that imports Megatron."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.platform.prepare import prepare_platform
+
+if TYPE_CHECKING:
+    from megatron_bdpo.training.run import PreferenceRun
+
+
+def train(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> PreferenceRun:
+    """Run a whole preference job from its flags, as ``examples/pretrain_bdpo.py`` does.
+
+    Args:
+        argv: Megatron's flags and ours; ``sys.argv[1:]`` when None.
+        defaults: defaults by argument name for flags not given.
+
+    Returns:
+        The finished run; its ``progress`` holds the metrics on the last rank.
+
+    Raises:
+        UserError: on every rank, printed once, for anything the user can put right.
+        SystemExit: when Megatron's loop ends early (``--exit-interval``, a signal, ...), after its checkpoint.
+    """
+    prepare_platform()
+    from megatron_bdpo.training import arguments, distributed
+    from megatron_bdpo.training.run import PreferenceRun
+
+    args = arguments.parse(argv, defaults)
+    with distributed.process_groups(args):
+        run = PreferenceRun(args)
+        run.pretrain()
+    return run
+
+
+def main(defaults: Mapping[str, Any] | None = None) -> PreferenceRun:
+    """:func:`train` for programs: a UserError ends them with exit code 2 instead of a traceback."""
+    try:
+        return train(defaults=defaults)
+    except UserError as error:
+        if not error.shown and int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
