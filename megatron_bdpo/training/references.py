@@ -127,27 +127,33 @@ class ReferenceProvider:
     def _store_values(
         self, index: int, kinds: list[str], model: Callable[[], list[Any]], identity: RunIdentity
     ) -> dict[str, FloatArray]:
-        """Values of one store's pairs, in the store's order: from its cache file, or scored and written there."""
-        path = self._cache_path(index, identity)
-        manifest = {
-            "data": self.job.pool.stores[index].fingerprint,
-            "reference": identity.reference,
-        }
+        """Values of one store's pairs, in the store's order, NaN for pairs that this run leaves out.
+
+        From the store's cache file; what that does not have is scored and added to it.
+        """
+        store, path = self.job.pool.stores[index], self._cache_path(index, identity)
+        manifest = {"data": store.fingerprint, "reference": identity.reference}
         with all_ranks_agree():
             # Whether to score must be one answer for all ranks, so the file is looked for once.
-            exists = broadcast(path.exists())
-            values = (reference_cache.read(path, manifest) or {}) if exists else {}
-        used = self._used_rows(index)
-        missing = [kind for kind in kinds if kind not in values or np.isnan(values[kind][used]).any()]
-        if not missing:
-            say(f"reference: values of {len(self.job.pool.stores[index])} pairs from {path}")
-            return values
-        for kind in missing:
-            values[kind] = self._score_store(index, model(), unconditional=kind == "unconditional")
-        if is_rank_zero():
+            values = (reference_cache.read(path, manifest) or {}) if broadcast(path.exists()) else {}
+        scored = 0
+        for kind in kinds:
+            known = values.setdefault(kind, np.full((len(store), 2), np.nan))
+            missing = self._needed(index)
+            missing = missing[np.isnan(known[missing - self.job.pool.offsets[index]]).any(axis=1)]
+            if len(missing):
+                known[missing - self.job.pool.offsets[index]] = self._score(missing, model(), kind == "unconditional")
+                scored = max(scored, len(missing))
+        if scored and is_rank_zero():
             reference_cache.write(path, manifest, values)
-        say(f"reference: values of {len(self.job.pool.stores[index])} pairs written to {path}")
+        say(f"reference: {len(self._needed(index))} pairs, {scored} of them scored now; values in {path}")
         return values
+
+    def _needed(self, index: int) -> Any:
+        """Ids of the pairs of one store that are trained on or held out."""
+        used = np.concatenate([self.job.train.ids, self.job.held_out.ids])
+        first, stop = self.job.pool.offsets[index : index + 2]
+        return np.sort(used[(used >= first) & (used < stop)])
 
     def _cache_path(self, index: int, identity: RunIdentity) -> Path:
         name = ("train", "heldout")[index]
@@ -161,29 +167,15 @@ class ReferenceProvider:
             / (f"{self.job.pool.stores[index].fingerprint[:16]}.safetensors")
         )
 
-    def _score_store(self, index: int, model: list[Any], *, unconditional: bool) -> FloatArray:
+    def _score(self, ids: Any, model: list[Any], unconditional: bool) -> FloatArray:
+        """[n, 2] log-probs, in the order of the store: swapped pairs are swapped back."""
         pool = self.job.pool
-        ids = pool.store_ids(index)
-        fitting = ids[self.job.sizes[ids] <= self.job.plan.pack_length]
         make = PackMaker(pool, self.job.plan.pack_length, self.job.share_prompts)
-        values = np.full((len(ids), 2), np.nan)
-        scores = score_pairs(
-            model,
-            fitting,
-            self._packed_sizes(fitting, unconditional),
-            make,
-            self.vocab_size,
-            unconditional=unconditional,
-        )
-        swapped = pool.swapped[fitting]
-        scores[swapped] = scores[swapped][:, ::-1]  # the file keeps the store's order
-        values[fitting - ids[0]] = scores
-        return values
-
-    def _used_rows(self, index: int) -> Any:
-        """Rows of a store that this run looks up. The others may be NaN: pairs longer than a pack are never scored."""
-        ids = self.job.pool.store_ids(index)
-        return np.flatnonzero(np.isin(ids, np.concatenate([self.job.train.ids, self.job.held_out.ids])))
+        sizes = self._packed_sizes(ids, unconditional)
+        scores = score_pairs(model, ids, sizes, make, self.vocab_size, unconditional=unconditional)
+        swapped = pool.swapped[ids]
+        scores[swapped] = scores[swapped][:, ::-1]
+        return scores
 
     def _packed_sizes(self, ids: Any, unconditional: bool) -> Any:
         sizes = self.job.sizes[ids]

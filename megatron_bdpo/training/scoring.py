@@ -64,7 +64,7 @@ class ResidentReference:
         self.model = model
         self.requirements = requirements
         self.vocab_size = vocab_size
-        self._values: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        self._values: dict[bytes, tuple[Tensor | None, Tensor | None]] = {}
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
         """See ``forward.ReferenceValues``."""
@@ -100,9 +100,9 @@ class ResidentReference:
         }
 
 
-def _batch_key(batch: PackBatch) -> int:
-    """Batches of one step hold different pairs; empty ones share a key and (no) values."""
-    return int(batch.pair_ids[0]) if batch.pairs else -1
+def _batch_key(batch: PackBatch) -> bytes:
+    """All pair ids: a pair may come twice in a step, in packs with other pairs. Equal packs have equal values."""
+    return batch.pair_ids.tobytes()
 
 
 @torch.no_grad()

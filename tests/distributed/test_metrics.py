@@ -51,3 +51,23 @@ def test_ranks_with_uneven_and_empty_packs_agree_with_one_rank(ranks, tmp_path, 
 def test_safety_labels_swap_and_drop(ranks, tmp_path):
     outcome = last_stage(ranks(1)(train, ["--preference-loss", "safedpo"], pair_cache_dir=str(tmp_path)))
     assert len(outcome.steps) == 3
+
+
+def test_reference_cache_grows_with_the_pairs_that_are_used(ranks, tmp_path):
+    """Pairs left out of one run are scored when another run needs them, and only those."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    def scored_pairs():
+        (file,) = tmp_path.glob("reference-*/*.safetensors")
+        values = load_file(file)
+        return int(np.isfinite(values["conditional"]).all(axis=1).sum()), values["conditional"]
+
+    flags = ["--train-iters", "1", "--long-pairs", "drop", "--seq-length"]
+    ranks(1)(train, [*flags, "176"], pair_cache_dir=str(tmp_path))
+    some, before = scored_pairs()
+    ranks(1)(train, [*flags, "512"], pair_cache_dir=str(tmp_path))
+    everything, after = scored_pairs()
+    assert 8 < some < everything == 48
+    kept = np.isfinite(before)
+    assert np.array_equal(before[kept], after[kept])
