@@ -84,7 +84,8 @@ class PairAttention(MegatronModule):
         if not isinstance(packed_seq_params, AttentionPlan):
             raise TypeError("PairAttention needs an AttentionPlan as packed_seq_params: use training.forward")
         plan = packed_seq_params
-        attend = _varlen if query.is_cuda else _sdpa_per_run
+        is_half = query.dtype in (torch.bfloat16, torch.float16)  # all that flash kernels take
+        attend = _varlen if query.is_cuda and is_half else _sdpa_per_run
         used = sum(plan.query_lengths)
         keys, values = (tensor.squeeze(1).index_select(0, plan.key_index) for tensor in (key, value))
         out = attend(query.squeeze(1)[:used], keys, values, plan, self.softmax_scale, self.window)

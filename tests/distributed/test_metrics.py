@@ -71,3 +71,13 @@ def test_reference_cache_grows_with_the_pairs_that_are_used(ranks, tmp_path):
     assert 8 < some < everything == 48
     kept = np.isfinite(before)
     assert np.array_equal(before[kept], after[kept])
+
+
+def test_weighted_sources(ranks, tmp_path):
+    """Weight 2 is two visits per pair and epoch, 0.5 is half of the pairs: 2 x 396 + 0.5 x 99 pairs make one epoch."""
+    sources = ["--pair-data", "2", str(DATA / "train.jsonl"), "0.5", str(DATA / "heldout.jsonl")]
+    flags = [*sources, "--pair-epochs", "0.02"]
+    overrides = {"max_pairs": None, "train_iters": None, "pair_cache_dir": str(tmp_path)}
+    outcome = last_stage(ranks(1)(train, flags, **overrides))
+    expected_steps = round((2 * 396 + 0.5 * 99) * 0.02 / 8)
+    assert len(outcome.steps) == expected_steps

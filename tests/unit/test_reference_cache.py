@@ -81,7 +81,7 @@ def test_values_of_another_format_are_refused(path, monkeypatch):
         reference_cache.read(path, MANIFEST)
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "cut in its length", "cut in its header", "cut at its end"])
+@pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "length cut", "header cut", "values cut"])
 def test_file_that_was_cut_short_is_refused(path, keep):
     reference_cache.write(path, MANIFEST, VALUES)
     path.write_bytes(path.read_bytes()[:keep])

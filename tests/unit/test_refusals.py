@@ -1,0 +1,121 @@
+"""Settings of Megatron that a preference run cannot honour are refused, each with its reason and flag."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness.jobs import TINY_JOB, TINY_MODEL
+
+# Flags -> the start of the one line they are refused with.
+REFUSED = {
+    "--micro-batch-size 2": "--micro-batch-size: a microbatch is one pack",
+    "--global-batch-size 8": "--global-batch-size (and --eval-...-batch-size) count packs",
+    "--eval-global-batch-size 8": "--global-batch-size (and --eval-...-batch-size) count packs",
+    "--eval-micro-batch-size 1": "--global-batch-size (and --eval-...-batch-size) count packs",
+    "--step-batch-size-schedule 0:8": "the batch-size schedule flags",
+    "--decrease-batch-size-if-needed": "the batch-size schedule flags",
+    "--train-samples 100": "--train-samples counts packs",
+    "--eval-iters 5": "--eval-iters: every evaluation covers all held-out pairs",
+    "--dataloader-type cyclic": "--dataloader-type: the step plan is the data loader",
+    "--full-validation": "--full-validation, --multiple-validation-sets and --start-eval-at-iter",
+    "--multiple-validation-sets": "--full-validation, --multiple-validation-sets and --start-eval-at-iter",
+    "--start-eval-at-iter 3": "--full-validation, --multiple-validation-sets and --start-eval-at-iter",
+    "--data-path tokens": "Megatron's token data flags",
+    "--train-data-path tokens": "Megatron's token data flags",
+    "--valid-data-path tokens": "Megatron's token data flags",
+    "--test-data-path tokens": "Megatron's token data flags",
+    "--mock-data": "Megatron's token data flags",
+    "--sft": "Megatron's token data flags",
+    "--iterations-to-skip 2": "--iterations-to-skip",
+    "--hidden-dropout 0.1": "dropout: the policy would differ from its own reference",
+    "--attention-dropout 0.1": "dropout: the policy would differ from its own reference",
+    "--num-experts 4": "--num-experts",
+    "--context-parallel-size 2": "--context-parallel-size",
+    "--attention-backend fused": "--attention-backend",
+    "--attention-backend unfused": "--attention-backend",
+    "--attention-backend local": "--attention-backend",
+    "--position-embedding-type mrope": "--position-embedding-type",
+    "--position-embedding-type relative": "--position-embedding-type",
+    "--softmax-type learnable": "--softmax-type",
+    "--softmax-type off-by-one": "--softmax-type",
+    "--multi-latent-attention": "--multi-latent-attention",
+    "--mtp-num-layers 1": "--mtp-num-layers",
+    "--hybrid-layer-pattern M*M*": "--spec, --hybrid-layer-pattern and heterogeneous layers",
+    "--spec local": "--spec, --hybrid-layer-pattern and heterogeneous layers",
+    "--heterogeneous-layers-config-path x.json": "--spec, --hybrid-layer-pattern and heterogeneous layers",
+    "--cross-entropy-loss-fusion": "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy",
+    "--fp16-lm-cross-entropy": "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy",
+    "--defer-embedding-wgrad-compute": "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy",
+    "--use-mup": "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy",
+    "--cuda-graph-impl local": "CUDA graphs",
+    "--enable-cuda-graph": "CUDA graphs",
+    "--external-cuda-graph": "CUDA graphs",
+    "--use-megatron-fsdp": "FSDP",
+    "--use-torch-fsdp2": "FSDP",
+    "--perform-rl-step": "--perform-rl-step",
+    "--ckpt-format torch": "--ckpt-format",
+    "--ckpt-format fsdp_dtensor": "--ckpt-format",
+}
+
+ALLOWED = [
+    "",
+    "--micro-batch-size 1",
+    "--eval-iters 0",
+    "--dataloader-type external",
+    "--hidden-dropout 0 --attention-dropout 0",
+    "--attention-backend flash",
+    "--position-embedding-type yarn",
+    "--position-embedding-type none",
+    "--position-embedding-type learned_absolute",
+    "--sequence-parallel --tensor-model-parallel-size 2",
+    "--use-distributed-optimizer --overlap-grad-reduce",
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "--window-size 64,0 --bf16",
+]
+
+
+def refusals(all_flags: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The lines each set of flags is refused with, and the messages of all refusals that there are."""
+    from megatron_bdpo.errors import UserError
+    from megatron_bdpo.training import arguments
+    from megatron_bdpo.training import refusals as module
+
+    found = {}
+    for flags in all_flags:
+        args = arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)
+        try:
+            module.refuse_what_cannot_be_honoured(args)
+            found[flags] = []
+        except UserError as error:
+            title, *lines = str(error).split("\n")
+            assert title == "these settings cannot be honoured:"
+            found[flags] = [line.removeprefix("  ") for line in lines]
+    return found, [refusal.message for refusal in module._REFUSALS]
+
+
+@pytest.fixture(scope="module")
+def outcome(ranks) -> tuple[dict[str, list[str]], list[str]]:
+    both = "--mock-data --num-experts 4"
+    return ranks(1)(refusals, [*REFUSED, *ALLOWED, both])[0]
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_refused_with_its_reason_alone(outcome, flags):
+    lines = outcome[0][flags]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(REFUSED[flags])
+
+
+@pytest.mark.parametrize("flags", ALLOWED)
+def test_allowed(outcome, flags):
+    assert outcome[0][flags] == []
+
+
+def test_all_problems_are_named_at_once(outcome):
+    lines = outcome[0]["--mock-data --num-experts 4"]
+    assert [line.split(":")[0].split(" (")[0] for line in lines] == ["Megatron's token data flags", "--num-experts"]
+
+
+def test_every_refusal_is_tested_here(outcome):
+    found, messages = outcome
+    assert {line for flags in REFUSED for line in found[flags]} == set(messages)
