@@ -179,7 +179,7 @@ def _draw_steps(
     per_step, per_epoch = settings.pairs_per_step, epoch_pairs(pools)
     if per_epoch < per_step:
         raise UserError(
-            f"--pairs-per-step {per_step} is more than the {per_epoch} usable pairs: one would come twice in a step. "
+            f"--pairs-per-step {per_step} is more than the {per_epoch} usable pairs of an epoch. "
             f"Use --pairs-per-step {per_epoch} or less, or more data."
         )
     # Windows depend on the data alone, so that a longer run repeats a shorter one's steps.
@@ -240,10 +240,7 @@ def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[int, in
             best = (length, packs, pack_of)
         if best is not None and packs >= first + _PACK_CHOICES * group:
             break
-    if best is None:  # more packs than pairs leaves some empty, but every pair fits alone
-        packs = _round_up(step_sizes.shape[1], group)
-        pack_of, fullest = _spread(step_sizes, packs)
-        best = (length_for(fullest), packs, pack_of)
+    assert best is not None, "with a pack for each pair, every pair fits"
     return best
 
 

@@ -56,8 +56,8 @@ class PairAttention(MegatronModule):
         super().__init__(config)
         self.layer_number = layer_number
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-        if config.apply_query_key_layer_scaling:
-            self.softmax_scale /= max(1, layer_number)
+        # Nothing to do for config.apply_query_key_layer_scaling: Megatron divides the scores by the layer's number and
+        # multiplies them again within its fp32 softmax, to spare fp16 large scores; these kernels hold them in fp32.
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window: int | None = config.window_size[0] if windowed and config.window_size[0] >= 0 else None
 

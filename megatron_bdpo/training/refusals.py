@@ -30,7 +30,7 @@ _REFUSALS = (
         "Set the pairs per optimizer step: --pairs-per-step.",
     ),
     _Refusal(
-        lambda a: a.step_batch_size_schedule is not None or a.decrease_batch_size_if_needed,
+        lambda a: a.step_batch_size_schedule is not None or a.decrease_batch_size_if_needed or a.rampup_batch_size,
         "the batch-size schedule flags: every step has exactly --pairs-per-step pairs.",
     ),
     _Refusal(
@@ -55,6 +55,16 @@ _REFUSALS = (
         "Megatron's token data flags (--data-path, --train-data-path, --mock-data, --sft ...): "
         "preference pairs come from --pair-data.",
     ),
+    _Refusal(
+        lambda a: a.data_args_path or a.per_split_data_args_path or a.fim_data or a.phase_transition_iterations,
+        "--data-args-path, --per-split-data-args-path, --fim-data and --phase-transition-iterations: "
+        "preference pairs come from --pair-data.",
+    ),
+    _Refusal(
+        lambda a: a.reset_position_ids or a.reset_attention_mask or a.eod_mask_loss,
+        "--reset-position-ids, --reset-attention-mask and --eod-mask-loss are for streams of documents: answers are "
+        "kept apart in any case, and all their tokens are scored.",
+    ),
     _Refusal(lambda a: a.iterations_to_skip, "--iterations-to-skip: steps are planned, none can be skipped."),
     # What would make policy and reference differ, or the normalisation wrong.
     _Refusal(
@@ -74,7 +84,7 @@ _REFUSALS = (
     ),
     # What our attention or log-probs replace.
     _Refusal(
-        lambda a: a.attention_backend.name not in ("auto", "flash"),
+        lambda a: a.attention_backend.name not in ("auto", "flash") or a.use_kitchen_attention,
         "--attention-backend: attention over pairs uses torch's varlen flash kernel on a GPU and SDPA on CPU. "
         "Leave it at auto.",
     ),
@@ -90,9 +100,17 @@ _REFUSALS = (
     ),
     _Refusal(lambda a: a.mtp_num_layers, "--mtp-num-layers: multi-token prediction has no meaning for scored pairs."),
     _Refusal(
-        lambda a: a.hybrid_layer_pattern or a.spec or a.heterogeneous_layers_config_path,
-        "--spec, --hybrid-layer-pattern and heterogeneous layers: pairs need their own attention in every layer, "
-        "which these specs do not have.",
+        lambda a: (
+            a.hybrid_layer_pattern
+            or a.hybrid_override_pattern
+            or a.spec
+            or a.heterogeneous_layers_config_path
+            or a.heterogeneous_layers_config_encoded_json
+            or a.experimental_attention_variant
+            or a.linear_attention_freq
+        ),
+        "--spec, --hybrid-layer-pattern, heterogeneous layers and attention variants: pairs need their own attention "
+        "in every layer, which these specs do not have.",
     ),
     _Refusal(
         lambda a: (
@@ -110,6 +128,16 @@ _REFUSALS = (
         "FSDP: the reference and the weights' fingerprint need Megatron's own data parallelism. "
         "Use --use-distributed-optimizer.",
     ),
+    _Refusal(
+        lambda a: a.logits_save_dir or a.logits_load_dir,
+        "--logits-save-dir and --logits-load-dir: a preference run makes no logits of whole sequences.",
+    ),
+    _Refusal(lambda a: a.seed < 1, "--seed: Megatron takes positive seeds only."),
+    _Refusal(
+        lambda a: a.batch_invariant_mode,
+        "--batch-invariant-mode replaces kernels that attention over pairs does not use.",
+    ),
+    _Refusal(lambda a: a.freeze_all_layers, "--freeze-all-layers: nothing would be trained."),
     _Refusal(lambda a: a.perform_rl_step, "--perform-rl-step: this is a preference run."),
     _Refusal(lambda a: a.ckpt_format != "torch_dist", "--ckpt-format: checkpoints are torch_dist."),
 )

@@ -56,11 +56,10 @@ class PreferenceRun:
             refuse_what_cannot_be_honoured(args)
         self.job = build_job(args)
         apply_plan(args, self.job)
-        self.vocab_size = _validate(args)
+        self.vocab_size, self._config = _validate(args)
         current = identity.identity_of(args, self.job)
         self._identity = identity.resumed_identity(args, current) or current
         self.progress = Progress(args.log_interval, args.train_iters)
-        self._config = gpt_config_from_args(args, model_config_cls=PairGPTConfig)
         self._step = PreferenceStep(
             self.job.loss, NoReference(), self.vocab_size, check_nan=args.check_for_nan_in_loss_and_grad
         )
@@ -167,15 +166,17 @@ class PreferenceRun:
         self.progress.evaluation(metrics, self._iteration)
 
 
-def _validate(args: argparse.Namespace) -> int:
-    """Megatron's own validation and globals. Returns the tokenizer's vocabulary size."""
+def _validate(args: argparse.Namespace) -> tuple[int, PairGPTConfig]:
+    """Megatron's own validation and globals. Returns the tokenizer's vocabulary size and the model's configuration."""
     with all_ranks_agree():
         try:
             validate_args(args)
+            set_global_variables(args)
+            config = gpt_config_from_args(args, model_config_cls=PairGPTConfig)
         except (AssertionError, ValueError) as error:
+            _forget_global_state()
             raise UserError(f"Megatron refused the arguments: {error}") from error
-        set_global_variables(args)
-    return int(get_tokenizer().vocab_size)
+    return int(get_tokenizer().vocab_size), config
 
 
 def _forget_global_state() -> None:

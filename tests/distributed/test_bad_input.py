@@ -72,6 +72,7 @@ FLAG_CASES = {
         "2 ranks cannot be split into model replicas of 4",
     ),
     "a setting of Megatron's": (["--num-layers", "3", "--pipeline-model-parallel-size", "2"], "refused.*layers"),
+    "a setting of its model": (["--hidden-size", "30"], "Megatron refused"),
     "batch size": (["--global-batch-size", "8"], r"--pairs-per-step"),
     "dropout": (["--attention-dropout", "0.1"], r"dropout.*--attention-dropout"),
     "two run lengths": (["--pair-epochs", "2"], r"one of --train-iters .* and --pair-epochs"),
