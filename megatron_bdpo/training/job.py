@@ -146,7 +146,7 @@ def _build_tokenizer(args: argparse.Namespace) -> Any:
         return build_tokenizer(
             argparse.Namespace(**vars(args))
         )  # a copy: it writes the vocabulary size into its argument
-    except (ValueError, OSError, TypeError) as error:
+    except (ValueError, OSError, TypeError, NameError, ImportError) as error:  # NameError: its library is not installed
         raise UserError(
             f"the tokenizer cannot be built (--tokenizer-type {args.tokenizer_type}, --tokenizer-model "
             f"{args.tokenizer_model}): {error}"

@@ -142,7 +142,8 @@ def test_torchrun_ends_with_one_message(tmp_path):
 
 
 def model_flags() -> list[str]:
-    return (
+    flags = (
         "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 256 --lr 1e-3 --train-iters 1 "
-        f"--pairs-per-step 2 --tokenizer-type SentencePieceTokenizer --tokenizer-model {DATA / 'tokenizer.model'}"
-    ).split()
+        "--pairs-per-step 2 --tokenizer-type SentencePieceTokenizer --tokenizer-model"
+    )
+    return [*flags.split(), str(DATA / "tokenizer.model")]  # the path may hold spaces
