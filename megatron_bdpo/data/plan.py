@@ -81,7 +81,7 @@ class PlanSettings:
         if self.max_pack_length % self.length_multiple:
             raise UserError(
                 f"--seq-length {self.max_pack_length} must be a multiple of {self.length_multiple} "
-                "(8, times the tensor-parallel ranks under --sequence-parallel)."
+                "(8, times the context-parallel ranks, times the tensor-parallel ranks under --sequence-parallel)."
             )
         group = self.data_parallel * self.microbatch_multiple
         if not self.pack_pairs and self.pairs_per_step % group:

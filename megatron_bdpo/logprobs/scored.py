@@ -6,6 +6,7 @@ Shapes: N scored positions, S sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,22 +22,35 @@ class ScoredPositions:
     hidden: Tensor  # [N] int64, position in the pack
     target: Tensor  # [N] int64, token id
     sequence: Tensor  # [N] int64 in [0, S), non-decreasing
-    sequence_tokens: Tensor  # [S] int64, scored tokens of each sequence
+    sequence_tokens: Tensor  # [S] int64, scored tokens of each sequence on this rank
     longest: int  # largest of sequence_tokens, 0 without sequences; known to the host, so that no one waits for the GPU
 
 
-def sequence_log_probs(token_log_probs: Tensor, scored: ScoredPositions) -> Tensor:
+def sequence_log_probs(token_log_probs: Tensor, scored: ScoredPositions, context_group: Any = None) -> Tensor:
     """Sum token log-probs over each sequence: log pi(y|x) in nats.
 
     Log-ratios are small differences of these large sums, so they are added and kept in fp64. The sum runs over a
     padded matrix rather than a scatter-add, whose order is not fixed on a GPU.
 
+    Collectives: with context parallelism one all-reduce of [S] forward, none backward: every rank of the group has the
+    whole sums, hence the same loss and the same gradient for its own terms.
+
     Args:
         token_log_probs: [N] of any floating type.
+        context_group: process group over which the sequences' positions are split, if they are.
 
     Returns:
-        [S] float64, differentiable. A sequence without tokens sums to 0.
+        [S] float64, differentiable, the same on all ranks of ``context_group``. A sequence without tokens sums to 0.
     """
+    sums = _own_sums(token_log_probs, scored)
+    if context_group is None or context_group.size() == 1:
+        return sums
+    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+    return reduce_from_tensor_model_parallel_region(sums, group=context_group)
+
+
+def _own_sums(token_log_probs: Tensor, scored: ScoredPositions) -> Tensor:
     lengths = scored.sequence_tokens
     sequences = lengths.numel()
     if sequences == 0:

@@ -17,17 +17,33 @@ from torch import Tensor
 
 from megatron_bdpo.logprobs import ScoredPositions, sequence_log_probs, token_log_probs
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
+from megatron_bdpo.model.moe import with_pair_router
 from megatron_bdpo.model.norm import LocalNorm
 
 
 class PairGPTModel(GPTModel):
-    """GPTModel whose rotary embedding follows the plan's positions instead of the place in the pack."""
+    """GPTModel whose rotary embedding follows the plan's positions, and whose experts know the plan's padding."""
 
     def _preprocess(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
-        outputs = list(super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs))
-        if isinstance(packed_seq_params, AttentionPlan) and outputs[1] is not None:
-            outputs[1] = outputs[1][packed_seq_params.positions]
+        plan = packed_seq_params
+        assert isinstance(plan, AttentionPlan)
+        # For 'thd' sequences Megatron makes the rotary table of all positions; for others it cuts out the places that
+        # its own context parallelism gives to this rank.
+        for_whole_table = copy.copy(plan)
+        for_whole_table.qkv_format = "thd"
+        outputs = list(super()._preprocess(*args, packed_seq_params=for_whole_table, **kwargs))
+        if outputs[1] is not None:
+            outputs[1] = outputs[1][plan.positions]
+        if self.config.num_moe_experts:
+            outputs[5] = self._own_positions(plan.padding)[None]
         return tuple(outputs)
+
+    def _own_positions(self, per_position: Tensor) -> Tensor:
+        """Of one value per position, those of this tensor-parallel rank; under SP each has a part of the sequence."""
+        if not self.config.sequence_parallel:
+            return per_position
+        group = self.pg_collection.tp
+        return per_position.chunk(group.size())[group.rank()]
 
 
 class PairGPTBuilder(GPTModelBuilder):
@@ -53,7 +69,7 @@ class PairGPTConfig(GPTModelConfig):
 
 
 def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
-    """Megatron's own decoder block with pair attention, and sequence-parallel norms in local layers."""
+    """Megatron's own decoder block with pair attention and router, and sequence-parallel norms in local layers."""
     transformer = config.transformer
     use_te = transformer.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
@@ -67,6 +83,7 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     for spec in block.layer_specs:
         attention = spec.submodules.self_attention.submodules
         attention.core_attention = PairAttention
+        spec.submodules.mlp = with_pair_router(spec.submodules.mlp)
         if not use_te:
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LocalNorm
             if transformer.qk_layernorm and not transformer.qk_l2_norm:
@@ -83,12 +100,12 @@ def score_sequences(
 
     Args:
         hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
-        context: (ScoredPositions, vocabulary size).
+        context: (ScoredPositions, vocabulary size, context-parallel group).
 
     Returns:
         [S] float64, in nats.
     """
-    scored, vocab_size = context
+    scored, vocab_size, context_group = context
     assert isinstance(scored, ScoredPositions)
     tokens = token_log_probs(
         hidden_states,
@@ -100,4 +117,4 @@ def score_sequences(
         sequence_parallel=config.sequence_parallel,
         gradient_accumulation_fusion=config.gradient_accumulation_fusion,
     )
-    return sequence_log_probs(tokens, scored)
+    return sequence_log_probs(tokens, scored, context_group)

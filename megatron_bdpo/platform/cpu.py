@@ -48,6 +48,8 @@ def emulate_cuda_on_cpu() -> None:
         raise RuntimeError("the CPU emulation must not be installed where a GPU is usable")
     _patch_torch_cuda()
     _patch_megatron_random()
+    _patch_megatron_experts()
+    _patch_megatron_uneven_collectives()
     # Megatron warms up torch.compile'd functions at start. On a CPU that takes a C++ compiler and minutes, and our
     # defaults use none of them.
     torch._dynamo.config.disable = True
@@ -90,6 +92,9 @@ class _Stream:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return _Event() if event is None else event
 
     def __enter__(self) -> _Stream:
         return self
@@ -143,3 +148,44 @@ def _patch_megatron_random() -> None:
     # The tensor-parallel RNG tracker reaches the CUDA generator through the C API, not through torch.cuda.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _patch_megatron_experts() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    # all_to_all wants its split sizes as numbers. Megatron makes them so when it brings them to the host, but leaves
+    # alone what is there already.
+    on_gpu = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = on_gpu(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and isinstance(moved, torch.Tensor) else moved
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def _patch_megatron_uneven_collectives() -> None:
+    from megatron.core.tensor_parallel import mappings
+
+    # Tensor-parallel experts gather and scatter as many tokens as each rank has; gloo wants equal parts.
+    gather_equal, scatter_equal = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(tensor: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None:
+            return gather_equal(tensor, group, None, use_global_buffer)
+        longest = max(output_split_sizes)
+        if longest == 0:
+            return tensor
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = gather_equal(padded, group).split(longest)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter(tensor: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None:
+            return scatter_equal(tensor, group, None, use_global_buffer)
+        total = tensor.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(list(input_split_sizes))[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter

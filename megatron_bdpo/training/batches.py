@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_bdpo.data.context import ALONE, ContextRank, context_part
 from megatron_bdpo.data.layout import IntArray, Pack, lay_out
 from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.logprobs import ScoredPositions
@@ -23,7 +24,10 @@ from megatron_bdpo.model.attention import AttentionPlan
 
 @dataclass
 class PackBatch:
-    """One microbatch: a pack as tensors. Shapes as in ``data.layout``."""
+    """One microbatch: a pack as tensors, or this context-parallel rank's part of one. Shapes as in ``data.layout``.
+
+    A part has T / C positions, but all S sequences and P pairs of the pack (see ``data.context``).
+    """
 
     tokens: Tensor  # [1, T]
     positions: Tensor  # [1, T]
@@ -35,8 +39,10 @@ class PackBatch:
     scored_hidden: Tensor  # [N]
     scored_target: Tensor  # [N]
     scored_sequence: Tensor  # [N]
-    sequence_tokens: Tensor  # [S]
-    longest_sequence: int
+    scored_tokens: Tensor  # [S] positions scored here, of each sequence
+    most_scored: int  # largest of scored_tokens
+    sequence_tokens: Tensor  # [S] response tokens, here or on other ranks
+    pack_length: int  # T
     unsafe: Tensor  # [P, 2]
     pair_ids: IntArray  # [P], on the host
     unconditional: PackBatch | None = None
@@ -47,11 +53,10 @@ class PackBatch:
         return len(self.pair_ids)
 
     def attention_plan(self) -> AttentionPlan:
-        length = self.tokens.shape[1]
         return AttentionPlan(
             qkv_format="sbhd",
-            max_seqlen_q=length,
-            max_seqlen_kv=length,
+            max_seqlen_q=self.pack_length,
+            max_seqlen_kv=self.pack_length,
             positions=self.positions[0],
             key_index=self.key_index,
             query_starts=self.query_starts,
@@ -62,7 +67,7 @@ class PackBatch:
 
     def scored(self) -> ScoredPositions:
         return ScoredPositions(
-            self.scored_hidden, self.scored_target, self.scored_sequence, self.sequence_tokens, self.longest_sequence
+            self.scored_hidden, self.scored_target, self.scored_sequence, self.scored_tokens, self.most_scored
         )
 
     def to_device(self) -> PackBatch:
@@ -86,24 +91,27 @@ class PackBatch:
 
 @dataclass(frozen=True)
 class PackMaker:
-    """Turns pair ids into batches of one pack length."""
+    """Turns pair ids into batches of one pack length, as one context-parallel rank sees them."""
 
     pool: PairPool
     length: int
     share_prompts: bool = True
     with_unconditional: bool = False
+    context: ContextRank = ALONE
 
     def __call__(self, ids: IntArray, *, unconditional: bool = False) -> PackBatch:
         """The pack of these pairs; with ``unconditional`` their answers follow the empty prompt."""
         groups = [self.pool.group(pair_id, unconditional=unconditional) for pair_id in ids]
-        batch = to_batch(lay_out(groups, self.length, share_prompts=self.share_prompts), self.pool.unsafe[ids])
+        pack = lay_out(groups, self.length, share_prompts=self.share_prompts)
+        batch = to_batch(context_part(pack, self.context), self.pool.unsafe[ids], self.length)
         if self.with_unconditional and not unconditional:
             batch.unconditional = self(ids, unconditional=True)
         return batch
 
 
-def to_batch(pack: Pack, unsafe: np.ndarray[Any, Any]) -> PackBatch:
-    """The pack's arrays as tensors on the host."""
+def to_batch(pack: Pack, unsafe: np.ndarray[Any, Any], pack_length: int) -> PackBatch:
+    """The arrays of a pack, or of one rank's part of a pack of ``pack_length`` positions, as tensors on the host."""
+    scored_tokens = np.bincount(pack.scored_sequence, minlength=len(pack.sequence_tokens))
     return PackBatch(
         tokens=torch.from_numpy(pack.tokens)[None],
         positions=torch.from_numpy(pack.positions)[None],
@@ -115,8 +123,10 @@ def to_batch(pack: Pack, unsafe: np.ndarray[Any, Any]) -> PackBatch:
         scored_hidden=torch.from_numpy(pack.scored_hidden),
         scored_target=torch.from_numpy(pack.scored_target),
         scored_sequence=torch.from_numpy(pack.scored_sequence),
+        scored_tokens=torch.from_numpy(scored_tokens),
+        most_scored=int(scored_tokens.max(initial=0)),
         sequence_tokens=torch.from_numpy(pack.sequence_tokens),
-        longest_sequence=int(pack.sequence_tokens.max(initial=0)),
+        pack_length=pack_length,
         unsafe=torch.from_numpy(unsafe.astype(np.int64)),
         pair_ids=pack.pair_ids,
     )

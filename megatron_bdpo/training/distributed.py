@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from megatron_bdpo.data.context import ContextRank
 from megatron_bdpo.errors import UserError
 
 #: One rank may tokenise or score for hours while the others wait for it.
@@ -123,6 +124,13 @@ def is_rank_zero() -> bool:
     if distributed.is_initialized():
         return distributed.get_rank() == 0
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def context_rank() -> ContextRank:
+    """This rank's place among those that share its packs. After Megatron has set up its groups."""
+    from megatron.core import parallel_state
+
+    return ContextRank(parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank())
 
 
 def say(message: str) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses, Requirements
@@ -62,14 +63,17 @@ class PairLossFunction:
 
 
 def score_pack(model: Any, batch: PackBatch, vocab_size: int) -> Tensor:
-    """Run one pipeline stage on a pack: [S] float64 log-probs on the last stage, hidden states on the others."""
+    """Run one pipeline stage on a pack: [S] float64 log-probs on the last stage, hidden states on the others.
+
+    Context-parallel ranks each run their part of the pack and all get the log-probs of its whole sequences.
+    """
     return model(
         input_ids=batch.tokens,
         position_ids=batch.positions,
         attention_mask=None,
         packed_seq_params=batch.attention_plan(),
         output_processor=score_sequences,
-        output_processor_context=(batch.scored(), vocab_size),
+        output_processor_context=(batch.scored(), vocab_size, parallel_state.get_context_parallel_group()),
     )
 
 
@@ -98,7 +102,9 @@ class PreferenceStep:
             _, at_reference = self.loss(batch, reference, reference, unconditional)
             drift = ((policy - reference) / batch.sequence_tokens).abs().reshape(-1, 2).amax(dim=1)
             self.gate.observe(losses.loss, at_reference.loss, drift)
-        count = torch.tensor(batch.pairs, dtype=torch.int, device=loss_sum.device)
+        # Megatron adds the counts of all data- and context-parallel ranks; those of one context have the same pairs.
+        pairs_counted_here = batch.pairs if parallel_state.get_context_parallel_rank() == 0 else 0
+        count = torch.tensor(pairs_counted_here, dtype=torch.int, device=loss_sum.device)
         return loss_sum, count, pair_report(pairs, losses)
 
 

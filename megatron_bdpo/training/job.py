@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from megatron_bdpo.data import pool as pools
+from megatron_bdpo.data.context import ContextRank, imbalance
+from megatron_bdpo.data.layout import lay_out
 from megatron_bdpo.data.plan import IntArray, PlanSettings, StepPlan, epoch_pairs, pack_all, plan_steps
 from megatron_bdpo.data.pool import PairPool, Selection
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
@@ -45,12 +47,12 @@ class PairJob:
     cache_dir: Path
     share_prompts: bool
     resident: bool
+    context_parallel: int
 
-    @property
-    def pack_maker(self) -> PackMaker:
-        """Makes the packs of training and evaluation."""
+    def pack_maker(self, context: ContextRank) -> PackMaker:
+        """Makes the packs of training and evaluation, as a context-parallel rank sees them."""
         unconditional = self.resident and self.loss.requirements.comprehension
-        return PackMaker(self.pool, self.plan.pack_length, self.share_prompts, unconditional)
+        return PackMaker(self.pool, self.plan.pack_length, self.share_prompts, unconditional, context)
 
     def describe(self) -> str:
         """The plan in a few lines, for the start of the log."""
@@ -65,7 +67,22 @@ class PairJob:
         ]
         if self.share_prompts:
             lines.append(f"shared prompts: {1 - shared / unshared:.1%} fewer tokens than one prompt per answer")
+        if self.context_parallel > 1:
+            lines.append(f"context parallel: {self._describe_context()}")
         return "\n".join(f"  {line}" for line in lines)
+
+    def _describe_context(self) -> str:
+        packs = [pack for pack in self.plan.packs(0, rank=0) if len(pack)][:_PACKS_LOOKED_AT]
+        groups = [[self.pool.group(pair_id) for pair_id in pack] for pack in packs]
+        laid_out = [lay_out(pack, self.plan.pack_length, share_prompts=self.share_prompts) for pack in groups]
+        balance = [imbalance(pack, self.context_parallel) for pack in laid_out]
+        return (
+            f"{self.context_parallel} ranks share a pack; attention cost max/mean {np.mean(balance):.3f}, "
+            f"worst {np.max(balance):.3f}, over the first {len(balance)} packs"
+        )
+
+
+_PACKS_LOOKED_AT = 16
 
 
 def build_job(args: argparse.Namespace) -> PairJob:
@@ -173,7 +190,7 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
         # Every pair fits, also those that a short run never draws: the reference scores them all.
         min_pack_length=int(sizes[np.concatenate([train.ids, held_out.ids])].max(initial=0)),
         microbatch_multiple=_microbatch_multiple(args),
-        length_multiple=8 * (args.tensor_model_parallel_size if args.sequence_parallel else 1),
+        length_multiple=8 * position_shares(args),
         seed=args.seed,
         pack_pairs=args.pack_pairs,
     )
@@ -193,6 +210,7 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
         cache_dir,
         args.share_prompts,
         args.reference == "resident",
+        args.context_parallel_size,
     )
 
 
@@ -214,6 +232,11 @@ def _microbatch_multiple(args: argparse.Namespace) -> int:
     interleaved = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
     interleaved = interleaved or args.pipeline_model_parallel_layout
     return int(args.pipeline_model_parallel_size) if interleaved else 1
+
+
+def position_shares(args: argparse.Namespace) -> int:
+    """Ranks that a pack's positions are split over: context parallelism, times tensor parallelism under SP."""
+    return int(args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1))
 
 
 def _data_parallel_size(args: argparse.Namespace) -> int:

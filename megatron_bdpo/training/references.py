@@ -17,7 +17,7 @@ from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.model.reference import WEIGHTS_DIR, build_reference, copy_policy, load_weights, save_weights
 from megatron_bdpo.training import reference_cache
 from megatron_bdpo.training.batches import PackMaker
-from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, context_rank, is_rank_zero, say
 from megatron_bdpo.training.forward import ReferenceValues
 from megatron_bdpo.training.identity import RunIdentity, checkpoint_directory, reference_identity
 from megatron_bdpo.training.job import PairJob
@@ -170,7 +170,7 @@ class ReferenceProvider:
     def _score(self, ids: Any, model: list[Any], unconditional: bool) -> FloatArray:
         """[n, 2] log-probs, in the order of the store: swapped pairs are swapped back."""
         pool = self.job.pool
-        make = PackMaker(pool, self.job.plan.pack_length, self.job.share_prompts)
+        make = PackMaker(pool, self.job.plan.pack_length, self.job.share_prompts, context=context_rank())
         sizes = self._packed_sizes(ids, unconditional)
         scores = score_pairs(model, ids, sizes, make, self.vocab_size, unconditional=unconditional)
         swapped = pool.swapped[ids]

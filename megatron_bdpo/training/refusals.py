@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from megatron_bdpo.errors import UserError
 
 
@@ -73,14 +75,38 @@ _REFUSALS = (
         "Leave --hidden-dropout and --attention-dropout at 0.",
     ),
     _Refusal(
-        lambda a: a.num_experts,
-        "--num-experts: Megatron scales the router's auxiliary loss per token, which does not fit the normalisation "
-        "per pair yet. Use a dense model.",
+        lambda a: (
+            a.moe_input_jitter_eps is not None
+            or a.moe_router_force_load_balancing
+            or a.moe_router_force_biased is not None
+            or a.moe_enable_routing_replay
+        ),
+        "--moe-input-jitter-eps, --moe-router-force-load-balancing, --moe-router-force-biased and "
+        "--moe-enable-routing-replay: the policy's tokens would go to other experts than the reference's.",
     ),
     _Refusal(
-        lambda a: a.context_parallel_size > 1,
-        "--context-parallel-size: packs of pairs are not split over context-parallel ranks yet. "
-        "Use tensor parallelism with --sequence-parallel, or more recomputation.",
+        lambda a: not set(np.atleast_1d(a.moe_router_load_balancing_type)) <= {"aux_loss", "none"},
+        "--moe-router-load-balancing-type: use aux_loss, a mean over the tokens of a pack, or none. sinkhorn and "
+        "quantile_balancing route otherwise in training than in scoring, a pack is not one sequence (seq_aux_loss), "
+        "and global_aux_loss depends on the order of the packs.",
+    ),
+    _Refusal(
+        lambda a: a.moe_expert_capacity_factor is not None or a.moe_expert_rank_capacity_factor is not None,
+        "--moe-expert-capacity-factor, --moe-expert-rank-capacity-factor: which tokens an expert drops would depend on "
+        "the other pairs of the pack. Leave them out: no token is dropped.",
+    ),
+    _Refusal(
+        lambda a: a.overlap_moe_expert_parallel_comm,
+        "--overlap-moe-expert-parallel-comm builds its own schedule of the model, without scored positions.",
+    ),
+    _Refusal(
+        lambda a: a.cp_comm_type not in (["p2p"], ["all_gather"]) or a.hierarchical_context_parallel_sizes,
+        "--cp-comm-type, --hierarchical-context-parallel-sizes: keys and values of pairs are all-gathered over the "
+        "context-parallel ranks. Leave them out.",
+    ),
+    _Refusal(
+        lambda a: a.hybrid_context_parallel,
+        "--hybrid-context-parallel: every pack is split over all context-parallel ranks.",
     ),
     # What our attention or log-probs replace.
     _Refusal(

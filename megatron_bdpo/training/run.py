@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
+from megatron.core.utils import unwrap_model
 from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import validate_args
@@ -19,6 +21,7 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.training import destroy_global_state
 from torch import Tensor
 
+from megatron_bdpo.data.layout import group_tokens
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
@@ -26,7 +29,7 @@ from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
-from megatron_bdpo.training.distributed import all_ranks_agree, say
+from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.job import apply_plan, build_job
 from megatron_bdpo.training.progress import Progress
@@ -111,8 +114,8 @@ class PreferenceRun:
         return self._iterate(own.__getitem__, itertools.cycle(range(len(own))))
 
     def _iterate(self, packs: Callable[[int], IntArray], order: Iterator[int]) -> Iterator[PackBatch]:
-        pin = not cpu.is_active()
-        return iterate_packs(packs, order, self.job.pack_maker, workers=self.args.num_workers, pin=pin)
+        make = self.job.pack_maker(context_rank())
+        return iterate_packs(packs, order, make, workers=self.args.num_workers, pin=not cpu.is_active())
 
     # TrainerHooks ----------------------------------------------------------------------------------------------------
 
@@ -120,11 +123,20 @@ class PreferenceRun:
         """The policy holds its weights: settle the reference and what checkpoints will say about this run."""
         self._iteration = self.args.iteration
         resumed = self._iteration > 0
+        for chunk in unwrap_model(model):
+            chunk.config.moe_grad_scale_func = functools.partial(self._auxiliary_loss_scale, chunk.config)
         provider = ReferenceProvider(self.args, self.job, self._config, self.vocab_size)
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
         identity.keep(self.args, self._identity)
         if self.args.step_zero_check and not resumed and self.job.loss.requirements.reference:
             self._step.gate = StepZeroGate(self.args.params_dtype)
+
+    def _auxiliary_loss_scale(self, config: Any) -> Tensor:
+        """What the router's losses of this step are multiplied by: see ``model.moe``."""
+        pairs = self.job.plan.steps[self._iteration]
+        tokens = group_tokens(self.job.pool.lengths[pairs], share_prompts=self.job.share_prompts).sum()
+        one = torch.ones(1, device=torch.cuda.current_device())
+        return (config.grad_scale_func(one) if config.grad_scale_func else one) * (len(pairs) / tokens)
 
     def before_training(self, evaluate: Callable[[], Any]) -> None:
         """Megatron's loop is about to start."""

@@ -19,6 +19,10 @@ LAYOUTS = {
         4,
         ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2"],
     ),
+    "CP2": (2, ["--context-parallel-size", "2"]),
+    "TP2 SP CP2": (4, ["--context-parallel-size", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "CP2 PP2": (4, ["--context-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+    "CP4": (4, ["--context-parallel-size", "4"]),
     "TP2 DP2": (4, ["--tensor-model-parallel-size", "2"]),
 }
 

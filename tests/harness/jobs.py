@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,17 @@ TINY_JOB = {
 }
 
 
+Shard = tuple[str, tuple[int, ...], tuple[Any, ...], np.ndarray]
+"""A piece of a whole tensor: name, whole shape, place, values."""
+
+
 @dataclass
 class Outcome:
     """What one rank saw. ``steps`` and ``evaluations`` are filled on the last pipeline stage."""
 
     steps: list[dict[str, float]]
     evaluations: list[dict[str, float]]
-    shards: list[tuple[str, tuple[int, ...], tuple[Any, ...], np.ndarray]]
+    shards: list[Shard]
     exit_code: int | None = None
 
 
@@ -78,8 +83,8 @@ def train(flags: list[str], **overrides: Any) -> Outcome:
     return Outcome(run.progress.steps, run.progress.evaluations, list(run.shards), exit_code)
 
 
-def copy_shards(model: list[Any]) -> list[tuple[str, tuple[int, ...], tuple[Any, ...], np.ndarray]]:
-    """This rank's main copies of the weights: (name, whole shape, place, values)."""
+def copy_shards(model: list[Any]) -> list[Shard]:
+    """This rank's main copies of the weights."""
     from megatron.core.utils import unwrap_model
 
     from megatron_bdpo.model.shards import is_main_copy, weight_shards
@@ -91,15 +96,20 @@ def copy_shards(model: list[Any]) -> list[tuple[str, tuple[int, ...], tuple[Any,
     ]
 
 
-def whole_weights(outcomes: list[Outcome], vocab_size: int = 512) -> dict[str, np.ndarray]:
+def whole_weights(outcomes: list[Outcome]) -> dict[str, np.ndarray]:
     """The unsharded weights, from what all ranks hold."""
+    return assemble(outcome.shards for outcome in outcomes)
+
+
+def assemble(shards_by_rank: Iterable[list[Shard]]) -> dict[str, np.ndarray]:
+    """Whole tensors by name, from the pieces of all ranks."""
     whole: dict[str, np.ndarray] = {}
-    for name, shape, place, values in itertools.chain.from_iterable(outcome.shards for outcome in outcomes):
+    for name, shape, place, values in itertools.chain.from_iterable(shards_by_rank):
         target = whole.setdefault(name, np.full(shape, np.nan, np.float32))
         target[place] = values
     for name, values in whole.items():
         if not np.isfinite(values).all():
-            raise AssertionError(f"{name}: not every element of the weights was found on some rank")
+            raise AssertionError(f"{name}: not every element was found on some rank, or some are not finite")
     return whole
 
 
