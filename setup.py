@@ -44,7 +44,7 @@ EXTRAS_REQUIRE = {
     # For a torch build without CUDA, which does not bring triton.
     "cpu": ["triton; sys_platform == 'linux'"],
     # Linters are held to one line of releases, so that a new rule does not turn an unchanged commit red.
-    "test": [*HF, "hypothesis", "mypy>=2.4,<3", "pytest>=8", "ruff>=0.17,<0.18", "tensorboard", "tiktoken"],
+    "test": [*HF, "hypothesis", "mypy>=2.4,<3", "pytest>=8", "ruff>=0.17,<0.18", "tensorboard", "tiktoken", "trl"],
 }
 
 setup(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.training.models import GPTModelConfig
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
@@ -52,9 +53,11 @@ class PairGPTBuilder(GPTModelBuilder):
     def build_model(self, *args: Any, **kwargs: Any) -> PairGPTModel:
         """Build one pipeline stage; arguments as ``GPTModelBuilder.build_model``."""
         model = super().build_model(*args, **kwargs)
-        # GPTModelBuilder names GPTModel. The subclass adds one method and no state, so re-classing the instance
-        # says the same as copying the builder's fifty lines, and stays right when those change.
+        # GPTModelBuilder names GPTModel, which names its output layer. The subclasses add methods and no state, so
+        # re-classing the instances says the same as copying their builders' code, and stays right when that changes.
         model.__class__ = PairGPTModel
+        if model.post_process:
+            model.output_layer.__class__ = ScoringOutputLayer
         return model
 
 
@@ -93,28 +96,53 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     return block
 
 
-def score_sequences(
-    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Any, config: Any, **unused: Any
-) -> Tensor:
-    """``output_processor`` of GPTModel: hidden states of a pack -> log pi(y|x) of its sequences.
+class ScoringOutputLayer(ColumnParallelLinear):
+    """The output layer, called for log-probs of scored positions instead of the logits of all.
 
-    Args:
-        hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
-        context: (ScoredPositions, vocabulary size, context-parallel group).
-
-    Returns:
-        [S] float64, in nats.
+    It has to be called and not only read: with ``--overlap-param-gather`` that is when DDP waits for the weight.
     """
-    scored, vocab_size, context_group = context
-    assert isinstance(scored, ScoredPositions)
-    tokens = token_log_probs(
-        hidden_states,
-        output_layer.weight if output_weight is None else output_weight,
-        output_layer.bias,
-        scored,
-        vocab_size=vocab_size,
-        tp_group=output_layer.tp_group,
-        sequence_parallel=config.sequence_parallel,
-        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
-    )
-    return sequence_log_probs(tokens, scored, context_group)
+
+    def forward(self, hidden_states: Tensor, weight: Tensor | None, context: ScoringContext) -> Tensor:
+        """Hidden states of a pack -> log pi(y|x) of its sequences.
+
+        Args:
+            hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
+            weight: [V/tp, H] of the tied embedding; None for the layer's own.
+
+        Returns:
+            [S] float64, in nats.
+        """
+        tokens = token_log_probs(
+            hidden_states,
+            self.weight if weight is None else weight,
+            self.bias,
+            context.scored,
+            vocab_size=context.vocab_size,
+            tp_group=self.tp_group,
+            sequence_parallel=self.config.sequence_parallel,
+            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
+        )
+        return sequence_log_probs(tokens, context.scored, context.context_group)
+
+
+@dataclass(frozen=True)
+class ScoringContext:
+    """What the output layer is to score."""
+
+    scored: ScoredPositions
+    vocab_size: int
+    context_group: Any
+    """Process group over which the sequences' positions are split."""
+
+
+def score_sequences(
+    *,
+    hidden_states: Tensor,
+    output_layer: ScoringOutputLayer,
+    output_weight: Tensor | None,
+    context: ScoringContext,
+    **unused: Any,
+) -> Tensor:
+    """``output_processor`` of GPTModel: see :meth:`ScoringOutputLayer.forward`."""
+    scores: Tensor = output_layer(hidden_states, output_weight, context)
+    return scores

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
@@ -93,7 +95,26 @@ def _keys(chunks: list[Any]) -> list[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def evaluating(model: list[Any]) -> Any:
+def weights_at_rest(model: list[Any]) -> Iterator[None]:
+    """For passes outside of training steps: the weights are all there, and nothing gathers them layer by layer.
+
+    With ``--overlap-param-gather`` each layer's first use would start to gather the next layers' weights, and leave a
+    gathering behind that the first training step does not expect.
+    """
+    gathering = [
+        chunk for chunk in model if isinstance(chunk, DistributedDataParallel) and chunk.remove_forward_pre_hook_handles
+    ]
+    for chunk in gathering:
+        chunk.disable_forward_pre_hook(param_sync=False)
+    try:
+        yield
+    finally:
+        for chunk in gathering:
+            chunk.enable_forward_pre_hook()
+
+
+@contextlib.contextmanager
+def evaluating(model: list[Any]) -> Iterator[None]:
     """Evaluation mode inside the block, the former mode afterwards."""
     modes = [chunk.training for chunk in model]
     for chunk in model:

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses, Requirements
-from megatron_bdpo.model.pair_gpt import score_sequences
+from megatron_bdpo.model.pair_gpt import ScoringContext, score_sequences
 from megatron_bdpo.training.batches import PackBatch
 from megatron_bdpo.training.step_zero import StepZeroGate
 
@@ -73,7 +73,9 @@ def score_pack(model: Any, batch: PackBatch, vocab_size: int) -> Tensor:
         attention_mask=None,
         packed_seq_params=batch.attention_plan(),
         output_processor=score_sequences,
-        output_processor_context=(batch.scored(), vocab_size, parallel_state.get_context_parallel_group()),
+        output_processor_context=ScoringContext(
+            batch.scored(), vocab_size, parallel_state.get_context_parallel_group()
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -94,6 +95,14 @@ _REFUSALS = (
         lambda a: a.moe_expert_capacity_factor is not None or a.moe_expert_rank_capacity_factor is not None,
         "--moe-expert-capacity-factor, --moe-expert-rank-capacity-factor: which tokens an expert drops would depend on "
         "the other pairs of the pack. Leave them out: no token is dropped.",
+    ),
+    _Refusal(
+        lambda a: (
+            {"layernorm", "moe_act"} & set(a.recompute_modules or ())
+            and importlib.util.find_spec("transformer_engine") is None
+        ),
+        "--recompute-modules layernorm, moe_act: Megatron recomputes these with Transformer Engine only, which is not "
+        "installed here. Recompute core_attn, mlp or moe, or all with --recompute-granularity full.",
     ),
     _Refusal(
         lambda a: a.overlap_moe_expert_parallel_comm,

@@ -25,6 +25,7 @@ from megatron_bdpo.data.layout import group_tokens
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
+from megatron_bdpo.model.reference import weights_at_rest
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity
@@ -66,6 +67,7 @@ class PreferenceRun:
         self._step = PreferenceStep(
             self.job.loss, NoReference(), self.vocab_size, check_nan=args.check_for_nan_in_loss_and_grad
         )
+        self._model: list[Any] = []
         self._iteration = 0
         self._step_started = 0.0
         say(self.job.describe())
@@ -121,13 +123,14 @@ class PreferenceRun:
 
     def after_load(self, model: list[Any]) -> None:
         """The policy holds its weights: settle the reference and what checkpoints will say about this run."""
+        self._model = model
         self._iteration = self.args.iteration
         resumed = self._iteration > 0
-        for chunk in unwrap_model(model):
-            chunk.config.moe_grad_scale_func = functools.partial(self._auxiliary_loss_scale, chunk.config)
         provider = ReferenceProvider(self.args, self.job, self._config, self.vocab_size)
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
         identity.keep(self.args, self._identity)
+        for chunk in unwrap_model(model):  # after the reference has been built from the same configuration
+            chunk.config.moe_grad_scale_func = functools.partial(self._auxiliary_loss_scale, chunk.config)
         if self.args.step_zero_check and not resumed and self.job.loss.requirements.reference:
             self._step.gate = StepZeroGate(self.args.params_dtype)
 
@@ -142,7 +145,8 @@ class PreferenceRun:
         """Megatron's loop is about to start."""
         if self.args.eval_at_start and self.args.eval_iters and self._iteration == 0:
             gate, self._step.gate = self._step.gate, None
-            evaluate()
+            with weights_at_rest(self._model):
+                evaluate()
             self._step.gate = gate
 
     def wrap_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:

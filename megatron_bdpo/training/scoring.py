@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_bdpo.data.plan import pack_all
 from megatron_bdpo.losses import Requirements
-from megatron_bdpo.model.reference import evaluating
+from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import is_rank_zero, sum_over_ranks
 from megatron_bdpo.training.forward import ScoringStep
@@ -121,7 +121,7 @@ def score_batches(
     chunks = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in model]
     batch_length = _pack_length()
     schedule = get_forward_backward_func()
-    with evaluating(chunks):
+    with evaluating(chunks), weights_at_rest(model):
         scores: list[Tensor] = schedule(
             forward_step_func=ScoringStep(vocab_size, unconditional),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],

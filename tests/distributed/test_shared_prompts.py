@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from megatron_bdpo.data.store import PairStore
+from tests.harness.huggingface import build_model, token_log_probs
 from tests.harness.jobs import TINY_MODEL, Outcome, last_stage, train, whole_weights
 
 PAIRS = 12  # all in one step: several packs of several pairs
@@ -21,8 +22,6 @@ ONE_AT_A_TIME = ["--no-pack-pairs", "--no-share-prompts"]
 
 # One plain gradient step so long that what was there before is rounding: the weights after it are the gradient.
 GRADIENT_STEP = ["--optimizer", "sgd", "--sgd-momentum", "0", "--weight-decay", "0", "--clip-grad", "0", "--lr", "1e6"]
-
-VOCABULARY = 1024  # of the example tokenizer
 
 # fp32 throughout; sums of some hundred terms are added in another order.
 RELATIVE = 1e-5
@@ -100,68 +99,9 @@ def untrained(ranks, tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def llama(untrained) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=TINY_MODEL["hidden_size"],
-        intermediate_size=TINY_MODEL["ffn_hidden_size"],
-        num_hidden_layers=TINY_MODEL["num_layers"],
-        num_attention_heads=TINY_MODEL["num_attention_heads"],
-        num_key_value_heads=TINY_MODEL["num_query_groups"],
-        rms_norm_eps=1e-5,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    state = {name: torch.from_numpy(value) for name, value in llama_weights(whole_weights([untrained.outcome])).items()}
-    model.load_state_dict(state, strict=True)
-    return model
-
-
-def llama_weights(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Megatron's tensors under Hugging Face's names. Megatron stacks layers, and fuses q/k/v by group and gate/up."""
-    hidden, groups = TINY_MODEL["hidden_size"], TINY_MODEL["num_query_groups"]
-    head = hidden // TINY_MODEL["num_attention_heads"]
-    renamed = {
-        "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"][:VOCABULARY],
-        "lm_head.weight": weights["output_layer.weight"][:VOCABULARY],
-        "model.norm.weight": weights["decoder.final_layernorm.weight"],
-    }
-    for layer in range(TINY_MODEL["num_layers"]):
-        own = {
-            name.removeprefix("decoder.layers."): value[layer]
-            for name, value in weights.items()
-            if name.startswith("decoder.layers.")
-        }
-        qkv = own["self_attention.linear_qkv.weight"].reshape(
-            groups, -1, hidden
-        )  # per group: its queries, one k, one v
-        queries, key, value = np.split(qkv, [qkv.shape[1] - 2 * head, qkv.shape[1] - head], axis=1)
-        gate, up = np.split(own["mlp.linear_fc1.weight"], 2)
-        layer_weights = {
-            "input_layernorm": own["self_attention.linear_qkv.layer_norm_weight"],
-            "post_attention_layernorm": own["mlp.linear_fc1.layer_norm_weight"],
-            "self_attn.q_proj": queries.reshape(-1, hidden),
-            "self_attn.k_proj": key.reshape(-1, hidden),
-            "self_attn.v_proj": value.reshape(-1, hidden),
-            "self_attn.o_proj": own["self_attention.linear_proj.weight"],
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": own["mlp.linear_fc2.weight"],
-        }
-        renamed |= {f"model.layers.{layer}.{name}.weight": value for name, value in layer_weights.items()}
-    return renamed
-
-
-@torch.no_grad()
-def llama_log_prob(model: torch.nn.Module, prompt: np.ndarray, response: np.ndarray) -> float:
-    """log p(response | prompt), nothing packed, nothing shared."""
-    tokens = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
-    log_probs = model(input_ids=tokens[None]).logits[0].double().log_softmax(-1)
-    return sum(log_probs[i - 1, tokens[i]].item() for i in range(len(prompt), len(tokens)))
+def llama(untrained) -> Any:
+    pytest.importorskip("transformers", reason="the oracle is Hugging Face transformers")
+    return build_model("Llama", TINY_MODEL, whole_weights([untrained.outcome]))
 
 
 @pytest.mark.parametrize("kind", ["conditional", "unconditional"])
@@ -172,7 +112,7 @@ def test_log_probs_equal_hugging_face_llama(untrained, llama, kind):
     for row in range(PAIRS):
         pair = store.pair(row)
         prompt = pair.prompt if kind == "conditional" else store.empty_prompt
-        expected[row] = [llama_log_prob(llama, prompt, response) for response in (pair.chosen, pair.rejected)]
+        expected[row] = [token_log_probs(llama, prompt, response).sum() for response in (pair.chosen, pair.rejected)]
     assert untrained.log_probs[kind] == pytest.approx(expected, rel=RELATIVE)
 
 

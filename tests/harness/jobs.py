@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ TINY_JOB = {
 }
 
 
-Shard = tuple[str, tuple[int, ...], tuple[Any, ...], np.ndarray]
-"""A piece of a whole tensor: name, whole shape, place, values."""
+#: A rank's pieces of whole tensors: (name, whole shape, place, values).
+Shards = list[tuple[str, tuple[int, ...], tuple[Any, ...], np.ndarray]]
 
 
 @dataclass
@@ -51,16 +51,21 @@ class Outcome:
 
     steps: list[dict[str, float]]
     evaluations: list[dict[str, float]]
-    shards: list[Shard]
+    shards: Shards
     exit_code: int | None = None
 
 
 def train(flags: list[str], **overrides: Any) -> Outcome:
     """Run the tiny job with ``flags`` on this rank. ``overrides`` replace defaults by argument name."""
-    from megatron_bdpo.training import arguments, distributed
+    run, exit_code = run_job(last_weights_kept(), flags, overrides)
+    return Outcome(run.progress.steps, run.progress.evaluations, list(run.shards), exit_code)
+
+
+def last_weights_kept() -> type[Any]:
+    """A PreferenceRun that copies its weights after each step. Imported here: tests are collected without Megatron."""
     from megatron_bdpo.training.run import PreferenceRun
 
-    class RecordedRun(PreferenceRun):
+    class LastWeightsKept(PreferenceRun):
         model: Any = None
         shards: Any = ()
 
@@ -72,18 +77,24 @@ def train(flags: list[str], **overrides: Any) -> Outcome:
             super().after_step(losses, iteration, skipped)
             self.shards = copy_shards(self.model)
 
+    return LastWeightsKept
+
+
+def run_job(run_type: type[Any], flags: list[str], overrides: dict[str, Any]) -> tuple[Any, int | None]:
+    """Run the tiny job to its end. Returns the run and, where Megatron has left its loop early, its exit code."""
+    from megatron_bdpo.training import arguments, distributed
+
     args = arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
-    exit_code = None
     with distributed.process_groups(args):
-        run = RecordedRun(args)
+        run = run_type(args)
         try:
             run.pretrain()
         except SystemExit as stop:  # --exit-interval and signals end Megatron's loop this way
-            exit_code = int(stop.code or 0)
-    return Outcome(run.progress.steps, run.progress.evaluations, list(run.shards), exit_code)
+            return run, int(stop.code or 0)
+    return run, None
 
 
-def copy_shards(model: list[Any]) -> list[Shard]:
+def copy_shards(model: list[Any]) -> Shards:
     """This rank's main copies of the weights."""
     from megatron.core.utils import unwrap_model
 
@@ -101,10 +112,10 @@ def whole_weights(outcomes: list[Outcome]) -> dict[str, np.ndarray]:
     return assemble(outcome.shards for outcome in outcomes)
 
 
-def assemble(shards_by_rank: Iterable[list[Shard]]) -> dict[str, np.ndarray]:
-    """Whole tensors by name, from the pieces of all ranks."""
+def assemble(shards: Iterable[Shards]) -> dict[str, np.ndarray]:
+    """Whole tensors by name, from the pieces of all ranks. Those of layers are stacked: [layers, ...]."""
     whole: dict[str, np.ndarray] = {}
-    for name, shape, place, values in itertools.chain.from_iterable(shards_by_rank):
+    for name, shape, place, values in itertools.chain.from_iterable(shards):
         target = whole.setdefault(name, np.full(shape, np.nan, np.float32))
         target[place] = values
     for name, values in whole.items():
@@ -113,9 +124,9 @@ def assemble(shards_by_rank: Iterable[list[Shard]]) -> dict[str, np.ndarray]:
     return whole
 
 
-def last_stage(outcomes: list[Outcome]) -> Outcome:
-    """The outcome that holds the metrics."""
-    return outcomes[-1]
+def last_stage[Seen](ranks: Sequence[Seen]) -> Seen:
+    """Of what the ranks have seen, that which holds the metrics."""
+    return ranks[-1]
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -47,6 +47,8 @@ REFUSED = {
     "--moe-router-load-balancing-type aux_loss seq_aux_loss": "--moe-router-load-balancing-type",
     "--moe-expert-capacity-factor 1.5": "--moe-expert-capacity-factor",
     "--moe-expert-rank-capacity-factor 1.5": "--moe-expert-capacity-factor",
+    "--recompute-granularity selective --recompute-modules layernorm": "--recompute-modules layernorm",
+    "--recompute-granularity selective --recompute-modules core_attn moe_act": "--recompute-modules layernorm",
     "--overlap-moe-expert-parallel-comm": "--overlap-moe-expert-parallel-comm",
     "--cp-comm-type a2a": "--cp-comm-type",
     "--hierarchical-context-parallel-sizes 2 2": "--cp-comm-type",
@@ -100,6 +102,7 @@ ALLOWED = [
     "--num-experts 4 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001",
     "--num-experts 4 --moe-router-load-balancing-type none",
     "--use-distributed-optimizer --overlap-grad-reduce",
+    "--recompute-granularity selective --recompute-modules core_attn mlp moe",
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "--window-size 64,0 --bf16",
 ]

@@ -1,0 +1,191 @@
+"""TRL's DPOTrainer takes the same step on the same pairs: loss, rewards and the gradient of every parameter.
+
+Our side is the second step of a job, so that its policy has moved away from its reference. TRL gets the weights from
+before that step as its model, the initial ones as its reference, and the step's pairs; tokenising, collating, loss and
+backward are its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_bdpo.data.store import PairStore
+from tests.harness.huggingface import FAMILIES, VOCABULARY, build_model, to_hugging_face
+from tests.harness.jobs import TINY_MODEL
+from tests.harness.recording import Step, merge, train_and_record
+
+trl = pytest.importorskip("trl", reason="the oracle is TRL's DPOTrainer")
+
+PAIRS = 12  # of each of the two steps: other pairs, so that some margins are negative
+
+BETA = 0.3  # margins of some units: hinge has pairs on both sides of its corner
+
+# Of transformers, about its own names that TRL uses.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss by our flags and by TRL's settings."""
+
+    flags: list[str]
+    trl: dict[str, Any]
+    batch: int = PAIRS
+    """Pairs that TRL sees at a time; it accumulates gradients over the step's batches."""
+
+
+LOSSES = {
+    "dpo": Loss(["--preference-loss", "dpo"], {"loss_type": ["sigmoid"]}),
+    # TRL's sigmoid reads no label smoothing. Its AOT does, and on a batch of one pair, with none to sort, it is cDPO.
+    "cdpo": Loss(
+        ["--preference-loss", "dpo", "--label-smoothing", "0.2"],
+        {"loss_type": ["aot"], "label_smoothing": 0.2},
+        batch=1,
+    ),
+    "ipo": Loss(["--preference-loss", "ipo"], {"loss_type": ["ipo"]}),
+    "hinge": Loss(["--preference-loss", "hinge"], {"loss_type": ["hinge"]}),
+    "robust": Loss(
+        ["--preference-loss", "robust", "--label-smoothing", "0.2"], {"loss_type": ["robust"], "label_smoothing": 0.2}
+    ),
+}
+
+TP2_PP2 = (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"])
+
+# Every loss, every family with tied embeddings or without, and embeddings tied across stages.
+CASES: dict[str, tuple[str, str, bool, tuple[int, list[str]]]] = {
+    **{f"{loss} Llama": (loss, "Llama", False, (1, [])) for loss in LOSSES},
+    "dpo Qwen2": ("dpo", "Qwen2", False, (1, [])),
+    "dpo Qwen3": ("dpo", "Qwen3", False, (1, [])),
+    "dpo Qwen2 tied": ("dpo", "Qwen2", True, (1, [])),
+    "dpo Qwen3 tied TP2 PP2": ("dpo", "Qwen3", True, TP2_PP2),
+}
+
+# TRL sums fp32 log-probs in fp32: up to some thousand nats, where one unit in the last place is 1e-4.
+LOG_RATIO = 1e-4
+# What that does to the weights of the pairs, and hidden states added in another order: relative to the largest entry.
+GRADIENT = 1e-4
+
+
+@dataclass
+class TrlStep:
+    """What TRL's trainer says about the step."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The step as we take it, and as TRL does. Gradients are under Hugging Face's names."""
+
+    step: Step
+    gradients: dict[str, np.ndarray]
+    expected: TrlStep
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def case(request, ranks, tmp_path_factory) -> Case:
+    """Initial weights are drawn wide, as in the comparison of log-probs."""
+    name, family, tied, (world_size, layout) = request.param
+    loss, directory = LOSSES[name], tmp_path_factory.mktemp("trl")
+    model = TINY_MODEL | FAMILIES[family] | {"untie_embeddings_and_output_weights": not tied}
+    job = {"max_pairs": 2 * PAIRS, "pairs_per_step": PAIRS, "train_iters": 2, "init_method_std": 0.2, "lr": 1e-2}
+    flags = [*loss.flags, "--beta", str(BETA), *layout]
+    steps = merge(ranks(world_size)(train_and_record, flags, pair_cache_dir=str(directory), **model, **job)).steps
+    (meta,) = directory.glob("*/meta.json")
+    expected = trl_step(
+        loss,
+        build_model(family, model, steps[1].weights),
+        build_model(family, model, steps[0].weights),
+        pairs_as_text(PairStore.open(meta.parent), list(steps[1].tokens)),
+        directory,
+    )
+    return Case(steps[1], to_hugging_face(steps[1].gradients, model), expected)
+
+
+# TRL -----------------------------------------------------------------------------------------------------------------
+
+
+def trl_step(loss: Loss, policy: Any, reference: Any, pairs: list[dict[str, str]], directory: Path) -> TrlStep:
+    """One optimizer step of a DPOTrainer, up to where the optimizer would act."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    seen = TrlStep()
+
+    class Observer(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **unused: Any) -> None:
+            seen.gradients = {name: weight.grad.numpy().copy() for name, weight in model.named_parameters()}
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **unused: Any) -> None:
+            seen.metrics = logs | seen.metrics  # the first log is the step's, the last one a summary
+
+    trainer = trl.DPOTrainer(
+        policy,
+        reference,
+        trl.DPOConfig(
+            **loss.trl,
+            beta=BETA,
+            max_length=None,
+            per_device_train_batch_size=loss.batch,
+            gradient_accumulation_steps=PAIRS // loss.batch,
+            max_steps=1,
+            max_grad_norm=0,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            output_dir=str(directory / "trl"),
+            save_strategy="no",
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=token_id_tokenizer(),
+        callbacks=[Observer()],
+    )
+    trainer.train()
+    return seen
+
+
+def pairs_as_text(store: PairStore, rows: list[int]) -> list[dict[str, str]]:
+    """The pairs as texts whose words are token ids."""
+
+    def text(tokens: np.ndarray) -> str:
+        return "".join(f"<{token}>" for token in tokens)
+
+    pairs = [store.pair(row) for row in rows]
+    return [{"prompt": text(p.prompt), "chosen": text(p.chosen), "rejected": text(p.rejected)} for p in pairs]
+
+
+def token_id_tokenizer() -> Any:
+    """Reads "<17><4>" as [17, 4], so that TRL's own data preparation arrives at the tokens of our store."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"<{token}>": token for token in range(VOCABULARY)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\d+>"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<2>", pad_token="<0>")
+
+
+# Comparisons ---------------------------------------------------------------------------------------------------------
+
+
+def test_loss_and_rewards(case):
+    metrics, expected = case.step.metrics, case.expected.metrics
+    assert 0 < expected["rewards/accuracies"] < 1, "some margins shall be positive and some negative"
+    for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert metrics[name] == pytest.approx(expected[name], rel=0, abs=BETA * LOG_RATIO), name
+
+
+def test_gradient_of_every_parameter(case):
+    assert case.gradients.keys() == case.expected.gradients.keys()
+    for name, expected in case.expected.gradients.items():
+        scale = np.abs(expected).max()
+        assert scale > 1e-3, f"{name}: a gradient that is nearly zero compares nothing"
+        assert np.abs(case.gradients[name] - expected).max() <= GRADIENT * scale, name
