@@ -40,11 +40,11 @@ TINY_JOB = {
     "pairs_per_step": 32,
     "train_iters": 40,
     "lr": 1e-3,
-    "lr_warmup_iters": 4,
+    "lr_warmup_fraction": 0.1,
     "lr_decay_style": "cosine",
 }
 
 if __name__ == "__main__":
-    is_own_job = "--pair-data" in sys.argv
+    is_own_job = any(argument.split("=")[0] == "--pair-data" for argument in sys.argv)
     run = main(defaults={} if is_own_job else TINY_LLAMA | TINY_JOB)
     run.print_table()

@@ -24,8 +24,26 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
         each.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device. torch is imported only if there is such a test."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full-matrix", action="store_true", help="compare every layout with every loss and every optimizer"
+    )
+    parser.addoption(
+        "--write-parity-table", action="store_true", help="write docs/parity.md from what --full-matrix has seen"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what was not asked for, and skip what this machine cannot run."""
+    if not config.getoption("--full-matrix"):
+        left_out = [item for item in items if "full_matrix" in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if "full_matrix" not in item.keywords]
+    skip_gpu_tests_without_a_gpu(items)
+
+
+def skip_gpu_tests_without_a_gpu(items: list[pytest.Item]) -> None:
+    """torch is imported only if there is such a test."""
     gpu_items = [item for item in items if "gpu" in item.keywords]
     if not gpu_items:
         return

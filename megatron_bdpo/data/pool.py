@@ -125,6 +125,8 @@ def order_by_safety(pool: PairPool, selection: Selection) -> None:
     swap = (labels[:, 0] == 1) & (labels[:, 1] == 0)
     pool.swap(selection.ids[swap])
     selection.ids = selection.ids[~both_unsafe]
+    if not len(labels):
+        return
     selection.notes.append(f"{int(swap.sum())} pairs swapped by their safety labels, {int(both_unsafe.sum())} dropped")
 
 
@@ -132,7 +134,10 @@ def hold_out(ids: IntArray, share: float, seed: int) -> tuple[IntArray, IntArray
     """Split off a random share of the pairs. Returns (train, held out), each in the original order."""
     if not 0 <= share < 1:
         raise UserError(f"--eval-share must be at least 0 and below 1, not {share}.")
-    chosen = np.random.default_rng([seed, 2]).permutation(len(ids))[: round(len(ids) * share)]
+    count = round(len(ids) * share)
+    if share and not count:
+        raise UserError(f"--eval-share {share} of {len(ids)} pairs is not even one. Raise it, or leave it out.")
+    chosen = np.random.default_rng([seed, 2]).permutation(len(ids))[:count]
     mask = np.zeros(len(ids), bool)
     mask[chosen] = True
     return ids[~mask], ids[mask]

@@ -83,6 +83,12 @@ def parse_sources(tokens: Iterable[str]) -> tuple[SourceSpec, ...]:
     return tuple(specs)
 
 
+def check_sources(specs: Iterable[SourceSpec]) -> None:
+    """Raise UserError if a local source is not there; hub names are looked up when they are read."""
+    for spec in specs:
+        _locate(spec)
+
+
 def read_rows(spec: SourceSpec) -> Iterator[tuple[int, Row | RowProblem]]:
     """Yield every row with its number, counted from 1: in JSON lines the line, elsewhere the row.
 
@@ -252,7 +258,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Row | RowProblem | None]
 def _parse_line(line: bytes, number: int) -> Row | RowProblem:
     try:
         # utf-8-sig: some editors put a byte order mark before the first line.
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
     except (ValueError, RecursionError) as error:
         return RowProblem(ProblemKind.BAD_JSON, str(error))
     if not isinstance(row, dict):

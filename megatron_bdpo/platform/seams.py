@@ -136,7 +136,10 @@ def _train(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., A
     ) -> Any:  # fmt: skip
         import megatron.training.training as trainer
 
-        hooks.before_training(lambda: trainer.evaluate(step, valid_data, model, None, config))
+        def evaluate() -> None:
+            trainer.evaluate_and_print_results("the start", step, valid_data, model, 0, None, config)
+
+        hooks.before_training(evaluate)
         return original(step, model, optimizer, scheduler, train_data, valid_data, process, config, *rest, **kwargs)
 
     return train

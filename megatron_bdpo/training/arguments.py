@@ -6,10 +6,14 @@ Nothing here imports Megatron at module level: :func:`parse` does, after the pla
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import registry
@@ -55,13 +59,14 @@ def parse(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None 
         defaults: default values by argument name, for templates that ship a complete small job.
 
     Raises:
-        UserError: a default that names no argument.
-        SystemExit: argparse's own, for unknown flags and ``--help``.
+        UserError: an unknown flag, a wrong type, a default that names no argument.
+        SystemExit: argparse's own, for ``--help``.
     """
     from megatron.training.arguments import parse_args
 
     def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_preference_arguments(parser)
+        parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
         known = {action.dest for action in parser._actions}
         for group in _default_groups(defaults or {}):
             if unknown := group.keys() - known:
@@ -76,6 +81,22 @@ def parse(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None 
         return parse_args(extra_args_provider=provide)
     finally:
         sys.argv = program
+
+
+def log_to_wandb_too(args: argparse.Namespace) -> None:
+    """Megatron writes metrics to W&B only beside TensorBoard's files: give those a place where the user has not."""
+    if args.wandb_project and not args.tensorboard_dir:
+        args.tensorboard_dir = str(Path(args.save or args.wandb_save_dir) / "tensorboard")
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In place of argparse's own way out, which is to print 700 lines of usage on every rank."""
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    unknown = [word for word in message.split() if word.startswith("--") and word not in flags]
+    near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], flags, n=1)]
+    raise UserError(
+        f"{message}." + (f" Did you mean {', '.join(near)}?" if near else "") + " (--help lists all flags.)"
+    )
 
 
 def _default_groups(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -124,7 +145,7 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-malformed-share", type=float, default=0.0, help="share of unreadable rows above which the run stops")
     add("--max-dropped-share", type=float, default=0.5, help="share of unusable rows above which the run stops")
     add("--pairs-per-step", type=int, help="preference pairs per optimizer step, over all ranks; exact")
-    add("--pair-epochs", type=float, help="train for this many passes over the pairs instead of --train-iters")
+    add("--pair-epochs", type=_finite, help="train for this many passes over the pairs instead of --train-iters")
     add("--pack-pairs", action=argparse.BooleanOptionalAction, default=True, help="several pairs in one pack")
     add(
         "--share-prompts",
@@ -148,6 +169,12 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         help="check at the first step that the policy equals its reference",
     )
     _add_loss_options(parser)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
 
 
 def _add_loss_options(parser: argparse.ArgumentParser) -> None:

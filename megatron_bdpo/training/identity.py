@@ -130,20 +130,27 @@ def _check_position(found: RunIdentity, current: RunIdentity, directory: Path) -
         )
 
 
+#: Megatron's arguments that change what given weights compute.
+_ARITHMETIC = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "position_embedding_type", "rotary_base",
+    "rotary_percent", "use_rope_scaling", "rope_scaling_factor", "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor", "rotary_scaling_factor", "yarn_original_max_position_embeddings",
+    "yarn_beta_fast", "yarn_beta_slow", "swiglu", "squared_relu", "openai_gelu",
+    "qk_layernorm", "qk_l2_norm", "window_size", "window_attn_skip_freq", "apply_query_key_layer_scaling",
+    "apply_residual_connection_post_layernorm", "params_dtype", "fp8", "fp8_recipe", "fp4", "transformer_impl",
+    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
+    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups",
+    "moe_router_group_topk", "moe_router_dtype",
+)  # fmt: skip
+
+
 def reference_identity(args: argparse.Namespace, weights: str, vocab_size: int) -> str:
     """Everything that changes reference log-probs besides the pairs: weights, arithmetic, architecture.
 
     Args:
         weights: ``model.digest.weights_digest`` of the reference.
     """
-    names = (
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-        "normalization", "norm_epsilon", "position_embedding_type", "rotary_base", "rotary_percent", "use_rope_scaling",
-        "rope_scaling_factor", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "swiglu", "squared_relu",
-        "openai_gelu", "qk_layernorm", "qk_l2_norm", "window_size", "window_attn_skip_freq", "softmax_scale",
-        "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm", "params_dtype", "fp8",
-        "fp8_recipe", "fp4", "transformer_impl",
-    )  # fmt: skip
-    settings = {name: str(getattr(args, name, None)) for name in names}
+    settings = {name: str(getattr(args, name)) for name in _ARITHMETIC}
     architecture = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     return f"weights {weights}, vocabulary {vocab_size}, {args.params_dtype}, architecture {architecture}"

@@ -15,7 +15,7 @@ from megatron_bdpo.data.layout import lay_out
 from megatron_bdpo.data.plan import IntArray, PlanSettings, StepPlan, epoch_pairs, pack_all, plan_steps
 from megatron_bdpo.data.pool import PairPool, Selection
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
-from megatron_bdpo.data.sources import parse_sources
+from megatron_bdpo.data.sources import check_sources, parse_sources
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
@@ -95,25 +95,11 @@ def build_job(args: argparse.Namespace) -> PairJob:
         loss = PairLossFunction(
             registry.get(args.preference_loss), registry.build_options(args.preference_loss, given_loss_options(args))
         )
-        _require_flags(args)
+        _plan_settings(args, longest_pair=0)  # what is wrong with the plan whatever the pairs: before they are read
     cache_dir = _cache_dir(args)
     stores = _open_stores(args, cache_dir)
     with all_ranks_agree():
         return _plan_job(args, loss, PairPool(stores), cache_dir)
-
-
-def _require_flags(args: argparse.Namespace) -> None:
-    missing = [
-        f"--{name.replace('_', '-')}"
-        for name in ("pair_data", "pairs_per_step", "seq_length", "tokenizer_type")
-        if getattr(args, name) is None
-    ]
-    if missing:
-        raise UserError(f"missing: {', '.join(missing)}.")
-    if (args.train_iters is None) == (args.pair_epochs is None):
-        raise UserError("give one of --train-iters (optimizer steps) and --pair-epochs (passes over the pairs).")
-    if args.eval_pair_data and args.eval_share:
-        raise UserError("--eval-pair-data and --eval-share both name held-out pairs. Give one.")
 
 
 def _cache_dir(args: argparse.Namespace) -> Path:
@@ -129,6 +115,8 @@ def _open_stores(args: argparse.Namespace, cache_dir: Path) -> list[PairStore]:
         for tokens, limit in ((args.pair_data, args.max_pairs), (args.eval_pair_data, None)):
             if tokens:
                 settings.append(_data_settings(args, tokens, limit, cache_dir))
+                if is_rank_zero():
+                    check_sources(settings[-1].sources)
     with all_ranks_agree():
         if is_rank_zero():
             tokenizer = PairTokenizer(_build_tokenizer(args))
@@ -166,7 +154,8 @@ def _build_tokenizer(args: argparse.Namespace) -> Any:
     except (ValueError, OSError, TypeError, NameError, ImportError) as error:  # NameError: its library is not installed
         raise UserError(
             f"the tokenizer cannot be built (--tokenizer-type {args.tokenizer_type}, --tokenizer-model "
-            f"{args.tokenizer_model}): {error}"
+            f"{args.tokenizer_model}): {error}. HuggingFaceTokenizer needs transformers: pip install "
+            "'megatron_bdpo[hf]'."
         ) from error
 
 
@@ -183,17 +172,8 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, args.seq_length, drop=args.long_pairs == "drop")
     sources = pool.pools(0, train.ids)
-    settings = PlanSettings(
-        pairs_per_step=args.pairs_per_step,
-        data_parallel=_data_parallel_size(args),
-        max_pack_length=args.seq_length,
-        # Every pair fits, also those that a short run never draws: the reference scores them all.
-        min_pack_length=int(sizes[np.concatenate([train.ids, held_out.ids])].max(initial=0)),
-        microbatch_multiple=_microbatch_multiple(args),
-        length_multiple=8 * position_shares(args),
-        seed=args.seed,
-        pack_pairs=args.pack_pairs,
-    )
+    # Every pair fits, also those that a short run never draws: the reference scores them all.
+    settings = _plan_settings(args, int(sizes[np.concatenate([train.ids, held_out.ids])].max(initial=0)))
     steps = args.train_iters
     if steps is None:
         steps = max(1, round(args.pair_epochs * epoch_pairs(sources) / settings.pairs_per_step))
@@ -211,6 +191,20 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
         args.share_prompts,
         args.reference == "resident",
         args.context_parallel_size,
+    )
+
+
+def _plan_settings(args: argparse.Namespace, longest_pair: int) -> PlanSettings:
+    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    return PlanSettings(
+        pairs_per_step=args.pairs_per_step,
+        data_parallel=args.world_size // model_parallel,
+        max_pack_length=args.seq_length,
+        min_pack_length=longest_pair,
+        microbatch_multiple=_microbatch_multiple(args),
+        length_multiple=8 * position_shares(args),
+        seed=args.seed,
+        pack_pairs=args.pack_pairs,
     )
 
 
@@ -234,31 +228,33 @@ def _microbatch_multiple(args: argparse.Namespace) -> int:
     return int(args.pipeline_model_parallel_size) if interleaved else 1
 
 
+def made_up_plan(args: argparse.Namespace) -> StepPlan:
+    """A plan of nothing in the shapes a real one could have, for Megatron to validate the other arguments against."""
+    settings = _plan_settings(args, longest_pair=0)
+    steps = np.zeros((args.train_iters or 10**6, 0), np.int64)
+    return StepPlan(
+        steps,
+        steps,
+        args.seq_length,
+        settings.microbatch_multiple,
+        settings.data_parallel,
+        np.zeros(len(steps), np.int64),
+    )
+
+
 def position_shares(args: argparse.Namespace) -> int:
     """Ranks that a pack's positions are split over: context parallelism, times tensor parallelism under SP."""
     return int(args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1))
 
 
-def _data_parallel_size(args: argparse.Namespace) -> int:
-    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    if args.world_size % model_parallel:
-        raise UserError(
-            f"{args.world_size} ranks cannot be split into model replicas of {model_parallel} "
-            f"(--tensor-model-parallel-size {args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{args.pipeline_model_parallel_size} x --context-parallel-size {args.context_parallel_size}). "
-            f"Start a multiple of {model_parallel} ranks, or change the layout."
-        )
-    return int(args.world_size // model_parallel)
-
-
-def apply_plan(args: argparse.Namespace, job: PairJob) -> None:
+def apply_plan(args: argparse.Namespace, plan: StepPlan, eval_packs: int) -> None:
     """Tell Megatron the shapes that the plan has chosen. To Megatron a sample is a pack."""
+    evaluate = eval_packs > 0 and args.eval_iters != 0
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
-    args.seq_length = job.plan.pack_length
+    args.seq_length = plan.pack_length
     args.micro_batch_size = args.eval_micro_batch_size = 1
-    args.global_batch_size = job.plan.packs_per_step
-    args.train_iters = len(job.plan.steps)
+    args.global_batch_size = plan.packs_per_step
+    args.train_iters = len(plan.steps)
     args.dataloader_type = "external"
-    evaluate = bool(job.eval_packs) and args.eval_iters != 0
     args.eval_iters = 1 if evaluate else 0
-    args.eval_global_batch_size = len(job.eval_packs) if evaluate else job.plan.packs_per_step
+    args.eval_global_batch_size = eval_packs if evaluate else plan.packs_per_step

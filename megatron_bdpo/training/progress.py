@@ -38,6 +38,7 @@ class Progress:
     evaluations: list[Metrics] = field(default_factory=list)
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _count: int = 0
+    _skipped: int = 0
     _seconds: float = 0.0
     _pairs: int = 0
     _tokens: int = 0
@@ -46,6 +47,7 @@ class Progress:
         self, losses: dict[str, Tensor], iteration: int, *, skipped: bool, seconds: float, pairs: int, tokens: int
     ) -> None:
         """Take in one optimizer step; print and record at every log interval."""
+        self._skipped += skipped
         if not skipped:
             for name, value in losses.items():
                 self._sums[name] = self._sums.get(name, 0) + value.detach()
@@ -68,8 +70,14 @@ class Progress:
             record = {"iteration": float(iteration), **dict(zip(names, means, strict=True)), **rates}
             self.steps.append(record)
             _write_scalars(rates, iteration)
-            _print_last(f"step {iteration:>{len(str(self.train_iters))}}/{self.train_iters} | {step_line(record)}")
-        self._sums, self._count, self._seconds, self._pairs, self._tokens = {}, 0, 0.0, 0, 0
+            _print_last(f"{self._place(iteration)} | {step_line(record)}")
+        elif self._skipped:
+            _print_last(f"{self._place(iteration)} | skipped: the gradients overflowed, the loss scale is lowered")
+        self._sums, self._count, self._skipped = {}, 0, 0
+        self._seconds, self._pairs, self._tokens = 0.0, 0, 0
+
+    def _place(self, iteration: int) -> str:
+        return f"step {iteration:>{len(str(self.train_iters))}}/{self.train_iters}"
 
     def evaluation(self, metrics: dict[str, Tensor], iteration: int) -> None:
         """Take in one evaluation."""
@@ -93,8 +101,14 @@ class Progress:
             ("log-prob of chosen", "logps/chosen", "{:.2f}"),
             ("log-prob of rejected", "logps/rejected", "{:.2f}"),
         ]
-        cells = [title] + [[label, form.format(before[name]), form.format(after[name])] for label, name, form in rows]
+        cells = [title] + [[label, _shown(form, before[name]), _shown(form, after[name])] for label, name, form in rows]
         return "\n".join(f"{label:<22}{first:>12}{last:>12}" for label, first, last in cells)
+
+
+def _shown(form: str, value: float) -> str:
+    """Formatted; what rounds to zero has no sign, whose side would depend on the layout."""
+    text = form.format(value)
+    return text if float(text) else form.format(0.0)
 
 
 def step_line(metrics: Metrics) -> str:

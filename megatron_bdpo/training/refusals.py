@@ -11,6 +11,12 @@ import numpy as np
 
 from megatron_bdpo.errors import UserError
 
+#: Without these there is no run. What Megatron itself requires is named here too: it would say so much later.
+_REQUIRED = (
+    "pair_data", "pairs_per_step", "seq_length", "tokenizer_type", "lr", "num_layers", "hidden_size",
+    "num_attention_heads",
+)  # fmt: skip
+
 
 class _Refusal(NamedTuple):
     applies: Callable[[argparse.Namespace], object]
@@ -18,6 +24,26 @@ class _Refusal(NamedTuple):
 
 
 _REFUSALS = (
+    # What contradicts itself, or lacks something.
+    _Refusal(
+        lambda a: (a.train_iters is None) == (a.pair_epochs is None) or (a.pair_epochs or 1) <= 0,
+        "give one of --train-iters (optimizer steps) and --pair-epochs (passes over the pairs, above 0).",
+    ),
+    _Refusal(
+        lambda a: a.eval_pair_data and a.eval_share,
+        "--eval-pair-data and --eval-share both name held-out pairs. Give one.",
+    ),
+    _Refusal(
+        lambda a: bool(a.save) != (a.save_interval is not None),
+        "--save DIR and --save-interval STEPS go together: where a checkpoint is written, and how often.",
+    ),
+    _Refusal(
+        lambda a: (
+            a.wandb_project
+            and not (a.wandb_exp_name and (a.save or a.wandb_save_dir) and importlib.util.find_spec("wandb"))
+        ),
+        "--wandb-project needs wandb (pip install wandb), --wandb-exp-name, and --save or --wandb-save-dir.",
+    ),
     # Set by the step plan.
     _Refusal(
         lambda a: a.micro_batch_size not in (None, 1),
@@ -179,7 +205,10 @@ _REFUSALS = (
 
 
 def refuse_what_cannot_be_honoured(args: argparse.Namespace) -> None:
-    """Raise UserError naming every setting that a preference run cannot honour."""
+    """Raise UserError naming every flag that is missing, or every setting that a preference run cannot honour."""
+    missing = [f"--{name.replace('_', '-')}" for name in _REQUIRED if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)}.")
     problems = [refusal.message for refusal in _REFUSALS if refusal.applies(args)]
     if problems:
         raise UserError("\n".join(["these settings cannot be honoured:", *(f"  {problem}" for problem in problems)]))

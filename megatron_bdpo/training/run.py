@@ -15,29 +15,30 @@ from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.utils import unwrap_model
 from megatron.training import pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import validate_args
-from megatron.training.global_vars import get_tokenizer, set_global_variables
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.global_vars import get_tokenizer
 from megatron.training.training import destroy_global_state
 from torch import Tensor
 
 from megatron_bdpo.data.layout import group_tokens
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.initialization import initialize_by_name
-from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.model.reference import weights_at_rest
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity
+from megatron_bdpo.training.arguments import log_to_wandb_too
 from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.job import apply_plan, build_job
+from megatron_bdpo.training.layout import check_layout
 from megatron_bdpo.training.progress import Progress
 from megatron_bdpo.training.references import ReferenceProvider
 from megatron_bdpo.training.refusals import refuse_what_cannot_be_honoured
 from megatron_bdpo.training.scoring import NoReference, ResidentReference
 from megatron_bdpo.training.step_zero import StepZeroGate
+from megatron_bdpo.training.validation import check_directories, rehearse, set_up_megatron
 
 
 class PreferenceRun:
@@ -58,9 +59,18 @@ class PreferenceRun:
         self.args = args
         with all_ranks_agree():
             refuse_what_cannot_be_honoured(args)
+            check_layout(args)
+        log_to_wandb_too(args)
+        rehearse(args)
+        check_directories(args)
         self.job = build_job(args)
-        apply_plan(args, self.job)
-        self.vocab_size, self._config = _validate(args)
+        apply_plan(args, self.job.plan, len(self.job.eval_packs))
+        try:
+            self._config = set_up_megatron(args)
+        except UserError:
+            _forget_global_state()
+            raise
+        self.vocab_size = int(get_tokenizer().vocab_size)
         current = identity.identity_of(args, self.job)
         self._identity = identity.resumed_identity(args, current) or current
         self.progress = Progress(args.log_interval, args.train_iters)
@@ -180,19 +190,6 @@ class PreferenceRun:
     def after_evaluation(self, metrics: dict[str, Tensor]) -> None:
         """Report the held-out pairs."""
         self.progress.evaluation(metrics, self._iteration)
-
-
-def _validate(args: argparse.Namespace) -> tuple[int, PairGPTConfig]:
-    """Megatron's own validation and globals. Returns the tokenizer's vocabulary size and the model's configuration."""
-    with all_ranks_agree():
-        try:
-            validate_args(args)
-            set_global_variables(args)
-            config = gpt_config_from_args(args, model_config_cls=PairGPTConfig)
-        except (AssertionError, ValueError) as error:
-            _forget_global_state()
-            raise UserError(f"Megatron refused the arguments: {error}") from error
-    return int(get_tokenizer().vocab_size), config
 
 
 def _forget_global_state() -> None:

@@ -71,11 +71,22 @@ FLAG_CASES = {
         ["--tensor-model-parallel-size", "4"],
         "2 ranks cannot be split into model replicas of 4",
     ),
-    "a setting of Megatron's": (["--num-layers", "3", "--pipeline-model-parallel-size", "2"], "refused.*layers"),
+    "layers that fit no layout": (
+        ["--num-layers", "3", "--pipeline-model-parallel-size", "2"],
+        "3 layers cannot be split",
+    ),
     "a setting of its model": (["--hidden-size", "30"], "Megatron refused"),
     "batch size": (["--global-batch-size", "8"], r"--pairs-per-step"),
     "dropout": (["--attention-dropout", "0.1"], r"dropout.*--attention-dropout"),
     "two run lengths": (["--pair-epochs", "2"], r"one of --train-iters .* and --pair-epochs"),
+    "unknown flag": (["--pairs-per-stp", "3"], r"--pairs-per-stp.*Did you mean --pairs-per-step\?"),
+    "no number": (["--pairs-per-step", "many"], r"--pairs-per-step: invalid int value: 'many'"),
+    "not a finite number": (["--pair-epochs", "nan"], r"--pair-epochs: invalid .* value: 'nan'"),
+    "an assertion without words": (["--num-attention-heads", "6"], r"Megatron refused the arguments: .+"),
+    "nothing to start from": (["--pretrained-checkpoint", "/nowhere"], "/nowhere: there is no checkpoint in it"),
+    "nowhere to save": (["--save", "/proc/x", "--save-interval", "1"], "--save /proc/x cannot be written"),
+    "no held-out pairs": (["--eval-share", "0.001"], "--eval-share 0.001 of 48 pairs is not even one"),
+    "held-out pairs that are not there": (["--eval-pair-data", "gone.jsonl"], r"gone\.jsonl: there is no such file"),
     "no labels": (
         ["--preference-loss", "safedpo", "--pair-data", "UNLABELLED"],
         r"needs safety labels, but 20 of 20 pairs have none.*chosen_safe",
@@ -108,10 +119,13 @@ def test_reference_cache_of_other_data_is_refused(ranks, tmp_path):
     assert_refused(messages, r"train\.safetensors belongs to something else:\s+data: \w+ in the file, \w+ here")
 
 
-def test_reference_cache_of_another_model_is_refused(ranks, tmp_path):
+@pytest.mark.parametrize(
+    "change", [["--rotary-base", "500000"], ["--norm-epsilon", "1e-3"]], ids=lambda flags: flags[0]
+)
+def test_reference_cache_of_another_model_is_refused(ranks, tmp_path, change):
     flags = ["--reference-cache", str(tmp_path / "reference"), "--train-iters", "1"]
     ranks(2)(jobs.train, flags, pair_cache_dir=str(tmp_path))
-    messages = ranks(2)(refusal, [*flags, "--rotary-base", "500000"], pair_cache_dir=str(tmp_path))
+    messages = ranks(2)(refusal, [*flags, *change], pair_cache_dir=str(tmp_path))
     assert_refused(messages, r"belongs to something else:\s+reference: .* in the file, .* here")
 
 

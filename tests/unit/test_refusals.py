@@ -8,6 +8,13 @@ from tests.harness.jobs import TINY_JOB, TINY_MODEL
 
 # Flags -> how the reason begins that they are refused with.
 REFUSED = {
+    "--pair-epochs 2": "give one of --train-iters",
+    "--pair-epochs 0": "give one of --train-iters",
+    "--pair-epochs -3": "give one of --train-iters",
+    "--eval-pair-data held.jsonl --eval-share 0.1": "--eval-pair-data and --eval-share",
+    "--save run": "--save DIR and --save-interval STEPS",
+    "--save-interval 5": "--save DIR and --save-interval STEPS",
+    "--wandb-project p": "--wandb-project needs wandb",
     "--micro-batch-size 2": "--micro-batch-size: a microbatch is one pack",
     "--global-batch-size 8": "--global-batch-size (and --eval-...-batch-size) count packs",
     "--eval-global-batch-size 8": "--global-batch-size (and --eval-...-batch-size) count packs",
@@ -89,6 +96,7 @@ REFUSED = {
 
 ALLOWED = [
     "",
+    "--save run --save-interval 5",
     "--micro-batch-size 1",
     "--eval-iters 0",
     "--dataloader-type external",

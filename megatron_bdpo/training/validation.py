@@ -1,0 +1,81 @@
+"""What Megatron or the file system would refuse, found out before pairs are tokenised for hours."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import validate_args
+from megatron.training.global_vars import set_global_variables
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.pair_gpt import PairGPTConfig
+from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero
+from megatron_bdpo.training.identity import checkpoint_directory
+from megatron_bdpo.training.job import apply_plan, made_up_plan
+
+
+def set_up_megatron(args: argparse.Namespace) -> PairGPTConfig:
+    """Validate Megatron's arguments and set its globals; returns the model's configuration. Collective.
+
+    Raises:
+        UserError: on every rank, with Megatron's reason.
+    """
+    with all_ranks_agree(), _refusals_of_megatron():
+        validate_args(args)
+        set_global_variables(args)
+        return gpt_config_from_args(args, model_config_cls=PairGPTConfig)
+
+
+def rehearse(args: argparse.Namespace) -> None:
+    """Have Megatron validate a copy, with a plan that is made up. Collective.
+
+    Raises:
+        UserError: on every rank, with Megatron's reason.
+    """
+    trial = copy.deepcopy(args)
+    apply_plan(trial, made_up_plan(args), eval_packs=0)
+    trial.padded_vocab_size = trial.padded_vocab_size or trial.make_vocab_size_divisible_by * (
+        trial.tensor_model_parallel_size
+    )
+    with all_ranks_agree(), _refusals_of_megatron(), contextlib.redirect_stdout(io.StringIO()):
+        validate_args(trial)
+        gpt_config_from_args(trial, model_config_cls=PairGPTConfig)
+
+
+@contextlib.contextmanager
+def _refusals_of_megatron() -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (AssertionError, ValueError, TypeError) as error:
+        # Many of its assertions have no message: then the line itself has to do.
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise UserError(f"Megatron refused the arguments: {reason}") from error
+
+
+def check_directories(args: argparse.Namespace) -> None:
+    """Refuse a starting checkpoint that is not there, and a --save that cannot be written. Collective.
+
+    Raises:
+        UserError: on every rank, naming the flag.
+    """
+    start = [args.load, args.pretrained_checkpoint]
+    if args.pretrained_checkpoint and not any(map(checkpoint_directory, start)):
+        raise UserError(f"--pretrained-checkpoint {args.pretrained_checkpoint}: there is no checkpoint in it.")
+    with all_ranks_agree():
+        if args.save and is_rank_zero():
+            try:
+                Path(args.save).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=args.save):
+                    pass
+            except OSError as error:
+                raise UserError(f"--save {args.save} cannot be written: {error}") from error

@@ -1,0 +1,145 @@
+"""The router's auxiliary losses: means over the tokens of a step, whatever the pairs and packs, against closed forms.
+
+Their gradient in the last layer's router is what a step with them has more than a step without: at that place, and from
+the same weights, everything else is the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from tests.harness.jobs import TINY_MODEL
+from tests.harness.recording import merge, train_and_record
+from tests.parity.matrix import MODELS, VPP2
+from tests.parity.test_mutations import auxiliary_loss_weighed_by_own_tokens
+
+EXPERTS, TOP_K, LAST = 4, 2, 3
+ROUTER = "decoder.layers.mlp.router.weight"
+
+#: One step of packs that differ in tokens and in padding.
+ONE_STEP = {"max_pairs": 7, "pairs_per_step": 7, "train_iters": 1}
+
+#: fp32, relative to the largest element of the difference of two gradients, which is a tenth of either.
+ALLOWED = 1e-4
+
+
+def routed(flags: list[str], overrides: dict[str, Any], mistake: Any = None) -> tuple[Any, list[np.ndarray]]:
+    """This rank's recording, and what the last layer's router has read in training: per pack its tokens, [n, H]."""
+    from megatron_bdpo.model.moe import PairRouter
+
+    inputs: list[np.ndarray] = []
+    original = PairRouter.forward
+
+    def forward(self: Any, hidden: torch.Tensor, padding_mask: torch.Tensor) -> Any:
+        if torch.is_grad_enabled() and self.layer_number == LAST + 1:
+            inputs.append(hidden[~padding_mask].detach().double().numpy())
+        return original(self, hidden, padding_mask)
+
+    with mock.patch.object(PairRouter, "forward", forward):
+        return train_and_record(flags, mistake=mistake, **overrides), inputs
+
+
+@pytest.fixture(scope="module")
+def gradient_of(ranks, tmp_path_factory):
+    """``gradient_of(coefficients)``: (gradient of the last router, its weight, what it has read)."""
+    directory = tmp_path_factory.mktemp("experts")
+
+    def gradient_of(mistake: Any = None, **coefficients: float) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        model = MODELS["experts"].overrides | {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None}
+        job = model | ONE_STEP | {"init_method_std": 0.1, "pair_cache_dir": str(directory)} | coefficients
+        ((recording, inputs),) = ranks(1)(routed, [], TINY_MODEL | job, mistake)
+        (step,) = merge([recording]).steps
+        return step.gradients[ROUTER][LAST], step.weights[ROUTER][LAST], inputs
+
+    return gradient_of
+
+
+def z_loss(logits: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of the squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return logits.logsumexp(-1).square().sum()
+
+
+def load_balancing_loss(logits: torch.Tensor) -> torch.Tensor:
+    """n E sum_i f_i P_i of a pack of n tokens (Switch, arXiv 2101.03961, equation 4), f_i the share of its choices."""
+    probabilities = logits.softmax(-1)
+    chosen = torch.zeros_like(logits).scatter(1, logits.topk(TOP_K).indices, 1)
+    return len(logits) * EXPERTS * (chosen.mean(0) / TOP_K * probabilities.mean(0)).sum()
+
+
+def closed_form(loss: Any, weight: np.ndarray, packs: list[np.ndarray]) -> np.ndarray:
+    """Gradient in the router's weight of the loss's mean over all tokens, in fp64."""
+    parameter = torch.tensor(weight, dtype=torch.float64, requires_grad=True)
+    total = sum(loss(torch.from_numpy(pack) @ parameter.T) for pack in packs if len(pack))
+    (total / sum(map(len, packs))).backward()
+    return parameter.grad.numpy()
+
+
+LOSSES = {
+    "z-loss": ({"moe_z_loss_coeff": 0.5}, z_loss, 0.5),
+    "load balancing": ({"moe_aux_loss_coeff": 0.5}, load_balancing_loss, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_auxiliary_loss_is_a_mean_over_tokens(gradient_of, name):
+    coefficients, loss, coefficient = LOSSES[name]
+    assert deviation(gradient_of, coefficients, loss, coefficient) <= ALLOWED
+
+
+def deviation(gradient_of, coefficients, loss, coefficient, mistake=None) -> float:
+    without, weight, packs = gradient_of()
+    assert len({len(pack) for pack in packs}) > 1, (
+        "packs of one size would not tell means of packs from means of tokens"
+    )
+    found = gradient_of(mistake, **coefficients)[0] - without
+    expected = coefficient * closed_form(loss, weight, packs)
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+# Mistakes that must be caught ----------------------------------------------------------------------------------------
+
+
+def scaled_as_if_gradients_were_per_token(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.training.run import PreferenceRun
+
+    undo.enter_context(mock.patch.object(PreferenceRun, "_auxiliary_loss_scale", lambda *args: torch.ones(1)))
+
+
+def padding_counted_as_tokens(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.model.attention import AttentionPlan
+
+    nothing = property(lambda plan: torch.zeros(plan.positions.numel(), dtype=torch.bool))
+    undo.enter_context(mock.patch.object(AttentionPlan, "padding", nothing))
+
+
+@pytest.mark.parametrize("mistake", [scaled_as_if_gradients_were_per_token, padding_counted_as_tokens])
+@pytest.mark.parametrize("name", LOSSES)
+def test_mistake_is_caught(gradient_of, name, mistake):
+    coefficients, loss, coefficient = LOSSES[name]
+    assert deviation(gradient_of, coefficients, loss, coefficient, mistake) > 10 * ALLOWED
+
+
+def gradients_with_an_empty_pack(ranks, directory, mistake=None) -> dict[str, np.ndarray]:
+    """Interleaved stages take microbatches in groups: 2 x 2 of them for 3 pairs."""
+    job = MODELS["experts"].overrides | {"max_pairs": 3, "pairs_per_step": 3, "train_iters": 1, "seq_length": 2048}
+    flags = [*VPP2.split(), "--no-check-for-nan-in-loss-and-grad"]
+    caches = {"pair_cache_dir": str(directory)}
+    recordings = ranks(4)(train_and_record, flags, mistake=mistake, **(TINY_MODEL | job | caches))
+    return merge(recordings).steps[0].gradients
+
+
+def test_a_pack_of_nothing_adds_nothing(ranks, tmp_path):
+    gradients = gradients_with_an_empty_pack(ranks, tmp_path)
+    assert all(layer.any() for layer in gradients[ROUTER])
+
+
+def test_megatrons_own_router_divides_by_nothing_there(ranks, tmp_path):
+    """Else the test above would prove nothing."""
+    with pytest.raises(AssertionError, match="not finite"):
+        gradients_with_an_empty_pack(ranks, tmp_path, auxiliary_loss_weighed_by_own_tokens)
