@@ -25,7 +25,7 @@ REQUIREMENTS := setup.py pyproject.toml tools/setup_env.sh tools/constraints.txt
 TEST_ENV := $(VENV)/.installed-test
 DEMO_ENV := $(firstword $(wildcard $(TEST_ENV)) $(VENV)/.installed-demo)
 
-.PHONY: help demo test lint types pytest install install-test versions clean distclean
+.PHONY: help demo test lint types pytest parity install install-test versions clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -45,6 +45,9 @@ types: $(TEST_ENV) ## mypy over megatron_bdpo
 
 pytest: $(TEST_ENV) ## the tests alone
 	@$(RUN) pytest $(PYTEST_ARGS)
+
+parity: $(TEST_ENV) ## every layout with every loss and optimizer against one process; writes docs/parity.md
+	@$(RUN) pytest tests/parity/test_matrix.py --full-matrix --write-parity-table $(PYTEST_ARGS)
 
 install: $(DEMO_ENV) ## make .venv for running
 

@@ -92,7 +92,8 @@ def log_to_wandb_too(args: argparse.Namespace) -> None:
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """In place of argparse's own way out, which is to print 700 lines of usage on every rank."""
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    unknown = [word for word in message.split() if word.startswith("--") and word not in flags]
+    words = [word.strip(":,") for word in message.split()]
+    unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in flags]
     near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], flags, n=1)]
     raise UserError(
         f"{message}." + (f" Did you mean {', '.join(near)}?" if near else "") + " (--help lists all flags.)"

@@ -152,6 +152,14 @@ def test_digest_of_half_precision_weights_is_the_same_in_every_layout(ranks, one
     assert {seen.digest for seen in ranks(2)(look, ["--bf16", *TP2])} == {expected}
 
 
+def test_digest_of_experts_is_the_same_in_every_layout(ranks):
+    experts = ["--num-experts", "4", "--moe-ffn-hidden-size", "48"]
+    expected = ranks(1)(look, experts)[0].digest
+    split = ["--expert-model-parallel-size", "2"]
+    assert {seen.digest for seen in ranks(2)(look, [*experts, *split])} == {expected}
+    assert {seen.digest for seen in ranks(4)(look, [*experts, *split, *TP2, "--sequence-parallel"])} == {expected}
+
+
 def test_seed_decides_the_random_weights(ranks, one_rank):
     other = without_padding(ranks(1)(look, ["--seed", "7"]))
     for name, value in without_padding([one_rank]).items():

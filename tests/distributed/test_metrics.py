@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.distributed.test_layouts import assert_same_steps
 from tests.harness.jobs import DATA, last_stage, train
+from tests.harness.parity import assert_same_steps
 
 HELD_OUT = ["--eval-pair-data", str(DATA / "heldout.jsonl"), "--eval-interval", "2", "--eval-at-start"]
 
@@ -23,6 +23,7 @@ def test_tensorboard_has_the_metrics_by_their_known_names(ranks, tmp_path):
     }  # fmt: skip
     assert expected <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("rewards/margins")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("rewards/margins validation")] == [0, 2]
 
 
 def test_evaluation_covers_all_held_out_pairs_on_every_layout(ranks, tmp_path):

@@ -52,6 +52,19 @@ def test_distributed_optimizer_resumes(ranks, tmp_path):
     assert_bit_identical(*run_in_two_parts(ranks, 2, tmp_path, ["--use-distributed-optimizer"]))
 
 
+@pytest.mark.parametrize("reference", ["precomputed", "resident"])
+def test_experts_resume(ranks, tmp_path, reference):
+    experts = "--num-experts 4 --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall"
+    layout = "--expert-model-parallel-size 2 --use-distributed-optimizer"
+    flags = f"{experts} {layout} --reference {reference}".split()
+    assert_bit_identical(*run_in_two_parts(ranks, 2, tmp_path, flags))
+
+
+def test_context_parallel_run_resumes(ranks, tmp_path):
+    flags = ["--context-parallel-size", "2", "--reference", "resident"]
+    assert_bit_identical(*run_in_two_parts(ranks, 2, tmp_path, flags))
+
+
 def test_both_reference_modes_train_the_same(ranks, tmp_path):
     runs = {
         mode: ranks(2)(train, ["--reference", mode, "--tensor-model-parallel-size", "2"], pair_cache_dir=str(tmp_path))

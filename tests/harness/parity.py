@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tests.harness.recording import Recording, SequenceLogProbs, WholeTensors
 
 Deviations = dict[str, float]
+
+# Log-probs are sums of some hundred fp32 terms of size 5: their rounding is 1e-7 of the sum. Rewards and margins are
+# differences of such sums, times beta 0.1, so they are compared on that scale and not on their own.
+RELATIVE = 1e-5
+LOG_PROB_SCALE = 500.0
+BETA = 0.1
 
 
 def deviations(found: Recording[WholeTensors], expected: Recording[WholeTensors]) -> Deviations:
@@ -53,3 +60,15 @@ def _worst_tensor(found: WholeTensors, expected: WholeTensors) -> float:
 def _off(found: np.ndarray, expected: np.ndarray) -> float:
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max(initial=0))
+
+
+def assert_same_steps(steps: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    """All metrics of all steps, but for the speed."""
+    assert [step["iteration"] for step in steps] == [step["iteration"] for step in expected]
+    for step, expected_step in zip(steps, expected, strict=True):
+        assert step.keys() == expected_step.keys()
+        for name, expected_value in expected_step.items():
+            if not name.startswith("throughput"):
+                scale = BETA * LOG_PROB_SCALE if name.startswith("rewards") else max(1.0, abs(expected_value))
+                close = pytest.approx(expected_value, abs=RELATIVE * scale)
+                assert step[name] == close, f"{name} at {step['iteration']}"
