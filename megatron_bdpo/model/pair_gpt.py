@@ -9,13 +9,14 @@ import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.training.models import GPTModelConfig
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
-from megatron_bdpo.logprobs import ScoredPositions, sequence_log_probs, token_log_probs
+from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, sequence_log_probs
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.norm import LocalNorm
 
@@ -83,21 +84,23 @@ def score_sequences(
 
     Args:
         hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
-        context: (ScoredPositions, vocabulary size).
+        context: (ScoredPositions, TokenScoring).
 
     Returns:
-        [S] float64, in nats.
+        [S] float64, in nats; with the entropy [2, S], its sums over each sequence in the second row.
     """
-    scored, vocab_size = context
-    assert isinstance(scored, ScoredPositions)
-    tokens = token_log_probs(
+    scored, scoring = context
+    assert isinstance(scored, ScoredPositions) and isinstance(scoring, TokenScoring)
+    tokens = scoring(
         hidden_states,
         output_layer.weight if output_weight is None else output_weight,
         output_layer.bias,
         scored,
-        vocab_size=vocab_size,
         tp_group=output_layer.tp_group,
         sequence_parallel=config.sequence_parallel,
         gradient_accumulation_fusion=config.gradient_accumulation_fusion,
     )
-    return sequence_log_probs(tokens, scored)
+    sums = sequence_log_probs(tokens.log_probs, scored)
+    if tokens.entropy is not None:
+        sums = torch.stack([sums, sequence_log_probs(tokens.entropy, scored)])
+    return sums

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import registry
 
 #: What Megatron's local (non-TE) layers need; chosen for the user where Transformer Engine is not installed.
@@ -146,6 +147,24 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="check at the first step that the policy equals its reference",
+    )
+    add(
+        "--log-probs",
+        choices=tuple(KERNELS),
+        default="fused",
+        help="fused: output layer and log-softmax in one, a chunk of positions at a time, so that the logits of all "
+        "scored positions never exist together; plain: make those logits, for Megatron's cross entropy",
+    )
+    add(
+        "--log-prob-chunk-size",
+        type=int,
+        metavar="N",
+        help="scored positions in a chunk of the fused log-probs (default: as many as fill 256 MiB of fp32 logits)",
+    )
+    add(
+        "--log-entropy",
+        action="store_true",
+        help="report the policy's entropy per response token, of chosen and rejected",
     )
     _add_loss_options(parser)
 

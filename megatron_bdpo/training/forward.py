@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses, Requirements
 from megatron_bdpo.model.pair_gpt import score_sequences
 from megatron_bdpo.training.batches import PackBatch
@@ -61,15 +62,15 @@ class PairLossFunction:
         return pairs, self.spec.function(pairs, self.options)
 
 
-def score_pack(model: Any, batch: PackBatch, vocab_size: int) -> Tensor:
-    """Run one pipeline stage on a pack: [S] float64 log-probs on the last stage, hidden states on the others."""
+def score_pack(model: Any, batch: PackBatch, scoring: TokenScoring) -> Tensor:
+    """Run one pipeline stage on a pack: see ``score_sequences`` on the last stage, hidden states on the others."""
     return model(
         input_ids=batch.tokens,
         position_ids=batch.positions,
         attention_mask=None,
         packed_seq_params=batch.attention_plan(),
         output_processor=score_sequences,
-        output_processor_context=(batch.scored(), vocab_size),
+        output_processor_context=(batch.scored(), scoring),
     )
 
 
@@ -79,16 +80,17 @@ class PreferenceStep:
 
     loss: PairLossFunction
     reference: ReferenceValues
-    vocab_size: int
+    scoring: TokenScoring
     check_nan: bool = True
     gate: StepZeroGate | None = None
     """During the first step: told how far each pair's loss is from its value at policy == reference."""
 
     def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator).to_device()
-        return score_pack(model, batch, self.vocab_size), partial(self._loss_func, batch)
+        return score_pack(model, batch, self.scoring), partial(self._loss_func, batch)
 
-    def _loss_func(self, batch: PackBatch, policy: Tensor) -> tuple[Tensor, Tensor, Report]:
+    def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
+        policy, entropy = scores if self.scoring.entropy else (scores, None)
         reference, unconditional = self.reference.lookup(batch)
         pairs, losses = self.loss(batch, policy, reference, unconditional)
         loss_sum = losses.loss.sum().float()
@@ -99,7 +101,10 @@ class PreferenceStep:
             drift = ((policy - reference) / batch.sequence_tokens).abs().reshape(-1, 2).amax(dim=1)
             self.gate.observe(losses.loss, at_reference.loss, drift)
         count = torch.tensor(batch.pairs, dtype=torch.int, device=loss_sum.device)
-        return loss_sum, count, pair_report(pairs, losses)
+        report = pair_report(pairs, losses)
+        if entropy is not None:
+            report |= entropy_report(entropy, batch.sequence_tokens)
+        return loss_sum, count, report
 
 
 def pair_report(pairs: PairLogProbs, losses: PairLosses) -> Report:
@@ -117,6 +122,14 @@ def pair_report(pairs: PairLogProbs, losses: PairLosses) -> Report:
             **losses.metrics,
         }
     )
+
+
+def entropy_report(entropy: Tensor, tokens: Tensor) -> Report:
+    """The policy's entropy per scored token, in nats: its sums over sequences and their tokens, [S] each."""
+    return {
+        f"entropy/{name}": torch.stack([entropy[start::2].detach().sum(), tokens[start::2].sum()]).float()
+        for start, name in enumerate(("chosen", "rejected"))
+    }
 
 
 #: Reward margins closer to zero are rounding, as at the first step, where policy and reference are the same weights.
@@ -152,7 +165,7 @@ def _reject_nan(loss: Tensor) -> None:
 class ScoringStep:
     """``forward_step`` of a scoring pass: collects each pack's sequence log-probs (``collect_non_loss_data``)."""
 
-    vocab_size: int
+    scoring: TokenScoring
     unconditional: bool = False
     """Score the answers after the empty prompt."""
 
@@ -161,7 +174,7 @@ class ScoringStep:
         if self.unconditional:
             assert batch.unconditional is not None
             batch = batch.unconditional
-        return score_pack(model, batch.to_device(), self.vocab_size), _collect
+        return score_pack(model, batch.to_device(), self.scoring), _collect
 
 
 def _collect(scores: Tensor, non_loss_data: bool = True) -> Tensor:

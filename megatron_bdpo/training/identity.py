@@ -142,7 +142,7 @@ def reference_identity(args: argparse.Namespace, weights: str, vocab_size: int) 
         "rope_scaling_factor", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "swiglu", "squared_relu",
         "openai_gelu", "qk_layernorm", "qk_l2_norm", "window_size", "window_attn_skip_freq", "softmax_scale",
         "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm", "params_dtype", "fp8",
-        "fp8_recipe", "fp4", "transformer_impl",
+        "fp8_recipe", "fp4", "transformer_impl", "log_probs",
     )  # fmt: skip
     settings = {name: str(getattr(args, name, None)) for name in names}
     architecture = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from megatron.core import parallel_state
@@ -20,6 +21,7 @@ from megatron.training.training import destroy_global_state
 from torch import Tensor
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform import cpu
@@ -56,12 +58,16 @@ class PreferenceRun:
             refuse_what_cannot_be_honoured(args)
         self.job = build_job(args)
         apply_plan(args, self.job)
-        self.vocab_size, self._config = _validate(args)
+        vocab_size, self._config = _validate(args)
+        self._scoring = TokenScoring(vocab_size, kernel=args.log_probs, chunk_size=args.log_prob_chunk_size)
         current = identity.identity_of(args, self.job)
         self._identity = identity.resumed_identity(args, current) or current
         self.progress = Progress(args.log_interval, args.train_iters)
         self._step = PreferenceStep(
-            self.job.loss, NoReference(), self.vocab_size, check_nan=args.check_for_nan_in_loss_and_grad
+            self.job.loss,
+            NoReference(),
+            replace(self._scoring, entropy=args.log_entropy),
+            check_nan=args.check_for_nan_in_loss_and_grad,
         )
         self._iteration = 0
         self._step_started = 0.0
@@ -120,7 +126,7 @@ class PreferenceRun:
         """The policy holds its weights: settle the reference and what checkpoints will say about this run."""
         self._iteration = self.args.iteration
         resumed = self._iteration > 0
-        provider = ReferenceProvider(self.args, self.job, self._config, self.vocab_size)
+        provider = ReferenceProvider(self.args, self.job, self._config, self._scoring)
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
         identity.keep(self.args, self._identity)
         if self.args.step_zero_check and not resumed and self.job.loss.requirements.reference:

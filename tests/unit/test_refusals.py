@@ -62,6 +62,9 @@ REFUSED = {
     "--fp16-lm-cross-entropy": "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy",
     "--defer-embedding-wgrad-compute": "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy",
     "--use-mup": "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy",
+    "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
+    "--log-prob-chunk-size 0": "--log-prob-chunk-size",
+    "--log-probs plain --log-prob-chunk-size 8": "--log-prob-chunk-size",
     "--cuda-graph-impl local": "CUDA graphs",
     "--enable-cuda-graph": "CUDA graphs",
     "--external-cuda-graph": "CUDA graphs",
@@ -89,6 +92,8 @@ ALLOWED = [
     "--use-distributed-optimizer --overlap-grad-reduce",
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "--window-size 64,0 --bf16",
+    "--log-probs plain --log-entropy",
+    "--log-prob-chunk-size 8",
 ]
 
 
