@@ -6,9 +6,12 @@
     entropy_n   = lse_n - sum_v exp(z_nv - lse_n) z_nv
     d log pi(y_n) / d z_nv = [v = y_n] - exp(z_nv - lse_n)
 
-Only lse_n is kept for the backward pass, which makes each chunk's logits a second time.
+A chunk is some rows of the vocabulary, for all positions: maximum and sums are carried from chunk to chunk (the online
+softmax), as they are combined over ranks in the end. Only lse_n is kept for the backward pass, which makes each chunk's
+logits a second time. Chunks are of rows rather than of positions because a row's gradient is then complete after one
+matrix product: what is added up over chunks is the hidden gradient, which is the smaller one.
 
-Shapes: N scored positions, c of them in a chunk, V padded vocabulary, H hidden, tp ranks of the vocabulary split.
+Shapes: N scored positions, V padded vocabulary, c of its rows in a chunk, H hidden, tp ranks of the vocabulary split.
 """
 
 from __future__ import annotations
@@ -23,14 +26,13 @@ from torch.autograd.function import once_differentiable
 
 from megatron_bdpo.logprobs.scored import ScoredPositions, TokenScores, select_scored
 
-#: Bound on one chunk's fp32 logits, [c, V/tp]: small beside a model and its activations, and at V/tp = 128k still the
-#: 512 positions that a matrix product needs to be worth reading the weight for.
-CHUNK_BYTES = 256 * 2**20
+#: Bound on one chunk's fp32 logits, [N, c]: small beside a model, and at N = 16k still 1024 rows to a matrix product.
+CHUNK_BYTES = 64 * 2**20
 
 
-def default_chunk_size(vocab_rows: int) -> int:
-    """Positions whose fp32 logits over ``vocab_rows`` (V/tp) rows fill ``CHUNK_BYTES``; at least one."""
-    return max(1, CHUNK_BYTES // (4 * vocab_rows))
+def default_chunk_size(positions: int) -> int:
+    """Vocabulary rows whose fp32 logits at ``positions`` positions fill ``CHUNK_BYTES``; at least one."""
+    return max(1, CHUNK_BYTES // (4 * max(1, positions)))
 
 
 def token_log_probs(
@@ -54,8 +56,9 @@ def token_log_probs(
     their gradient takes the place of that all-reduce.
 
     Memory: [N, H] selected hidden states and [N] log-sum-exps are kept for backward; the gathered hidden states are
-    not. Beside them one chunk's logits [c, V/tp] in fp32 (twice that with the entropy, half as much again in backward
-    for half-precision weights), and the weight's gradient in fp32, unless there is a ``main_grad`` to add it to.
+    not. Beside them one chunk's logits [N, c] in fp32 (twice that with the entropy; half as much again in backward for
+    half precision), and in backward the gradients: of the hidden states [N, H] in fp32, and of the weight, unless there
+    is a ``main_grad`` to add it to.
 
     Args:
         hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
@@ -64,7 +67,7 @@ def token_log_probs(
         tp_group: process group of the vocabulary split.
         gradient_accumulation_fusion: add the weight's gradient into its ``main_grad``, as Megatron's own layers do.
         entropy: compute it, too; it carries no gradient.
-        chunk_size: c; from ``default_chunk_size`` when None.
+        chunk_size: c, in vocabulary rows; from ``default_chunk_size`` when None.
 
     Returns:
         Log-probs [N] float32, and the entropy [N] float32 or None.
@@ -74,7 +77,7 @@ def token_log_probs(
     shard = _Shard(
         first_row=first_row,
         real_rows=max(0, min(vocab_size - first_row, rows)),
-        chunk_size=default_chunk_size(rows) if chunk_size is None else chunk_size,
+        chunk_size=default_chunk_size(scored.target.numel()) if chunk_size is None else chunk_size,
         tp_group=tp_group,
         reduce_hidden=tp_group.size() > 1 and not sequence_parallel,
         main_grad=getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None,
@@ -89,22 +92,22 @@ class _Shard:
     """This rank's part of the vocabulary, and how to work on it."""
 
     first_row: int
-    real_rows: int  # the rest of the V/tp rows is padding
+    real_rows: int  # the rest of the V/tp rows is padding, which no chunk touches
     chunk_size: int
     tp_group: Any
     reduce_hidden: bool
     main_grad: Tensor | None
     entropy: bool
 
-    def chunks(self, positions: int) -> Iterator[slice]:
-        for start in range(0, positions, self.chunk_size):
-            yield slice(start, min(start + self.chunk_size, positions))
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, self.real_rows, self.chunk_size):
+            yield slice(start, min(start + self.chunk_size, self.real_rows))
 
-    def local(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(row of each target on this rank, whether it is here); the row is 0 where it is not. [c] each."""
-        row = target - self.first_row
-        here = (row >= 0) & (row < self.real_rows)
-        return row.where(here, 0), here
+    def targets_in(self, rows: slice, target: Tensor) -> tuple[Tensor, Tensor]:
+        """[N] column of each target among the chunk's rows, 0 where it is not there; [N] whether it is."""
+        column = target - (self.first_row + rows.start)
+        here = (column >= 0) & (column < rows.stop - rows.start)
+        return column.where(here, 0)[:, None], here
 
 
 class _FusedLogProbs(torch.autograd.Function):
@@ -113,12 +116,15 @@ class _FusedLogProbs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, shard: _Shard
     ) -> tuple[Tensor, Tensor | None]:
         """[N, H], [V/tp, H], [V/tp], [N] -> [N] log-probs, [N] entropy or None."""
-        parts = [
-            _chunk_statistics(_logits(hidden[part], weight, bias), target[part], shard)
-            for part in shard.chunks(target.numel())
-        ]
-        statistics = torch.cat(parts, dim=1) if parts else hidden.new_zeros((4, 0), dtype=torch.float32)
-        log_probs, log_sum_exp, entropy = _over_ranks(statistics, shard)
+        n = target.numel()
+        maximum = hidden.new_full((n,), torch.finfo(torch.float32).min, dtype=torch.float32)
+        sums = hidden.new_zeros((3 if shard.entropy else 2, n), dtype=torch.float32)
+        for rows in shard.chunks():
+            chunk_maximum, chunk_sums = _chunk_sums(_logits(hidden, weight, bias, rows), rows, target, shard)
+            larger = torch.maximum(maximum, chunk_maximum)
+            sums = _shifted(sums, maximum - larger) + _shifted(chunk_sums, chunk_maximum - larger)
+            maximum = larger
+        log_probs, log_sum_exp, entropy = _over_ranks(maximum, sums, shard)
         ctx.shard = shard
         ctx.save_for_backward(hidden, weight, bias, target, log_sum_exp)
         if entropy is not None:
@@ -132,117 +138,113 @@ class _FusedLogProbs(torch.autograd.Function):
         hidden, weight, bias, target, log_sum_exp = ctx.saved_tensors
         shard: _Shard = ctx.shard
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = _weight_accumulator(weight, shard.main_grad) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        for part in shard.chunks(target.numel()):
-            grad_logits = _grad_logits(
-                _logits(hidden[part], weight, bias), log_sum_exp[part], target[part], incoming[part], shard
-            )
-            if grad_hidden is not None:
-                torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                _add_product(grad_weight, grad_logits, hidden[part])
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
+        grad_weight = None
+        if wants_weight:
+            grad_weight = torch.zeros_like(weight) if shard.main_grad is None else shard.main_grad
+        grad_bias = torch.zeros_like(bias) if wants_bias else None
+        for rows in shard.chunks():
+            logits = _logits(hidden, weight, bias, rows)
+            grad_logits = _into_grad_logits(logits, rows, log_sum_exp, target, incoming, shard)
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            del grad_logits  # before the next chunk's come
-        if grad_hidden is not None and shard.reduce_hidden:
-            torch.distributed.all_reduce(grad_hidden, group=shard.tp_group)
-        if grad_weight is not None:
-            grad_weight = _hand_over(weight, grad_weight, shard.main_grad)
-        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), None, None
+                grad_bias[rows] = grad_logits.sum(0)
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                _add_product(grad_hidden, grad_logits, weight[rows])
+            if grad_weight is not None:
+                _add_product(grad_weight[rows], grad_logits.t(), hidden)
+            del logits, grad_logits  # before the next chunk's come
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden.dtype)
+            if shard.reduce_hidden:
+                torch.distributed.all_reduce(grad_hidden, group=shard.tp_group)
+        if grad_weight is not None and grad_weight is shard.main_grad:
+            grad_weight = _stand_in(weight)
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
-# Logits of a chunk ---------------------------------------------------------------------------------------------------
+# Forward -------------------------------------------------------------------------------------------------------------
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[c, H], [V/tp, H] -> [c, V/tp] float32, padding rows included; ours to overwrite."""
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+    """[N, H], [V/tp, H] -> [N, c] float32, ours to overwrite."""
+    columns = weight[rows].t()
     if hidden.is_cuda and hidden.dtype != torch.float32:
-        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)  # what the tensor cores added up, unrounded
+        logits = torch.mm(hidden, columns, out_dtype=torch.float32)  # what the tensor cores added up, unrounded
     else:
-        logits = torch.mm(hidden, weight.t()).float()
-    return logits if bias is None else logits.add_(bias)
+        logits = torch.mm(hidden, columns).float()
+    return logits if bias is None else logits.add_(bias[rows])
 
 
-def _chunk_statistics(logits: Tensor, target: Tensor, shard: _Shard) -> Tensor:
-    """What this rank's rows say about a chunk. Overwrites ``logits``.
+def _chunk_sums(logits: Tensor, rows: slice, target: Tensor, shard: _Shard) -> tuple[Tensor, Tensor]:
+    """What a chunk of the vocabulary says about every position. Overwrites ``logits``.
 
     Returns:
-        [3 or 4, c]: maximum m, sum of exp(z - m), the target's logit (0 where it is on another rank), and for the
+        [N] maximum m, and [2 or 3, N]: sum of exp(z - m); the target's logit, 0 where it is elsewhere; and for the
         entropy the sum of exp(z - m) (z - m).
     """
-    row, here = shard.local(target)
-    target_logit = logits.gather(1, row[:, None]).squeeze(1).where(here, 0)
-    logits[:, shard.real_rows :] = float("-inf")
-    maximum = logits.amax(1).clamp(min=torch.finfo(torch.float32).min)  # finite on a rank that has only padding
+    column, here = shard.targets_in(rows, target)
+    target_logit = logits.gather(1, column).squeeze(1).where(here, 0)
+    maximum = logits.amax(1)
     exponentials = logits.sub_(maximum[:, None]).exp_()
-    statistics = [maximum, exponentials.sum(1), target_logit]
+    sums = [exponentials.sum(1), target_logit]
     if shard.entropy:
-        statistics.append(torch.special.xlogy(exponentials, exponentials).sum(1))  # 0 log 0 = 0
-    return torch.stack(statistics)
+        sums.append(torch.special.xlogy(exponentials, exponentials).sum(1))  # 0 log 0 = 0
+    return maximum, torch.stack(sums)
 
 
-def _over_ranks(statistics: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Combine all ranks' statistics: log-probs, log-sum-exps and entropy (or None), [N] each. Two all-reduces."""
-    own_maximum, own_total, target_logit = statistics[:3]
+def _shifted(sums: Tensor, shift: Tensor) -> Tensor:
+    """The sums of ``_chunk_sums`` about another maximum: ``shift`` is m minus that one, [N]."""
+    total, target_logit, *moment = sums
+    shifted = [total * shift.exp(), target_logit]
+    shifted += [(each + total * shift) * shift.exp() for each in moment]
+    return torch.stack(shifted)
+
+
+def _over_ranks(own_maximum: Tensor, sums: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Combine what the ranks have found: log-probs, log-sum-exps and entropy (or None), [N] each. Two all-reduces."""
     maximum = own_maximum.clone()
-    _all_reduce(maximum, torch.distributed.ReduceOp.MAX, shard.tp_group)
-    shift = own_maximum - maximum  # <= 0
-    sums = [own_total * shift.exp(), target_logit]
-    if shard.entropy:
-        sums.append((statistics[3] + own_total * shift) * shift.exp())
-    reduced = torch.stack(sums)
-    _all_reduce(reduced, torch.distributed.ReduceOp.SUM, shard.tp_group)
-    log_total = reduced[0].log()
-    entropy = log_total - reduced[2] / reduced[0] if shard.entropy else None
-    return reduced[1] - maximum - log_total, maximum + log_total, entropy
+    if shard.tp_group.size() > 1:
+        torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX, group=shard.tp_group)
+        sums = _shifted(sums, own_maximum - maximum)
+        torch.distributed.all_reduce(sums, group=shard.tp_group)
+    total, target_logit, *moment = sums
+    log_total = total.log()
+    entropy = log_total - moment[0] / total if moment else None
+    return target_logit - maximum - log_total, maximum + log_total, entropy
 
 
-def _all_reduce(tensor: Tensor, operation: Any, group: Any) -> None:
-    if group.size() > 1:
-        torch.distributed.all_reduce(tensor, op=operation, group=group)
+# Backward ------------------------------------------------------------------------------------------------------------
 
 
-# Gradients -----------------------------------------------------------------------------------------------------------
-
-
-def _grad_logits(logits: Tensor, log_sum_exp: Tensor, target: Tensor, incoming: Tensor, shard: _Shard) -> Tensor:
-    """incoming_n ([v = y_n] - exp(z_nv - lse_n)) in the place of the logits, [c, V/tp]; zero in padding rows."""
+def _into_grad_logits(
+    logits: Tensor, rows: slice, log_sum_exp: Tensor, target: Tensor, incoming: Tensor, shard: _Shard
+) -> Tensor:
+    """incoming_n ([v = y_n] - exp(z_nv - lse_n)), [N, c], in the place of the logits."""
     grad = logits.sub_(log_sum_exp[:, None]).exp_().mul_(-incoming[:, None])
-    grad[:, shard.real_rows :] = 0
-    row, here = shard.local(target)
-    grad[torch.arange(len(row), device=row.device), row] += incoming.where(here, 0)
-    return grad
+    column, here = shard.targets_in(rows, target)
+    return grad.scatter_add_(1, column, incoming.where(here, 0)[:, None])
 
 
-def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """total [V/tp, H] float32 += grad_logits^T hidden, added up in fp32 over positions and chunks."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        factors = grad_logits.to(hidden.dtype).t(), hidden
-        torch.addmm(total, *factors, out_dtype=torch.float32, out=total)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right, added up in fp32 whatever the types."""
+    if total.dtype != torch.float32:
+        product = torch.zeros_like(total, dtype=torch.float32)
+        _add_product(product, left, right)
+        total += product
+    elif right.is_cuda and right.dtype != torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(grad_logits.t(), hidden.float())
+        total.addmm_(left.float(), right.float())
 
 
-def _weight_accumulator(weight: Tensor, main_grad: Tensor | None) -> Tensor:
-    """[V/tp, H] float32 to add chunks to: ``main_grad`` itself if it is fp32."""
-    if main_grad is not None and main_grad.dtype == torch.float32:
-        return main_grad
-    return torch.zeros_like(weight, dtype=torch.float32)
+def _stand_in(weight: Tensor) -> Tensor | None:
+    """What autograd gets for a gradient that is in ``main_grad`` already, as from Megatron's own linear layer.
 
-
-def _hand_over(weight: Tensor, total: Tensor, main_grad: Tensor | None) -> Tensor | None:
-    """The gradient that autograd gets for the weight: as in Megatron's LinearWithGradAccumulationAndAsyncCommunication.
-
-    With a ``main_grad`` the values are there already. Data parallelism still has to see a gradient arrive, because its
-    hooks start the overlapped reduction, and is told by ``grad_added_to_main_grad`` not to add it. It does add it where
-    ``zero_out_wgrad`` is set: a tied embedding's gradient comes on top of this one.
+    Data parallelism has to see a gradient arrive, because its hooks start the overlapped reduction; it is told by
+    ``grad_added_to_main_grad`` not to add it. It does add it where ``zero_out_wgrad`` is set: a tied embedding's
+    gradient comes on top of this one.
     """
-    if main_grad is None:
-        return total.to(weight.dtype)
-    if total is not main_grad:
-        main_grad.add_(total)
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True

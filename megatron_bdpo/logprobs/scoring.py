@@ -26,7 +26,7 @@ class TokenScoring:
     kernel: str = "fused"
     """A name in ``KERNELS``."""
     chunk_size: int | None = None
-    """Positions whose logits exist at once; the fused kernel's own choice when None. Other kernels have no chunks."""
+    """Vocabulary rows whose logits exist at once; the fused kernel's choice when None. Other kernels have no chunks."""
     entropy: bool = False
     """Compute the entropy of every scored position, too."""
 

@@ -152,14 +152,14 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         "--log-probs",
         choices=tuple(KERNELS),
         default="fused",
-        help="fused: output layer and log-softmax in one, a chunk of positions at a time, so that the logits of all "
-        "scored positions never exist together; plain: make those logits, for Megatron's cross entropy",
+        help="fused: output layer and log-softmax in one, a chunk of the vocabulary at a time, so that the logits "
+        "never exist as a whole; plain: make the logits of the scored positions, for Megatron's cross entropy",
     )
     add(
         "--log-prob-chunk-size",
         type=int,
         metavar="N",
-        help="scored positions in a chunk of the fused log-probs (default: as many as fill 256 MiB of fp32 logits)",
+        help="vocabulary rows in a chunk of the fused log-probs (default: as many as fill 64 MiB of fp32 logits)",
     )
     add(
         "--log-entropy",

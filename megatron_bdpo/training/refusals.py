@@ -125,7 +125,7 @@ _REFUSALS = (
     ),
     _Refusal(
         lambda a: a.log_prob_chunk_size is not None and (a.log_probs != "fused" or a.log_prob_chunk_size < 1),
-        "--log-prob-chunk-size: a positive number of positions, and only the fused log-probs work in chunks.",
+        "--log-prob-chunk-size: a positive number of vocabulary rows, and only the fused log-probs work in chunks.",
     ),
     _Refusal(
         lambda a: a.cuda_graph_impl != "none" or a.enable_cuda_graph or a.external_cuda_graph,

@@ -97,7 +97,7 @@ HELD_OUT = ["--eval-pair-data", str(DATA / "heldout.jsonl"), "--eval-interval", 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_job_trains_as_with_plain_log_probs(ranks, tmp_path, name):
-    """Step by step, on the held-out pairs, and in the weights; 7 positions do not divide a pack."""
+    """Step by step, on the held-out pairs, and in the weights; chunks of 7 rows do not divide a shard."""
     world_size, flags, model = JOBS[name]
     chosen = {"fused": ["--log-prob-chunk-size", "7"], "plain": ["--log-probs", "plain"]}
     runs = {

@@ -33,7 +33,7 @@ LAYOUTS = {
     "2 x TP2 SP": (4, 2, True),
 }
 
-# Kernel and chunk size. 19 positions: all in one chunk, one in each, and two chunks of 7 with one of 5.
+# Kernel and chunk size in vocabulary rows: all of a rank's 16, 32 or 64 in one chunk, one in each, some left over.
 KERNELS = {"plain": ("plain", None), "fused": ("fused", None), "chunks of 1": ("fused", 1), "chunks of 7": ("fused", 7)}
 
 # fp32 inputs: products of 16 terms and a log-sum-exp, each good to a few 6e-8.

@@ -15,7 +15,7 @@ from megatron_bdpo.logprobs import ScoredPositions, TokenScores
 from megatron_bdpo.logprobs.fused_linear import CHUNK_BYTES, default_chunk_size, token_log_probs
 from tests.harness.log_probs import OneRank
 
-N, V, H, CHUNK = 96, 160, 8, 6
+N, V, H, CHUNK = 96, 160, 8, 20
 
 
 @dataclass
@@ -92,8 +92,8 @@ def test_no_tensor_holds_the_logits_of_more_than_a_chunk(entropy):
     inputs = make_inputs()
     with Recorder() as recorder:
         inputs.score(entropy=entropy).log_probs.backward(inputs.incoming)
-    assert recorder.largest == max(V * H, CHUNK * V)
-    assert recorder.operations["amax"] == N // CHUNK
+    assert recorder.largest == N * CHUNK
+    assert recorder.operations["amax"] == V // CHUNK
 
 
 def test_only_log_sum_exps_are_kept_for_backward():
@@ -116,7 +116,7 @@ def test_frozen_weight_costs_no_gradient():
     inputs.weight.requires_grad_(False)
     with Recorder() as recorder:
         inputs.score().log_probs.backward(inputs.incoming)
-    assert recorder.operations["addmm_"] == 0
+    assert recorder.operations["addmm_"] == V // CHUNK  # the hidden states' gradient
     assert inputs.hidden.grad is not None and inputs.weight.grad is None
 
 
@@ -125,37 +125,54 @@ def test_hidden_states_without_gradient_cost_none():
     inputs.hidden.requires_grad_(False)
     with Recorder() as recorder:
         inputs.score().log_probs.backward(inputs.incoming)
-    assert recorder.operations["mm"] == 2 * N // CHUNK  # the logits, twice
+    assert recorder.operations["addmm_"] == V // CHUNK  # the weight's gradient
     assert inputs.hidden.grad is None and inputs.weight.grad is not None
 
 
-@pytest.mark.parametrize("rows", [1000, 16_032, 128_256])
-def test_default_chunk_is_as_large_as_its_bound_allows(rows):
-    size = default_chunk_size(rows)
-    assert size * rows * 4 <= CHUNK_BYTES < (size + 1) * rows * 4
+@pytest.mark.parametrize("positions", [1, 1000, 16_384])
+def test_default_chunk_is_as_large_as_its_bound_allows(positions):
+    size = default_chunk_size(positions)
+    assert size * positions * 4 <= CHUNK_BYTES < (size + 1) * positions * 4
 
 
-def test_default_chunk_is_never_empty():
-    assert default_chunk_size(CHUNK_BYTES) == 1
+@pytest.mark.parametrize("positions", [0, CHUNK_BYTES])
+def test_default_chunk_is_never_empty(positions):
+    assert default_chunk_size(positions) >= 1
 
 
-# The weight's gradient
+# Half precision
+
+
+def test_hidden_gradient_adds_up_in_fp32_over_chunks():
+    """4096 tokens of probability 1/4096, a chunk each: a bf16 sum of their weights stands still at 1/16 of it."""
+    inputs = make_inputs(4, 4096, H, torch.bfloat16)
+    with torch.no_grad():
+        inputs.hidden.zero_()  # every token is as likely
+        inputs.weight.fill_(1)
+        inputs.weight[inputs.target] = 3
+    inputs.score(chunk_size=1).log_probs.backward(inputs.incoming)
+    _, expected, _ = inputs.dense()
+    # Probabilities and the result are rounded to 8 bits.
+    assert (inputs.hidden.grad.double() - expected).abs().max() <= 1e-2 * expected.abs().max()
 
 
 @pytest.mark.parametrize("where", ["returned", "main_grad"])
-def test_half_precision_gradient_adds_up_in_fp32(where):
-    """4096 equal contributions, one chunk each: a bf16 sum stands still at 256 of them."""
+def test_weight_gradient_adds_up_in_fp32_over_positions(where):
+    """4096 equal contributions: a bf16 sum stands still at 256 of them."""
     inputs = make_inputs(1, 16, H, torch.bfloat16)
     inputs = Inputs(inputs.hidden, inputs.weight, inputs.target.expand(4096), torch.ones(4096))
     inputs.hidden = inputs.hidden.detach().expand(4096, H)
     fused = where == "main_grad"
     inputs.weight.main_grad = torch.zeros(16, H)
-    inputs.score(chunk_size=1, gradient_accumulation_fusion=fused).log_probs.backward(inputs.incoming)
+    inputs.score(chunk_size=5, gradient_accumulation_fusion=fused).log_probs.backward(inputs.incoming)
     _, _, expected = inputs.dense()
     found = inputs.weight.main_grad if fused else inputs.weight.grad
     assert found.dtype == (torch.float32 if fused else torch.bfloat16)
     # The logits are rounded to 8 bits, and a returned gradient once more.
     assert (found.double() - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+# main_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -206,7 +223,7 @@ def test_gpu_agrees_with_fp64_and_keeps_to_its_chunk(dtype):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    log_probs = inputs.score(chunk_size=128, gradient_accumulation_fusion=True).log_probs
+    log_probs = inputs.score(chunk_size=256, gradient_accumulation_fusion=True).log_probs
     log_probs.backward(inputs.incoming)
     above = torch.cuda.max_memory_allocated() - before
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]  # the factors of products are rounded
