@@ -103,6 +103,10 @@ class _Shard:
         for start in range(0, self.real_rows, self.chunk_size):
             yield slice(start, min(start + self.chunk_size, self.real_rows))
 
+    def buffer(self, hidden: Tensor) -> Tensor:
+        """[N c] float32 for the logits of one chunk after the other; fresh pages for each cost a CPU 6% more time."""
+        return hidden.new_empty(len(hidden) * min(self.chunk_size, self.real_rows), dtype=torch.float32)
+
     def targets_in(self, rows: slice, target: Tensor) -> tuple[Tensor, Tensor]:
         """[N] column of each target among the chunk's rows, 0 where it is not there; [N] whether it is."""
         column = target - (self.first_row + rows.start)
@@ -119,8 +123,10 @@ class _FusedLogProbs(torch.autograd.Function):
         n = target.numel()
         maximum = hidden.new_full((n,), torch.finfo(torch.float32).min, dtype=torch.float32)
         sums = hidden.new_zeros((3 if shard.entropy else 2, n), dtype=torch.float32)
+        buffer = shard.buffer(hidden)
         for rows in shard.chunks():
-            chunk_maximum, chunk_sums = _chunk_sums(_logits(hidden, weight, bias, rows), rows, target, shard)
+            logits = _logits(hidden, weight, bias, rows, buffer)
+            chunk_maximum, chunk_sums = _chunk_sums(logits, rows, target, shard)
             larger = torch.maximum(maximum, chunk_maximum)
             sums = _shifted(sums, maximum - larger) + _shifted(chunk_sums, chunk_maximum - larger)
             maximum = larger
@@ -143,8 +149,9 @@ class _FusedLogProbs(torch.autograd.Function):
         if wants_weight:
             grad_weight = torch.zeros_like(weight) if shard.main_grad is None else shard.main_grad
         grad_bias = torch.zeros_like(bias) if wants_bias else None
+        buffer = shard.buffer(hidden)
         for rows in shard.chunks():
-            logits = _logits(hidden, weight, bias, rows)
+            logits = _logits(hidden, weight, bias, rows, buffer)
             grad_logits = _into_grad_logits(logits, rows, log_sum_exp, target, incoming, shard)
             if grad_bias is not None:
                 grad_bias[rows] = grad_logits.sum(0)
@@ -153,7 +160,6 @@ class _FusedLogProbs(torch.autograd.Function):
                 _add_product(grad_hidden, grad_logits, weight[rows])
             if grad_weight is not None:
                 _add_product(grad_weight[rows], grad_logits.t(), hidden)
-            del logits, grad_logits  # before the next chunk's come
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
             if shard.reduce_hidden:
@@ -166,13 +172,17 @@ class _FusedLogProbs(torch.autograd.Function):
 # Forward -------------------------------------------------------------------------------------------------------------
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
-    """[N, H], [V/tp, H] -> [N, c] float32, ours to overwrite."""
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, buffer: Tensor) -> Tensor:
+    """[N, H], [V/tp, H] -> [N, c] float32 in the buffer, to be overwritten."""
     columns = weight[rows].t()
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        logits = torch.mm(hidden, columns, out_dtype=torch.float32)  # what the tensor cores added up, unrounded
+    n, c = len(hidden), columns.shape[1]
+    logits = buffer[: n * c].view(n, c)
+    if hidden.dtype == torch.float32:
+        torch.mm(hidden, columns, out=logits)
+    elif hidden.is_cuda:
+        torch.mm(hidden, columns, out_dtype=torch.float32, out=logits)  # what the tensor cores added up, unrounded
     else:
-        logits = torch.mm(hidden, columns).float()
+        logits.copy_(torch.mm(hidden, columns))
     return logits if bias is None else logits.add_(bias[rows])
 
 
