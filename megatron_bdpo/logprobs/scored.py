@@ -6,7 +6,7 @@ Shapes: N scored positions, S sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,35 @@ class ScoredPositions:
     longest: int  # largest of sequence_tokens, 0 without sequences; known to the host, so that no one waits for the GPU
 
 
+class TokenScores(NamedTuple):
+    """What the output layer says about the scored positions, in nats."""
+
+    log_probs: Tensor  # [N] float32, of the targets
+    entropy: Tensor | None  # [N] float32, of the whole distribution, without gradient; None unless asked for
+
+
+def select_scored(hidden_states: Tensor, scored: ScoredPositions, *, tp_group: Any, sequence_parallel: bool) -> Tensor:
+    """The hidden state of every scored position.
+
+    Under sequence parallelism: one all-gather forward, one reduce-scatter backward. Autograd keeps neither the gathered
+    hidden states nor the result.
+
+    Args:
+        hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
+
+    Returns:
+        [N, H].
+    """
+    if sequence_parallel:
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        # Each rank's logits depend on all positions: the backward of this gather sums the ranks' partial gradients.
+        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+    return hidden_states.squeeze(1).index_select(0, scored.hidden)
+
+
 def sequence_log_probs(token_log_probs: Tensor, scored: ScoredPositions, context_group: Any = None) -> Tensor:
-    """Sum token log-probs over each sequence: log pi(y|x) in nats.
+    """Sum token log-probs over each sequence: log pi(y|x) in nats. Entropies are summed the same way.
 
     Log-ratios are small differences of these large sums, so they are added and kept in fp64. The sum runs over a
     padded matrix rather than a scatter-add, whose order is not fixed on a GPU.

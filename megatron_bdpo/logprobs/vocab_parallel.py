@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bdpo.logprobs.scored import ScoredPositions
+from megatron_bdpo.logprobs.scored import ScoredPositions, TokenScores, select_scored
 
 
 def token_log_probs(
@@ -24,12 +24,14 @@ def token_log_probs(
     tp_group: Any,
     sequence_parallel: bool,
     gradient_accumulation_fusion: bool = False,
-) -> Tensor:
-    """log pi(target | prefix) of every scored position, in nats.
+    entropy: bool = False,
+) -> TokenScores:
+    """log pi(target | prefix) of every scored position, in nats, and on request the entropy of the distribution.
 
     Collectives over ``tp_group``: with sequence parallelism one all-gather forward and one reduce-scatter backward of
     the hidden states, otherwise one all-reduce of their gradient; three all-reduces of [N] in the cross entropy
-    (maximum, target, sum of exponentials). Peak memory: two fp32 tensors [N, V/tp].
+    (maximum, target, sum of exponentials), and two more for the entropy. Peak memory: two fp32 tensors [N, V/tp], two
+    more while the entropy is computed.
 
     Args:
         hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
@@ -37,32 +39,39 @@ def token_log_probs(
         vocab_size: entries of the tokenizer. Rows beyond it are padding that depends on the layout: they take no part.
         tp_group: process group of the vocabulary split.
         gradient_accumulation_fusion: add the weight's gradient into its ``main_grad``, as Megatron's own layers do.
+        entropy: compute it, too; it carries no gradient.
 
     Returns:
-        [N] float32.
+        Log-probs [N] float32, and the entropy [N] float32 or None.
     """
     from megatron.core.tensor_parallel import (
-        gather_from_sequence_parallel_region,
         linear_with_grad_accumulation_and_async_allreduce,
         vocab_parallel_cross_entropy,
     )
 
-    tp_size = tp_group.size()
-    if sequence_parallel:
-        # Each rank's logits depend on all positions: the backward of this gather sums the ranks' partial gradients.
-        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
-    selected = hidden_states.squeeze(1).index_select(0, scored.hidden)
     logits = linear_with_grad_accumulation_and_async_allreduce(
-        selected,
+        select_scored(hidden_states, scored, tp_group=tp_group, sequence_parallel=sequence_parallel),
         weight,
         bias,
         gradient_accumulation_fusion=gradient_accumulation_fusion,
-        allreduce_dgrad=tp_size > 1 and not sequence_parallel,
+        allreduce_dgrad=tp_group.size() > 1 and not sequence_parallel,
         sequence_parallel=False,
         tp_group=tp_group,
     )
     logits = _without_padding(logits.float(), vocab_size, first_row=tp_group.rank() * weight.shape[0])
-    return -vocab_parallel_cross_entropy(logits, scored.target, tp_group=tp_group)
+    entropies = _entropy(logits, tp_group) if entropy else None  # before the cross entropy overwrites the logits
+    return TokenScores(-vocab_parallel_cross_entropy(logits, scored.target, tp_group=tp_group), entropies)
+
+
+@torch.no_grad()
+def _entropy(logits: Tensor, tp_group: Any) -> Tensor:
+    """[N, V/tp] -> [N]: -sum_v p log p = log sum_v e_v - sum_v e_v log e_v / sum_v e_v, with e = exp(logit - max)."""
+    maximum = logits.amax(-1)
+    torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX, group=tp_group)
+    exponentials = (logits - maximum[:, None]).exp_()
+    sums = torch.stack([exponentials.sum(-1), torch.special.xlogy(exponentials, exponentials).sum(-1)])
+    torch.distributed.all_reduce(sums, group=tp_group)
+    return sums[0].log() - sums[1] / sums[0]
 
 
 def _without_padding(logits: Tensor, vocab_size: int, first_row: int) -> Tensor:

@@ -9,6 +9,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -16,7 +17,7 @@ from megatron.training.models import GPTModelConfig
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
-from megatron_bdpo.logprobs import ScoredPositions, sequence_log_probs, token_log_probs
+from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, sequence_log_probs
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.moe import with_pair_router
 from megatron_bdpo.model.norm import LocalNorm
@@ -110,27 +111,29 @@ class ScoringOutputLayer(ColumnParallelLinear):
             weight: [V/tp, H] of the tied embedding; None for the layer's own.
 
         Returns:
-            [S] float64, in nats.
+            [S] float64, in nats; with the entropy [2, S], its sums over each sequence in the second row.
         """
-        tokens = token_log_probs(
+        tokens = context.scoring(
             hidden_states,
             self.weight if weight is None else weight,
             self.bias,
             context.scored,
-            vocab_size=context.vocab_size,
             tp_group=self.tp_group,
             sequence_parallel=self.config.sequence_parallel,
             gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
         )
-        return sequence_log_probs(tokens, context.scored, context.context_group)
+        sums = sequence_log_probs(tokens.log_probs, context.scored, context.context_group)
+        if tokens.entropy is None:
+            return sums
+        return torch.stack([sums, sequence_log_probs(tokens.entropy, context.scored, context.context_group)])
 
 
 @dataclass(frozen=True)
 class ScoringContext:
-    """What the output layer is to score."""
+    """What the output layer is to score, and how."""
 
     scored: ScoredPositions
-    vocab_size: int
+    scoring: TokenScoring
     context_group: Any
     """Process group over which the sequences' positions are split."""
 

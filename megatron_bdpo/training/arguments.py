@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import registry
 
 #: What Megatron's local (non-TE) layers need; chosen for the user where Transformer Engine is not installed.
@@ -168,6 +169,24 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="check at the first step that the policy equals its reference",
+    )
+    add(
+        "--log-probs",
+        choices=tuple(KERNELS),
+        default="fused",
+        help="fused: output layer and log-softmax in one, a chunk of the vocabulary at a time, so that the logits "
+        "never exist as a whole; plain: make the logits of the scored positions, for Megatron's cross entropy",
+    )
+    add(
+        "--log-prob-chunk-size",
+        type=int,
+        metavar="N",
+        help="vocabulary rows in a chunk of the fused log-probs (default: as many as fill 64 MiB of fp32 logits)",
+    )
+    add(
+        "--log-entropy",
+        action="store_true",
+        help="report the policy's entropy per response token, of chosen and rejected",
     )
     _add_loss_options(parser)
 

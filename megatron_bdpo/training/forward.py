@@ -16,6 +16,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses, Requirements
 from megatron_bdpo.model.pair_gpt import ScoringContext, score_sequences
 from megatron_bdpo.training.batches import PackBatch
@@ -62,8 +63,8 @@ class PairLossFunction:
         return pairs, self.spec.function(pairs, self.options)
 
 
-def score_pack(model: Any, batch: PackBatch, vocab_size: int) -> Tensor:
-    """Run one pipeline stage on a pack: [S] float64 log-probs on the last stage, hidden states on the others.
+def score_pack(model: Any, batch: PackBatch, scoring: TokenScoring) -> Tensor:
+    """Run one pipeline stage on a pack: see ``score_sequences`` on the last stage, hidden states on the others.
 
     Context-parallel ranks each run their part of the pack and all get the log-probs of its whole sequences.
     """
@@ -73,9 +74,7 @@ def score_pack(model: Any, batch: PackBatch, vocab_size: int) -> Tensor:
         attention_mask=None,
         packed_seq_params=batch.attention_plan(),
         output_processor=score_sequences,
-        output_processor_context=ScoringContext(
-            batch.scored(), vocab_size, parallel_state.get_context_parallel_group()
-        ),
+        output_processor_context=ScoringContext(batch.scored(), scoring, parallel_state.get_context_parallel_group()),
     )
 
 
@@ -85,16 +84,17 @@ class PreferenceStep:
 
     loss: PairLossFunction
     reference: ReferenceValues
-    vocab_size: int
+    scoring: TokenScoring
     check_nan: bool = True
     gate: StepZeroGate | None = None
     """During the first step: told how far each pair's loss is from its value at policy == reference."""
 
     def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator).to_device()
-        return score_pack(model, batch, self.vocab_size), partial(self._loss_func, batch)
+        return score_pack(model, batch, self.scoring), partial(self._loss_func, batch)
 
-    def _loss_func(self, batch: PackBatch, policy: Tensor) -> tuple[Tensor, Tensor, Report]:
+    def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
+        policy, entropy = scores if self.scoring.entropy else (scores, None)
         reference, unconditional = self.reference.lookup(batch)
         pairs, losses = self.loss(batch, policy, reference, unconditional)
         loss_sum = losses.loss.sum().float()
@@ -104,10 +104,13 @@ class PreferenceStep:
             _, at_reference = self.loss(batch, reference, reference, unconditional)
             drift = ((policy - reference) / batch.sequence_tokens).abs().reshape(-1, 2).amax(dim=1)
             self.gate.observe(losses.loss, at_reference.loss, drift)
+        report = pair_report(pairs, losses)
+        if entropy is not None:
+            report |= entropy_report(entropy, batch.sequence_tokens)
         # Megatron adds the counts of all data- and context-parallel ranks; those of one context have the same pairs.
         pairs_counted_here = batch.pairs if parallel_state.get_context_parallel_rank() == 0 else 0
         count = torch.tensor(pairs_counted_here, dtype=torch.int, device=loss_sum.device)
-        return loss_sum, count, pair_report(pairs, losses)
+        return loss_sum, count, report
 
 
 def pair_report(pairs: PairLogProbs, losses: PairLosses) -> Report:
@@ -125,6 +128,14 @@ def pair_report(pairs: PairLogProbs, losses: PairLosses) -> Report:
             **losses.metrics,
         }
     )
+
+
+def entropy_report(entropy: Tensor, tokens: Tensor) -> Report:
+    """The policy's entropy per scored token, in nats: its sums over sequences and their tokens, [S] each."""
+    return {
+        f"entropy/{name}": torch.stack([entropy[start::2].detach().sum(), tokens[start::2].sum()]).float()
+        for start, name in enumerate(("chosen", "rejected"))
+    }
 
 
 #: Reward margins closer to zero are rounding, as at the first step, where policy and reference are the same weights.
@@ -160,7 +171,7 @@ def _reject_nan(loss: Tensor) -> None:
 class ScoringStep:
     """``forward_step`` of a scoring pass: collects each pack's sequence log-probs (``collect_non_loss_data``)."""
 
-    vocab_size: int
+    scoring: TokenScoring
     unconditional: bool = False
     """Score the answers after the empty prompt."""
 
@@ -169,7 +180,7 @@ class ScoringStep:
         if self.unconditional:
             assert batch.unconditional is not None
             batch = batch.unconditional
-        return score_pack(model, batch.to_device(), self.vocab_size), _collect
+        return score_pack(model, batch.to_device(), self.scoring), _collect
 
 
 def _collect(scores: Tensor, non_loss_data: bool = True) -> Tensor:

@@ -141,7 +141,7 @@ _ARITHMETIC = (
     "apply_residual_connection_post_layernorm", "params_dtype", "fp8", "fp8_recipe", "fp4", "transformer_impl",
     "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
     "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups",
-    "moe_router_group_topk", "moe_router_dtype",
+    "moe_router_group_topk", "moe_router_dtype", "log_probs",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 Metrics = dict[str, float]
 
-#: Extras that are shown on the step line, in order, when the loss reports them: metric -> label.
+#: Extras that are shown on the step line, in order, when they are reported: metric -> label.
 _SHOWN_EXTRAS = {
     "comprehension/chosen": "I_w",
     "comprehension/rejected": "I_l",
@@ -20,6 +20,8 @@ _SHOWN_EXTRAS = {
     "weights/rejected": "w_l",
     "scale": "scale",
     "nll": "nll",
+    "entropy/chosen": "H_w",
+    "entropy/rejected": "H_l",
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from megatron.core.utils import unwrap_model
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.digest import weights_digest
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.model.reference import WEIGHTS_DIR, build_reference, copy_policy, load_weights, save_weights
@@ -31,7 +32,7 @@ class ReferenceProvider:
     args: argparse.Namespace
     job: PairJob
     config: PairGPTConfig
-    vocab_size: int
+    scoring: TokenScoring
 
     def provide(
         self, policy: list[Any], identity: RunIdentity, *, resumed: bool
@@ -60,7 +61,8 @@ class ReferenceProvider:
         return self._precomputed(policy, identity, resumed=resumed), identity
 
     def _identify(self, model: list[Any]) -> str:
-        return reference_identity(self.args, weights_digest(unwrap_model(model), self.vocab_size), self.vocab_size)
+        vocab_size = self.scoring.vocab_size
+        return reference_identity(self.args, weights_digest(unwrap_model(model), vocab_size), vocab_size)
 
     def _pretrained(self) -> str:
         """The checkpoint the policy has just been loaded from, as far as it can serve as the reference later."""
@@ -86,7 +88,7 @@ class ReferenceProvider:
                     save_weights(reference, directory)
                 identity = replace(identity, reference_weights=str(directory))
         say("reference: resident, a frozen copy beside the policy")
-        return ResidentReference(reference, self.job.loss.requirements, self.vocab_size), identity
+        return ResidentReference(reference, self.job.loss.requirements, self.scoring), identity
 
     def _load_original(self, identity: RunIdentity) -> list[Any]:
         if not identity.reference_weights:
@@ -172,7 +174,7 @@ class ReferenceProvider:
         pool = self.job.pool
         make = PackMaker(pool, self.job.plan.pack_length, self.job.share_prompts, context=context_rank())
         sizes = self._packed_sizes(ids, unconditional)
-        scores = score_pairs(model, ids, sizes, make, self.vocab_size, unconditional=unconditional)
+        scores = score_pairs(model, ids, sizes, make, self.scoring, unconditional=unconditional)
         swapped = pool.swapped[ids]
         scores[swapped] = scores[swapped][:, ::-1]
         return scores

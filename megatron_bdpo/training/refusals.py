@@ -181,6 +181,14 @@ _REFUSALS = (
         "output layer that scored positions do not pass through.",
     ),
     _Refusal(
+        lambda a: a.tensor_parallel_num_weight_shards not in (None, a.tensor_model_parallel_size),
+        "--tensor-parallel-num-weight-shards: log-probs need this rank's rows of the output layer whole.",
+    ),
+    _Refusal(
+        lambda a: a.log_prob_chunk_size is not None and (a.log_probs != "fused" or a.log_prob_chunk_size < 1),
+        "--log-prob-chunk-size: a positive number of vocabulary rows, and only the fused log-probs work in chunks.",
+    ),
+    _Refusal(
         lambda a: a.cuda_graph_impl != "none" or a.enable_cuda_graph or a.external_cuda_graph,
         "CUDA graphs: every pack has another attention plan.",
     ),

@@ -8,6 +8,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from megatron_bdpo.data.layout import group_tokens
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.reference import weights_at_rest
 from megatron_bdpo.platform import cpu
@@ -47,6 +49,7 @@ class PreferenceRun:
     Attributes:
         args: Megatron's arguments, validated.
         job: loss, pairs and plan.
+        scoring: how positions are scored; its vocabulary is the tokenizer's.
         progress: metrics of steps and evaluations, filled on the last pipeline stage.
     """
 
@@ -70,12 +73,17 @@ class PreferenceRun:
         except UserError:
             _forget_global_state()
             raise
-        self.vocab_size = int(get_tokenizer().vocab_size)
+        self.scoring = TokenScoring(
+            int(get_tokenizer().vocab_size), kernel=args.log_probs, chunk_size=args.log_prob_chunk_size
+        )
         current = identity.identity_of(args, self.job)
         self._identity = identity.resumed_identity(args, current) or current
         self.progress = Progress(args.log_interval, args.train_iters)
         self._step = PreferenceStep(
-            self.job.loss, NoReference(), self.vocab_size, check_nan=args.check_for_nan_in_loss_and_grad
+            self.job.loss,
+            NoReference(),
+            replace(self.scoring, entropy=args.log_entropy),
+            check_nan=args.check_for_nan_in_loss_and_grad,
         )
         self._model: list[Any] = []
         self._iteration = 0
@@ -136,7 +144,7 @@ class PreferenceRun:
         self._model = model
         self._iteration = self.args.iteration
         resumed = self._iteration > 0
-        provider = ReferenceProvider(self.args, self.job, self._config, self.vocab_size)
+        provider = ReferenceProvider(self.args, self.job, self._config, self.scoring)
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
         identity.keep(self.args, self._identity)
         for chunk in unwrap_model(model):  # after the reference has been built from the same configuration

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_bdpo.data.plan import pack_all
+from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import Requirements
 from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
@@ -60,10 +61,10 @@ class NoReference:
 class ResidentReference:
     """A frozen model beside the policy that scores each step's microbatches just before the policy's own pass."""
 
-    def __init__(self, model: list[Any], requirements: Requirements, vocab_size: int) -> None:
+    def __init__(self, model: list[Any], requirements: Requirements, scoring: TokenScoring) -> None:
         self.model = model
         self.requirements = requirements
-        self.vocab_size = vocab_size
+        self.scoring = scoring
         self._values: dict[bytes, tuple[Tensor | None, Tensor | None]] = {}
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
@@ -90,7 +91,7 @@ class ResidentReference:
     def _score(self, batches: list[list[PackBatch]], count: int) -> None:
         passes = [False, True] if self.requirements.comprehension else [False]
         scores = [
-            score_batches(self.model, [iter(chunk) for chunk in batches], count, self.vocab_size, unconditional=which)
+            score_batches(self.model, [iter(chunk) for chunk in batches], count, self.scoring, unconditional=which)
             for which in passes
         ]
         # Only the last stage has scores, and only it looks them up; its last chunk's batches are the ones it uses.
@@ -107,7 +108,12 @@ def _batch_key(batch: PackBatch) -> bytes:
 
 @torch.no_grad()
 def score_batches(
-    model: list[Any], iterators: list[Iterator[PackBatch]], count: int, vocab_size: int, *, unconditional: bool = False
+    model: list[Any],
+    iterators: list[Iterator[PackBatch]],
+    count: int,
+    scoring: TokenScoring,
+    *,
+    unconditional: bool = False,
 ) -> list[Tensor]:
     """Run ``count`` microbatches forward only. Collective over the model's ranks.
 
@@ -123,7 +129,7 @@ def score_batches(
     schedule = get_forward_backward_func()
     with evaluating(chunks), weights_at_rest(model):
         scores: list[Tensor] = schedule(
-            forward_step_func=ScoringStep(vocab_size, unconditional),
+            forward_step_func=ScoringStep(scoring, unconditional),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=count,
@@ -146,7 +152,7 @@ def score_pairs(
     ids: IntArray,
     sizes: IntArray,
     make: PackMaker,
-    vocab_size: int,
+    scoring: TokenScoring,
     *,
     unconditional: bool,
 ) -> FloatArray:
@@ -177,7 +183,7 @@ def score_pairs(
         for start in range(0, len(own), per_call):
             part = own[start : start + per_call]
             iterators = [_packs_of(part, make, unconditional) for _ in model]
-            scores = score_batches(model, iterators, len(part), vocab_size)
+            scores = score_batches(model, iterators, len(part), scoring)
             if writes:
                 for pack, score in zip(part, scores, strict=True):
                     result[place[pack]] = score.reshape(-1, 2).cpu().numpy()

@@ -59,7 +59,7 @@ def look(flags: list[str], edit: bool = False) -> Seen:
             chunks = unwrap_model(model)
 
             def digest() -> str:
-                return weights_digest(chunks, self.vocab_size)
+                return weights_digest(chunks, self.scoring.vocab_size)
 
             first, shards = digest(), copy_shards(model)
             with torch.no_grad():

@@ -5,19 +5,23 @@ Megatron's ``parallel_state`` is never initialised here: the code works with the
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-POSITIONS, HIDDEN = 24, 16
-PADDED_VOCABULARY = 64
+from tests.harness.log_probs import (
+    PADDED_VOCABULARY,
+    POSITIONS,
+    PROBLEMS,
+    Problem,
+    assert_close,
+    dense,
+    tensor_parallel_group,
+)
 
 # (ranks, tensor-parallel size, sequence parallelism); 4 ranks with size 2 are two groups side by side.
 LAYOUTS = {
@@ -29,189 +33,133 @@ LAYOUTS = {
     "2 x TP2 SP": (4, 2, True),
 }
 
+# Kernel and chunk size in vocabulary rows: all of a rank's 16, 32 or 64 in one chunk, one in each, some left over.
+KERNELS = {"plain": ("plain", None), "fused": ("fused", None), "chunks of 1": ("fused", 1), "chunks of 7": ("fused", 7)}
+
 # fp32 inputs: products of 16 terms and a log-sum-exp, each good to a few 6e-8.
 FP32 = 1e-5
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Inputs as whole arrays. T positions, V padded vocabulary rows, H hidden, N scored, S sequences."""
-
-    hidden: np.ndarray  # [T, H]
-    weight: np.ndarray  # [V, H]
-    bias: np.ndarray | None  # [V]
-    vocab_size: int
-    scored_hidden: np.ndarray  # [N]
-    target: np.ndarray  # [N]
-    sequence_tokens: np.ndarray  # [S]
-    token_gradient: np.ndarray  # [N] gradient that comes in for each token log-prob
-    sequence_gradient: np.ndarray  # [S] and for each sum
-
-    @property
-    def sequence(self) -> np.ndarray:
-        return np.repeat(np.arange(len(self.sequence_tokens)), self.sequence_tokens)
-
-    @property
-    def index(self) -> tuple[np.ndarray, ...]:
-        """The arrays of ``ScoredPositions``."""
-        return self.scored_hidden, self.target, self.sequence, self.sequence_tokens
-
-    @property
-    def longest(self) -> int:
-        return int(self.sequence_tokens.max(initial=0))
-
-
-def problem(vocab_size: int, *, bias: bool = False, sequence_tokens: tuple[int, ...] = (5, 1, 9, 4)) -> Problem:
-    """Random values of a size that makes some tokens nearly certain and others nearly impossible."""
-    rng = np.random.default_rng(vocab_size)
-    weight = rng.normal(size=(PADDED_VOCABULARY, HIDDEN))
-    weight[vocab_size:] = 50  # rows that are only padding: where they take part, nothing is right
-    n = sum(sequence_tokens)
-    borders = [v for first in range(0, 64, 16) for v in (first, first + 15) if v < vocab_size] + [vocab_size - 1]
-    target = np.concatenate([borders, rng.integers(0, vocab_size, 64)])[:n]
-    scored_hidden = rng.integers(0, POSITIONS, n)
-    scored_hidden[: n // 3] = scored_hidden[n // 3 : 2 * (n // 3)]  # hidden states that predict several tokens
-    return Problem(
-        hidden=rng.normal(size=(POSITIONS, HIDDEN)),
-        weight=weight,
-        bias=rng.normal(size=PADDED_VOCABULARY) if bias else None,
-        vocab_size=vocab_size,
-        scored_hidden=scored_hidden,
-        target=target,
-        sequence_tokens=np.array(sequence_tokens, np.int64),
-        token_gradient=rng.normal(size=n),
-        sequence_gradient=rng.normal(size=len(sequence_tokens)),
-    )
-
-
-PROBLEMS = {
-    "no padding": problem(64),
-    "padding in the last shard": problem(50),
-    "last shard all padding": problem(40),
-    "bias": problem(50, bias=True),
-    "nothing scored": problem(50, sequence_tokens=()),
-}
-
-
-def dense(p: Problem) -> dict[str, np.ndarray]:
-    """The definition, on one device in fp64, without the padding rows."""
-    hidden, weight = (torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in (p.hidden, p.weight))
-    logits = hidden @ weight[: p.vocab_size].T
-    if p.bias is not None:
-        logits = logits + torch.tensor(p.bias[: p.vocab_size])
-    tokens = logits.log_softmax(-1)[torch.tensor(p.scored_hidden), torch.tensor(p.target)]
-    sequences = torch.stack([part.sum() for part in tokens.split(p.sequence_tokens.tolist())] or [tokens.sum()])
-    sequences = sequences[: len(p.sequence_tokens)]
-    ((tokens * torch.tensor(p.token_gradient)).sum() + (sequences * torch.tensor(p.sequence_gradient)).sum()).backward()
-    results = {"tokens": tokens, "sequences": sequences, "hidden gradient": hidden.grad, "weight gradient": weight.grad}
-    return {name: value.detach().numpy() for name, value in results.items()}
-
-
 def scored_on_a_rank(
-    p: Problem, tp: int, sequence_parallel: bool, dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    """This rank's part of the results: its shards of the gradients, and what every rank has of the rest."""
-    from megatron_bdpo.logprobs import ScoredPositions, sequence_log_probs, token_log_probs
+    problems: list[Problem], tp: int, sequence_parallel: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, dict[str, Any]]:
+    """This rank's part of the results by kernel: its shards of the gradients, and what every rank has of the rest.
 
+    Every tensor-parallel group has a problem of its own, in turn.
+    """
+    p = problems[int(os.environ["RANK"]) // tp % len(problems)]
     with tensor_parallel_group(tp) as group:
-        rank = group.rank()
-        whole = torch.tensor(p.hidden, dtype=dtype)[:, None]
-        hidden = (whole.chunk(tp)[rank] if sequence_parallel else whole).clone().requires_grad_()
-        weight = torch.tensor(p.weight, dtype=dtype).chunk(tp)[rank].clone().requires_grad_()
-        bias = None if p.bias is None else torch.tensor(p.bias, dtype=dtype).chunk(tp)[rank].clone()
-        scored = ScoredPositions(*map(torch.tensor, p.index), longest=p.longest)
-        tokens = token_log_probs(
-            hidden, weight, bias, scored,
-            vocab_size=p.vocab_size, tp_group=group, sequence_parallel=sequence_parallel,
-        )  # fmt: skip
-        sequences = sequence_log_probs(tokens, scored)
-        if len(p.sequence_tokens):
-            incoming = [torch.tensor(p.token_gradient, dtype=torch.float32), torch.tensor(p.sequence_gradient)]
-            torch.autograd.backward([tokens, sequences], incoming)
-        else:
-            sequences.sum().backward()
-        gradients = {"hidden gradient": hidden.grad[:, 0], "weight gradient": weight.grad}
-        results = {"tokens": tokens, "sequences": sequences, **gradients}
-        dtypes = {name: str(value.dtype) for name, value in results.items()}
-        return {"dtypes": dtypes, "rank": rank} | {n: v.detach().double().numpy() for n, v in results.items()}
+        return {name: score(p, group, sequence_parallel, kernel, dtype) for name, kernel in KERNELS.items()}
 
 
-@contextlib.contextmanager
-def tensor_parallel_group(tp: int) -> Iterator[Any]:
-    """This rank's group when consecutive ranks are put into groups of ``tp``."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
-    try:
-        groups = [torch.distributed.new_group(list(range(first, first + tp))) for first in range(0, world, tp)]
-        yield groups[rank // tp]
-    finally:
-        torch.distributed.destroy_process_group()
+def score(p: Problem, group: Any, sequence_parallel: bool, kernel: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Value and gradients by one kernel, on one rank."""
+    from megatron_bdpo.logprobs import TokenScoring, sequence_log_probs
+
+    rank, tp = group.rank(), group.size()
+    whole = torch.tensor(p.hidden, dtype=dtype)[:, None]
+    hidden = (whole.chunk(tp)[rank] if sequence_parallel else whole).clone().requires_grad_()
+    weight = torch.tensor(p.weight, dtype=dtype).chunk(tp)[rank].clone().requires_grad_()
+    bias = None if p.bias is None else torch.tensor(p.bias, dtype=dtype).chunk(tp)[rank].clone().requires_grad_()
+    scored = p.scored()
+    scoring = TokenScoring(p.vocab_size, *kernel, entropy=True)
+    tokens, entropy = scoring(hidden, weight, bias, scored, tp_group=group, sequence_parallel=sequence_parallel)
+    assert not entropy.requires_grad
+    sequences = sequence_log_probs(tokens, scored)
+    if len(p.sequence_tokens):
+        incoming = [torch.tensor(p.token_gradient, dtype=torch.float32), torch.tensor(p.sequence_gradient)]
+        torch.autograd.backward([tokens, sequences], incoming)
+    else:
+        sequences.sum().backward()
+    results = {"tokens": tokens, "sequences": sequences, "entropy": entropy}
+    results |= {"hidden gradient": hidden.grad[:, 0], "weight gradient": weight.grad}
+    if bias is not None:
+        results["bias gradient"] = bias.grad
+    dtypes = {name: str(value.dtype) for name, value in results.items()}
+    return {"dtypes": dtypes, "rank": rank} | {n: v.detach().double().numpy() for n, v in results.items()}
 
 
-def assert_close(value: np.ndarray, expected: np.ndarray, relative: float, what: str) -> None:
-    """Within ``relative`` of the largest expected element."""
-    assert value.shape == expected.shape, what
-    error = np.abs(value - expected).max(initial=0)
-    assert error <= relative * np.abs(expected).max(initial=0), f"{what}: off by {error}"
+def assert_solved(outcomes: dict[str, dict[str, Any]], p: Problem, tp: int, sequence_parallel: bool) -> None:
+    """What one rank found is its part of the dense solution, by every kernel."""
+    expected = dense(p)
+    for kernel, outcome in outcomes.items():
+        rank, shard = outcome["rank"], PADDED_VOCABULARY // tp
+        rows = slice(rank * shard, (rank + 1) * shard)
+        own = slice(rank * POSITIONS // tp, (rank + 1) * POSITIONS // tp) if sequence_parallel else slice(None)
+        for name in ("tokens", "sequences", "entropy"):
+            assert_close(outcome[name], expected[name], FP32, f"{kernel}: {name}")
+        assert_close(outcome["hidden gradient"], expected["hidden gradient"][own], FP32, f"{kernel}: hidden gradient")
+        assert ("bias gradient" in outcome) == (p.bias is not None)
+        for name in {"weight gradient", "bias gradient"} & outcome.keys():
+            whole = np.abs(expected[name]).max(initial=0)  # a shard's own gradient may be zero
+            assert_close(outcome[name], expected[name][rows], FP32, f"{kernel}: {name}", scale=whole)
+            assert not outcome[name][max(0, p.vocab_size - rows.start) :].any(), f"{kernel}: {name} of padding rows"
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_values_and_gradients_are_those_of_a_dense_log_softmax(ranks, layout, name):
     world, tp, sequence_parallel = LAYOUTS[layout]
-    p = PROBLEMS[name]
-    expected = dense(p)
-    outcomes = ranks(world)(scored_on_a_rank, p, tp, sequence_parallel)
-    for outcome in outcomes:
-        rows = slice(outcome["rank"] * PADDED_VOCABULARY // tp, (outcome["rank"] + 1) * PADDED_VOCABULARY // tp)
-        own = slice(outcome["rank"] * POSITIONS // tp, (outcome["rank"] + 1) * POSITIONS // tp)
-        assert_close(outcome["tokens"], expected["tokens"], FP32, "tokens")
-        assert_close(outcome["sequences"], expected["sequences"], FP32, "sequences")
-        scale = np.abs(expected["weight gradient"]).max(initial=0)
-        off = np.abs(outcome["weight gradient"] - expected["weight gradient"][rows]).max()
-        assert off <= FP32 * scale, "weight gradient"  # of the whole: a shard's own may be zero
-        hidden = expected["hidden gradient"][own] if sequence_parallel else expected["hidden gradient"]
-        assert_close(outcome["hidden gradient"], hidden, FP32, "hidden gradient")
-        assert not outcome["weight gradient"][max(0, p.vocab_size - rows.start) :].any(), "padding rows"
+    for outcomes in ranks(world)(scored_on_a_rank, [PROBLEMS[name]], tp, sequence_parallel):
+        assert_solved(outcomes, PROBLEMS[name], tp, sequence_parallel)
+
+
+def test_one_replica_has_nothing_to_score(ranks):
+    """Its tensor-parallel group goes through the same collectives as one that has."""
+    problems = [PROBLEMS["bias"], PROBLEMS["nothing scored"]]
+    for rank, outcomes in enumerate(ranks(4)(scored_on_a_rank, problems, 2, True)):
+        assert_solved(outcomes, problems[rank // 2], 2, sequence_parallel=True)
 
 
 def test_half_precision_keeps_its_types(ranks):
     """Log-probs come out in fp32, sums in fp64, gradients in the type of their inputs."""
-    p = PROBLEMS["padding in the last shard"]
-    rounded = {name: torch.tensor(getattr(p, name)).bfloat16().double().numpy() for name in ("hidden", "weight")}
-    expected = dense(Problem(**{**vars(p), **rounded}))
-    for outcome in ranks(2)(scored_on_a_rank, p, 2, True, torch.bfloat16):
-        assert outcome["dtypes"] == {
-            "tokens": "torch.float32",
-            "sequences": "torch.float64",
-            "hidden gradient": "torch.bfloat16",
-            "weight gradient": "torch.bfloat16",
-        }
-        # Logits reach 12 and are rounded to 8 bits: 12 * 2^-9.
-        assert np.abs(outcome["tokens"] - expected["tokens"]).max() < 0.05
+    p = PROBLEMS["bias"]
+    rounded = {
+        name: torch.tensor(getattr(p, name)).bfloat16().double().numpy() for name in ("hidden", "weight", "bias")
+    }
+    expected = dense(replace(p, **rounded))
+    for outcomes in ranks(2)(scored_on_a_rank, [p], 2, True, torch.bfloat16):
+        for kernel, outcome in outcomes.items():
+            assert outcome["dtypes"] == {
+                "tokens": "torch.float32",
+                "sequences": "torch.float64",
+                "entropy": "torch.float32",
+                "hidden gradient": "torch.bfloat16",
+                "weight gradient": "torch.bfloat16",
+                "bias gradient": "torch.bfloat16",
+            }
+            # Logits reach 15 and are rounded to 8 bits, by the plain kernel again after the bias: 2 * 16 * 2^-9.
+            assert np.abs(outcome["tokens"] - expected["tokens"]).max() < 0.0625, kernel
 
 
-def test_inputs_are_left_as_they_were(ranks):
-    """Megatron's cross entropy works in place: on our logits, never on what we were given."""
-    before, after = ranks(1)(inputs_before_and_after)[0]
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_inputs_are_left_as_they_were(ranks, kernel):
+    """Kernels work in place: on their own logits, never on what they were given."""
+    before, after = ranks(1)(inputs_before_and_after, KERNELS[kernel])[0]
+    assert before.keys() == after.keys()
     for name, expected in before.items():
         assert np.array_equal(after[name], expected), name
 
 
-def inputs_before_and_after() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    from megatron_bdpo.logprobs import ScoredPositions, token_log_probs
+def inputs_before_and_after(kernel: tuple[str, int | None]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    from megatron_bdpo.logprobs import TokenScoring
 
-    p = PROBLEMS["no padding"]
-    hidden, weight = torch.tensor(p.hidden).float()[:, None], torch.tensor(p.weight).float()
-    index = [torch.tensor(array) for array in p.index]
-    inputs = dict(
-        zip(("hidden", "weight", "index", "target", "sequence", "lengths"), (hidden, weight, *index), strict=True)
-    )
-    before = {name: value.numpy().copy() for name, value in inputs.items()}
+    p = PROBLEMS["bias"]
+    scored = p.scored()
+    hidden, weight, bias = (torch.tensor(array).float().requires_grad_() for array in (p.hidden, p.weight, p.bias))
+    incoming = torch.tensor(p.token_gradient).float()
+    inputs = {"hidden": hidden, "weight": weight, "bias": bias, "incoming": incoming}
+    inputs |= {"index": scored.hidden, "target": scored.target}
+
+    def values() -> dict[str, np.ndarray]:
+        return {name: value.detach().numpy().copy() for name, value in inputs.items()}
+
+    before = values()
     with tensor_parallel_group(1) as group:
-        scored = ScoredPositions(*index, longest=p.longest)
-        token_log_probs(hidden, weight, None, scored, vocab_size=64, tp_group=group, sequence_parallel=False)
-    return before, {name: value.numpy() for name, value in inputs.items()}
+        scoring = TokenScoring(p.vocab_size, *kernel, entropy=True)
+        scores = scoring(hidden[:, None], weight, bias, scored, tp_group=group, sequence_parallel=False)
+        scores.log_probs.backward(incoming)
+    return before, values()
 
 
 # Sums over sequences

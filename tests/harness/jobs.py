@@ -91,7 +91,19 @@ def run_job(run_type: type[Any], flags: list[str], overrides: dict[str, Any]) ->
             run.pretrain()
         except SystemExit as stop:  # --exit-interval and signals end Megatron's loop this way
             return run, int(stop.code or 0)
+        finally:
+            _empty(run.model or [])
     return run, None
+
+
+def _empty(model: list[Any]) -> None:
+    """Take from DDP what it holds, the process groups above all.
+
+    Autograd's nodes hold its hooks, and with the distributed optimizer they are in a cycle that Python does not see: it
+    would stay for as long as the rank, and so would the threads of its process groups.
+    """
+    for chunk in model:
+        vars(chunk).clear()
 
 
 def copy_shards(model: list[Any]) -> Shards:

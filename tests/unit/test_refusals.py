@@ -81,6 +81,9 @@ REFUSED = {
     "--fp16-lm-cross-entropy": "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy",
     "--defer-embedding-wgrad-compute": "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy",
     "--use-mup": "--cross-entropy-loss-fusion, --fp16-lm-cross-entropy",
+    "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
+    "--log-prob-chunk-size 0": "--log-prob-chunk-size",
+    "--log-probs plain --log-prob-chunk-size 8": "--log-prob-chunk-size",
     "--cuda-graph-impl local": "CUDA graphs",
     "--enable-cuda-graph": "CUDA graphs",
     "--external-cuda-graph": "CUDA graphs",
@@ -113,6 +116,8 @@ ALLOWED = [
     "--recompute-granularity selective --recompute-modules core_attn mlp moe",
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "--window-size 64,0 --bf16",
+    "--log-probs plain --log-entropy",
+    "--log-prob-chunk-size 8",
 ]
 
 

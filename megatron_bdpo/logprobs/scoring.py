@@ -1,0 +1,40 @@
+"""Which kernel turns hidden states into log-probs, and what it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_bdpo.logprobs import fused_linear, vocab_parallel
+from megatron_bdpo.logprobs.scored import ScoredPositions, TokenScores
+
+KERNELS: Mapping[str, Callable[..., TokenScores]] = {
+    "fused": fused_linear.token_log_probs,
+    "plain": vocab_parallel.token_log_probs,
+}
+
+
+@dataclass(frozen=True)
+class TokenScoring:
+    """How the scored positions of a pack are scored."""
+
+    vocab_size: int
+    """Entries of the tokenizer."""
+    kernel: str = "fused"
+    """A name in ``KERNELS``."""
+    chunk_size: int | None = None
+    """Vocabulary rows whose logits exist at once; the fused kernel's choice when None. Other kernels have no chunks."""
+    entropy: bool = False
+    """Compute the entropy of every scored position, too."""
+
+    def __call__(
+        self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, scored: ScoredPositions, **layout: Any
+    ) -> TokenScores:
+        """Score. ``layout`` holds the kernels' arguments about process group and parallelism."""
+        chunks = {} if self.chunk_size is None else {"chunk_size": self.chunk_size}
+        return KERNELS[self.kernel](
+            hidden_states, weight, bias, scored, vocab_size=self.vocab_size, entropy=self.entropy, **chunks, **layout
+        )

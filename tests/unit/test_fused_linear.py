@@ -1,0 +1,233 @@
+"""What the fused log-probs make, keep and hand over; that they are right is in tests/distributed/test_logprobs.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_bdpo.logprobs import ScoredPositions, TokenScores
+from megatron_bdpo.logprobs.fused_linear import CHUNK_BYTES, default_chunk_size, token_log_probs
+from tests.harness.log_probs import OneRank
+
+N, V, H, CHUNK = 96, 160, 8, 20
+
+
+@dataclass
+class Inputs:
+    """N scored positions of N hidden states, on one rank."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    incoming: Tensor
+
+    def score(self, **options: Any) -> TokenScores:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        index = torch.arange(len(self.target), device=self.target.device)
+        scored = ScoredPositions(index, self.target, nothing, nothing, longest=0)
+        options = {"vocab_size": len(self.weight), "chunk_size": CHUNK} | options
+        return token_log_probs(
+            self.hidden[:, None], self.weight, None, scored, tp_group=OneRank(), sequence_parallel=False, **options
+        )
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, gradient of the hidden states, gradient of the weight, in fp64."""
+        hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (self.hidden, self.weight))
+        log_probs = (hidden @ weight.t()).log_softmax(-1).gather(1, self.target[:, None]).squeeze(1)
+        log_probs.backward(self.incoming.double())
+        return log_probs.detach(), hidden.grad, weight.grad
+
+
+def make_inputs(n: int = N, v: int = V, h: int = H, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+    hidden, weight = (torch.randn(size, generator=generator, device=device) for size in ((n, h), (v, h)))
+    target = torch.randint(0, v, (n,), generator=generator, device=device)
+    incoming = torch.rand(n, generator=generator, device=device)
+    return Inputs(hidden.to(dtype).requires_grad_(), (weight / h**0.5).to(dtype).requires_grad_(), target, incoming)
+
+
+@dataclass
+class Recorder(TorchDispatchMode):
+    """Counts operations and remembers the size of the largest tensor that one has made."""
+
+    operations: Counter[str] = field(default_factory=Counter)
+    largest: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations[func.overloadpacket.__name__] += 1
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, Tensor):
+                self.largest = max(self.largest, each.numel())
+        return result
+
+
+def saved_elements(run: Any) -> list[int]:
+    """Sizes of the tensors that autograd keeps while ``run`` goes."""
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return kept
+
+
+# Memory and work
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_no_tensor_holds_the_logits_of_more_than_a_chunk(entropy):
+    inputs = make_inputs()
+    with Recorder() as recorder:
+        inputs.score(entropy=entropy).log_probs.backward(inputs.incoming)
+    assert recorder.largest == N * CHUNK
+    assert recorder.operations["amax"] == V // CHUNK
+
+
+def test_only_log_sum_exps_are_kept_for_backward():
+    kept = saved_elements(make_inputs().score)
+    assert sorted(kept) == sorted([N, N * H, V * H, N, N])  # index; hidden, weight, target, log-sum-exp
+
+
+def test_nothing_is_kept_when_scoring_a_reference():
+    inputs = make_inputs()
+
+    def score() -> None:
+        with torch.no_grad():
+            assert not inputs.score(entropy=True).log_probs.requires_grad
+
+    assert saved_elements(score) == []
+
+
+def test_frozen_weight_costs_no_gradient():
+    inputs = make_inputs()
+    inputs.weight.requires_grad_(False)
+    with Recorder() as recorder:
+        inputs.score().log_probs.backward(inputs.incoming)
+    assert recorder.operations["addmm_"] == V // CHUNK  # the hidden states' gradient
+    assert inputs.hidden.grad is not None and inputs.weight.grad is None
+
+
+def test_hidden_states_without_gradient_cost_none():
+    inputs = make_inputs()
+    inputs.hidden.requires_grad_(False)
+    with Recorder() as recorder:
+        inputs.score().log_probs.backward(inputs.incoming)
+    assert recorder.operations["addmm_"] == V // CHUNK  # the weight's gradient
+    assert inputs.hidden.grad is None and inputs.weight.grad is not None
+
+
+@pytest.mark.parametrize("positions", [1, 1000, 16_384])
+def test_default_chunk_is_as_large_as_its_bound_allows(positions):
+    size = default_chunk_size(positions)
+    assert size * positions * 4 <= CHUNK_BYTES < (size + 1) * positions * 4
+
+
+@pytest.mark.parametrize("positions", [0, CHUNK_BYTES])
+def test_default_chunk_is_never_empty(positions):
+    assert default_chunk_size(positions) >= 1
+
+
+# Half precision
+
+
+def test_hidden_gradient_adds_up_in_fp32_over_chunks():
+    """4096 tokens of probability 1/4096, a chunk each: a bf16 sum of their weights stands still at 1/16 of it."""
+    inputs = make_inputs(4, 4096, H, torch.bfloat16)
+    with torch.no_grad():
+        inputs.hidden.zero_()  # every token is as likely
+        inputs.weight.fill_(1)
+        inputs.weight[inputs.target] = 3
+    inputs.score(chunk_size=1).log_probs.backward(inputs.incoming)
+    _, expected, _ = inputs.dense()
+    # Probabilities and the result are rounded to 8 bits.
+    assert (inputs.hidden.grad.double() - expected).abs().max() <= 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("where", ["returned", "main_grad"])
+def test_weight_gradient_adds_up_in_fp32_over_positions(where):
+    """4096 equal contributions: a bf16 sum stands still at 256 of them."""
+    inputs = make_inputs(1, 16, H, torch.bfloat16)
+    inputs = Inputs(inputs.hidden, inputs.weight, inputs.target.expand(4096), torch.ones(4096))
+    inputs.hidden = inputs.hidden.detach().expand(4096, H)
+    fused = where == "main_grad"
+    inputs.weight.main_grad = torch.zeros(16, H)
+    inputs.score(chunk_size=5, gradient_accumulation_fusion=fused).log_probs.backward(inputs.incoming)
+    _, _, expected = inputs.dense()
+    found = inputs.weight.main_grad if fused else inputs.weight.grad
+    assert found.dtype == (torch.float32 if fused else torch.bfloat16)
+    # The logits are rounded to 8 bits, and a returned gradient once more.
+    assert (found.double() - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+# main_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_goes_on_top_of_main_grad(dtype):
+    """Megatron accumulates microbatches there. Autograd gets a stand-in, so that the hooks of DDP run."""
+    inputs = make_inputs()
+    inputs.weight.main_grad = torch.ones(V, H, dtype=dtype)
+    inputs.weight.grad_added_to_main_grad = False
+    for _ in range(2):
+        inputs.weight.grad = None
+        inputs.score(gradient_accumulation_fusion=True).log_probs.backward(inputs.incoming)
+    _, _, gradient = inputs.dense()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(inputs.weight.main_grad.double(), 1 + 2 * gradient, rtol=tolerance, atol=tolerance)
+    assert inputs.weight.grad_added_to_main_grad
+    assert inputs.weight.grad.shape == inputs.weight.shape and inputs.weight.grad.dtype == inputs.weight.dtype
+
+
+def test_stand_in_is_zero_where_it_will_be_added():
+    """A tied embedding's own gradient is added to the stand-in, and the sum to main_grad."""
+    inputs = make_inputs()
+    inputs.weight.main_grad = torch.zeros(V, H)
+    inputs.weight.grad_added_to_main_grad = False
+    inputs.weight.zero_out_wgrad = True
+    inputs.score(gradient_accumulation_fusion=True).log_probs.backward(inputs.incoming)
+    assert not inputs.weight.grad.any() and inputs.weight.main_grad.any()
+
+
+def test_main_grad_is_left_alone_without_fusion():
+    inputs = make_inputs()
+    inputs.weight.main_grad = torch.zeros(V, H)
+    inputs.score().log_probs.backward(inputs.incoming)
+    _, _, expected = inputs.dense()
+    torch.testing.assert_close(inputs.weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not inputs.weight.main_grad.any()
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_agrees_with_fp64_and_keeps_to_its_chunk(dtype):
+    inputs = make_inputs(16384, 4096, 256, dtype, "cuda")
+    inputs.weight.main_grad = torch.zeros(4096, 256, device="cuda")
+    expected = inputs.dense()
+    inputs.weight.grad_added_to_main_grad = False
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    log_probs = inputs.score(chunk_size=256, gradient_accumulation_fusion=True).log_probs
+    log_probs.backward(inputs.incoming)
+    above = torch.cuda.max_memory_allocated() - before
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]  # the factors of products are rounded
+    found = log_probs.detach(), inputs.hidden.grad, inputs.weight.main_grad
+    for value, expected_value in zip(found, expected, strict=True):
+        assert (value.double() - expected_value).abs().max() <= tolerance * expected_value.abs().max()
+    assert above < 16384 * 4096 * 4 / 2  # half of the logits of all positions in fp32
