@@ -158,7 +158,7 @@ TABLE_HEAD = """\
 # Parity of layouts
 
 Every layout below trains as one process does. Each row is the worst of {runs} runs of three optimizer steps: {losses},
-each with {optimizers} optimizer, in fp32, tiny models, real gloo ranks. Compared with one process: the log-probs of
+each with the {optimizers} optimizer, fp32, tiny models, real gloo ranks. Compared with one process: the log-probs of
 every sequence (policy, reference, and without the prompt), the loss of every step, every gradient of every step and
 every weight after the last, gathered as whole tensors. Deviations are relative: log-probs to the largest, losses each
 to itself, gradients and weights to the largest element of their tensor.
@@ -171,7 +171,7 @@ to itself, gradients and weights to the largest element of their tensor.
 def render(deviations: dict[Case, dict[str, float]]) -> str:
     """The table of docs/parity.md."""
     head = TABLE_HEAD.format(
-        runs=len(LOSSES) * len(OPTIMIZERS), losses=", ".join(LOSSES), optimizers=" and ".join(OPTIMIZERS)
+        runs=len(LOSSES) * len(OPTIMIZERS), losses=", ".join(LOSSES), optimizers=" and the ".join(OPTIMIZERS)
     )
     lines = [head, f"Allowed: {', '.join(f'{name} {value:.0e}' for name, value in ALLOWED.items())}.", ""]
     lines += [f"| model | layout | ranks | {' | '.join(ALLOWED)} |", "|---" * (3 + len(ALLOWED)) + "|"]
