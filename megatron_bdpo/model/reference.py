@@ -28,6 +28,7 @@ WEIGHTS_DIR = "reference_weights"
 def build_reference(config: PairGPTConfig) -> list[torch.nn.Module]:
     """Model chunks like the policy's, weights undefined, in evaluation mode. Collective."""
     config = copy.deepcopy(config)
+    config.pre_wrap_hooks = []  # those that give the policy its weights
     config.transformer.perform_initialization = False
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -102,15 +103,29 @@ def resumed_identity(args: argparse.Namespace, current: RunIdentity) -> RunIdent
     return replace(found, loss=current.loss)
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def stored_arguments(directory: Path) -> argparse.Namespace:
+    """The arguments that a checkpoint was written with.
+
+    Raises:
+        UserError: the directory holds no checkpoint.
+    """
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     try:
-        arguments = load_common_state_dict(str(directory))["args"]
+        arguments: argparse.Namespace = load_common_state_dict(str(directory))["args"]
     except Exception as error:  # the checkpoint library raises many kinds
         raise UserError(f"the checkpoint {directory} cannot be read: {type(error).__name__}: {error}") from error
-    stored = getattr(arguments, _ARGUMENT, None)
-    if stored is None:
+    return arguments
+
+
+def identity_in(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The identity among a run's arguments; empty where no preference run wrote them."""
+    return arguments.get(_ARGUMENT) or {}
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    stored = identity_in(vars(stored_arguments(directory)))
+    if not stored:
         raise UserError(
             f"the checkpoint {directory} was not written by a preference run, so there is nothing to resume. To start "
             "from its weights, name its directory with --pretrained-checkpoint instead of --load (or add --finetune)."
@@ -138,11 +153,12 @@ def reference_identity(args: argparse.Namespace, weights: str, vocab_size: int) 
     """
     names = (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-        "normalization", "norm_epsilon", "position_embedding_type", "rotary_base", "rotary_percent", "use_rope_scaling",
-        "rope_scaling_factor", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "swiglu", "squared_relu",
-        "openai_gelu", "qk_layernorm", "qk_l2_norm", "window_size", "window_attn_skip_freq", "softmax_scale",
-        "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm", "params_dtype", "fp8",
-        "fp8_recipe", "fp4", "transformer_impl",
+        "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "position_embedding_type",
+        "rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor", "rotary_interleaved",
+        "rotary_seq_len_interpolation_factor", "swiglu", "squared_relu", "openai_gelu", "geglu_tanh",
+        "scale_embeddings", "moe_router_topk", "moe_router_pre_softmax", "qk_layernorm", "qk_l2_norm", "window_size",
+        "window_attn_skip_freq", "softmax_scale", "apply_query_key_layer_scaling",
+        "apply_residual_connection_post_layernorm", "params_dtype", "fp8", "fp8_recipe", "fp4", "transformer_impl",
     )  # fmt: skip
     settings = {name: str(getattr(args, name, None)) for name in names}
     architecture = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

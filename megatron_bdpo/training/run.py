@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.utils import unwrap_model
 from megatron.training import pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.training import destroy_global_state
@@ -32,7 +32,10 @@ from megatron_bdpo.training import identity
 from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
 from megatron_bdpo.training.forward import PreferenceStep
+from megatron_bdpo.training.hf_export import check_save_hf, save_live
+from megatron_bdpo.training.hf_model import apply_hf_model, vocabulary_size, weights_loader
 from megatron_bdpo.training.job import apply_plan, build_job
+from megatron_bdpo.training.model_config import model_config
 from megatron_bdpo.training.progress import Progress
 from megatron_bdpo.training.references import ReferenceProvider
 from megatron_bdpo.training.refusals import refuse_what_cannot_be_honoured
@@ -56,6 +59,8 @@ class PreferenceRun:
             UserError: on every rank.
         """
         self.args = args
+        apply_hf_model(args)
+        check_save_hf(args)
         with all_ranks_agree():
             refuse_what_cannot_be_honoured(args)
         self.job = build_job(args)
@@ -75,13 +80,22 @@ class PreferenceRun:
     def pretrain(self) -> None:
         """Hand over to Megatron's trainer until the last step is done. Collective."""
         if not any(map(identity.checkpoint_directory, (self.args.load, self.args.pretrained_checkpoint))):
-            self._config.pre_wrap_hooks.append(functools.partial(initialize_by_name, seed=self.args.seed))
+            self._config.pre_wrap_hooks.append(self._initial_weights())
         try:
             with trainer_seams(self):
                 container = pretrain_cfg_container_from_args(self.args, self._config)
                 pretrain(container, self._dataset_provider(), ModelType.encoder_or_decoder, self._step)
+            if self.args.save_hf:
+                save_live(self.args, self._model, self.progress.evaluations[-1] if self.progress.evaluations else {})
         finally:
             _forget_global_state()
+
+    def _initial_weights(self) -> Callable[[list[Any]], list[Any]]:
+        """What fills the model where there is no checkpoint to load."""
+        if not self.args.hf_model:
+            return functools.partial(initialize_by_name, seed=self.args.seed)
+        self._config.transformer.perform_initialization = False
+        return weights_loader(self.args.hf_model)
 
     def print_table(self) -> None:
         """Print held-out results before and after, from the last rank, where metrics live. After ``pretrain``."""
@@ -188,11 +202,14 @@ def _validate(args: argparse.Namespace) -> tuple[int, PairGPTConfig]:
         try:
             validate_args(args)
             set_global_variables(args)
-            config = gpt_config_from_args(args, model_config_cls=PairGPTConfig)
+            args.scored_vocab_size = vocabulary_size(args, get_tokenizer())
+            return args.scored_vocab_size, model_config(args)
+        except UserError:
+            _forget_global_state()
+            raise
         except (AssertionError, ValueError) as error:
             _forget_global_state()
             raise UserError(f"Megatron refused the arguments: {error}") from error
-    return int(get_tokenizer().vocab_size), config
 
 
 def _forget_global_state() -> None:
