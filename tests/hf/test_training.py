@@ -1,0 +1,246 @@
+"""A step taken here is the step taken in transformers, and what is exported is what was trained, to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from megatron_bdpo.data.store import PairStore
+from tests.harness.jobs import last_stage, train
+from tests.harness.ranks import RankFailure
+from tests.harness.tiny_models import load_model, make_model
+
+transformers = pytest.importorskip("transformers", reason="the oracle is Hugging Face transformers")
+
+TP2_PP2 = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+BETA, LEARNING_RATE, PAIRS = 0.1, 0.1, 4
+SGD = {
+    "max_pairs": PAIRS,
+    "pairs_per_step": PAIRS,
+    "train_iters": 1,
+    "preference_loss": "dpo",
+    "beta": BETA,
+    "optimizer": "sgd",
+    "sgd_momentum": 0.0,
+    "weight_decay": 0.0,
+    "clip_grad": 0.0,
+    "lr": LEARNING_RATE,
+}
+
+
+def safetensors_of(directory: Path) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for file in directory.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def step_in_transformers(model, store: PairStore):
+    """One step of plain SGD on the mean DPO loss, at policy == reference."""
+
+    def log_prob(prompt, response):
+        tokens = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+        log_probs = model(input_ids=tokens[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return log_probs.gather(1, tokens[len(prompt) :, None]).sum()
+
+    for row in range(PAIRS):
+        pair = store.pair(row)
+        margin = log_prob(pair.prompt, pair.chosen) - log_prob(pair.prompt, pair.rejected)
+        loss = -torch.nn.functional.logsigmoid(BETA * (margin - margin.detach())) / PAIRS
+        loss.backward()
+    torch.optim.SGD(model.parameters(), lr=LEARNING_RATE).step()
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "flags"),
+    [
+        ("llama", 4, TP2_PP2),
+        ("qwen2", 2, TP2_PP2[:2]),
+        ("qwen3", 4, TP2_PP2),
+        ("gemma", 2, TP2_PP2[2:]),
+        ("mixtral", 2, ["--expert-model-parallel-size", "2"]),
+    ],
+)
+def test_one_step_gives_the_weights_that_transformers_gives(ranks, tmp_path, name, world_size, flags):
+    directory, saved, cache = make_model(name, tmp_path), tmp_path / "trained", tmp_path / "cache"
+    ranks(world_size)(
+        train,
+        ["--hf-model", str(directory), "--save-hf", str(saved), *flags],
+        pair_cache_dir=str(cache),
+        **SGD,
+    )
+    (meta,) = cache.glob("*/meta.json")
+    expected, found = load_model(directory), load_model(saved).state_dict()
+    before = {key: value.clone() for key, value in expected.state_dict().items()}
+    step_in_transformers(expected, PairStore.open(meta.parent))
+    moved = {}
+    for key, value in expected.state_dict().items():
+        assert (found[key] - value).abs().max() <= 1e-5, key
+        moved[key] = float((value - before[key]).abs().max())
+    small = [key for key, distance in moved.items() if distance < 1e-4]
+    assert not small, "steps that would not be missed compare nothing"
+
+
+JOB = {"max_pairs": 16, "pairs_per_step": 4, "train_iters": 2, "lr": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def trained(ranks, tmp_path_factory):
+    """A model, and what a job on four ranks made of it: (original, live export, checkpoint, outcomes)."""
+    directory = tmp_path_factory.mktemp("trained")
+    original = make_model("qwen2", directory)
+    (original / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    saved, checkpoint = directory / "saved", directory / "checkpoint"
+    flags = ["--hf-model", str(original), "--save-hf", str(saved), "--save", str(checkpoint), "--save-interval", "2"]
+    outcomes = ranks(4)(train, [*flags, "--eval-share", "0.3", *TP2_PP2], **JOB)
+    return original, saved, checkpoint, outcomes
+
+
+def cli(*arguments: object) -> int:
+    from megatron_bdpo.cli.main import main
+
+    return main([str(argument) for argument in arguments])
+
+
+def convert(*arguments: object) -> int:
+    """On a rank, where Megatron is imported already."""
+    return cli("convert", *arguments)
+
+
+def test_live_export_is_what_was_trained(trained):
+    """Against the shards, which tests/distributed compares between layouts."""
+    original, saved, _, _ = trained
+    before, after = safetensors_of(original), safetensors_of(saved)
+    assert before.keys() == after.keys()
+    assert all(before[name].shape == value.shape and value.dtype == np.float32 for name, value in after.items())
+    assert all(not np.array_equal(before[name], value) for name, value in after.items())
+    config, expected = (json.loads((path / "config.json").read_text()) for path in (saved, original))
+    assert config == expected
+
+
+def test_export_of_the_checkpoint_is_the_live_export(ranks, trained, tmp_path):
+    original, saved, checkpoint, _ = trained
+    output = tmp_path / "exported"
+    assert ranks(1)(convert, "export", "--checkpoint", checkpoint, "--hf-model", original, "--output", output) == [0]
+    found, expected = safetensors_of(output), safetensors_of(saved)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.array_equal(found[name], value), name
+    assert (output / "tokenizer_config.json").read_bytes() == (original / "tokenizer_config.json").read_bytes()
+
+
+def test_imported_again_it_is_the_same_to_the_bit(ranks, trained, tmp_path):
+    """Weights and log-probs of the exported model: read directly, by way of a checkpoint, and in the trained run."""
+    _, saved, _, _ = trained
+    imported, again = tmp_path / "imported", tmp_path / "again"
+    assert ranks(1)(convert, "import", "--hf-model", saved, "--output", imported, "--dtype", "fp32") == [0]
+    directly = ranks(2)(train, ["--hf-model", str(saved), "--save-hf", str(again), "--lr", "0", *TP2_PP2[:2]], **JOB)
+    model = ["--add-qkv-bias", "--rotary-base", "1000000", "--layernorm-epsilon", "1e-6", "--padded-vocab-size", "1280"]
+    sizes = {"hidden_size": 64, "ffn_hidden_size": 96}
+    start = ["--pretrained-checkpoint", str(imported), *model, "--lr", "0", *TP2_PP2[:2]]
+    by_checkpoint = ranks(2)(train, start, **sizes, **JOB)
+    expected = safetensors_of(saved)
+    for name, value in safetensors_of(again).items():
+        assert np.array_equal(value, expected[name]), name
+    for step, other in zip(last_stage(directly).steps, last_stage(by_checkpoint).steps, strict=True):
+        assert step["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=1e-6)
+
+
+def test_exported_model_generates(trained):
+    _, saved, _, _ = trained
+    model = load_model(saved)
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    tokens = model.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=5, do_sample=False)
+    assert tokens.shape == (1, 8)
+
+
+def test_model_card_says_what_was_done(trained):
+    original, saved, _, _ = trained
+    card = (saved / "README.md").read_text()
+    for said in (
+        f'base_model: "{original}"',
+        "Loss: bdpo BdpoOptions(beta=0.1",
+        "train.jsonl",
+        "| pairs_per_step | 4 |",
+    ):
+        assert said in card, said
+    assert "| rewards/accuracies | " in card, "the last evaluation"
+
+
+def test_export_without_an_original(ranks, trained, tmp_path):
+    original, saved, checkpoint, _ = trained
+    output = tmp_path / "exported"
+    assert ranks(1)(convert, "export", "--checkpoint", checkpoint, "--family", "qwen2", "--output", output) == [0]
+    found = load_model(output).state_dict()
+    for name, value in safetensors_of(saved).items():
+        assert np.array_equal(found[name].numpy(), value), name
+    ids = torch.arange(40)[None]
+    assert torch.equal(load_model(output)(input_ids=ids).logits, load_model(saved)(input_ids=ids).logits)
+
+
+def refusal(*arguments: object) -> tuple[int, str]:
+    """A sub-command's exit code and what it writes to stderr."""
+    import contextlib
+    import io
+
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        code = cli("convert", *arguments)
+    return code, errors.getvalue()
+
+
+def test_export_of_another_model_is_refused(ranks, trained, tmp_path):
+    _, _, checkpoint, _ = trained
+    other = make_model("qwen2 sliding", tmp_path)
+    output = tmp_path / "exported"
+    ((code, message),) = ranks(1)(
+        refusal, "export", "--checkpoint", checkpoint, "--hf-model", other, "--output", output
+    )
+    assert code == 2 and message.startswith("error: ") and "window_size: None, but (8, 0) expected" in message
+    assert not output.exists() and not output.with_name("exported.partial").exists()
+
+
+def test_an_export_that_fails_leaves_nothing(ranks, trained, tmp_path):
+    """A file of the checkpoint is cut short: found when its layer is read, after others have been written."""
+    original, _, checkpoint, _ = trained
+    broken, output = tmp_path / "broken", tmp_path / "exported"
+    shutil.copytree(checkpoint, broken)
+    for file in broken.glob("iter_*/*.distcp"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    ((code, message),) = ranks(1)(refusal, "export", "--checkpoint", broken, "--hf-model", original, "--output", output)
+    assert code == 2 and str(broken) in message
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_what_is_there_is_not_overwritten(ranks, trained):
+    original, saved, _, _ = trained
+    with pytest.raises(RankFailure, match=r"UserError: .*saved is there already"):
+        ranks(1)(train, ["--hf-model", str(original), "--save-hf", str(saved)], **JOB)
+
+
+# The reference of a resumed run ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reference", ["precomputed", "resident"])
+def test_resumed_run_keeps_its_reference(ranks, tmp_path, reference):
+    """The policy comes from the checkpoint; the reference is the Hugging Face model, scored again if it has to be."""
+    model = make_model("llama", tmp_path)
+    job = JOB | {"train_iters": 4}
+    flags = ["--hf-model", str(model), "--save-interval", "2", "--reference", reference]
+    whole = ranks(2)(train, [*flags, *TP2_PP2[:2], "--save", str(tmp_path / "whole")], **job)
+    resume = [*flags, *TP2_PP2[:2], "--save", str(tmp_path / "parts"), "--load", str(tmp_path / "parts")]
+    ranks(2)(train, [*resume, "--exit-interval", "2"], **job)
+    for cache in (tmp_path / "parts" / "cache").glob("reference-*"):
+        shutil.rmtree(cache)
+    steps = last_stage(ranks(2)(train, resume, **job)).steps
+    assert [step["iteration"] for step in steps] == [3, 4]
+    for step, expected in zip(steps, last_stage(whole).steps[2:], strict=True):
+        assert {name: value for name, value in step.items() if "throughput" not in name} == {
+            name: value for name, value in expected.items() if "throughput" not in name
+        }
