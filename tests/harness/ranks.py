@@ -6,6 +6,7 @@ Starting a rank means importing torch and Megatron (6 s); a pool pays that once 
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -118,6 +119,9 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:
     from megatron_bdpo.platform.prepare import prepare_platform
 
     prepare_platform()
+    import megatron.training  # noqa: F401  # now rather than in the first job: what is imported stays, see below
+
+    gc.freeze()
     while True:
         try:
             function, args, kwargs, environment = pipe.recv()
@@ -128,5 +132,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:
             answer = (True, function(*args, **kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())
+        # Models and optimizers are in reference cycles, and with them their process groups: gloo's threads would go on,
+        # polling connections that nobody uses, until they take more time than the tests.
+        gc.collect()
         with contextlib.suppress(BrokenPipeError):
             pipe.send(answer)

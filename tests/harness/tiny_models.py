@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def _sequences(batch: Any, values: torch.Tensor) -> list[Sequence]:
     starts = [*torch.nonzero(positions == 0)[:, 0].tolist(), used]
     return [
         (batch.tokens[0, first:stop].numpy(), values[first:stop].float().numpy())
-        for first, stop in zip(starts, starts[1:], strict=False)
+        for first, stop in itertools.pairwise(starts)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Every family's logits are transformers', whatever the layout: what a converter that only round-trips does not show."""
+"""Every family's logits are transformers', whatever the layout: a converter may round-trip exactly and yet be wrong."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_one_step_gives_the_weights_that_transformers_gives(ranks, tmp_path, nam
     for key, value in expected.state_dict().items():
         assert (found[key] - value).abs().max() <= 1e-5, key
         moved[key] = float((value - before[key]).abs().max())
-    small = [key for key, distance in moved.items() if distance < 1e-4]
+    small = [key for key, distance in moved.items() if distance < 2e-5]
     assert not small, "steps that would not be missed compare nothing"
 
 
@@ -174,7 +174,7 @@ def test_model_card_says_what_was_done(trained):
 
 
 def test_export_without_an_original(ranks, trained, tmp_path):
-    original, saved, checkpoint, _ = trained
+    _, saved, checkpoint, _ = trained
     output = tmp_path / "exported"
     assert ranks(1)(convert, "export", "--checkpoint", checkpoint, "--family", "qwen2", "--output", output) == [0]
     found = load_model(output).state_dict()
