@@ -9,11 +9,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import validate_args
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import set_global_variables
-from megatron.training.initialize import initialize_megatron
 from megatron.training.training import destroy_global_state
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.platform import cpu
+from megatron_bdpo.platform.seams import initialize_megatron
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.hf_model import apply_hf_model, weights_loader
 from megatron_bdpo.training.model_config import model_config
@@ -28,6 +27,7 @@ def import_model(args: argparse.Namespace) -> None:
     apply_hf_model(args)
     args.micro_batch_size = 1
     args.seq_length = args.max_position_embeddings = 1
+    args.save_interval = 1
     args.no_save_optim = args.no_save_rng = True
     args.perform_initialization = False
     try:
@@ -37,7 +37,7 @@ def import_model(args: argparse.Namespace) -> None:
             except (AssertionError, ValueError) as error:
                 raise UserError(f"Megatron refused the model's arguments: {error}") from error
         set_global_variables(args, build_tokenizer=False)
-        initialize_megatron(allow_no_cuda=cpu.is_active())
+        initialize_megatron()
         config = model_config(args)
         config.pre_wrap_hooks.append(weights_loader(args.hf_model))
         model = config.get_builder_cls()(config).build_distributed_models(

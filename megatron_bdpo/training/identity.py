@@ -110,10 +110,11 @@ def stored_arguments(directory: Path) -> argparse.Namespace:
         UserError: the directory holds no checkpoint.
     """
     from megatron.core.dist_checkpointing import load_common_state_dict
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         arguments: argparse.Namespace = load_common_state_dict(str(directory))["args"]
-    except Exception as error:  # the checkpoint library raises many kinds
+    except (Exception, CheckpointException) as error:  # many kinds, and one that is no Exception
         raise UserError(f"the checkpoint {directory} cannot be read: {type(error).__name__}: {error}") from error
     return arguments
 

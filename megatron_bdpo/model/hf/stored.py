@@ -1,18 +1,22 @@
-"""The weights of a torch_dist checkpoint as whole tensors, whatever the layout that wrote it; one layer at a time."""
+"""The weights of a torch_dist checkpoint as whole tensors, whatever the layout that wrote it; one layer at a time.
+
+Megatron's own loading wants to place every part of a tensor on some rank. torch's reader underneath takes any part.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.gather import in_order
@@ -20,25 +24,23 @@ from megatron_bdpo.model.hf.tensors import Place, WeightMap, place_of
 
 
 def stored_weights(directory: Path, weights: WeightMap) -> Iterator[tuple[Place, Tensor]]:
-    """Every weight of a checkpoint. Needs a process group of this one process.
+    """Every weight of a checkpoint.
 
     Raises:
         UserError: the checkpoint cannot be read, or is of another architecture.
     """
+    reader = FileSystemReader(str(directory))
+    metadata = _read_metadata(reader, directory)
     layers: dict[tuple[int, ...], list[_Stored]] = defaultdict(list)
-    for entry in sorted(_entries(directory, weights), key=lambda entry: in_order(entry.place)):
+    for entry in sorted(_entries(metadata, weights, directory), key=lambda entry: in_order(entry.place)):
         layers[(in_order(entry.place)[0], *entry.place.indices[:1])].append(entry)
     for together in layers.values():
         try:
-            loaded = dist_checkpointing.load(
-                {str(number): entry.to_load() for number, entry in enumerate(together)},
-                str(directory),
-                validate_access_integrity=False,
-            )
-        except Exception as error:  # the checkpoint library raises many kinds
+            tensors = _read(reader, metadata, together)
+        except Exception as error:  # of the file system, of pickle, of torch
             raise UserError(f"the checkpoint {directory} cannot be read: {type(error).__name__}: {error}") from error
-        for number, entry in enumerate(together):
-            yield entry.place, loaded.pop(str(number))
+        for entry in together:
+            yield entry.place, tensors.pop(entry.index)
 
 
 @dataclass(frozen=True)
@@ -48,35 +50,64 @@ class _Stored:
     key: str
     leading: tuple[int, ...]
     shape: tuple[int, ...]
-    """Of all of them together."""
+    """Its own."""
     dtype: torch.dtype
 
     @property
     def place(self) -> Place:
         return place_of(self.key, self.leading)
 
-    def to_load(self) -> ShardedTensor:
-        """A place in memory for the tensor, described as Megatron wants it."""
-        stacked = len(self.leading)
-        offsets = [(axis, index, self.shape[axis]) for axis, index in enumerate(self.leading)]
-        data = torch.empty(self.shape[stacked:], dtype=self.dtype)
-        return ShardedTensor.from_rank_offsets(self.key, data, *offsets, prepend_axis_num=stacked)
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """Where it is among those it is stacked with."""
+        offsets = (*self.leading, *(0 for _ in self.shape))
+        return ChunkStorageMetadata(torch.Size(offsets), torch.Size((*(1 for _ in self.leading), *self.shape)))
+
+    @property
+    def index(self) -> MetadataIndex:
+        return MetadataIndex(self.key, self.chunk.offsets)
 
 
-def _entries(directory: Path, weights: WeightMap) -> Iterator[_Stored]:
-    for key, stored in _metadata(directory).items():
+class _IntoTensors(DefaultLoadPlanner):
+    """Reads into given tensors instead of into those of a state dict."""
+
+    def __init__(self, targets: Mapping[MetadataIndex, Tensor]) -> None:
+        super().__init__()
+        self.targets = targets
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.targets[index]
+
+
+def _read(reader: FileSystemReader, metadata: Metadata, entries: Sequence[_Stored]) -> dict[MetadataIndex, Tensor]:
+    found = {entry.index: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
+    items = [
+        item
+        for entry in entries
+        for item in create_read_items_for_chunk_list(entry.key, metadata.state_dict_metadata[entry.key], [entry.chunk])
+    ]
+    targets = {entry.index: found[entry.index].view(entry.chunk.sizes) for entry in entries}
+    reader.read_data(LoadPlan(items), _IntoTensors(targets)).wait()
+    return found
+
+
+def _read_metadata(reader: FileSystemReader, directory: Path) -> Metadata:
+    try:
+        metadata = reader.read_metadata()
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+    except Exception as error:  # of the file system, of pickle
+        raise UserError(f"{directory} is no torch_dist checkpoint: {type(error).__name__}: {error}") from error
+    return metadata
+
+
+def _entries(metadata: Metadata, weights: WeightMap, directory: Path) -> Iterator[_Stored]:
+    for key, stored in metadata.state_dict_metadata.items():
+        if not isinstance(stored, TensorStorageMetadata):
+            continue
         name = place_of(key, ()).key
         if name in weights.rules:
-            stacked = len(stored.global_shape) - weights.matrix_axes(name)
-            for leading in itertools.product(*map(range, stored.global_shape[:stacked])):
-                yield _Stored(key, leading, tuple(stored.global_shape), stored.dtype)
+            stacked = len(stored.size) - weights.matrix_axes(name)
+            for leading in itertools.product(*map(range, stored.size[:stacked])):
+                yield _Stored(key, leading, tuple(stored.size[stacked:]), stored.properties.dtype)
         elif key.startswith(("decoder.", "embedding.", "output_layer.")):  # others are the optimizer's
             raise UserError(f"the checkpoint {directory} has the weight {key}, which the model's family has not.")
-
-
-def _metadata(directory: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = dist_checkpointing.load_tensors_metadata(str(directory))
-    except Exception as error:  # the checkpoint library raises many kinds
-        raise UserError(f"{directory} is no torch_dist checkpoint: {type(error).__name__}: {error}") from error
-    return found
