@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_bdpo import __version__
 from megatron_bdpo.cli import convert
 from megatron_bdpo.errors import UserError
 
@@ -17,7 +16,6 @@ _SUBCOMMANDS = (convert,)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command. Returns the exit code: 2 for what the user can put right, with one line that says what."""
     parser = argparse.ArgumentParser("megatron-bdpo", description=__doc__)
-    parser.add_argument("--version", action="version", version=__version__)
     subcommands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
     for subcommand in _SUBCOMMANDS:
         subcommand.add_parser(subcommands)

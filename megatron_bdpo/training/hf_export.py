@@ -70,7 +70,7 @@ def save_live(args: argparse.Namespace, model: list[Any], metrics: Mapping[str, 
 
 
 def _write_and_drain(
-    source: Iterator[tuple[Place, Tensor]],
+    source: Iterator[tuple[Place, Tensor | None]],
     target: Path,
     config: Mapping[str, Any],
     original: Path,
@@ -78,7 +78,8 @@ def _write_and_drain(
 ) -> None:
     """Whatever happens while writing, the other ranks send their tensors to the last one."""
     try:
-        write_model(source, target, config, original, facts)
+        here = ((place, whole) for place, whole in source if whole is not None)
+        write_model(here, target, config, original, facts)
     except OSError as error:
         raise UserError(f"--save-hf {target}: {error}") from error
     finally:

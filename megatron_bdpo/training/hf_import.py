@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import validate_args
@@ -24,11 +26,22 @@ def import_model(args: argparse.Namespace) -> None:
     Args:
         args: parsed, not validated yet.
     """
-    apply_hf_model(args)
-    args.micro_batch_size = 1
-    args.seq_length = args.max_position_embeddings = 1
     args.save_interval = 1
     args.no_save_optim = args.no_save_rng = True
+    with model_in_memory(args) as model:
+        save_checkpoint(0, model, None, None, 0, release=True)
+
+
+@contextlib.contextmanager
+def model_in_memory(args: argparse.Namespace) -> Iterator[list[Any]]:
+    """This rank's chunks of the model of ``--hf-model``, with its weights, outside of a run. Collective.
+
+    Args:
+        args: parsed, not validated yet.
+    """
+    apply_hf_model(args)
+    args.micro_batch_size = 1
+    args.seq_length = args.max_position_embeddings = args.seq_length or 1
     args.perform_initialization = False
     try:
         with all_ranks_agree():
@@ -40,10 +53,9 @@ def import_model(args: argparse.Namespace) -> None:
         initialize_megatron()
         config = model_config(args)
         config.pre_wrap_hooks.append(weights_loader(args.hf_model))
-        model = config.get_builder_cls()(config).build_distributed_models(
+        yield config.get_builder_cls()(config).build_distributed_models(
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
         )
-        save_checkpoint(0, model, None, None, 0, release=True)
     finally:
         with contextlib.suppress(Exception):  # after a failure at start, some of it was never made
             destroy_global_state()

@@ -120,7 +120,7 @@ def read_config(config: Config) -> Architecture:
 
 
 def _family(config: Config) -> Family:
-    name = config.get("model_type")
+    name = str(config.get("model_type"))
     if name in REFUSED:
         raise UserError(f"models of the family '{name}' cannot be trained here: {REFUSED[name]}.")
     if name not in FAMILIES:

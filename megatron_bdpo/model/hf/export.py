@@ -118,7 +118,9 @@ class SafetensorsWriter:
         from safetensors.torch import save_file
 
         if self._waiting:
-            save_file(self._waiting, self._part(len(self._files)), metadata={"format": "pt"})
+            file = self._part(len(self._files))
+            save_file(self._waiting, file, metadata={"format": "pt"})
+            file.chmod(0o644)  # safetensors makes files for their owner alone
             self._written += self._size()
             self._files.append(list(self._waiting))
             self._waiting = {}

@@ -36,7 +36,7 @@ def stored_weights(directory: Path, weights: WeightMap) -> Iterator[tuple[Place,
         layers[(in_order(entry.place)[0], *entry.place.indices[:1])].append(entry)
     for together in layers.values():
         try:
-            tensors = _read(reader, metadata, together)
+            tensors = _read(reader, together)
         except Exception as error:  # of the file system, of pickle, of torch
             raise UserError(f"the checkpoint {directory} cannot be read: {type(error).__name__}: {error}") from error
         for entry in together:
@@ -49,9 +49,13 @@ class _Stored:
 
     key: str
     leading: tuple[int, ...]
-    shape: tuple[int, ...]
-    """Its own."""
-    dtype: torch.dtype
+    whole: TensorStorageMetadata
+    """All that are stacked together."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its own."""
+        return tuple(self.whole.size[len(self.leading) :])
 
     @property
     def place(self) -> Place:
@@ -79,12 +83,10 @@ class _IntoTensors(DefaultLoadPlanner):
         return self.targets[index]
 
 
-def _read(reader: FileSystemReader, metadata: Metadata, entries: Sequence[_Stored]) -> dict[MetadataIndex, Tensor]:
-    found = {entry.index: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
+def _read(reader: FileSystemReader, entries: Sequence[_Stored]) -> dict[MetadataIndex, Tensor]:
+    found = {entry.index: torch.empty(entry.shape, dtype=entry.whole.properties.dtype) for entry in entries}
     items = [
-        item
-        for entry in entries
-        for item in create_read_items_for_chunk_list(entry.key, metadata.state_dict_metadata[entry.key], [entry.chunk])
+        item for entry in entries for item in create_read_items_for_chunk_list(entry.key, entry.whole, [entry.chunk])
     ]
     targets = {entry.index: found[entry.index].view(entry.chunk.sizes) for entry in entries}
     reader.read_data(LoadPlan(items), _IntoTensors(targets)).wait()
@@ -108,6 +110,6 @@ def _entries(metadata: Metadata, weights: WeightMap, directory: Path) -> Iterato
         if name in weights.rules:
             stacked = len(stored.size) - weights.matrix_axes(name)
             for leading in itertools.product(*map(range, stored.size[:stacked])):
-                yield _Stored(key, leading, tuple(stored.size[stacked:]), stored.properties.dtype)
+                yield _Stored(key, leading, stored)
         elif key.startswith(("decoder.", "embedding.", "output_layer.")):  # others are the optimizer's
             raise UserError(f"the checkpoint {directory} has the weight {key}, which the model's family has not.")
