@@ -130,6 +130,22 @@ def test_live_export_is_what_was_trained(trained):
     assert config == expected
 
 
+def test_export_waits_for_weights_that_are_being_gathered(ranks, tmp_path):
+    """With the distributed optimizer each rank has updated a part of the weights when the last step ends."""
+    original = make_model("llama", tmp_path)
+    found = {}
+    for name, flags in (("plain", []), ("overlapped", ["--overlap-grad-reduce", "--overlap-param-gather"])):
+        saved = tmp_path / name
+        ranks(2)(
+            train,
+            ["--hf-model", str(original), "--save-hf", str(saved), "--use-distributed-optimizer", *flags],
+            **JOB,
+        )
+        found[name] = safetensors_of(saved)
+    for name, value in found["plain"].items():
+        assert found["overlapped"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
 def test_export_of_the_checkpoint_is_the_live_export(ranks, trained, tmp_path):
     original, saved, checkpoint, _ = trained
     output = tmp_path / "exported"

@@ -35,13 +35,19 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 
 
 def split(place: Place, whole: Tensor, weights: WeightMap) -> dict[str, Tensor]:
-    """The Hugging Face tensors of a whole Megatron tensor; rows that pad the vocabulary are left out."""
+    """The Hugging Face tensors of a whole Megatron tensor; rows that pad the vocabulary are left out.
+
+    Raises:
+        UserError: the tensor has fewer rows than these.
+    """
     pieces: dict[str, list[Tensor]] = {}
     first = 0
     for part in weights.parts(place):
         length = part.stop - part.start
         pieces.setdefault(part.name, []).append(whole[first : first + length])
         first += length
+    if first > len(whole):
+        raise UserError(f"{place.key} has {len(whole)} rows, those of its Hugging Face family {first}.")
     return {name: torch.cat(parts) for name, parts in pieces.items()}
 
 
