@@ -6,7 +6,8 @@ Without arguments this trains a tiny Llama-style model on the pairs in examples/
     torchrun --nproc-per-node 4 examples/pretrain_bdpo.py \
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
-With --pair-data it is your job: Megatron's flags as for pretrain_gpt.py, and ours (--help, "preference pairs").
+With --pair-data or --hf-model it is your job: Megatron's flags as for pretrain_gpt.py, and ours (--help, "preference
+pairs").
 """
 
 import sys
@@ -45,6 +46,6 @@ TINY_JOB = {
 }
 
 if __name__ == "__main__":
-    is_own_job = any(argument.split("=")[0] == "--pair-data" for argument in sys.argv)
+    is_own_job = any(argument.split("=")[0] in ("--pair-data", "--hf-model") for argument in sys.argv)
     run = main(defaults={} if is_own_job else TINY_LLAMA | TINY_JOB)
     run.print_table()

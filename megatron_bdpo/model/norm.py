@@ -21,13 +21,28 @@ class LocalNorm:
         cls, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any
     ) -> torch.nn.Module:
         kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
-        if config.normalization not in kinds:
-            raise UserError(f"--normalization {config.normalization}: local layers have {' and '.join(kinds)}.")
         if config.layernorm_zero_centered_gamma:
+            kinds = {"RMSNorm": ZeroCenteredRMSNorm}
+        if config.normalization not in kinds:
+            zero_centered = " zero-centered" if config.layernorm_zero_centered_gamma else ""
             raise UserError(
-                "--apply-layernorm-1p needs Transformer Engine layers (--transformer-impl transformer_engine)."
+                f"--normalization {config.normalization}: local layers have{zero_centered} {' and '.join(kinds)}."
             )
         norm = kinds[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class ZeroCenteredRMSNorm(torch.nn.Module):
+    """RMSNorm whose weight is stored less one (``--apply-layernorm-1p``, Gemma): small numbers, so precise in bf16."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise the last axis, in fp32."""
+        normed = torch.nn.functional.rms_norm(hidden.float(), self.weight.shape, 1 + self.weight.float(), self.eps)
+        return normed.to(hidden.dtype)

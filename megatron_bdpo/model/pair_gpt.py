@@ -26,6 +26,8 @@ from megatron_bdpo.model.norm import LocalNorm
 class PairGPTModel(GPTModel):
     """GPTModel whose rotary embedding follows the plan's positions, and whose experts know the plan's padding."""
 
+    scale_embeddings: bool
+
     def _preprocess(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         plan = packed_seq_params
         assert isinstance(plan, AttentionPlan)
@@ -34,6 +36,8 @@ class PairGPTModel(GPTModel):
         for_whole_table = copy.copy(plan)
         for_whole_table.qkv_format = "thd"
         outputs = list(super()._preprocess(*args, packed_seq_params=for_whole_table, **kwargs))
+        if self.scale_embeddings and outputs[0] is not None:
+            outputs[0] = outputs[0] * outputs[0].new_tensor(self.config.hidden_size**0.5)
         if outputs[1] is not None:
             outputs[1] = outputs[1][plan.positions]
         if self.config.num_moe_experts:
@@ -54,9 +58,10 @@ class PairGPTBuilder(GPTModelBuilder):
     def build_model(self, *args: Any, **kwargs: Any) -> PairGPTModel:
         """Build one pipeline stage; arguments as ``GPTModelBuilder.build_model``."""
         model = super().build_model(*args, **kwargs)
-        # GPTModelBuilder names GPTModel, which names its output layer. The subclasses add methods and no state, so
+        # GPTModelBuilder names GPTModel, which names its output layer. The subclasses add methods and no weights, so
         # re-classing the instances says the same as copying their builders' code, and stays right when that changes.
         model.__class__ = PairGPTModel
+        model.scale_embeddings = self._model_config.scale_embeddings
         if model.post_process:
             model.output_layer.__class__ = ScoringOutputLayer
         return model
@@ -65,6 +70,9 @@ class PairGPTBuilder(GPTModelBuilder):
 @dataclass(kw_only=True)
 class PairGPTConfig(GPTModelConfig):
     """GPTModelConfig that names our builder and layer spec."""
+
+    scale_embeddings: bool = False
+    """Multiply embeddings by the square root of the hidden size."""
 
     builder: ClassVar[str] = f"{__name__}.{PairGPTBuilder.__qualname__}"
 

@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
@@ -28,6 +29,7 @@ WEIGHTS_DIR = "reference_weights"
 def build_reference(config: PairGPTConfig) -> list[torch.nn.Module]:
     """Model chunks like the policy's, weights undefined, in evaluation mode. Collective."""
     config = copy.deepcopy(config)
+    config.pre_wrap_hooks = []  # those that give the policy its weights
     config.transformer.perform_initialization = False
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(
@@ -74,7 +76,7 @@ def load_weights(model: list[Any], directory: Path) -> None:
     state = _sharded_weights(model)
     try:
         loaded = dist_checkpointing.load(state, str(directory))
-    except Exception as error:  # the checkpoint library raises many kinds
+    except (Exception, CheckpointException) as error:  # many kinds, and one that is no Exception
         raise UserError(
             f"the reference weights in {directory} cannot be loaded: {type(error).__name__}: {error}"
         ) from error

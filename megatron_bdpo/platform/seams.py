@@ -61,6 +61,21 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
         (trainer, "training_log", _log(trainer.training_log, hooks)),
         (trainer, "evaluate", _evaluate(trainer.evaluate, hooks)),
     ]
+    with _replaced(replacements):
+        yield
+
+
+def initialize_megatron() -> None:
+    """Megatron's own, outside of ``pretrain`` and as it is within the seams."""
+    import megatron.core.datasets.utils as dataset_utils
+    from megatron.training.initialize import initialize_megatron as initialize
+
+    with _replaced([(dataset_utils, "compile_helpers", lambda: None)]):
+        initialize(allow_no_cuda=cpu.is_active())
+
+
+@contextlib.contextmanager
+def _replaced(replacements: list[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
     originals = [(module, name, getattr(module, name)) for module, name, _ in replacements]
     for module, name, replacement in replacements:
         setattr(module, name, replacement)

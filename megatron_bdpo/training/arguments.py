@@ -65,7 +65,10 @@ def parse(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None 
     """
     from megatron.training.arguments import parse_args
 
+    parsers: list[argparse.ArgumentParser] = []
+
     def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parsers.append(parser)
         add_preference_arguments(parser)
         parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
         known = {action.dest for action in parser._actions}
@@ -79,7 +82,9 @@ def parse(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None 
     try:
         if argv is not None:
             sys.argv = [program[0], *argv]  # Megatron's parser reads sys.argv
-        return parse_args(extra_args_provider=provide)
+        args = parse_args(extra_args_provider=provide)
+        args.given_flags = _given(parsers[0])
+        return args
     finally:
         sys.argv = program
 
@@ -99,6 +104,16 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     raise UserError(
         f"{message}." + (f" Did you mean {', '.join(near)}?" if near else "") + " (--help lists all flags.)"
     )
+
+
+def _given(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """What stands on the command line, whether or not it says the default: argument name -> flag."""
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    given, _ = parser.parse_known_args()
+    flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+    return {name: flags.get(name, name) for name in vars(given)}
 
 
 def _default_groups(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -155,6 +170,15 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="encode each prompt once for both answers",
     )
+    add(
+        "--hf-model",
+        metavar="PATH_OR_NAME",
+        help="Hugging Face model (directory or hub name) that the policy starts from and the reference is: sets the "
+        "model's arguments and the tokenizer, and is read into each rank's part directly",
+    )
+    add("--save-hf", metavar="DIR", help="at the end of training, write the policy as a Hugging Face model")
+    add("--scale-embeddings", action="store_true", help="multiply embeddings by the root of the hidden size (Gemma)")
+    add("--geglu-tanh", action="store_true", help="with --swiglu: tanh-approximated GELU in the place of SiLU (Gemma)")
     add("--preference-loss", default="bdpo", help=f"one of: {', '.join(registry.names())}")
     add(
         "--reference",

@@ -113,6 +113,13 @@ def broadcast[T](value: T | None) -> T:
     return result
 
 
+def gather[T](value: T) -> list[T]:
+    """Every rank's value, on every rank. Collective."""
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value, group=host_group())
+    return values
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum over all ranks, on the host. Collective."""
     distributed.all_reduce(values, group=host_group())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -102,15 +103,30 @@ def resumed_identity(args: argparse.Namespace, current: RunIdentity) -> RunIdent
     return replace(found, loss=current.loss)
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def stored_arguments(directory: Path) -> argparse.Namespace:
+    """The arguments that a checkpoint was written with.
+
+    Raises:
+        UserError: the directory holds no checkpoint.
+    """
     from megatron.core.dist_checkpointing import load_common_state_dict
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        arguments = load_common_state_dict(str(directory))["args"]
-    except Exception as error:  # the checkpoint library raises many kinds
+        arguments: argparse.Namespace = load_common_state_dict(str(directory))["args"]
+    except (Exception, CheckpointException) as error:  # many kinds, and one that is no Exception
         raise UserError(f"the checkpoint {directory} cannot be read: {type(error).__name__}: {error}") from error
-    stored = getattr(arguments, _ARGUMENT, None)
-    if stored is None:
+    return arguments
+
+
+def identity_in(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The identity among a run's arguments; empty where no preference run wrote them."""
+    return arguments.get(_ARGUMENT) or {}
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    stored = identity_in(vars(stored_arguments(directory)))
+    if not stored:
         raise UserError(
             f"the checkpoint {directory} was not written by a preference run, so there is nothing to resume. To start "
             "from its weights, name its directory with --pretrained-checkpoint instead of --load (or add --finetune)."
@@ -136,7 +152,7 @@ _ARITHMETIC = (
     "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "position_embedding_type", "rotary_base",
     "rotary_percent", "use_rope_scaling", "rope_scaling_factor", "rotary_interleaved",
     "rotary_seq_len_interpolation_factor", "rotary_scaling_factor", "yarn_original_max_position_embeddings",
-    "yarn_beta_fast", "yarn_beta_slow", "swiglu", "squared_relu", "openai_gelu",
+    "yarn_beta_fast", "yarn_beta_slow", "swiglu", "squared_relu", "openai_gelu", "geglu_tanh", "scale_embeddings",
     "qk_layernorm", "qk_l2_norm", "window_size", "window_attn_skip_freq", "apply_query_key_layer_scaling",
     "apply_residual_connection_post_layernorm", "params_dtype", "fp8", "fp8_recipe", "fp4", "transformer_impl",
     "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",

@@ -14,12 +14,14 @@ from megatron.core.utils import unwrap_model
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.digest import weights_digest
+from megatron_bdpo.model.hf.hub import is_model_directory
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.model.reference import WEIGHTS_DIR, build_reference, copy_policy, load_weights, save_weights
 from megatron_bdpo.training import reference_cache
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, context_rank, is_rank_zero, say
 from megatron_bdpo.training.forward import ReferenceValues
+from megatron_bdpo.training.hf_model import weights_loader
 from megatron_bdpo.training.identity import RunIdentity, checkpoint_directory, reference_identity
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.scoring import FloatArray, NoReference, ReferenceTable, ResidentReference, score_pairs
@@ -70,7 +72,7 @@ class ReferenceProvider:
             directory = checkpoint_directory(root)
             if directory is not None:
                 return str(directory.resolve())
-        return ""
+        return self.args.hf_model or ""
 
     # Resident ------------------------------------------------------------------------------------------------------
 
@@ -97,8 +99,11 @@ class ReferenceProvider:
                 "Start a new run from the checkpoint's weights with --finetune."
             )
         reference = build_reference(self.config)
-        with all_ranks_agree():
-            load_weights(reference, Path(identity.reference_weights))
+        if is_model_directory(Path(identity.reference_weights)):
+            weights_loader(identity.reference_weights)(unwrap_model(reference))
+        else:
+            with all_ranks_agree():
+                load_weights(reference, Path(identity.reference_weights))
         found = self._identify(reference)
         if found != identity.reference:
             raise UserError(

@@ -17,7 +17,6 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import unwrap_model
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.global_vars import get_tokenizer
 from megatron.training.training import destroy_global_state
 from torch import Tensor
 
@@ -33,6 +32,8 @@ from megatron_bdpo.training.arguments import log_to_wandb_too
 from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
 from megatron_bdpo.training.forward import PreferenceStep
+from megatron_bdpo.training.hf_export import check_save_hf, save_live
+from megatron_bdpo.training.hf_model import apply_hf_model, weights_loader
 from megatron_bdpo.training.job import apply_plan, build_job
 from megatron_bdpo.training.layout import check_layout
 from megatron_bdpo.training.progress import Progress
@@ -60,6 +61,8 @@ class PreferenceRun:
             UserError: on every rank.
         """
         self.args = args
+        apply_hf_model(args)
+        check_save_hf(args)
         with all_ranks_agree():
             refuse_what_cannot_be_honoured(args)
             check_layout(args)
@@ -73,9 +76,7 @@ class PreferenceRun:
         except UserError:
             _forget_global_state()
             raise
-        self.scoring = TokenScoring(
-            int(get_tokenizer().vocab_size), kernel=args.log_probs, chunk_size=args.log_prob_chunk_size
-        )
+        self.scoring = TokenScoring(args.scored_vocab_size, kernel=args.log_probs, chunk_size=args.log_prob_chunk_size)
         current = identity.identity_of(args, self.job)
         self._identity = identity.resumed_identity(args, current) or current
         self.progress = Progress(args.log_interval, args.train_iters)
@@ -93,13 +94,22 @@ class PreferenceRun:
     def pretrain(self) -> None:
         """Hand over to Megatron's trainer until the last step is done. Collective."""
         if not any(map(identity.checkpoint_directory, (self.args.load, self.args.pretrained_checkpoint))):
-            self._config.pre_wrap_hooks.append(functools.partial(initialize_by_name, seed=self.args.seed))
+            self._config.pre_wrap_hooks.append(self._initial_weights())
         try:
             with trainer_seams(self):
                 container = pretrain_cfg_container_from_args(self.args, self._config)
                 pretrain(container, self._dataset_provider(), ModelType.encoder_or_decoder, self._step)
+            if self.args.save_hf:
+                save_live(self.args, self._model, self.progress.evaluations[-1] if self.progress.evaluations else {})
         finally:
             _forget_global_state()
+
+    def _initial_weights(self) -> Callable[[list[Any]], list[Any]]:
+        """What fills the model where there is no checkpoint to load."""
+        if not self.args.hf_model:
+            return functools.partial(initialize_by_name, seed=self.args.seed)
+        self._config.transformer.perform_initialization = False
+        return weights_loader(self.args.hf_model)
 
     def print_table(self) -> None:
         """Print held-out results before and after, from the last rank, where metrics live. After ``pretrain``."""

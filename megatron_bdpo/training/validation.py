@@ -11,19 +11,22 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import validate_args
-from megatron.training.global_vars import set_global_variables
+from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero
+from megatron_bdpo.training.hf_model import vocabulary_size
 from megatron_bdpo.training.identity import checkpoint_directory
 from megatron_bdpo.training.job import apply_plan, made_up_plan
+from megatron_bdpo.training.model_config import model_config
 
 
 def set_up_megatron(args: argparse.Namespace) -> PairGPTConfig:
     """Validate Megatron's arguments and set its globals; returns the model's configuration. Collective.
+
+    Sets ``args.scored_vocab_size``: the entries that log-probs are normalised over.
 
     Raises:
         UserError: on every rank, with Megatron's reason.
@@ -31,7 +34,8 @@ def set_up_megatron(args: argparse.Namespace) -> PairGPTConfig:
     with all_ranks_agree(), _refusals_of_megatron():
         validate_args(args)
         set_global_variables(args)
-        return gpt_config_from_args(args, model_config_cls=PairGPTConfig)
+        args.scored_vocab_size = vocabulary_size(args, get_tokenizer())
+        return model_config(args)
 
 
 def rehearse(args: argparse.Namespace) -> None:
@@ -47,7 +51,7 @@ def rehearse(args: argparse.Namespace) -> None:
     )
     with all_ranks_agree(), _refusals_of_megatron(), contextlib.redirect_stdout(io.StringIO()):
         validate_args(trial)
-        gpt_config_from_args(trial, model_config_cls=PairGPTConfig)
+        model_config(trial)
 
 
 @contextlib.contextmanager

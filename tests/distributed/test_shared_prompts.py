@@ -101,7 +101,7 @@ def untrained(ranks, tmp_path_factory) -> Run:
 @pytest.fixture(scope="module")
 def llama(untrained) -> Any:
     pytest.importorskip("transformers", reason="the oracle is Hugging Face transformers")
-    return build_model("Llama", TINY_MODEL, whole_weights([untrained.outcome]))
+    return build_model("llama", TINY_MODEL, whole_weights([untrained.outcome]))
 
 
 @pytest.mark.parametrize("kind", ["conditional", "unconditional"])

@@ -58,11 +58,11 @@ TP2_PP2 = (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-s
 
 # Every loss, every family with tied embeddings or without, and embeddings tied across stages.
 CASES: dict[str, tuple[str, str, bool, tuple[int, list[str]]]] = {
-    **{f"{loss} Llama": (loss, "Llama", False, (1, [])) for loss in LOSSES},
-    "dpo Qwen2": ("dpo", "Qwen2", False, (1, [])),
-    "dpo Qwen3": ("dpo", "Qwen3", False, (1, [])),
-    "dpo Qwen2 tied": ("dpo", "Qwen2", True, (1, [])),
-    "dpo Qwen3 tied TP2 PP2": ("dpo", "Qwen3", True, TP2_PP2),
+    **{f"{loss} Llama": (loss, "llama", False, (1, [])) for loss in LOSSES},
+    "dpo Qwen2": ("dpo", "qwen2", False, (1, [])),
+    "dpo Qwen3": ("dpo", "qwen3", False, (1, [])),
+    "dpo Qwen2 tied": ("dpo", "qwen2", True, (1, [])),
+    "dpo Qwen3 tied TP2 PP2": ("dpo", "qwen3", True, TP2_PP2),
 }
 
 # TRL sums fp32 log-probs in fp32: up to some thousand nats, where one unit in the last place is 1e-4.
@@ -105,7 +105,7 @@ def case(request, ranks, tmp_path_factory) -> Case:
         pairs_as_text(PairStore.open(meta.parent), list(steps[1].tokens)),
         directory,
     )
-    return Case(steps[1], to_hugging_face(steps[1].gradients, model), expected)
+    return Case(steps[1], to_hugging_face(family, steps[1].gradients, model), expected)
 
 
 # TRL -----------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The program ``megatron-bdpo``: a sub-command per module."""

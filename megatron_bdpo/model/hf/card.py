@@ -1,0 +1,54 @@
+"""The model card of an exported model: what it was made of, and how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What is known of a run. All values are shown as they are."""
+
+    base_model: str = ""
+    loss: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Of the held-out pairs, at the end."""
+
+
+def model_card(facts: TrainingFacts) -> str:
+    """README.md of a model, with the header that Hugging Face reads."""
+    header = ["---", "library_name: transformers", "tags: [preference-optimization, megatron_bdpo]"]
+    if facts.base_model:
+        header.append(f"base_model: {json.dumps(facts.base_model)}")
+    start = f"from `{facts.base_model}` " if facts.base_model else ""
+    lines = [
+        *header,
+        "---",
+        "",
+        "# Model card",
+        "",
+        f"Trained {start}on preference pairs with megatron_bdpo, a plugin for NVIDIA Megatron.",
+        "",
+        f"Loss: {facts.loss or 'unknown'}",
+        *_table("Data", facts.data),
+        *_table("Settings", facts.settings),
+        *_table("Held-out pairs at the end", facts.metrics),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(title: str, values: Mapping[str, Any]) -> list[str]:
+    if not values:
+        return []
+    rows = [f"| {name} | {_cell(value)} |" for name, value in values.items()]
+    return ["", f"## {title}", "", "| | |", "|---|---|", *rows]
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,174 @@
+"""A directory of safetensors files, read row by row: no tensor is read that is not asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from megatron_bdpo.errors import UserError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+#: Data types of weights, by safetensors' names. Others are quantised.
+_DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+_SHOWN = 8  # names in one message
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor is."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return content
+
+
+@dataclass
+class HuggingFaceCheckpoint:
+    """The weights of a Hugging Face model on disk. One file is open at a time, so that one is mapped at a time."""
+
+    directory: Path
+    tensors: Mapping[str, StoredTensor]
+    _open_file: Path | None = None
+    _opened: Any = field(default=None, repr=False)
+
+    @classmethod
+    def open(cls, directory: Path) -> HuggingFaceCheckpoint:
+        """Read the index and the files' headers.
+
+        Raises:
+            UserError: a file is missing, truncated or no safetensors file.
+        """
+        tensors: dict[str, StoredTensor] = {}
+        for file in _files(directory):
+            tensors |= _read_header(file)
+        return cls(directory, tensors)
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare names, shapes and data types with those of the architecture.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        problems = [
+            *_listed("missing", expected.keys() - self.tensors.keys()),
+            *_listed("unexpected", (name for name in self.tensors.keys() - expected.keys() if not _is_buffer(name))),
+            *_listed(
+                "of another shape",
+                (
+                    f"{name} {list(self.tensors[name].shape)} instead of {list(shape)}"
+                    for name, shape in expected.items()
+                    if name in self.tensors and self.tensors[name].shape != shape
+                ),
+            ),
+            *_listed(
+                "of a data type that holds no weights",
+                (
+                    f"{name} {self.tensors[name].dtype}"
+                    for name in expected.keys() & self.tensors.keys()
+                    if self.tensors[name].dtype not in _DTYPES
+                ),
+            ),
+        ]
+        if problems:
+            listed = "\n".join(f"  {problem}" for problem in problems)
+            raise UserError(f"the weights in {self.directory} are not those that its {CONFIG} describes:\n{listed}")
+
+    def rows(self, name: str, start: int, stop: int, columns: tuple[slice, ...] = ()) -> Tensor:
+        """Rows of a tensor, and of these only some columns."""
+        stored = self.tensors[name]
+        try:
+            part: Tensor = self._file(stored.file).get_slice(name)[(slice(start, stop), *columns)]
+        except Exception as error:  # safetensors has an exception of its own
+            raise UserError(f"{name} in {stored.file} cannot be read: {error}") from error
+        return part
+
+    def close(self) -> None:
+        """Let go of the file that was read last."""
+        self._open_file = self._opened = None
+
+    def _file(self, path: Path) -> Any:
+        from safetensors import safe_open
+
+        if path != self._open_file:
+            self.close()
+            self._opened, self._open_file = safe_open(path, framework="pt"), path
+        return self._opened
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise UserError(f"{index} has no weight_map.")
+        return [directory / name for name in sorted(set(names.values()))]
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    others = sorted(path.name for path in [*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    found = f" There are {', '.join(others[:_SHOWN])}." if others else ""
+    raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}.{found} Weights are read from safetensors files.")
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, from its header: length as 8 bytes, then JSON, then the data."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            size = path.stat().st_size
+            header = json.loads(file.read(length)) if length <= size else None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (struct.error, ValueError) as error:
+        raise UserError(f"{path} is no safetensors file: {error}.") from error
+    if header is None:
+        raise UserError(f"{path} is truncated, or no safetensors file: {size} bytes, and a header of {length}.")
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise UserError(f"{path} is truncated or damaged: {size} bytes instead of {end}. Fetch the file again.")
+    for name, entry in header.items():
+        begin, stop = entry["data_offsets"]
+        width = _DTYPES.get(entry["dtype"])
+        if width and stop - begin != math.prod(entry["shape"]) * width:
+            raise UserError(f"{path} is damaged: {name} has {stop - begin} bytes for the shape {entry['shape']}.")
+    return {name: StoredTensor(path, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+def _listed(what: str, names: Iterable[str]) -> list[str]:
+    found = sorted(names)
+    if not found:
+        return []
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return [f"{what}: {', '.join(found[:_SHOWN])}{more}"]
+
+
+def _is_buffer(name: str) -> bool:
+    """Old releases wrote the rotary frequencies, which are computed, with the weights."""
+    return name.endswith(".rotary_emb.inv_freq")

@@ -1,0 +1,349 @@
+"""``config.json`` to Megatron's arguments and back, by the families' tables.
+
+A key that is neither translated nor known to be without effect is refused by name: it may change what the model
+computes. Configurations are read as JSON, so that every release of transformers writes what is understood here; the
+two spellings of rotary settings (``rope_theta`` and ``rope_scaling``, or ``rope_parameters`` since release 5) included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.hf.families import FAMILIES, OUTPUT_LAYER, REFUSED, Family
+from megatron_bdpo.model.hf.tensors import Dimensions, WeightMap
+
+Config = Mapping[str, Any]
+
+#: Megatron's arguments that are the same for all families, unless a family says otherwise.
+SHARED_ARGUMENTS: Mapping[str, Any] = {
+    "group_query_attention": True,
+    "normalization": "RMSNorm",
+    "layernorm_zero_centered_gamma": False,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "no_rope_freq": None,
+    "swiglu": True,
+    "geglu_tanh": False,
+    "quick_geglu": False,
+    "squared_relu": False,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "scale_embeddings": False,
+    "apply_residual_connection_post_layernorm": False,
+    "moe_layer_freq": 1,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_shared_expert_intermediate_size": None,
+}
+
+#: What transformers assumes for an absent key.
+DEFAULTS: Mapping[str, Any] = {"tie_word_embeddings": False, "rope_theta": 10_000.0}
+
+#: Keys that are translated for every family; others are where a family has a default for them.
+_TRANSLATED = frozenset({
+    "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "vocab_size", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
+})  # fmt: skip
+
+#: Keys that do not change what the model computes in training: bookkeeping, generation, other tasks' heads.
+_WITHOUT_EFFECT = frozenset({
+    "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range",
+    "max_position_embeddings", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "decoder_start_token_id", "bos_token", "eos_token", "_name_or_path", "name_or_path", "_commit_hash",
+    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "return_dict",
+    "output_hidden_states", "output_attentions", "output_router_logits", "router_aux_loss_coef", "torchscript",
+    "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "finetuning_task",
+    "tokenizer_class", "prefix", "unsloth_fixed", "unsloth_version", "model_name",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "use_bfloat16", "tf_legacy_loss",
+    "chunk_size_feed_forward", "pruned_heads",
+})  # fmt: skip
+
+#: Keys of which every family takes these values only.
+_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "attention_dropout": (0, None),
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
+}
+
+#: What Megatron's code has in the place of Llama 3's settings, which it does not let choose.
+_LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model, as both sides describe it."""
+
+    family: Family
+    arguments: Mapping[str, Any]
+    """Megatron's, by name."""
+    weights: WeightMap
+
+
+def read_config(config: Config) -> Architecture:
+    """The architecture that a ``config.json`` describes.
+
+    Raises:
+        UserError: a family, key or value that cannot be honoured, by name.
+    """
+    family = _family(config)
+    _refuse_unknown(config, family)
+    values = {**DEFAULTS, **family.defaults, **config}
+    sizes = _sizes(values)
+    arguments = (
+        dict(SHARED_ARGUMENTS)
+        | _size_arguments(sizes, values)
+        | _rope_arguments(values)
+        | _window_arguments(values, sizes.layers)
+        | _expert_arguments(values, sizes)
+        | dict(family.arguments)
+    )
+    tied = values["tie_word_embeddings"]
+    rules = {key: rule for key, rule in family.rules.items() if not (tied and key == OUTPUT_LAYER)}
+    return Architecture(family, arguments, WeightMap(rules, sizes))
+
+
+def _family(config: Config) -> Family:
+    name = str(config.get("model_type"))
+    if name in REFUSED:
+        raise UserError(f"models of the family '{name}' cannot be trained here: {REFUSED[name]}.")
+    if name not in FAMILIES:
+        raise UserError(f"config.json: unknown model_type '{name}'. Known families: {', '.join(sorted(FAMILIES))}.")
+    family = FAMILIES[name]
+    architectures = config.get("architectures") or [family.architecture]
+    if architectures != [family.architecture]:
+        raise UserError(
+            f"config.json: architectures {architectures} is no language model of the family '{name}', which is "
+            f"{family.architecture}."
+        )
+    return family
+
+
+def _refuse_unknown(config: Config, family: Family) -> None:
+    only = {**_ONLY, **family.only}
+    for key, value in config.items():
+        if key in only:
+            if value not in only[key]:
+                raise UserError(
+                    f"config.json: {key} is {value!r}, which models of the family '{family.model_type}' cannot have "
+                    f"here. Possible: {', '.join(map(repr, only[key]))}."
+                )
+        elif key not in _TRANSLATED | family.defaults.keys() | _WITHOUT_EFFECT:
+            raise UserError(
+                f"config.json: the key '{key}' ({value!r}) is not known for the family '{family.model_type}' and may "
+                "change what the model computes. Remove it if it does not."
+            )
+
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def _sizes(values: Config) -> Dimensions:
+    hidden, heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
+    experts = values.get("num_local_experts") or values.get("num_experts") or 0
+    return Dimensions(
+        layers=_whole(values, "num_hidden_layers"),
+        hidden=hidden,
+        ffn=_whole(values, "moe_intermediate_size" if values.get("moe_intermediate_size") else "intermediate_size"),
+        heads=heads,
+        groups=values.get("num_key_value_heads") or heads,
+        head=values.get("head_dim") or hidden // heads,
+        vocab=_whole(values, "vocab_size"),
+        experts=experts,
+    )
+
+
+def _whole(values: Config, key: str) -> int:
+    value = values.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"config.json: {key} must be a positive whole number, not {value!r}.")
+    return value
+
+
+def _size_arguments(sizes: Dimensions, values: Config) -> dict[str, Any]:
+    return {
+        "num_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        "ffn_hidden_size": values["intermediate_size"],
+        "num_attention_heads": sizes.heads,
+        "num_query_groups": sizes.groups,
+        "kv_channels": sizes.head,
+        "layernorm_epsilon": float(values["rms_norm_eps"]),
+        "untie_embeddings_and_output_weights": not values["tie_word_embeddings"],
+    }
+
+
+# Positions -----------------------------------------------------------------------------------------------------------
+
+
+def _rope_arguments(values: Config) -> dict[str, Any]:
+    rope = _rope_settings(values)
+    kind = rope.pop("rope_type")
+    arguments = {
+        "rotary_base": _as_whole(rope.pop("rope_theta")),
+        "use_rope_scaling": kind == "llama3",
+        "rotary_seq_len_interpolation_factor": None,
+    }
+    if kind == "llama3":
+        arguments["rope_scaling_factor"] = float(rope.pop("factor"))
+        constants = {key: rope.pop(key, None) for key in _LLAMA3_CONSTANTS}
+        if constants != _LLAMA3_CONSTANTS:
+            raise UserError(
+                f"config.json: Llama 3's rotary scaling with {constants}. Megatron's code has {_LLAMA3_CONSTANTS}."
+            )
+    elif kind == "linear":
+        arguments["rotary_seq_len_interpolation_factor"] = _as_whole(rope.pop("factor"))
+    elif kind != "default":
+        raise UserError(f"config.json: rotary scaling of the kind '{kind}' is not mapped. Mapped: llama3, linear.")
+    if rope:
+        raise UserError(f"config.json: rotary settings {rope} are not known for the kind '{kind}'.")
+    return arguments
+
+
+def _rope_settings(values: Config) -> dict[str, Any]:
+    """Rotary settings in transformers 5's spelling, whichever the file has."""
+    if values.get("rope_parameters") is None:
+        rope = {"rope_theta": values["rope_theta"], **(values.get("rope_scaling") or {})}
+    else:
+        rope = {"rope_theta": values["rope_theta"], **values["rope_parameters"]}
+    nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UserError(f"config.json: rotary settings that differ between layers ({', '.join(nested)}).")
+    old_name = rope.pop("type", None)
+    rope["rope_type"] = rope.get("rope_type") or old_name or "default"
+    if rope.pop("partial_rotary_factor", None) not in (None, 1):
+        raise UserError("config.json: partial_rotary_factor: only whole heads are rotated here.")
+    return rope
+
+
+def _as_whole(value: float) -> int | float:
+    """Megatron's flags for these take whole numbers; its code takes any."""
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _window_arguments(values: Config, layers: int) -> dict[str, Any]:
+    """Hugging Face's window counts the token itself; Megatron's is how far back it may look."""
+    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    kinds = values.get("layer_types")
+    if kinds is None:
+        first = values.get("max_window_layers") or 0 if "use_sliding_window" in values else 0
+        kinds = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
+    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise UserError(f"config.json: layer_types {kinds} are not {layers} times sliding_attention or full_attention.")
+    slides = [int(kind == "sliding_attention") for kind in kinds]
+    if not any(slides):
+        return {"window_size": None, "window_attn_skip_freq": None}
+    if not window:
+        raise UserError("config.json: layer_types has sliding_attention, but there is no sliding_window.")
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": None if all(slides) else slides}
+
+
+# Experts -------------------------------------------------------------------------------------------------------------
+
+
+def _expert_arguments(values: Config, sizes: Dimensions) -> dict[str, Any]:
+    if not sizes.experts:
+        return {"num_experts": None}
+    return {
+        "num_experts": sizes.experts,
+        "moe_ffn_hidden_size": sizes.ffn,
+        "moe_router_topk": _whole(values, "num_experts_per_tok"),
+        # Softmax over all experts and then the largest, or over the largest only: Mixtral's, and with norm_topk_prob
+        # Qwen's probabilities sum to one, which is the latter.
+        "moe_router_pre_softmax": not values.get("norm_topk_prob", True),
+    }
+
+
+# Back ----------------------------------------------------------------------------------------------------------------
+
+
+def write_config(model_type: str, arguments: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The ``config.json`` of a model that Megatron's arguments describe, in the spelling that all releases read.
+
+    Raises:
+        UserError: the arguments describe no model of that family.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(f"unknown family '{model_type}'. Known: {', '.join(sorted(FAMILIES))}.")
+    config = _unchecked_config(FAMILIES[model_type], arguments, vocab_size)
+    differing = differences(read_config(config).arguments, arguments)
+    if differing:
+        raise UserError(f"no model of the family '{model_type}' has these settings: {'; '.join(differing)}.")
+    return config
+
+
+def _unchecked_config(family: Family, arguments: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    window = arguments.get("window_size")
+    heads, hidden = arguments["num_attention_heads"], arguments["hidden_size"]
+    config: dict[str, Any] = {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        "vocab_size": vocab_size,
+        "num_hidden_layers": arguments["num_layers"],
+        "hidden_size": hidden,
+        "intermediate_size": arguments["ffn_hidden_size"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": arguments["num_query_groups"],
+        "head_dim": arguments.get("kv_channels") or hidden // heads,
+        "hidden_act": family.only["hidden_act"][0],
+        "rms_norm_eps": arguments["layernorm_epsilon"],
+        "rope_theta": float(arguments["rotary_base"]),
+        "tie_word_embeddings": not arguments["untie_embeddings_and_output_weights"],
+    }
+    if arguments.get("use_rope_scaling"):
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": arguments["rope_scaling_factor"],
+            **_LLAMA3_CONSTANTS,
+        }
+    if "sliding_window" in family.defaults:
+        config["sliding_window"] = window[0] + 1 if window else None
+    if "use_sliding_window" in family.defaults and window:
+        config |= {"use_sliding_window": True, "max_window_layers": 0}
+    if arguments.get("num_experts"):
+        config |= {
+            "num_local_experts": arguments["num_experts"],
+            "num_experts_per_tok": arguments["moe_router_topk"],
+        }
+    if "norm_topk_prob" in family.defaults:
+        config |= {
+            "num_experts": config.pop("num_local_experts"),
+            "moe_intermediate_size": arguments["moe_ffn_hidden_size"],
+            "norm_topk_prob": not arguments["moe_router_pre_softmax"],
+        }
+    return config
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Arguments that are found, but not as expected: 'name: found, but expected'."""
+    return [
+        f"{name}: {found[name]!r}, but {value!r} expected"
+        for name, value in expected.items()
+        if name in found and _plain(found[name]) != _plain(value)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
+    """The configuration with the weights' data type, under the name that it uses."""
+    name = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, name: dtype}

@@ -1,0 +1,162 @@
+"""The policy as a Hugging Face model: at the end of a run, and from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.hf.card import TrainingFacts, model_card
+from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
+from megatron_bdpo.model.hf.config import Architecture, differences, read_config, write_config
+from megatron_bdpo.model.hf.export import (
+    SafetensorsWriter,
+    new_directory,
+    refuse_existing,
+    split,
+    write_companions,
+)
+from megatron_bdpo.model.hf.gather import gathered_weights
+from megatron_bdpo.model.hf.stored import stored_weights
+from megatron_bdpo.model.hf.tensors import Place
+from megatron_bdpo.training import identity
+from megatron_bdpo.training.distributed import all_ranks_agree, gather, host_group, is_rank_zero, say
+
+#: What a reader of the model card wants to know of a run's arguments.
+_SETTINGS = (
+    "pairs_per_step", "train_iters", "seq_length", "max_prompt_length", "max_response_length", "lr", "min_lr",
+    "lr_decay_style", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "params_dtype",
+    "share_prompts", "reference", "seed", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "context_parallel_size", "expert_model_parallel_size", "data_parallel_size",
+)  # fmt: skip
+
+
+def check_save_hf(args: argparse.Namespace) -> None:
+    """Refuse what would fail after the training: called before it. Collective."""
+    with all_ranks_agree():
+        if args.save_hf and not args.hf_model:
+            raise UserError(
+                "--save-hf writes the configuration of --hf-model, which is not given. Export from a checkpoint "
+                "instead: megatron-bdpo convert export."
+            )
+        if args.save_hf and is_rank_zero():
+            refuse_existing(Path(args.save_hf))
+
+
+def save_live(args: argparse.Namespace, model: list[Any], metrics: Mapping[str, float]) -> None:
+    """Write the policy in ``model`` to ``--save-hf``. Collective.
+
+    Args:
+        model: the chunks, perhaps in DDP.
+        metrics: of the last evaluation, where this rank has them.
+    """
+    known = [each for each in gather(dict(metrics)) if each]
+    facts = training_facts(vars(args), known[0] if known else {})
+    original = Path(args.hf_model)
+    config = read_json(original / CONFIG)
+    source = gathered_weights(unwrap_model(model), host_group())
+    with all_ranks_agree():
+        if is_rank_zero():
+            _write_and_drain(source, Path(args.save_hf), config, original, facts)
+        else:
+            for _ in source:
+                pass
+    say(f"policy written to {args.save_hf}")
+
+
+def _write_and_drain(
+    source: Iterator[tuple[Place, Tensor | None]],
+    target: Path,
+    config: Mapping[str, Any],
+    original: Path,
+    facts: TrainingFacts,
+) -> None:
+    """Whatever happens while writing, the other ranks send their tensors to the last one."""
+    try:
+        here = ((place, whole) for place, whole in source if whole is not None)
+        write_model(here, target, config, original, facts)
+    except OSError as error:
+        raise UserError(f"--save-hf {target}: {error}") from error
+    finally:
+        for _ in source:
+            pass
+
+
+def write_model(
+    source: Iterable[tuple[Place, Tensor]],
+    target: Path,
+    config: Mapping[str, Any],
+    original: Path | None,
+    facts: TrainingFacts,
+) -> None:
+    """Write a Hugging Face model from whole Megatron tensors.
+
+    Raises:
+        UserError: ``target`` is there already, or tensors are missing; nothing is left at ``target`` then.
+    """
+    weights = read_config(config).weights
+    with new_directory(target) as directory:
+        writer = SafetensorsWriter(directory)
+        for place, whole in source:
+            writer.add(split(place, whole, weights))
+        writer.finish(weights.shapes())
+        write_companions(directory, config, writer.dtype, original, model_card(facts))
+
+
+def export_checkpoint(checkpoint: Path, target: Path, config: Mapping[str, Any], original: Path | None) -> None:
+    """Write the policy of a torch_dist checkpoint. Needs the process group of this one process.
+
+    Args:
+        checkpoint: the directory of one iteration, or one that names its newest.
+
+    Raises:
+        UserError: no such checkpoint, or one of another architecture than ``config``.
+    """
+    refuse_existing(target)
+    directory = identity.checkpoint_directory(str(checkpoint)) or checkpoint
+    arguments = vars(identity.stored_arguments(directory))
+    architecture = read_config(config)
+    check_architecture(architecture, arguments, directory)
+    source = stored_weights(directory, architecture.weights)
+    write_model(source, target, config, original, training_facts(arguments, {}))
+
+
+def config_of(checkpoint: Path, family: str) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint's model, from the arguments that it was trained with."""
+    directory = identity.checkpoint_directory(str(checkpoint)) or checkpoint
+    arguments = vars(identity.stored_arguments(directory))
+    if "scored_vocab_size" not in arguments:
+        raise UserError(f"the checkpoint {directory} was not written by a preference run. Give --hf-model.")
+    return write_config(family, arguments, arguments["scored_vocab_size"])
+
+
+def check_architecture(architecture: Architecture, arguments: Mapping[str, Any], directory: Path) -> None:
+    """Refuse to describe weights by another model's configuration."""
+    differing = differences(architecture.arguments, arguments)
+    if differing:
+        raise UserError(f"the checkpoint {directory} is of another architecture: {'; '.join(differing)}.")
+
+
+def training_facts(arguments: Mapping[str, Any], metrics: Mapping[str, float]) -> TrainingFacts:
+    """What a run's arguments, its identity among them, say about it."""
+    run = identity.identity_in(arguments)
+    return TrainingFacts(
+        base_model=str(arguments.get("hf_model") or arguments.get("pretrained_checkpoint") or ""),
+        loss=run.get("loss", ""),
+        data={
+            "pairs": " ".join(map(str, arguments.get("pair_data") or ())),
+            "held out": " ".join(map(str, arguments.get("eval_pair_data") or ())) or "none, or a share of the pairs",
+            "trained on": run.get("pairs"),
+            "fingerprint": run.get("data"),
+        },
+        settings={
+            "steps done": arguments.get("iteration"),
+            **{name: arguments[name] for name in _SETTINGS if arguments.get(name) is not None},
+        },
+        metrics=metrics,
+    )

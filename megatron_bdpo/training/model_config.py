@@ -1,0 +1,29 @@
+"""The model's configuration: Megatron's from its arguments, and what its arguments do not reach."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+
+from megatron.training.argument_utils import gpt_config_from_args
+from torch.nn import functional
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.pair_gpt import PairGPTConfig
+
+
+def model_config(args: argparse.Namespace) -> PairGPTConfig:
+    """The configuration of policy and reference, from validated arguments.
+
+    Raises:
+        UserError: ``--geglu-tanh`` without the gated layers that it changes.
+    """
+    config: PairGPTConfig = gpt_config_from_args(args, model_config_cls=PairGPTConfig)
+    config.rope_scaling_factor = args.rope_scaling_factor  # Megatron leaves the flag's value behind
+    config.scale_embeddings = args.scale_embeddings
+    if args.geglu_tanh:
+        if not args.swiglu:
+            raise UserError("--geglu-tanh is the activation of gated layers: add --swiglu.")
+        config.transformer.activation_func = functools.partial(functional.gelu, approximate="tanh")
+        config.transformer.bias_activation_fusion = False  # Megatron's fused kernels are for SiLU and plain GELU
+    return config

@@ -1,0 +1,165 @@
+"""Tiny random Hugging Face models, made by transformers itself, and their logits on the packs of a job."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from tests.harness.jobs import run_job
+
+VOCABULARY = 1030  # more than the example tokenizer's, and no multiple of anything: Megatron pads it
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 65_536,
+    "tie_word_embeddings": False,
+}
+_LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+#: Name -> transformers' class of the model, and settings beyond ``_SIZES``.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"rms_norm_eps": 1e-4}),
+    "llama tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama 3.2": ("Llama", {"rope_theta": 500_000.0, "rope_scaling": _LLAMA_3, "head_dim": 32}),
+    "llama linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "mistral": ("Mistral", {"sliding_window": 9, "head_dim": 32, "rope_theta": 1e6}),
+    "qwen2": ("Qwen2", {"rope_theta": 1e6}),
+    "qwen2 sliding": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "rope_theta": 1e6, "tie_word_embeddings": True}),
+    "gemma": ("Gemma", {"head_dim": 32, "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3 moe unnormed": (
+        "Qwen3Moe",
+        {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 32},
+    ),
+}
+
+
+def make_model(name: str, directory: Path, **settings: Any) -> Path:
+    """Write a random model in fp32. Weights are drawn wide, norms and biases too: errors in any of them shall show."""
+    import transformers
+
+    family, own = MODELS[name]
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{family}Config")(**(_SIZES | own | settings))
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter)) if parameter.dim() == 1 else parameter.mul_(3)
+    target = directory / name.replace(" ", "-")
+    model.save_pretrained(target)
+    return target
+
+
+def load_model(directory: Path) -> Any:
+    """transformers' model of a directory, as an oracle."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+#: Of one sequence: its tokens, and the logits after each of them.
+Sequence = tuple[np.ndarray, np.ndarray]
+
+Mistake = Callable[[contextlib.ExitStack], None]
+"""Breaks the code for as long as the stack is not unwound."""
+
+
+def logits(flags: list[str], *, mistake: Mistake | None = None, **overrides: Any) -> list[Sequence]:
+    """On the last rank: the logits of every sequence in the packs of a job's first scoring pass."""
+    found: list[Sequence] = []
+    with contextlib.ExitStack() as undo:
+        if mistake is not None:
+            mistake(undo)
+        undo.enter_context(_logits_told(lambda batch, values: found.extend(_sequences(batch, values))))
+        run_job(_scored_only(), [*flags, "--no-share-prompts"], overrides)
+    return found
+
+
+def _scored_only() -> type[Any]:
+    from megatron_bdpo.training.run import PreferenceRun
+
+    class ScoredOnly(PreferenceRun):
+        def after_load(self, model: list[Any]) -> None:
+            super().after_load(model)
+            raise SystemExit(0)
+
+    return ScoredOnly
+
+
+@contextlib.contextmanager
+def _logits_told(tell: Callable[[Any, torch.Tensor], None]) -> Any:
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from megatron_bdpo.model.pair_gpt import ScoringOutputLayer
+    from megatron_bdpo.training import forward
+
+    score_pack, output = forward.score_pack, ScoringOutputLayer.forward
+    batches: list[Any] = []
+
+    def score(model: Any, batch: Any, *rest: Any) -> Any:
+        batches.append(batch)
+        return score_pack(model, batch, *rest)
+
+    def forward_output(layer: Any, hidden: torch.Tensor, weight: Any, context: Any) -> Any:
+        local = hidden[:, 0] @ (layer.weight if weight is None else weight).T
+        tell(batches[-1], gather_from_tensor_model_parallel_region(local)[:, :VOCABULARY])
+        return output(layer, hidden, weight, context)
+
+    with (
+        mock.patch.object(forward, "score_pack", score),
+        mock.patch.object(ScoringOutputLayer, "forward", forward_output),
+    ):
+        yield
+
+
+def _sequences(batch: Any, values: torch.Tensor) -> list[Sequence]:
+    """A pack cut where positions start again; what no run covers is padding."""
+    used = sum(batch.query_lengths)
+    positions = batch.positions[0, :used]
+    starts = [*torch.nonzero(positions == 0)[:, 0].tolist(), used]
+    return [
+        (batch.tokens[0, first:stop].numpy(), values[first:stop].float().numpy())
+        for first, stop in itertools.pairwise(starts)
+    ]
+
+
+@torch.no_grad()
+def largest_difference(found: list[Sequence], model: Any) -> float:
+    """The largest |logit - transformers' logit| over all sequences."""
+    assert found
+    return max(
+        float((model(input_ids=torch.from_numpy(tokens)[None]).logits[0] - torch.from_numpy(values)).abs().max())
+        for tokens, values in found
+    )

@@ -1,0 +1,165 @@
+"""``config.json`` to arguments and back: both spellings, and refusal by name of whatever is not understood."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.hf.config import read_config, write_config
+from megatron_bdpo.model.hf.families import FAMILIES
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": False,
+}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+GEMMA = LLAMA | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "head_dim": 32}
+QWEN3_MOE = LLAMA | {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def arguments(config, *names):
+    found = read_config(config).arguments
+    return tuple(found[name] for name in names)
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA_3])
+def test_both_spellings_of_rotary_settings(scaling):
+    """Up to transformers 4 ``rope_theta`` and ``rope_scaling``, since then ``rope_parameters``."""
+    old = LLAMA | {"rope_scaling": scaling}
+    new = without(LLAMA, "rope_theta") | {
+        "rope_parameters": {"rope_theta": 500_000.0, **(scaling or {"rope_type": "default"})}
+    }
+    names = ("rotary_base", "use_rope_scaling")
+    assert arguments(old, *names) == arguments(new, *names) == (500_000, scaling is not None)
+    if scaling:
+        assert arguments(new, "rope_scaling_factor") == (32.0,)
+
+
+def test_window_counts_the_token_itself():
+    assert arguments(MISTRAL | {"sliding_window": 4096}, "window_size", "window_attn_skip_freq") == ((4095, 0), None)
+    assert arguments(MISTRAL | {"sliding_window": None}, "window_size") == (None,)
+
+
+def test_windows_of_some_layers():
+    sliding = QWEN2 | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    assert arguments(sliding, "window_size", "window_attn_skip_freq") == ((7, 0), [0, 1])
+    by_name = QWEN2 | {"sliding_window": 8, "use_sliding_window": True}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]}
+    assert arguments(by_name | kinds, "window_attn_skip_freq") == ([1, 0],)
+    assert arguments(QWEN2 | {"sliding_window": 8, "max_window_layers": 0}, "window_size") == (None,)
+
+
+def test_absent_keys_mean_what_transformers_means():
+    assert arguments(without(LLAMA, "rope_theta"), "rotary_base") == (10_000,)
+    assert arguments(without(LLAMA, "num_key_value_heads"), "num_query_groups") == (4,)
+    assert arguments(MISTRAL, "window_size") == ((4095, 0),)
+    assert arguments(without(GEMMA, "tie_word_embeddings"), "untie_embeddings_and_output_weights") == (False,)
+    assert arguments(QWEN3_MOE, "moe_router_pre_softmax") == (True,)
+
+
+REFUSED = {
+    "unknown family": (LLAMA | {"model_type": "mamba"}, "unknown model_type 'mamba'. Known families: gemma, llama"),
+    "gemma 2": (LLAMA | {"model_type": "gemma2"}, "'gemma2' cannot be trained here: its attention scores and logits"),
+    "gemma 3": (LLAMA | {"model_type": "gemma3_text"}, "'gemma3_text' cannot be trained here: it has norms behind"),
+    "a classifier": (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "is no language model"),
+    "unknown key": (LLAMA | {"logit_scale": 0.5}, "the key 'logit_scale' (0.5) is not known for the family 'llama'"),
+    "a key of another family": (LLAMA | {"sliding_window": 8}, "the key 'sliding_window' (8) is not known"),
+    "quantised": (LLAMA | {"quantization_config": {"bits": 4}}, "the key 'quantization_config'"),
+    "biases": (LLAMA | {"attention_bias": True}, "attention_bias is True, which"),
+    "activation": (LLAMA | {"hidden_act": "relu"}, "hidden_act is 'relu', which"),
+    "no size": (without(LLAMA, "hidden_size"), "hidden_size must be a positive whole number, not None"),
+    "yarn": (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rotary scaling of the kind 'yarn'"),
+    "another Llama 3": (
+        LLAMA | {"rope_scaling": LLAMA_3 | {"original_max_position_embeddings": 4096}},
+        "'original_max_position_embeddings': 4096}. Megatron's code has {'low_freq_factor': 1",
+    ),
+    "part of a head rotated": (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    "unknown rotary setting": (
+        LLAMA | {"rope_parameters": {"rope_type": "default", "attention_factor": 2.0}},
+        "{'attention_factor': 2.0} are not known",
+    ),
+    "rotary settings by layer": (
+        LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+        "differ between layers (full_attention)",
+    ),
+    "windows without size": (
+        QWEN2 | {"layer_types": ["sliding_attention"] * 2},
+        "layer_types has sliding_attention, but there is no sliding_window",
+    ),
+    "dense layers among experts": (QWEN3_MOE | {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_by_name(config, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_config(config)
+
+
+CONFIGS = {
+    "llama": LLAMA,
+    "llama 3": LLAMA | {"rope_scaling": LLAMA_3},
+    "mistral": MISTRAL | {"sliding_window": 8},
+    "qwen2": QWEN2,
+    "gemma": GEMMA,
+    "qwen3_moe": QWEN3_MOE,
+    "mixtral": LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_back_and_forth(config):
+    architecture = read_config(config)
+    written = write_config(config["model_type"], architecture.arguments, config["vocab_size"])
+    assert read_config(written) == architecture
+
+
+def test_arguments_that_no_model_of_the_family_has():
+    arguments = read_config(QWEN2).arguments
+    with pytest.raises(UserError, match="no model of the family 'llama' has these settings: add_qkv_bias: True, but"):
+        write_config("llama", arguments, 1000)
+
+
+def test_every_megatron_row_comes_from_one_place():
+    """The rules cut every Hugging Face tensor into ranges that cover it exactly once, in every family."""
+    for config in CONFIGS.values():
+        weights = read_config(config).weights
+        covered: dict[str, int] = {}
+        for key, rule in weights.rules.items():
+            if key.endswith("pre_mlp_layernorm.weight"):
+                continue  # Transformer Engine's name for another rule's tensor
+            for indices in weights._indices(key, rule):
+                for part in rule.parts(weights.sizes, dict(zip(("layer", "expert"), indices, strict=False))):
+                    covered[part.name] = covered.get(part.name, 0) + part.stop - part.start
+        assert covered == {name: shape[0] for name, shape in weights.shapes().items()}
+    assert {config["model_type"] for config in CONFIGS.values()} | {"qwen3"} == FAMILIES.keys()

@@ -1,0 +1,140 @@
+"""Every family's logits are transformers', whatever the layout: a converter may round-trip exactly and yet be wrong."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests.harness.jobs import last_stage
+from tests.harness.tiny_models import MODELS, largest_difference, load_model, logits, make_model
+
+pytest.importorskip("transformers", reason="the oracle is Hugging Face transformers")
+
+TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
+LAYOUTS = {
+    "TP1": (1, []),
+    "TP2": (2, TP2),
+    "PP2": (2, PP2),
+    "TP2 PP2": (4, [*TP2, *PP2]),
+}
+EP2 = (2, ["--expert-model-parallel-size", "2"])
+EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name]
+#: One model of every family in every layout, their variants in the simplest and the fullest.
+FULL = {"llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3 moe"}
+CASES = {
+    f"{name} {layout}": (name, *LAYOUTS[layout])
+    for name in MODELS
+    for layout in LAYOUTS
+    if name in FULL or layout in ("TP1", "TP2 PP2")
+} | {f"{name} EP2": (name, *EP2) for name in EXPERTS}
+
+# fp32: logits are up to some units, one unit in their last place is 2e-7 to 5e-7, after four layers on either side.
+LOGIT = 5e-6
+
+JOB = {"max_pairs": 4, "pairs_per_step": 4, "train_iters": 1, "preference_loss": "dpo"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Name -> (directory, transformers' model), made once."""
+    directory, made = tmp_path_factory.mktemp("models"), {}
+
+    def model(name):
+        if name not in made:
+            path = make_model(name, directory)
+            made[name] = path, load_model(path)
+        return made[name]
+
+    return model
+
+
+def difference(ranks, model, cache: Path, world_size=1, flags=(), mistake=None):
+    directory, expected = model
+    found = ranks(world_size)(
+        logits, ["--hf-model", str(directory), *flags], mistake=mistake, pair_cache_dir=str(cache), **JOB
+    )
+    return largest_difference(last_stage(found), expected)
+
+
+@pytest.mark.parametrize(("name", "world_size", "flags"), CASES.values(), ids=CASES)
+def test_logits_are_those_of_transformers(ranks, models, tmp_path, name, world_size, flags):
+    assert difference(ranks, models(name), tmp_path, world_size, flags) <= LOGIT
+
+
+# Mistakes that published converters made, each of which keeps round trips exact ---------------------------------------
+
+
+def rows_of_the_first_rank(undo: contextlib.ExitStack) -> None:
+    """A tensor-parallel rank gets other columns than its own, as from a scatter of strided memory."""
+    from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
+
+    rows = HuggingFaceCheckpoint.rows
+
+    def strided(self, name, start, stop, columns=()):
+        part = rows(self, name, start, stop, columns)
+        width = self.tensors[name].shape[-1]
+        return part if not columns or part.shape[-1] == width else part.T.reshape(part.shape)
+
+    undo.enter_context(mock.patch.object(HuggingFaceCheckpoint, "rows", strided))
+
+
+def rope_theta_lost(undo: contextlib.ExitStack) -> None:
+    """transformers 5 has it in ``rope_parameters``."""
+    from megatron_bdpo.model.hf import config
+
+    settings = config._rope_settings
+    undo.enter_context(
+        mock.patch.object(config, "_rope_settings", lambda values: settings(values) | {"rope_theta": 10_000.0})
+    )
+
+
+def window_off_by_one(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.model.hf import config
+
+    window = config._window_arguments
+    undo.enter_context(
+        mock.patch.object(
+            config,
+            "_window_arguments",
+            lambda values, layers: window({**values, "sliding_window": values["sliding_window"] + 1}, layers),
+        )
+    )
+
+
+def any_rope_is_llama_3s(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.model.hf import config
+
+    rope = config._rope_arguments
+    scaled = {"use_rope_scaling": True, "rope_scaling_factor": 8.0}
+    undo.enter_context(mock.patch.object(config, "_rope_arguments", lambda values: rope(values) | scaled))
+
+
+def rope_factor_left_behind(undo: contextlib.ExitStack) -> None:
+    """Megatron's own way from arguments to configuration forgets it: 8 in the place of Llama 3.2's 32."""
+    from megatron_bdpo.training import run
+
+    made = run.model_config
+
+    def forgetful(args):
+        config = made(args)
+        config.rope_scaling_factor = 8.0
+        return config
+
+    undo.enter_context(mock.patch.object(run, "model_config", forgetful))
+
+
+MISTAKES = {
+    "columns of strided memory": (rows_of_the_first_rank, "llama", 2, TP2),
+    "rope_theta lost": (rope_theta_lost, "qwen2", 1, []),
+    "window off by one": (window_off_by_one, "mistral", 1, []),
+    "any rope is Llama 3's": (any_rope_is_llama_3s, "llama", 1, []),
+    "rope factor left behind": (rope_factor_left_behind, "llama 3.2", 1, []),
+}
+
+
+@pytest.mark.parametrize(("mistake", "name", "world_size", "flags"), MISTAKES.values(), ids=MISTAKES)
+def test_a_silent_mistake_shows_in_the_logits(ranks, models, tmp_path, mistake, name, world_size, flags):
+    assert difference(ranks, models(name), tmp_path, world_size, flags, mistake) > 10 * LOGIT
