@@ -50,6 +50,7 @@ class PreferenceRun:
     Attributes:
         args: Megatron's arguments, validated.
         job: loss, pairs and plan.
+        model: the policy's chunks, once they are loaded.
         scoring: how positions are scored; its vocabulary is the tokenizer's.
         progress: metrics of steps and evaluations, filled on the last pipeline stage.
     """
@@ -86,7 +87,7 @@ class PreferenceRun:
             replace(self.scoring, entropy=args.log_entropy),
             check_nan=args.check_for_nan_in_loss_and_grad,
         )
-        self._model: list[Any] = []
+        self.model: list[Any] = []
         self._iteration = 0
         self._step_started = 0.0
         say(self.job.describe())
@@ -151,7 +152,7 @@ class PreferenceRun:
 
     def after_load(self, model: list[Any]) -> None:
         """The policy holds its weights: settle the reference and what checkpoints will say about this run."""
-        self._model = model
+        self.model = model
         self._iteration = self.args.iteration
         resumed = self._iteration > 0
         provider = ReferenceProvider(self.args, self.job, self._config, self.scoring)
@@ -173,7 +174,7 @@ class PreferenceRun:
         """Megatron's loop is about to start."""
         if self.args.eval_at_start and self.args.eval_iters and self._iteration == 0:
             gate, self._step.gate = self._step.gate, None
-            with weights_at_rest(self._model):
+            with weights_at_rest(self.model):
                 evaluate()
             self._step.gate = gate
 

@@ -23,7 +23,7 @@ def test_tensorboard_has_the_metrics_by_their_known_names(ranks, tmp_path):
     }  # fmt: skip
     assert expected <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("rewards/margins")] == [1, 2, 3]
-    assert [event.step for event in events.Scalars("rewards/margins validation")] == [0, 2]
+    assert [event.step for event in events.Scalars("rewards/margins validation")] == [0, 2, 3]
 
 
 def test_evaluation_covers_all_held_out_pairs_on_every_layout(ranks, tmp_path):

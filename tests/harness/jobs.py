@@ -66,7 +66,6 @@ def last_weights_kept() -> type[Any]:
     from megatron_bdpo.training.run import PreferenceRun
 
     class LastWeightsKept(PreferenceRun):
-        model: Any = None
         shards: Any = ()
 
         def after_load(self, model: list[Any]) -> None:
@@ -92,7 +91,7 @@ def run_job(run_type: type[Any], flags: list[str], overrides: dict[str, Any]) ->
         except SystemExit as stop:  # --exit-interval and signals end Megatron's loop this way
             return run, int(stop.code or 0)
         finally:
-            _empty(run.model or [])
+            _empty(run.model)
     return run, None
 
 

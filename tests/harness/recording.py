@@ -100,8 +100,6 @@ def _recorded_run() -> type[Any]:
     from megatron_bdpo.training.run import PreferenceRun
 
     class RecordedRun(PreferenceRun):
-        model: Any = None
-
         def __init__(self, args: Any) -> None:
             super().__init__(args)
             self.seen: list[_Seen] = []
