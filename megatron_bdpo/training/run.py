@@ -101,7 +101,7 @@ class PreferenceRun:
                 container = pretrain_cfg_container_from_args(self.args, self._config)
                 pretrain(container, self._dataset_provider(), ModelType.encoder_or_decoder, self._step)
             if self.args.save_hf:
-                save_live(self.args, self._model, self.progress.evaluations[-1] if self.progress.evaluations else {})
+                save_live(self.args, self.model, self.progress.evaluations[-1] if self.progress.evaluations else {})
         finally:
             _forget_global_state()
 

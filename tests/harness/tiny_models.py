@@ -120,7 +120,10 @@ def _scored_only() -> type[Any]:
 
 @contextlib.contextmanager
 def _logits_told(tell: Callable[[Any, torch.Tensor], None]) -> Any:
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from megatron.core.tensor_parallel import (
+        gather_from_sequence_parallel_region,
+        gather_from_tensor_model_parallel_region,
+    )
 
     from megatron_bdpo.model.pair_gpt import ScoringOutputLayer
     from megatron_bdpo.training import forward
@@ -133,7 +136,8 @@ def _logits_told(tell: Callable[[Any, torch.Tensor], None]) -> Any:
         return score_pack(model, batch, *rest)
 
     def forward_output(layer: Any, hidden: torch.Tensor, weight: Any, context: Any) -> Any:
-        local = hidden[:, 0] @ (layer.weight if weight is None else weight).T
+        whole = gather_from_sequence_parallel_region(hidden) if layer.config.sequence_parallel else hidden
+        local = whole[:, 0] @ (layer.weight if weight is None else weight).T
         tell(batches[-1], gather_from_tensor_model_parallel_region(local)[:, :VOCABULARY])
         return output(layer, hidden, weight, context)
 

@@ -21,11 +21,12 @@ LAYOUTS = {
     "TP2 PP2": (4, [*TP2, *PP2]),
 }
 EP2 = (2, ["--expert-model-parallel-size", "2"])
+SP = ["--sequence-parallel"]  # which experts need with tensor parallelism, and which is nothing without it
 EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name]
 #: One model of every family in every layout, their variants in the simplest and the fullest.
 FULL = {"llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3 moe"}
 CASES = {
-    f"{name} {layout}": (name, *LAYOUTS[layout])
+    f"{name} {layout}": (name, LAYOUTS[layout][0], [*LAYOUTS[layout][1], *(SP if name in EXPERTS else [])])
     for name in MODELS
     for layout in LAYOUTS
     if name in FULL or layout in ("TP1", "TP2 PP2")
@@ -114,16 +115,16 @@ def any_rope_is_llama_3s(undo: contextlib.ExitStack) -> None:
 
 def rope_factor_left_behind(undo: contextlib.ExitStack) -> None:
     """Megatron's own way from arguments to configuration forgets it: 8 in the place of Llama 3.2's 32."""
-    from megatron_bdpo.training import run
+    from megatron_bdpo.training import validation
 
-    made = run.model_config
+    made = validation.model_config
 
     def forgetful(args):
         config = made(args)
         config.rope_scaling_factor = 8.0
         return config
 
-    undo.enter_context(mock.patch.object(run, "model_config", forgetful))
+    undo.enter_context(mock.patch.object(validation, "model_config", forgetful))
 
 
 MISTAKES = {
