@@ -56,7 +56,8 @@ def save_live(args: argparse.Namespace, model: list[Any], metrics: Mapping[str, 
         metrics: of the last evaluation, where this rank has them.
     """
     known = [each for each in gather(dict(metrics)) if each]
-    facts = training_facts(vars(args), known[0] if known else {})
+    done = {**vars(args), "iteration": args.train_iters}  # Megatron leaves there where the run began
+    facts = training_facts(done, known[0] if known else {})
     original = Path(args.hf_model)
     config = read_json(original / CONFIG)
     source = gathered_weights(unwrap_model(model), host_group())
