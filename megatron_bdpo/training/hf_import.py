@@ -13,11 +13,11 @@ from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import set_global_variables
 from megatron.training.training import destroy_global_state
 
-from megatron_bdpo.errors import UserError
 from megatron_bdpo.platform.seams import initialize_megatron
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.hf_model import apply_hf_model, weights_loader
 from megatron_bdpo.training.model_config import model_config
+from megatron_bdpo.training.validation import refusals_of_megatron
 
 
 def import_model(args: argparse.Namespace) -> None:
@@ -44,11 +44,8 @@ def model_in_memory(args: argparse.Namespace) -> Iterator[list[Any]]:
     args.seq_length = args.max_position_embeddings = args.seq_length or 1
     args.perform_initialization = False
     try:
-        with all_ranks_agree():
-            try:
-                validate_args(args)
-            except (AssertionError, ValueError) as error:
-                raise UserError(f"Megatron refused the model's arguments: {error}") from error
+        with all_ranks_agree(), refusals_of_megatron():
+            validate_args(args)
         set_global_variables(args, build_tokenizer=False)
         initialize_megatron()
         config = model_config(args)

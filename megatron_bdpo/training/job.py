@@ -152,10 +152,11 @@ def _build_tokenizer(args: argparse.Namespace) -> Any:
             argparse.Namespace(**vars(args))
         )  # a copy: it writes the vocabulary size into its argument
     except (ValueError, OSError, TypeError, NameError, ImportError) as error:  # NameError: its library is not installed
+        lacks_library = isinstance(error, ImportError | NameError)
+        advice = ". For Hugging Face tokenizers: pip install 'megatron_bdpo[hf]'." if lacks_library else ""
         raise UserError(
             f"the tokenizer cannot be built (--tokenizer-type {args.tokenizer_type}, --tokenizer-model "
-            f"{args.tokenizer_model}): {error}. HuggingFaceTokenizer needs transformers: pip install "
-            "'megatron_bdpo[hf]'."
+            f"{args.tokenizer_model}): {error}{advice}"
         ) from error
 
 

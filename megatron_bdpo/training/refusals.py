@@ -26,7 +26,9 @@ class _Refusal(NamedTuple):
 _REFUSALS = (
     # What contradicts itself, or lacks something.
     _Refusal(
-        lambda a: (a.train_iters is None) == (a.pair_epochs is None) or (a.pair_epochs or 1) <= 0,
+        lambda a: (
+            (a.train_iters is None) == (a.pair_epochs is None) or (a.pair_epochs is not None and a.pair_epochs <= 0)
+        ),
         "give one of --train-iters (optimizer steps) and --pair-epochs (passes over the pairs, above 0).",
     ),
     _Refusal(

@@ -165,7 +165,8 @@ class PreferenceRun:
 
     def _auxiliary_loss_scale(self, config: Any) -> Tensor:
         """What the router's losses of this step are multiplied by: see ``model.moe``."""
-        pairs = self.job.plan.steps[self._iteration]
+        # An evaluation may follow the last step; it asks too, although nothing is scaled there.
+        pairs = self.job.plan.steps[min(self._iteration, len(self.job.plan.steps) - 1)]
         tokens = group_tokens(self.job.pool.lengths[pairs], share_prompts=self.job.share_prompts).sum()
         one = torch.ones(1, device=torch.cuda.current_device())
         return (config.grad_scale_func(one) if config.grad_scale_func else one) * (len(pairs) / tokens)

@@ -31,7 +31,7 @@ def set_up_megatron(args: argparse.Namespace) -> PairGPTConfig:
     Raises:
         UserError: on every rank, with Megatron's reason.
     """
-    with all_ranks_agree(), _refusals_of_megatron():
+    with all_ranks_agree(), refusals_of_megatron():
         validate_args(args)
         set_global_variables(args)
         args.scored_vocab_size = vocabulary_size(args, get_tokenizer())
@@ -49,13 +49,14 @@ def rehearse(args: argparse.Namespace) -> None:
     trial.padded_vocab_size = trial.padded_vocab_size or trial.make_vocab_size_divisible_by * (
         trial.tensor_model_parallel_size
     )
-    with all_ranks_agree(), _refusals_of_megatron(), contextlib.redirect_stdout(io.StringIO()):
+    with all_ranks_agree(), refusals_of_megatron(), contextlib.redirect_stdout(io.StringIO()):
         validate_args(trial)
         model_config(trial)
 
 
 @contextlib.contextmanager
-def _refusals_of_megatron() -> Iterator[None]:
+def refusals_of_megatron() -> Iterator[None]:
+    """What Megatron raises inside the block as a UserError with its reason."""
     try:
         yield
     except UserError:

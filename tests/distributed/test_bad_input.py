@@ -102,6 +102,13 @@ def test_wrong_flag_is_refused_on_every_rank(ranks, tmp_path, name):
     assert_refused(ranks(2)(refusal, flags, pair_cache_dir=str(tmp_path / "cache")), expected)
 
 
+@pytest.mark.parametrize("epochs", ["0", "-3"])
+def test_no_epochs_are_refused(ranks, tmp_path, epochs):
+    """Instead of, not beside, a number of steps."""
+    flags = ["--pair-epochs", epochs]
+    assert_refused(ranks(1)(refusal, flags, train_iters=None, pair_cache_dir=str(tmp_path)), "above 0")
+
+
 @pytest.mark.parametrize(
     "name", ["missing file", "empty file", "broken line", "wrong type", "missing column", "tokenizer"]
 )

@@ -34,6 +34,13 @@ def test_evaluation_covers_all_held_out_pairs_on_every_layout(ranks, tmp_path):
         assert_same_steps(found, expected)
 
 
+def test_experts_are_evaluated_too(ranks, tmp_path):
+    """After the last step as well, where no step follows whose tokens their auxiliary losses would be means over."""
+    experts = ["--num-experts", "4", "--moe-aux-loss-coeff", "0.01"]
+    outcome = last_stage(ranks(1)(train, [*HELD_OUT, *experts], pair_cache_dir=str(tmp_path)))
+    assert [record["iteration"] for record in outcome.evaluations] == [0, 2, 3]
+
+
 def test_share_held_out_from_training_data(ranks, tmp_path):
     outcome = last_stage(ranks(1)(train, ["--eval-share", "0.25", "--eval-at-start"], pair_cache_dir=str(tmp_path)))
     assert len(outcome.evaluations) == 2
