@@ -13,6 +13,7 @@ and restored afterwards. Nothing is copied: each wrapper calls Megatron's own fu
 | `get_forward_backward_func` | the resident reference scores the step's microbatches before the policy's pass         |
 | `training_log`              | Megatron's line leaves out negative values (log-probs, rewards) and knows no pairs     |
 | `evaluate`                  | the same for evaluation, and the before/after table                                    |
+| `get_signal_handler`        | a stop file asks for what a signal asks for: a checkpoint, then the end                |
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class TrainerHooks(Protocol):
     def after_evaluation(self, metrics: dict[str, torch.Tensor]) -> None:
         """One pass over the held-out pairs is done. ``metrics`` is empty but on the last pipeline stage."""
 
+    def signals_received(self) -> list[bool]:
+        """After each step, with ``args.exit_signal_handler``: any True ends the run after a checkpoint."""
+
 
 @contextlib.contextmanager
 def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
@@ -60,6 +64,7 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
         (trainer, "get_forward_backward_func", _schedule(trainer.get_forward_backward_func, hooks)),
         (trainer, "training_log", _log(trainer.training_log, hooks)),
         (trainer, "evaluate", _evaluate(trainer.evaluate, hooks)),
+        (trainer, "get_signal_handler", lambda: hooks),
     ]
     with _replaced(replacements):
         yield

@@ -187,6 +187,12 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         help="score the reference once before training, or keep a frozen copy beside the policy",
     )
     add("--reference-cache", metavar="DIR", help="where the reference values of this data and model are kept")
+    add(
+        "--stop-file",
+        nargs="+",
+        metavar="PATH",
+        help="when one of these files appears, save a checkpoint after the current step and end, as SIGTERM does",
+    )
     add("--eval-at-start", action="store_true", help="evaluate the held-out pairs before the first step, too")
     add(
         "--step-zero-check",

@@ -44,6 +44,14 @@ def main(defaults: Mapping[str, Any] | None = None) -> PreferenceRun:
     try:
         return train(defaults=defaults)
     except UserError as error:
+        _tell_launcher(error)
         if not error.shown and int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def _tell_launcher(error: UserError) -> None:
+    """Leave word that there is no use in trying again."""
+    from megatron_bdpo.training.status import write_status
+
+    write_status("refused", None, reason=str(error))

@@ -203,6 +203,11 @@ _REFUSALS = (
         lambda a: a.logits_save_dir or a.logits_load_dir,
         "--logits-save-dir and --logits-load-dir: a preference run makes no logits of whole sequences.",
     ),
+    _Refusal(
+        lambda a: a.exit_signal_handler_for_training or a.exit_signal_handler_for_dataloader,
+        "--exit-signal-handler-for-training would end a run without a checkpoint, and --exit-signal-handler-for-"
+        "dataloader is for loaders that pairs do not use. SIGTERM, --exit-signal and --stop-file save one first.",
+    ),
     _Refusal(lambda a: a.seed < 1, "--seed: Megatron takes positive seeds only."),
     _Refusal(
         lambda a: a.batch_invariant_mode,

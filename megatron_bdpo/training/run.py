@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,7 +41,9 @@ from megatron_bdpo.training.progress import Progress
 from megatron_bdpo.training.references import ReferenceProvider
 from megatron_bdpo.training.refusals import refuse_what_cannot_be_honoured
 from megatron_bdpo.training.scoring import NoReference, ResidentReference
+from megatron_bdpo.training.status import State, write_status
 from megatron_bdpo.training.step_zero import StepZeroGate
+from megatron_bdpo.training.stopping import StopRequest
 from megatron_bdpo.training.validation import check_directories, rehearse, set_up_megatron
 
 
@@ -53,6 +56,7 @@ class PreferenceRun:
         model: the policy's chunks, once they are loaded.
         scoring: how positions are scored; its vocabulary is the tokenizer's.
         progress: metrics of steps and evaluations, filled on the last pipeline stage.
+        stop: whether the run has been asked to stop, and why.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -72,6 +76,7 @@ class PreferenceRun:
         check_directories(args)
         self.job = build_job(args)
         apply_plan(args, self.job.plan, len(self.job.eval_packs))
+        args.exit_signal_handler = False  # Megatron is to set no handler of its own: we answer for it, see ``stopping``
         try:
             self._config = set_up_megatron(args)
         except UserError:
@@ -88,6 +93,8 @@ class PreferenceRun:
             check_nan=args.check_for_nan_in_loss_and_grad,
         )
         self.model: list[Any] = []
+        self.stop = StopRequest(args.stop_file or ())
+        args.exit_signal_handler = True  # now Megatron's loop asks after each step
         self._iteration = 0
         self._step_started = 0.0
         say(self.job.describe())
@@ -97,13 +104,29 @@ class PreferenceRun:
         if not any(map(identity.checkpoint_directory, (self.args.load, self.args.pretrained_checkpoint))):
             self._config.pre_wrap_hooks.append(self._initial_weights())
         try:
-            with trainer_seams(self):
+            with trainer_seams(self), self.stop.listening(signal.SIGTERM, self.args.exit_signal):
                 container = pretrain_cfg_container_from_args(self.args, self._config)
                 pretrain(container, self._dataset_provider(), ModelType.encoder_or_decoder, self._step)
             if self.args.save_hf:
                 save_live(self.args, self.model, self.progress.evaluations[-1] if self.progress.evaluations else {})
+            self._report("finished")
+        except SystemExit as leaving:
+            if not leaving.code:
+                self._report("stopped", self.stop.reason or "--exit-interval or --exit-duration-in-mins")
+                say(self._farewell())
+            raise
         finally:
             _forget_global_state()
+
+    def _report(self, state: State, reason: str = "") -> None:
+        write_status(state, self.args.save, step=self._iteration, of=self.args.train_iters, reason=reason)
+
+    def _farewell(self) -> str:
+        reason = f" ({self.stop.reason})" if self.stop.reason else ""
+        place = f"stopped{reason} after step {self._iteration} of {self.args.train_iters}"
+        if not self.args.save:
+            return f"{place}; nothing was kept, for want of --save."
+        return f"{place}; the same command with --load {self.args.save} goes on."
 
     def _initial_weights(self) -> Callable[[list[Any]], list[Any]]:
         """What fills the model where there is no checkpoint to load."""
@@ -173,6 +196,8 @@ class PreferenceRun:
 
     def before_training(self, evaluate: Callable[[], Any]) -> None:
         """Megatron's loop is about to start."""
+        self._report("running")
+        self.stop.leave_if_asked()
         if self.args.eval_at_start and self.args.eval_iters and self._iteration == 0:
             gate, self._step.gate = self._step.gate, None
             with weights_at_rest(self.model):
@@ -210,6 +235,10 @@ class PreferenceRun:
     def after_evaluation(self, metrics: dict[str, Tensor]) -> None:
         """Report the held-out pairs."""
         self.progress.evaluation(metrics, self._iteration)
+
+    def signals_received(self) -> list[bool]:
+        """Whether to stop after this step."""
+        return self.stop.signals_received()
 
 
 def _forget_global_state() -> None:

@@ -93,6 +93,8 @@ REFUSED = {
     "--logits-load-dir logits": "--logits-save-dir and --logits-load-dir",
     "--freeze-all-layers": "--freeze-all-layers",
     "--perform-rl-step": "--perform-rl-step",
+    "--exit-signal-handler-for-training": "--exit-signal-handler-for-training",
+    "--exit-signal-handler-for-dataloader": "--exit-signal-handler-for-training",
     "--ckpt-format torch": "--ckpt-format",
     "--ckpt-format fsdp_dtensor": "--ckpt-format",
 }
@@ -118,6 +120,8 @@ ALLOWED = [
     "--window-size 64,0 --bf16",
     "--log-probs plain --log-entropy",
     "--log-prob-chunk-size 8",
+    "--exit-signal-handler --exit-signal SIGUSR2",
+    "--stop-file a b",
 ]
 
 

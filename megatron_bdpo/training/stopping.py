@@ -1,0 +1,83 @@
+"""Being asked to stop: a signal on any rank, or a file that rank 0 sees. All ranks hear of it at the same moment.
+
+Megatron's loop asks its signal handler after each step and, when one of the ranks has had a signal, saves a checkpoint
+and exits. We answer in the handler's place (``platform.seams``), because a batch script can signal neither srun nor
+torchrun without killing the ranks: it touches a file instead. Scoring the reference asks too; it has no loop of
+Megatron's around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from megatron_bdpo.training.distributed import gather, is_rank_zero, sum_over_ranks
+
+
+class StopRequested(SystemExit):
+    """Raised on all ranks to leave before the first step; ``code`` is 0, as when Megatron's loop ends early."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+class StopRequest:
+    """Collects requests to stop.
+
+    Attributes:
+        reason: why the run is to stop, once ``signals_received`` or ``leave_if_asked`` has said so; else empty.
+    """
+
+    def __init__(self, files: Sequence[str] = ()) -> None:
+        """
+        Args:
+            files: any of them asks to stop by being there. Rank 0 looks.
+        """
+        self.reason = ""
+        self._files = [Path(file) for file in files]
+        self._signal = ""
+
+    @contextlib.contextmanager
+    def listening(self, *signals: signal.Signals) -> Iterator[None]:
+        """Inside the block the signals ask to stop, instead of ending this process at once."""
+        if threading.current_thread() is not threading.main_thread():  # only the main one may set handlers
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in {*signals}}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+
+    def signals_received(self) -> list[bool]:
+        """What ``megatron.training.dist_signal_handler.DistributedSignalHandler`` answers. Collective."""
+        own = self._own_reason()
+        if sum_over_ranks(torch.tensor([float(bool(own))])).item() and not self.reason:
+            self.reason = next(filter(None, gather(own)))
+        return [bool(self.reason)]
+
+    def _own_reason(self) -> str:
+        if self._signal:
+            return f"{self._signal} received"
+        if is_rank_zero():
+            return next((f"{file} is there" for file in self._files if file.exists()), "")
+        return ""
+
+    def leave_if_asked(self) -> None:
+        """For the places before the first step. Collective.
+
+        Raises:
+            StopRequested: on all ranks.
+        """
+        if any(self.signals_received()):
+            raise StopRequested

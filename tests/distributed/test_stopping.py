@@ -1,0 +1,73 @@
+"""Asked to stop, by a signal to one rank or by a file: a checkpoint, one exit for all ranks, and a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from tests.distributed.test_resume import assert_bit_identical
+from tests.harness.jobs import Outcome, last_stage, last_weights_kept, run_job, train
+
+LAYOUT = ["--tensor-model-parallel-size", "2", "--train-iters", "4", "--save-interval", "100"]
+
+
+def train_and_ask(flags, *, at_step, rank, sends=None, touches=None):
+    """Run the tiny job on this rank; after ``at_step`` steps ``rank`` signals itself, or touches a file."""
+
+    class Asking(last_weights_kept()):
+        def after_step(self, losses, iteration, skipped):
+            super().after_step(losses, iteration, skipped)
+            if iteration == at_step and self.args.rank == rank:
+                if sends:
+                    os.kill(os.getpid(), sends)
+                if touches:
+                    touches.touch()
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    run, exit_code = run_job(Asking, flags, {})
+    assert handlers == {number: signal.getsignal(number) for number in handlers}, "handlers are put back"
+    return Outcome(run.progress.steps, run.progress.evaluations, list(run.shards), exit_code), run.stop.reason
+
+
+def status(directory):
+    return json.loads((directory / "status.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("how", "expected_reason"),
+    [
+        ({"rank": 1, "sends": signal.SIGTERM}, "SIGTERM received"),
+        ({"rank": 0, "sends": signal.SIGUSR2}, "SIGUSR2 received"),
+        ({"rank": 0, "touches": "stop"}, "stop is there"),
+    ],
+)
+def test_stopped_run_resumes_bit_identically(ranks, tmp_path, how, expected_reason):
+    whole, parts, stop_file = tmp_path / "whole", tmp_path / "parts", tmp_path / "stop"
+    uninterrupted = ranks(2)(train, [*LAYOUT, "--save", str(whole)])
+    assert status(whole)["state"] == "finished"
+    if "touches" in how:
+        how = how | {"touches": stop_file}
+    resume = [*LAYOUT, "--save", str(parts), "--load", str(parts), "--exit-signal", "SIGUSR2"]
+    watched = ["--stop-file", str(tmp_path / "other"), str(stop_file)]
+    stopped = ranks(2)(train_and_ask, [*resume, *watched], at_step=2, **how)
+    assert [outcome.exit_code for outcome, _ in stopped] == [0, 0]
+    assert all(reason.endswith(expected_reason) for _, reason in stopped)
+    assert [step["iteration"] for step in last_stage(stopped)[0].steps] == [1, 2]
+    found = status(parts)
+    assert (found["state"], found["step"], found["of"]) == ("stopped", 2, 4)
+    assert found["reason"].endswith(expected_reason)
+    assert_bit_identical(uninterrupted, ranks(2)(train, resume))
+    assert status(parts)["state"] == "finished"
+
+
+def test_asked_before_the_first_step(ranks, tmp_path):
+    stop_file = tmp_path / "stop"
+    stop_file.touch()
+    flags = [*LAYOUT, "--save", str(tmp_path / "run"), "--stop-file", str(stop_file)]
+    outcomes = ranks(2)(train, flags)
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0]
+    assert last_stage(outcomes).steps == []
+    assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["step"]) == ("stopped", 0)
