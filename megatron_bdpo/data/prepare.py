@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -87,12 +88,13 @@ def prepare_pairs(settings: PairDataSettings, tokenizer: PairTokenizer, progress
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--pair-cache-dir: {cache_dir} cannot be made: {error.strerror or error}.") from error
-    fingerprint = _fingerprint(settings, tokenizer, cache_dir)
+    recipe = _recipe(settings, tokenizer, cache_dir)
+    fingerprint = _fingerprint(recipe, settings.max_pairs)
     directory = cache_dir / fingerprint[:16]
     if not directory.exists():
         try:
             with _committed(directory) as unfinished, PairStoreWriter(unfinished) as writer:
-                _write_store(writer, settings, tokenizer, fingerprint, progress)
+                _write_store(writer, settings, tokenizer, recipe, progress)
         except OSError as error:  # failures to read come as UserError already
             raise UserError(f"--pair-cache-dir: cannot write to {cache_dir}: {error.strerror or error}.") from error
     store = PairStore.open(directory, sources=settings.sources)
@@ -103,18 +105,22 @@ def prepare_pairs(settings: PairDataSettings, tokenizer: PairTokenizer, progress
     return store
 
 
-def _fingerprint(settings: PairDataSettings, tokenizer: PairTokenizer, cache_dir: Path) -> str:
-    """Hex digest of everything that decides which tokens the store holds, and of nothing else."""
+def _recipe(settings: PairDataSettings, tokenizer: PairTokenizer, cache_dir: Path) -> dict[str, Any]:
+    """Everything that decides the tokens of the pairs, and nothing else; see `StoreInfo.recipe`."""
     digests = _FileDigests(cache_dir / _DIGESTS)
-    decisive = {
-        "format": FORMAT_VERSION,
-        "contents": [content_digest(source, digests.of) for source in settings.sources],
-        "tokenizer": tokenizer.identity(),
-        "max_prompt_tokens": settings.max_prompt_tokens,
-        "max_response_tokens": settings.max_response_tokens,
-        "max_pairs": settings.max_pairs,
-    }
+    contents = [content_digest(source, digests.of) for source in settings.sources]
     digests.save()
+    return {
+        "data": contents,
+        **tokenizer.settings(),
+        "max_prompt_length": settings.max_prompt_tokens,
+        "max_response_length": settings.max_response_tokens,
+    }
+
+
+def _fingerprint(recipe: dict[str, Any], max_pairs: int | None) -> str:
+    """Hex digest of everything that decides which tokens the store holds, and of nothing else."""
+    decisive = {"format": FORMAT_VERSION, **recipe, "max_pairs": max_pairs}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -173,7 +179,11 @@ def _unique() -> str:
 
 
 def _write_store(
-    writer: PairStoreWriter, settings: PairDataSettings, tokenizer: PairTokenizer, fingerprint: str, progress: bool
+    writer: PairStoreWriter,
+    settings: PairDataSettings,
+    tokenizer: PairTokenizer,
+    recipe: dict[str, Any],
+    progress: bool,
 ) -> None:
     """Tokenize all rows into the writer and finish it, unless too many are no good."""
     report = DataReport([source.path for source in settings.sources])
@@ -196,7 +206,8 @@ def _write_store(
     _check_shares(report, settings)
     assert is_chat is not None
     empty_prompt = tokenizer.empty_prompt(is_chat).tolist()
-    writer.finish(StoreInfo(fingerprint, tokenizer.identity(), empty_prompt, settings.sources, report))
+    fingerprint = _fingerprint(recipe, settings.max_pairs)
+    writer.finish(StoreInfo(fingerprint, recipe, empty_prompt, settings.sources, report))
 
 
 def _all_rows(

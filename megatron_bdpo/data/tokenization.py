@@ -143,10 +143,14 @@ class PairTokenizer:
 
     def identity(self) -> str:
         """Hex SHA-256 of everything that decides which tokens a record becomes, wherever the tokenizer's files lie."""
-        return self._identity
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
+
+    def settings(self) -> dict[str, str | None]:
+        """The same by name: a digest of vocabulary and rules, and the chat template itself."""
+        return {"tokenizer": self._without_template, "chat_template": self._tokenizer.chat_template}
 
     @functools.cached_property
-    def _identity(self) -> str:
+    def _without_template(self) -> str:
         digest = hashlib.sha256(_VOCABULARY_OF[self._library](_library_object(self._tokenizer)))
         rules = {
             "rules_version": RULES_VERSION,
@@ -154,7 +158,6 @@ class PairTokenizer:
             "start": self._start,
             "end": self._end,
             "added": [self._added_before, self._added_after],
-            "chat_template": self._tokenizer.chat_template,
         }
         digest.update(json.dumps(rules, sort_keys=True).encode())
         return digest.hexdigest()

@@ -1,0 +1,234 @@
+"""Reference scores on disk: what is written comes back, what is not whole is found out, jobs do not hurt each other."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from megatron_bdpo.data import scores
+from megatron_bdpo.data.scores import ScoreCache, open_scores
+from megatron_bdpo.errors import UserError
+
+IDENTITY = {"data": ["d1"], "chat_template": "{{ messages }}" * 30, "weights": "w1", "window_size": (8, 0)}
+PAIRS, SHARD = 10, 4
+
+
+def some_pairs(first: int, stop: int, **known) -> dict[str, np.ndarray]:
+    """Pairs ``first`` to ``stop`` with scores that tell them apart; ``known`` replaces columns."""
+    pair = np.arange(first, stop)
+    sides = np.stack([pair, pair + 0.5], axis=1)
+    return {
+        "conditional": -1 / (sides + 3),
+        "unconditional": -sides - 1,
+        "tokens": np.stack([pair + 1, pair + 2], axis=1).astype(np.int32),
+        "source": (pair % 2).astype(np.int16),
+        "row": pair.astype(np.int64) * 3 + 1,
+    } | known
+
+
+def opened(directory: Path, shard_pairs: int | None = SHARD, **changes) -> ScoreCache:
+    return ScoreCache.open(directory, IDENTITY | changes, {"sources": ["a.jsonl"]}, shard_pairs)
+
+
+def filled(directory: Path) -> ScoreCache:
+    cache = opened(directory)
+    for index, first in enumerate(range(0, PAIRS, SHARD)):
+        cache.add(index, some_pairs(first, min(first + SHARD, PAIRS)))
+    return cache
+
+
+def assert_same(found, expected):
+    for name, values in expected.items():
+        got = found[name] if isinstance(found, dict) else getattr(found, name)
+        assert got.dtype == values.dtype, name
+        assert np.array_equal(got, values, equal_nan=values.dtype.kind == "f"), name
+
+
+def shard_file(directory: Path, index: int = 1) -> Path:
+    return directory / f"shard-{index:05d}.safetensors"
+
+
+def test_scores_come_back_to_the_bit(tmp_path):
+    filled(tmp_path).finish(PAIRS, {"conditional": PAIRS, "unconditional": PAIRS}, {"seconds": 1.5})
+    found = open_scores(tmp_path)
+    assert len(found) == PAIRS
+    assert_same(found, some_pairs(0, PAIRS))
+    assert found.manifest["identity"] == IDENTITY | {"window_size": [8, 0]}
+    assert found.manifest["sources"] == ["a.jsonl"]
+    assert found.manifest["complete"] == {"pairs": PAIRS, "scored": {"conditional": PAIRS, "unconditional": PAIRS}}
+    assert found.manifest["jobs"] == [{"seconds": 1.5}]
+    assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
+def test_views_are_written_as_they_look(tmp_path):
+    cache = opened(tmp_path)
+    reversed_view = some_pairs(0, 3)["conditional"][:, ::-1]
+    cache.add(0, some_pairs(0, 3, conditional=reversed_view))
+    found, _ = cache.read(3)
+    assert np.array_equal(found["conditional"], reversed_view)
+
+
+def test_what_is_not_finished_has_to_be_asked_for(tmp_path):
+    opened(tmp_path).add(1, some_pairs(4, 8))
+    with pytest.raises(UserError, match="not finished"):
+        open_scores(tmp_path)
+    found = open_scores(tmp_path, unfinished=True)
+    assert len(found) == 8
+    assert np.isnan(found.conditional[:4]).all() and np.isnan(found.unconditional[:4]).all()
+    assert (found.source[:4] == -1).all() and (found.tokens[:4] == 0).all()
+    assert np.array_equal(found.conditional[4:], some_pairs(4, 8)["conditional"])
+
+
+def test_a_directory_above_names_those_with_scores(tmp_path):
+    filled(tmp_path / "train")
+    with pytest.raises(UserError, match=r"holds no reference scores.*These do: .*/train\."):
+        open_scores(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": ["d2"]}, r"data: \['d1'\] there, \['d2'\] here\nName"),
+        ({"weights": "w2"}, "weights: w1 there, w2 here"),
+        ({"window_size": None}, r"window_size: \[8, 0\] there, None here"),
+        ({"rotary_base": 10000}, "rotary_base: nothing there, 10000 here"),
+        ({"chat_template": "{{ other }}"}, r"chat_template: '\{\{ mess.* \(420 characters, \w+\) there, \{\{ other"),
+        ({"data": [], "weights": "w2"}, r"data: .*\n  weights: "),
+    ],
+)
+def test_another_identity_is_refused_by_the_fields_that_differ(tmp_path, change, message):
+    opened(tmp_path)
+    with pytest.raises(UserError, match=message) as refusal:
+        opened(tmp_path, **change)
+    assert str(tmp_path) in str(refusal.value) and "--reference-cache" in str(refusal.value)
+
+
+def test_shards_have_the_size_that_is_there(tmp_path):
+    filled(tmp_path)
+    assert opened(tmp_path, None).shard_pairs == SHARD
+    with pytest.raises(UserError, match="in shards of 4 pairs, not of 5"):
+        opened(tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "something else"),
+        (json.dumps({"format": scores.FORMAT_NAME, "version": 99}), "format version 99"),
+    ],
+)
+def test_manifests_that_cannot_be_read_are_refused(tmp_path, text, message):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "length cut", "header cut", "values cut"])
+def test_a_shard_that_was_cut_short_is_named_and_unknown(tmp_path, keep):
+    cache = filled(tmp_path)
+    file = shard_file(tmp_path)
+    file.write_bytes(file.read_bytes()[:keep])
+    assert_damaged(cache, "")
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    cache = filled(tmp_path)
+    file = shard_file(tmp_path)
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    assert_damaged(cache, "checksum")
+
+
+@pytest.mark.parametrize("origin", ["another place", "another directory"])
+def test_a_shard_from_elsewhere_is_not_used(tmp_path, origin):
+    cache = filled(tmp_path / "here")
+    source = shard_file(tmp_path / "here", 0)
+    if origin == "another directory":
+        opened(tmp_path / "there", weights="w2").add(1, some_pairs(4, 8))
+        source = shard_file(tmp_path / "there")
+    shard_file(tmp_path / "here").write_bytes(source.read_bytes())
+    assert_damaged(cache, "belongs to another")
+
+
+def assert_damaged(cache: ScoreCache, reason: str) -> None:
+    found, damaged = cache.read(PAIRS)
+    assert len(damaged) == 1 and "shard-00001.safetensors is damaged" in damaged[0] and reason in damaged[0]
+    unknown = np.isnan(found["conditional"]).all(axis=1)
+    assert unknown.tolist() == [False] * 4 + [True] * 4 + [False] * 2
+    cache.finish(PAIRS, {}, {})
+    with pytest.raises(UserError, match="shard-00001"):
+        open_scores(cache.directory)
+    cache.add(1, some_pairs(4, 8))
+    assert_same(open_scores(cache.directory), some_pairs(0, PAIRS))
+
+
+def test_a_shard_keeps_what_it_has_and_gains_what_is_new(tmp_path):
+    """First conditional scores of one pair, then unconditional ones, then more pairs than before, then fewer."""
+    cache = opened(tmp_path)
+    whole, nothing = some_pairs(0, 4), np.full((2, 2), np.nan)
+    cache.add(0, some_pairs(0, 2, unconditional=nothing))
+    cache.add(0, some_pairs(0, 2, conditional=nothing))
+    assert_same(cache.read(2)[0], some_pairs(0, 2))
+    cache.add(0, whole | {"conditional": np.concatenate([nothing, whole["conditional"][2:]])})
+    assert_same(cache.read(4)[0], whole)
+    cache.add(0, some_pairs(0, 1))
+    assert_same(cache.read(4)[0], whole)
+    assert_same(cache.read(3)[0], some_pairs(0, 3))
+
+
+def test_a_longer_store_of_the_same_data_finds_the_shorter_ones_pairs(tmp_path):
+    filled(tmp_path)
+    found, damaged = opened(tmp_path, None).read(PAIRS + 7)
+    assert not damaged
+    assert_same({name: values[:PAIRS] for name, values in found.items()}, some_pairs(0, PAIRS))
+    assert np.isnan(found["conditional"][PAIRS:]).all()
+
+
+def test_a_failed_write_leaves_the_old_shard_and_nothing_else(tmp_path, monkeypatch):
+    cache = filled(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scores.os, "fsync", fail)
+    with pytest.raises(UserError, match="No space left on device"):
+        cache.add(1, some_pairs(20, 24))
+    monkeypatch.undo()
+    assert_same(cache.read(PAIRS)[0], some_pairs(0, PAIRS))
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_two_jobs_at_once_do_no_harm(tmp_path):
+    """Each writes all shards again and again while the other does: every file that is seen is whole."""
+    barrier, problems = threading.Barrier(3), []
+
+    def job():
+        barrier.wait()
+        cache = opened(tmp_path)
+        for _ in range(10):
+            for index, first in enumerate(range(0, PAIRS, SHARD)):
+                cache.add(index, some_pairs(first, min(first + SHARD, PAIRS)))
+        cache.finish(PAIRS, {"conditional": PAIRS}, {})
+
+    threads = [threading.Thread(target=job) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    while any(thread.is_alive() for thread in threads):
+        if (tmp_path / "manifest.json").exists():
+            problems += opened(tmp_path).read(PAIRS)[1]
+    assert not problems
+    assert_same(open_scores(tmp_path), some_pairs(0, PAIRS))
+
+
+def test_a_shard_is_an_open_file(tmp_path):
+    filled(tmp_path)
+    assert_same(load_file(shard_file(tmp_path)), some_pairs(4, 8))
