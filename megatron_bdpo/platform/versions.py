@@ -5,8 +5,10 @@ Everything here runs before Megatron is imported: several of these faults are cr
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import platform
 
 from packaging.version import Version
 
@@ -56,3 +58,16 @@ def check_environment(*, has_gpu: bool) -> None:
             "would take it for NVIDIA's. Remove it: pip uninstall apex. NVIDIA Apex is optional and installed from "
             "source, see the README."
         )
+
+
+#: What decides a run's numbers. Not all of it is there everywhere.
+_DECISIVE = ("megatron_bdpo", "megatron-core", "torch", "transformer-engine", "transformers", "datasets")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that decide a run's numbers, of those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in _DECISIVE:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

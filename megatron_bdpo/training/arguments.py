@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import registry
+from megatron_bdpo.training import recipe
 
 #: What Megatron's local (non-TE) layers need; chosen for the user where Transformer Engine is not installed.
 LOCAL_LAYER_DEFAULTS = {
@@ -53,19 +54,25 @@ PAIR_DEFAULTS = {
 
 
 def parse(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
-    """Parse Megatron's flags and ours; Megatron has not validated them yet.
+    """Parse Megatron's flags and ours, those of recipes included; Megatron has not validated them yet.
 
     Args:
         argv: the flags, without the program name; ``sys.argv`` when None.
-        defaults: default values by argument name, for templates that ship a complete small job.
+        defaults: default values by argument name.
+
+    Returns:
+        The arguments. Among them ``given_flags``: argument name -> flag, of what was given, and ``recipe``: what was
+        given as a recipe has it.
 
     Raises:
-        UserError: an unknown flag, a wrong type, a default that names no argument.
+        UserError: an unknown flag, a wrong type, a default that names no argument, a recipe that cannot be used.
         SystemExit: argparse's own, for ``--help``.
     """
     from megatron.training.arguments import parse_args
 
     parsers: list[argparse.ArgumentParser] = []
+    program = sys.argv
+    flags = program[1:] if argv is None else argv
 
     def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parsers.append(parser)
@@ -76,14 +83,13 @@ def parse(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None 
             if unknown := group.keys() - known:
                 raise UserError(f"defaults for unknown arguments: {', '.join(sorted(unknown))}")
             parser.set_defaults(**group)
+        sys.argv = [program[0], *recipe.expand(parser, flags)]  # which is what Megatron's parser reads
         return parser
 
-    program = sys.argv
     try:
-        if argv is not None:
-            sys.argv = [program[0], *argv]  # Megatron's parser reads sys.argv
         args = parse_args(extra_args_provider=provide)
-        args.given_flags = _given(parsers[0])
+        args.recipe = recipe.given(parsers[0], sys.argv[1:])
+        args.given_flags = {parsers[0]._option_string_actions[f"--{key}"].dest: f"--{key}" for key in args.recipe}
         return args
     finally:
         sys.argv = program
@@ -106,16 +112,6 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     )
 
 
-def _given(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """What stands on the command line, whether or not it says the default: argument name -> flag."""
-    parser._defaults.clear()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    given, _ = parser.parse_known_args()
-    flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
-    return {name: flags.get(name, name) for name in vars(given)}
-
-
 def _default_groups(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     from megatron_bdpo.platform import cpu
 
@@ -131,6 +127,12 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     """Add every flag of ours to ``parser``: one group for the job, one for the options of the losses."""
     group = parser.add_argument_group("preference pairs (megatron_bdpo)")
     add = group.add_argument
+    add(
+        recipe.FLAG,
+        action="append",
+        metavar="FILE",
+        help="flags in a YAML file, or in braces: '{lr: 1e-6}'. Later recipes win, the command line wins over all",
+    )
     add(
         "--pair-data",
         nargs="+",

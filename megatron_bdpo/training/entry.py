@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.platform.prepare import prepare_platform
@@ -14,12 +14,11 @@ if TYPE_CHECKING:
     from megatron_bdpo.training.run import PreferenceRun
 
 
-def train(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> PreferenceRun:
+def train(argv: Sequence[str] | None = None) -> PreferenceRun:
     """Run a whole preference job from its flags, as ``examples/pretrain_bdpo.py`` does.
 
     Args:
         argv: Megatron's flags and ours; ``sys.argv[1:]`` when None.
-        defaults: defaults by argument name for flags not given.
 
     Returns:
         The finished run; its ``progress`` holds the metrics on the last rank.
@@ -32,17 +31,17 @@ def train(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None 
     from megatron_bdpo.training import arguments, distributed
     from megatron_bdpo.training.run import PreferenceRun
 
-    args = arguments.parse(argv, defaults)
+    args = arguments.parse(argv)
     with distributed.process_groups(args):
         run = PreferenceRun(args)
         run.pretrain()
     return run
 
 
-def main(defaults: Mapping[str, Any] | None = None) -> PreferenceRun:
+def main(argv: Sequence[str] | None = None) -> PreferenceRun:
     """:func:`train` for programs: a UserError ends them with exit code 2 instead of a traceback."""
     try:
-        return train(defaults=defaults)
+        return train(argv)
     except UserError as error:
         _tell_launcher(error)
         if not error.shown and int(os.environ.get("RANK", "0")) == 0:

@@ -44,7 +44,7 @@ from megatron_bdpo.training.scoring import NoReference, ResidentReference
 from megatron_bdpo.training.status import State, write_status
 from megatron_bdpo.training.step_zero import StepZeroGate
 from megatron_bdpo.training.stopping import StopRequest
-from megatron_bdpo.training.validation import check_directories, rehearse, set_up_megatron
+from megatron_bdpo.training.validation import check_directories, keep_recipe, rehearse, set_up_megatron
 
 
 class PreferenceRun:
@@ -83,6 +83,7 @@ class PreferenceRun:
             _forget_global_state()
             raise
         self.scoring = TokenScoring(args.scored_vocab_size, kernel=args.log_probs, chunk_size=args.log_prob_chunk_size)
+        keep_recipe(args)
         current = identity.identity_of(args, self.job)
         self._identity = identity.resumed_identity(args, current) or current
         self.progress = Progress(args.log_interval, args.train_iters)

@@ -16,7 +16,9 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
-from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero
+from megatron_bdpo.platform.versions import installed_versions
+from megatron_bdpo.training import recipe
+from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
 from megatron_bdpo.training.hf_model import vocabulary_size
 from megatron_bdpo.training.identity import checkpoint_directory
 from megatron_bdpo.training.job import apply_plan, made_up_plan
@@ -82,5 +84,20 @@ def check_directories(args: argparse.Namespace) -> None:
                 Path(args.save).mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=args.save):
                     pass
+            except OSError as error:
+                raise UserError(f"--save {args.save} cannot be written: {error}") from error
+
+
+def keep_recipe(args: argparse.Namespace) -> None:
+    """Leave what this start was told in --save, as a recipe. Collective.
+
+    Raises:
+        UserError: on every rank, when it cannot be written.
+    """
+    with all_ranks_agree():
+        if args.save and is_rank_zero():
+            facts = {"ranks": args.world_size, "started in": Path.cwd(), **installed_versions()}
+            try:
+                say(f"recipe: {recipe.keep(Path(args.save), args.recipe, facts)}")
             except OSError as error:
                 raise UserError(f"--save {args.save} cannot be written: {error}") from error
