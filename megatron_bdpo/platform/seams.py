@@ -26,6 +26,9 @@ import torch
 
 from megatron_bdpo.platform import cpu
 
+#: Metrics whose names begin with this reach the hooks, but not Megatron's own log line, TensorBoard and W&B.
+HOOKS_ONLY = "_"
+
 
 class TrainerHooks(Protocol):
     """What a run wants to do at the seams. All ranks call every hook, in the same order."""
@@ -40,7 +43,10 @@ class TrainerHooks(Protocol):
         """Training is about to begin. ``evaluate`` runs one evaluation."""
 
     def after_step(self, losses: dict[str, torch.Tensor], iteration: int, skipped: bool) -> None:
-        """One optimizer step is done. ``losses`` is empty but on the last pipeline stage."""
+        """One optimizer step is done. ``losses`` is empty but on the last pipeline stage.
+
+        There it holds the step's metrics, and Megatron's ``learning_rate`` and ``grad_norm`` (before clipping).
+        """
 
     def after_evaluation(self, metrics: dict[str, torch.Tensor]) -> None:
         """One pass over the held-out pairs is done. ``metrics`` is empty but on the last pipeline stage."""
@@ -182,12 +188,19 @@ def _log(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any
         **kw: Any,
     ) -> Any:
         losses = dict(loss_dict)
-        result = original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kw)
-        _loss_scale, _report_memory, skipped, *_ = rest
+        result = original(_shown(loss_dict), total_loss_dict, learning_rate, iteration, *rest, **kw)
+        _loss_scale, _report_memory, skipped, grad_norm, *_ = rest
+        for name, value in (("learning_rate", learning_rate), ("grad_norm", grad_norm)):
+            if losses and value is not None:
+                losses[name] = losses["loss"].new_tensor(float(value), dtype=torch.float64)
         hooks.after_step(losses, iteration, bool(skipped))
         return result
 
     return training_log
+
+
+def _shown(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in metrics.items() if not name.startswith(HOOKS_ONLY)}
 
 
 def _evaluate(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
@@ -195,6 +208,7 @@ def _evaluate(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[...
         metrics, collected, time_limit = original(*args, **kwargs)
         if metrics is not None:
             hooks.after_evaluation(metrics)
+            metrics = _shown(metrics)
         return metrics, collected, time_limit
 
     return evaluate

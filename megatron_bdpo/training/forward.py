@@ -20,6 +20,7 @@ from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses, Requirements
 from megatron_bdpo.model.pair_gpt import ScoringContext, score_sequences
 from megatron_bdpo.training.batches import PackBatch
+from megatron_bdpo.training.quartiles import IMBALANCE, quartile_report
 from megatron_bdpo.training.step_zero import StepZeroGate
 
 Report = dict[str, Tensor]
@@ -48,17 +49,23 @@ class PairLossFunction:
         self, batch: PackBatch, policy: Tensor, reference: Tensor | None, unconditional: Tensor | None
     ) -> tuple[PairLogProbs, PairLosses]:
         """Evaluate. ``policy``, ``reference``, ``unconditional`` are [S], chosen and rejected alternating."""
+        return self.of_sequences(batch.sequence_tokens, batch.unsafe, policy, reference, unconditional)
+
+    def of_sequences(
+        self, tokens: Tensor, unsafe: Tensor, policy: Tensor, reference: Tensor | None, unconditional: Tensor | None
+    ) -> tuple[PairLogProbs, PairLosses]:
+        """The same of any pairs: ``tokens`` is [S], ``unsafe`` [P, 2]."""
         pairs = PairLogProbs(
             policy_chosen=policy[0::2],
             policy_rejected=policy[1::2],
-            chosen_tokens=batch.sequence_tokens[0::2],
-            rejected_tokens=batch.sequence_tokens[1::2],
+            chosen_tokens=tokens[0::2],
+            rejected_tokens=tokens[1::2],
             reference_chosen=None if reference is None else reference[0::2],
             reference_rejected=None if reference is None else reference[1::2],
             unconditional_chosen=None if unconditional is None else unconditional[0::2],
             unconditional_rejected=None if unconditional is None else unconditional[1::2],
-            chosen_unsafe=batch.unsafe[:, 0],
-            rejected_unsafe=batch.unsafe[:, 1],
+            chosen_unsafe=unsafe[:, 0],
+            rejected_unsafe=unsafe[:, 1],
         )
         return pairs, self.spec.function(pairs, self.options)
 
@@ -88,6 +95,8 @@ class PreferenceStep:
     check_nan: bool = True
     gate: StepZeroGate | None = None
     """During the first step: told how far each pair's loss is from its value at policy == reference."""
+    imbalance_edges: Tensor | None = None
+    """[3]: between the quartiles of the training pairs' imbalance; None where it is not known beforehand."""
 
     def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator).to_device()
@@ -104,7 +113,7 @@ class PreferenceStep:
             _, at_reference = self.loss(batch, reference, reference, unconditional)
             drift = ((policy - reference) / batch.sequence_tokens).abs().reshape(-1, 2).amax(dim=1)
             self.gate.observe(losses.loss, at_reference.loss, drift)
-        report = pair_report(pairs, losses)
+        report = pair_report(pairs, losses, self.imbalance_edges)
         if entropy is not None:
             report |= entropy_report(entropy, batch.sequence_tokens)
         # Megatron adds the counts of all data- and context-parallel ranks; those of one context have the same pairs.
@@ -113,21 +122,23 @@ class PreferenceStep:
         return loss_sum, count, report
 
 
-def pair_report(pairs: PairLogProbs, losses: PairLosses) -> Report:
-    """The metrics of a batch, with TRL's names where TRL has them."""
+def pair_report(pairs: PairLogProbs, losses: PairLosses, imbalance_edges: Tensor | None = None) -> Report:
+    """The metrics of a batch, with TRL's names where TRL has them; the main ones by quartile too, given its edges."""
     margin = losses.chosen_reward - losses.rejected_reward
-    return _sums(
+    main = {"loss": losses.loss, "rewards/accuracies": _wins(margin), "rewards/margins": margin}
+    report = _sums(
         {
-            "loss": losses.loss,
+            **main,
             "rewards/chosen": losses.chosen_reward,
             "rewards/rejected": losses.rejected_reward,
-            "rewards/accuracies": _wins(margin),
-            "rewards/margins": margin,
             "logps/chosen": pairs.policy_chosen,
             "logps/rejected": pairs.policy_rejected,
             **losses.metrics,
         }
     )
+    if imbalance_edges is not None:
+        report |= quartile_report(main, losses.metrics[IMBALANCE], imbalance_edges)
+    return report
 
 
 def entropy_report(entropy: Tensor, tokens: Tensor) -> Report:

@@ -1,4 +1,4 @@
-"""What a run says and remembers: a line per step and per evaluation, TensorBoard and W&B extras, the final table."""
+"""What a run says and remembers: a line per step and evaluation, their file, TensorBoard and W&B extras, the table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from megatron_bdpo.training.metrics_file import MetricsFile
+from megatron_bdpo.training.quartiles import is_of_a_quartile, within_quartiles
 
 Metrics = dict[str, float]
 
@@ -32,12 +35,14 @@ class Progress:
     Attributes:
         steps: one record per logged interval: iteration, means of all metrics, pairs/s and tokens/s.
         evaluations: one record per evaluation.
+        file: where the records go as well; on one rank of those that have them.
     """
 
     log_interval: int
     train_iters: int
     steps: list[Metrics] = field(default_factory=list)
     evaluations: list[Metrics] = field(default_factory=list)
+    file: MetricsFile | None = None
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _count: int = 0
     _skipped: int = 0
@@ -69,9 +74,12 @@ class Progress:
                 "throughput/pairs_per_second": self._pairs / seconds,
                 "throughput/tokens_per_second": self._tokens / seconds,
             }
-            record = {"iteration": float(iteration), **dict(zip(names, means, strict=True)), **rates}
+            metrics = within_quartiles(dict(zip(names, means, strict=True)))
+            record = {"iteration": float(iteration), **metrics, **rates}
             self.steps.append(record)
-            _write_scalars(rates, iteration)
+            _write_scalars(rates | _quartiles(metrics), iteration)
+            if self.file:
+                self.file.append("step", record)
             _print_last(f"{self._place(iteration)} | {step_line(record)}")
         elif self._skipped:
             _print_last(f"{self._place(iteration)} | skipped: the gradients overflowed, the loss scale is lowered")
@@ -84,8 +92,12 @@ class Progress:
     def evaluation(self, metrics: dict[str, Tensor], iteration: int) -> None:
         """Take in one evaluation."""
         if metrics:
-            record = {"iteration": float(iteration), **{name: float(value) for name, value in metrics.items()}}
+            means = within_quartiles({name: float(value) for name, value in metrics.items()})
+            record = {"iteration": float(iteration), **means}
             self.evaluations.append(record)
+            _write_scalars({f"{name} validation": value for name, value in _quartiles(means).items()}, iteration)
+            if self.file:
+                self.file.append("evaluation", record)
             _print_last(f"held out, after step {iteration} | {step_line(record)}")
 
     def table(self) -> str:
@@ -127,6 +139,11 @@ def step_line(metrics: Metrics) -> str:
         pairs, tokens = metrics["throughput/pairs_per_second"], metrics["throughput/tokens_per_second"]
         parts.append(f"{pairs:.1f} pairs/s {tokens:.0f} tokens/s")
     return " | ".join(parts)
+
+
+def _quartiles(metrics: Metrics) -> Metrics:
+    """What Megatron has not written itself."""
+    return {name: value for name, value in metrics.items() if is_of_a_quartile(name)}
 
 
 def _print_last(message: str) -> None:

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,10 +38,11 @@ from megatron_bdpo.training.hf_export import check_save_hf, save_live
 from megatron_bdpo.training.hf_model import apply_hf_model, weights_loader
 from megatron_bdpo.training.job import apply_plan, build_job
 from megatron_bdpo.training.layout import check_layout
+from megatron_bdpo.training.metrics_file import NAME, MetricsFile
 from megatron_bdpo.training.progress import Progress
 from megatron_bdpo.training.references import ReferenceProvider
 from megatron_bdpo.training.refusals import refuse_what_cannot_be_honoured
-from megatron_bdpo.training.scoring import NoReference, ResidentReference
+from megatron_bdpo.training.scoring import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.status import State, write_status
 from megatron_bdpo.training.step_zero import StepZeroGate
 from megatron_bdpo.training.stopping import StopRequest
@@ -182,6 +184,11 @@ class PreferenceRun:
         provider = ReferenceProvider(self.args, self.job, self._config, self.scoring)
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
         identity.keep(self.args, self._identity)
+        if isinstance(self._step.reference, ReferenceTable):
+            self._step.imbalance_edges = self._step.reference.imbalance_edges(self.job)
+        with all_ranks_agree():
+            if self.args.save and self.args.rank == self.args.world_size - 1:
+                self.progress.file = MetricsFile(Path(self.args.save) / NAME, self._iteration)
         for chunk in unwrap_model(model):  # after the reference has been built from the same configuration
             chunk.config.moe_grad_scale_func = functools.partial(self._auxiliary_loss_scale, chunk.config)
         if self.args.step_zero_check and not resumed and self.job.loss.requirements.reference:

@@ -23,6 +23,8 @@ from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import is_rank_zero, sum_over_ranks
 from megatron_bdpo.training.forward import ScoringStep
+from megatron_bdpo.training.job import PairJob
+from megatron_bdpo.training.quartiles import IMBALANCE, quartile_edges
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -40,6 +42,19 @@ class ReferenceTable:
 
     conditional: FloatArray
     unconditional: FloatArray | None
+
+    def imbalance_edges(self, job: PairJob) -> Tensor | None:
+        """[3] between the quartiles of the training pairs' imbalance; None where the loss does not read it."""
+        if self.unconditional is None:
+            return None
+        ids = job.train.ids
+        conditional, unconditional, tokens = (
+            torch.from_numpy(np.ascontiguousarray(values[ids])).flatten()
+            for values in (self.conditional, self.unconditional, job.pool.lengths[:, 1:])
+        )
+        unsafe = torch.from_numpy(job.pool.unsafe[ids])
+        _, losses = job.loss.of_sequences(tokens, unsafe, conditional, conditional, unconditional)
+        return quartile_edges(losses.metrics[IMBALANCE].numpy()) if IMBALANCE in losses.metrics else None
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
         """See ``forward.ReferenceValues``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,11 +21,69 @@ def test_tensorboard_has_the_metrics_by_their_known_names(ranks, tmp_path):
         "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
         "logps/rejected", "comprehension/chosen", "comprehension/rejected", "comprehension/imbalance",
         "weights/chosen", "weights/rejected", "scale", "throughput/pairs_per_second", "throughput/tokens_per_second",
-        "loss validation", "rewards/accuracies validation",
+        "loss validation", "rewards/accuracies validation", "rewards/margins/imbalance_q4",
+        "loss/imbalance_q1 validation",
     }  # fmt: skip
     assert expected <= set(events.Tags()["scalars"])
+    assert not [name for name in events.Tags()["scalars"] if name.startswith("_")]
     assert [event.step for event in events.Scalars("rewards/margins")] == [1, 2, 3]
     assert [event.step for event in events.Scalars("rewards/margins validation")] == [0, 2, 3]
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_metrics_file_has_every_step_and_evaluation(ranks, tmp_path, world_size):
+    layout = ["--pipeline-model-parallel-size", "2"] if world_size > 1 else []
+    outcome = last_stage(
+        ranks(world_size)(train, [*HELD_OUT, *layout, "--save", str(tmp_path), "--save-interval", "3"])
+    )
+    records = metrics_of(tmp_path)
+    places = [(record.pop("kind"), record["iteration"]) for record in records]
+    expected_places = [("evaluation", 0), ("step", 1), ("step", 2), ("evaluation", 2), ("step", 3), ("evaluation", 3)]
+    assert places == expected_places
+    assert [record for (kind, _), record in zip(places, records, strict=True) if kind == "step"] == outcome.steps
+    assert {"learning_rate", "grad_norm"} <= outcome.steps[0].keys()
+    assert outcome.steps[0]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_resumed_run_continues_the_metrics_file(ranks, tmp_path):
+    """Steps after the checkpoint are done again and are there once; a run that is at its end adds nothing."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = [*HELD_OUT, "--train-iters", "4", "--save-interval", "2"]
+    ranks(1)(train, [*flags, "--save", str(whole)])
+    resume = [*flags, "--save", str(parts), "--load", str(parts)]
+    ranks(1)(train, [*resume, "--exit-interval", "3"])
+    checkpoint = parts / "latest_checkpointed_iteration.txt"
+    checkpoint.write_text("2")  # as if it had been killed after step 3
+    for _ in range(2):
+        ranks(1)(train, resume)
+        found, expected = (
+            [{k: v for k, v in line.items() if not k.startswith("throughput")} for line in metrics_of(run)]
+            for run in (parts, whole)
+        )
+        assert found == expected
+
+
+def test_quartiles_of_imbalance(ranks, tmp_path):
+    """Of the training pairs' own quartiles, whatever the layout; together they are the metric of all pairs."""
+    expected = last_stage(ranks(1)(train, HELD_OUT, pair_cache_dir=str(tmp_path / "1")))
+    found = last_stage(ranks(2)(train, HELD_OUT, pair_cache_dir=str(tmp_path / "2")))
+    assert_same_steps(found.steps + found.evaluations, expected.steps + expected.evaluations)
+    for record in expected.steps + expected.evaluations:
+        shares = {q: record.get(f"pairs/imbalance_{q}", 0.0) for q in ("q1", "q2", "q3", "q4")}
+        assert sum(shares.values()) == pytest.approx(1)
+        for name in ("loss", "rewards/accuracies", "rewards/margins"):
+            together = sum(share * record[f"{name}/imbalance_{q}"] for q, share in shares.items() if share)
+            assert together == pytest.approx(record[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("flags", ["--preference-loss dpo", "--preference-loss simpo", "--reference resident"])
+def test_no_quartiles_where_the_imbalance_is_not_known(ranks, tmp_path, flags):
+    outcome = last_stage(ranks(1)(train, flags.split(), train_iters=1, pair_cache_dir=str(tmp_path)))
+    assert not [name for name in outcome.steps[0] if "quartile" in name or "imbalance_q" in name]
 
 
 def test_evaluation_covers_all_held_out_pairs_on_every_layout(ranks, tmp_path):

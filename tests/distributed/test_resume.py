@@ -72,7 +72,8 @@ def test_both_reference_modes_train_the_same(ranks, tmp_path):
     }
     for step, expected in zip(last_stage(runs["resident"]).steps, last_stage(runs["precomputed"]).steps, strict=True):
         for name, expected_value in expected.items():
-            if not name.startswith("throughput"):
+            # A resident reference does not know the quartiles of imbalance beforehand.
+            if not name.startswith("throughput") and "imbalance_q" not in name:
                 assert step[name] == pytest.approx(expected_value, rel=1e-5, abs=1e-4), name
 
 

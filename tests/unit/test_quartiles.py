@@ -1,0 +1,55 @@
+"""Metrics by quartile of imbalance: summed as Megatron sums them, they are the quartile's own means."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bdpo.training.quartiles import is_of_a_quartile, quartile_edges, quartile_report, within_quartiles
+
+
+def as_megatron_does(reports):
+    """Sums over microbatches, then sum by count."""
+    return {name: float(total[0] / total[1]) for name in reports[0] for total in [sum(r[name] for r in reports)]}
+
+
+def test_means_within_quartiles():
+    random = np.random.default_rng(3)
+    imbalance, margin = random.gamma(2, size=103), random.normal(size=103)
+    edges = quartile_edges(imbalance)
+    parts = np.split(np.arange(103), [1, 40, 41, 90])  # packs of other sizes; some without pairs of a quartile
+    reports = [
+        quartile_report({"rewards/margins": torch.from_numpy(margin[part])}, torch.from_numpy(imbalance[part]), edges)
+        for part in parts
+    ]
+    found = within_quartiles(as_megatron_does(reports))
+    quartile = np.searchsorted(edges.numpy(), imbalance)
+    for q in range(4):
+        assert found[f"rewards/margins/imbalance_q{q + 1}"] == pytest.approx(margin[quartile == q].mean(), rel=1e-5)
+        assert found[f"pairs/imbalance_q{q + 1}"] == pytest.approx((quartile == q).mean(), rel=1e-6)
+    assert len(found) == 8
+    assert all(map(is_of_a_quartile, found))
+
+
+def test_quartile_without_pairs_is_left_out():
+    report = quartile_report({"loss": torch.ones(2)}, torch.tensor([0.1, 9.0]), torch.tensor([1.0, 2.0, 3.0]))
+    found = within_quartiles({"loss": 1.0} | as_megatron_does([report]))
+    assert found == {
+        "loss": 1.0,
+        "loss/imbalance_q1": 1.0,
+        "loss/imbalance_q4": 1.0,
+        "pairs/imbalance_q1": 0.5,
+        "pairs/imbalance_q4": 0.5,
+    }
+
+
+def test_pack_without_pairs_counts_nothing():
+    report = quartile_report({"loss": torch.zeros(0)}, torch.zeros(0), torch.tensor([1.0, 2.0, 3.0]))
+    assert all(torch.equal(entry, torch.zeros(2)) for entry in report.values())
+
+
+def test_a_pair_on_an_edge_is_in_the_lower_quartile():
+    imbalance = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    report = quartile_report({}, torch.from_numpy(imbalance), quartile_edges(imbalance))
+    assert [float(entry[0]) for entry in report.values()] == [2, 1, 1, 1]
