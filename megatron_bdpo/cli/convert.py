@@ -58,7 +58,12 @@ def _export(options: argparse.Namespace) -> None:
 
 
 _ONE_PROCESS = argparse.Namespace(
-    distributed_backend="gloo", world_size=1, rank=0, local_rank=0, distributed_timeout_minutes=10
+    distributed_backend="gloo",
+    fake_process_group=False,
+    world_size=1,
+    rank=0,
+    local_rank=0,
+    distributed_timeout_minutes=10,
 )
 
 

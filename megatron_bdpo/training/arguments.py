@@ -221,6 +221,24 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         help="report the policy's entropy per response token, of chosen and rejected",
     )
     _add_loss_options(parser)
+    _add_dry_run(parser)
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("dry run (megatron_bdpo)", "All but --dry-run are refused without it.")
+    group.add_argument(
+        "--dry-run",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="RANKS",
+        help="check the whole job as one process on a CPU, for this many ranks (default: WORLD_SIZE), without weights: "
+        "flags, layout, data, steps; and estimate time and memory",
+    )
+    group.add_argument("--gpus-per-node", type=int, help="for the report: which ranks share a node")
+    group.add_argument("--gpu-memory", type=float, metavar="GB", help="refuse a job that is estimated to need more")
+    group.add_argument("--gpu-tflops", type=float, help="peak of a GPU for the estimated time (default: 989, an H100)")
+    group.add_argument("--assumed-mfu", type=float, help="share of that peak to assume (default: 0.35)")
 
 
 def _finite(text: str) -> float:

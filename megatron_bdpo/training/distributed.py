@@ -26,23 +26,32 @@ _host_group: Any = None
 
 @contextlib.contextmanager
 def process_groups(args: argparse.Namespace) -> Iterator[None]:
-    """Start ``torch.distributed`` before Megatron does (it then keeps ours), so that data preparation can use it."""
+    """Start ``torch.distributed`` before Megatron does (it then keeps ours), so that data preparation can use it.
+
+    With ``--fake-process-group`` this process plays rank 0 of the others: collectives answer with its own values.
+    """
     global _host_group
+    backend, host_backend = args.distributed_backend, "gloo"
     kwargs: dict[str, Any] = {}
-    if args.distributed_backend == "nccl":
+    if args.fake_process_group:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        backend = host_backend = "fake"
+        kwargs["store"] = FakeStore()
+    elif backend == "nccl":
         torch.cuda.set_device(args.local_rank)
         kwargs["device_id"] = torch.device("cuda", args.local_rank)
     if args.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     distributed.init_process_group(
-        backend=args.distributed_backend,
+        backend=backend,
         world_size=args.world_size,
         rank=args.rank,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
         **kwargs,
     )
-    _host_group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    _host_group = distributed.new_group(backend=host_backend, timeout=_PATIENCE)
     try:
         yield
     except UserError as error:
@@ -63,7 +72,7 @@ def _show_once(error: UserError) -> None:
         show_error(error)
     try:
         distributed.monitored_barrier(host_group(), timeout=_LEAVE_TOGETHER)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # ValueError: these ranks are made up
         if distributed.get_rank() != 0:
             show_error(error, f" (rank {distributed.get_rank()})")
 
@@ -82,7 +91,7 @@ def _free_port() -> int:
 
 
 def host_group() -> Any:
-    """A gloo group of all ranks for host-side values, patient enough to wait for hours of preparation."""
+    """A group of all ranks for host-side values, patient enough to wait for hours of preparation."""
     assert _host_group is not None, "process_groups() is not entered"
     return _host_group
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -25,17 +26,30 @@ def train(argv: Sequence[str] | None = None) -> PreferenceRun:
 
     Raises:
         UserError: on every rank, printed once, for anything the user can put right.
-        SystemExit: when Megatron's loop ends early (``--exit-interval``, a signal, ...), after its checkpoint.
+        SystemExit: when Megatron's loop ends early (``--exit-interval``, a signal, ...), after its checkpoint, and at
+            the end of a ``--dry-run``.
     """
     prepare_platform()
     from megatron_bdpo.training import arguments, distributed
     from megatron_bdpo.training.run import PreferenceRun
 
     args = arguments.parse(argv)
+    if args.dry_run is not None:
+        print(_dry_run(args), flush=True)
+        raise SystemExit(0)
     with distributed.process_groups(args):
         run = PreferenceRun(args)
         run.pretrain()
     return run
+
+
+def _dry_run(args: argparse.Namespace) -> str:
+    from megatron_bdpo.training import distributed
+    from megatron_bdpo.training.dry_run import dry_run, make_up_ranks
+
+    make_up_ranks(args)
+    with distributed.process_groups(args):
+        return dry_run(args)
 
 
 def main(argv: Sequence[str] | None = None) -> PreferenceRun:

@@ -46,6 +46,14 @@ _REFUSALS = (
         ),
         "--wandb-project needs wandb (pip install wandb), --wandb-exp-name, and --save or --wandb-save-dir.",
     ),
+    _Refusal(
+        lambda a: a.dry_run is None and any((a.gpus_per_node, a.gpu_memory, a.gpu_tflops, a.assumed_mfu)),
+        "--gpus-per-node, --gpu-memory, --gpu-tflops and --assumed-mfu are for a --dry-run's report.",
+    ),
+    _Refusal(
+        lambda a: a.fake_process_group and a.dry_run is None,
+        "--fake-process-group: ranks that are made up cannot train. Use --dry-run RANKS.",
+    ),
     # Set by the step plan.
     _Refusal(
         lambda a: a.micro_batch_size not in (None, 1),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import itertools
 import signal
@@ -19,34 +18,29 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import unwrap_model
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.training import destroy_global_state
 from torch import Tensor
 
 from megatron_bdpo.data.layout import group_tokens
-from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.reference import weights_at_rest
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity
-from megatron_bdpo.training.arguments import log_to_wandb_too
 from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
 from megatron_bdpo.training.forward import PreferenceStep
-from megatron_bdpo.training.hf_export import check_save_hf, save_live
-from megatron_bdpo.training.hf_model import apply_hf_model, weights_loader
-from megatron_bdpo.training.job import apply_plan, build_job
-from megatron_bdpo.training.layout import check_layout
+from megatron_bdpo.training.hf_export import save_live
+from megatron_bdpo.training.hf_model import weights_loader
 from megatron_bdpo.training.metrics_file import NAME, MetricsFile
+from megatron_bdpo.training.preparation import forget_global_state, prepare
 from megatron_bdpo.training.progress import Progress
 from megatron_bdpo.training.references import ReferenceProvider
-from megatron_bdpo.training.refusals import refuse_what_cannot_be_honoured
 from megatron_bdpo.training.scoring import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.status import State, write_status
 from megatron_bdpo.training.step_zero import StepZeroGate
 from megatron_bdpo.training.stopping import StopRequest
-from megatron_bdpo.training.validation import check_directories, keep_recipe, rehearse, set_up_megatron
+from megatron_bdpo.training.validation import keep_recipe
 
 
 class PreferenceRun:
@@ -68,26 +62,11 @@ class PreferenceRun:
             UserError: on every rank.
         """
         self.args = args
-        apply_hf_model(args)
-        check_save_hf(args)
-        with all_ranks_agree():
-            refuse_what_cannot_be_honoured(args)
-            check_layout(args)
-        log_to_wandb_too(args)
-        rehearse(args)
-        check_directories(args)
-        self.job = build_job(args)
-        apply_plan(args, self.job.plan, len(self.job.eval_packs))
-        args.exit_signal_handler = False  # Megatron is to set no handler of its own: we answer for it, see ``stopping``
-        try:
-            self._config = set_up_megatron(args)
-        except UserError:
-            _forget_global_state()
-            raise
+        self.job, self._config = prepare(args)
         self.scoring = TokenScoring(args.scored_vocab_size, kernel=args.log_probs, chunk_size=args.log_prob_chunk_size)
-        keep_recipe(args)
         current = identity.identity_of(args, self.job)
         self._identity = identity.resumed_identity(args, current) or current
+        keep_recipe(args)
         self.progress = Progress(args.log_interval, args.train_iters)
         self._step = PreferenceStep(
             self.job.loss,
@@ -119,7 +98,7 @@ class PreferenceRun:
                 say(self._farewell())
             raise
         finally:
-            _forget_global_state()
+            forget_global_state()
 
     def _report(self, state: State, reason: str = "") -> None:
         write_status(state, self.args.save, step=self._iteration, of=self.args.train_iters, reason=reason)
@@ -247,9 +226,3 @@ class PreferenceRun:
     def signals_received(self) -> list[bool]:
         """Whether to stop after this step."""
         return self.stop.signals_received()
-
-
-def _forget_global_state() -> None:
-    """Leave the process as it was, so that another run can follow in it."""
-    with contextlib.suppress(Exception):  # after a failure at start, some of it was never made
-        destroy_global_state()

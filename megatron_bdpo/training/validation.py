@@ -33,8 +33,11 @@ def set_up_megatron(args: argparse.Namespace) -> PairGPTConfig:
     Raises:
         UserError: on every rank, with Megatron's reason.
     """
-    with all_ranks_agree(), refusals_of_megatron():
+    is_run = args.dry_run is None
+    with all_ranks_agree(), refusals_of_megatron(), contextlib.nullcontext() if is_run else silence():
         validate_args(args)
+        if not is_run:  # nothing of it is to be logged
+            args.tensorboard_dir, args.wandb_project = None, ""
         set_global_variables(args)
         args.scored_vocab_size = vocabulary_size(args, get_tokenizer())
         return model_config(args)
@@ -51,9 +54,14 @@ def rehearse(args: argparse.Namespace) -> None:
     trial.padded_vocab_size = trial.padded_vocab_size or trial.make_vocab_size_divisible_by * (
         trial.tensor_model_parallel_size
     )
-    with all_ranks_agree(), refusals_of_megatron(), contextlib.redirect_stdout(io.StringIO()):
+    with all_ranks_agree(), refusals_of_megatron(), silence():
         validate_args(trial)
         model_config(trial)
+
+
+def silence() -> contextlib.AbstractContextManager[object]:
+    """Without what Megatron prints: its arguments alone are 700 lines."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ REFUSED = {
     "--save run": "--save DIR and --save-interval STEPS",
     "--save-interval 5": "--save DIR and --save-interval STEPS",
     "--wandb-project p": "--wandb-project needs wandb",
+    "--gpu-memory 80": "--gpus-per-node, --gpu-memory",
+    "--fake-process-group": "--fake-process-group",
     "--micro-batch-size 2": "--micro-batch-size: a microbatch is one pack",
     "--global-batch-size 8": "--global-batch-size (and --eval-...-batch-size) count packs",
     "--eval-global-batch-size 8": "--global-batch-size (and --eval-...-batch-size) count packs",
@@ -102,6 +104,7 @@ REFUSED = {
 ALLOWED = [
     "",
     "--save run --save-interval 5",
+    "--dry-run --gpu-memory 80",
     "--micro-batch-size 1",
     "--eval-iters 0",
     "--dataloader-type external",

@@ -40,7 +40,13 @@ def process_groups() -> Iterator[None]:
     from megatron_bdpo.training import distributed
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    settings = {"distributed_backend": "gloo", "distributed_timeout_minutes": 1, "rank": rank, "world_size": world_size}
+    settings = {
+        "distributed_backend": "gloo",
+        "fake_process_group": False,
+        "distributed_timeout_minutes": 1,
+        "rank": rank,
+        "world_size": world_size,
+    }
     with distributed.process_groups(argparse.Namespace(**settings)):
         yield
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from megatron_bdpo.errors import UserError
 
 #: Weights, configuration, tokenizer. Not the copies of the weights in other formats that many repositories hold.
-_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_WEIGHTS = ["*.safetensors"]
+_DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
 def is_model_directory(path: Path) -> bool:
@@ -15,8 +16,11 @@ def is_model_directory(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def model_directory(path_or_name: str) -> Path:
+def model_directory(path_or_name: str, *, weights: bool = True) -> Path:
     """The directory of a model: a path, or a name on the hub, which is downloaded or found in its cache.
+
+    Args:
+        weights: download them too; without, configuration and tokenizer only.
 
     Raises:
         UserError: there is no such model.
@@ -35,7 +39,7 @@ def model_directory(path_or_name: str) -> Path:
             "--hf-model by name needs huggingface_hub: pip install 'megatron_bdpo[hf]', or give a directory."
         ) from error
     try:
-        return Path(snapshot_download(path_or_name, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(path_or_name, allow_patterns=_DESCRIPTION + _WEIGHTS * weights))
     except Exception as error:  # of the hub, of HTTP, of the file system
         raise UserError(
             f"--hf-model: {path_or_name} is no directory and cannot be fetched: {type(error).__name__}: {error}"

@@ -1,0 +1,166 @@
+"""``--dry-run``: everything that comes before the first weight, at the real number of ranks, by one process on a CPU.
+
+This process plays rank 0 of a made-up world (Megatron's ``--fake-process-group``): flags, layout, data, plan and
+Megatron's own set-up are the real ones. What it prints about time and memory is arithmetic, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from megatron.core import parallel_state
+from megatron.training.training import num_floating_point_operations
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.platform.seams import initialize_megatron
+from megatron_bdpo.training import identity
+from megatron_bdpo.training.job import PairJob
+from megatron_bdpo.training.preparation import forget_global_state, prepare
+from megatron_bdpo.training.validation import refusals_of_megatron, silence
+
+#: Dense bf16 of an H100 SXM, by NVIDIA's data sheet.
+_TFLOPS = 989.0
+#: Of that peak, doing model arithmetic: a usual figure for dense models of this size under Megatron.
+_UTILISATION = 0.35
+
+
+def make_up_ranks(args: argparse.Namespace) -> None:
+    """Make this process rank 0 of as many as ``--dry-run`` says, by default of the launcher's.
+
+    Raises:
+        UserError: it is one of several processes already, or the ranks do not fill their nodes.
+    """
+    if args.rank or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise UserError("--dry-run plays all ranks in one process. Start it with python, or one process of torchrun.")
+    args.world_size = args.dry_run or args.world_size
+    args.local_rank = 0
+    args.fake_process_group = True
+    if args.world_size < 1:
+        raise UserError(f"--dry-run {args.dry_run}: the number of ranks must be at least 1.")
+    per_node = args.gpus_per_node
+    if per_node and (per_node < 1 or args.world_size % per_node):
+        raise UserError(f"--dry-run {args.world_size}: these ranks do not fill nodes of --gpus-per-node {per_node}.")
+
+
+def dry_run(args: argparse.Namespace) -> str:
+    """Prepare the job as a run would, without weights, and report on it. Within ``process_groups``.
+
+    Nothing is written but the tokenised pairs, in the cache where the run will find them.
+
+    Raises:
+        UserError: the job cannot run.
+    """
+    job, _ = prepare(args)
+    try:
+        with refusals_of_megatron(), silence():
+            initialize_megatron()
+        resumed = identity.resumed_identity(args, identity.identity_of(args, job))
+        return "\n".join([job.describe(), *_report(args, job, resumes=resumed is not None)])
+    finally:
+        forget_global_state()
+
+
+def _report(args: argparse.Namespace, job: PairJob, *, resumes: bool) -> list[str]:
+    lines = [f"dry run of {_cluster(args)}", f"  layout: {_layout(args)}"]
+    lines += _across_nodes(args)
+    if resumes:
+        lines.append(f"  start: goes on from the checkpoint in {args.load}")
+    lines += Work.of(args, job).describe(args)
+    return lines
+
+
+def _cluster(args: argparse.Namespace) -> str:
+    if not args.gpus_per_node:
+        return f"{args.world_size} ranks"
+    return f"{args.world_size} ranks, {args.world_size // args.gpus_per_node} nodes of {args.gpus_per_node}"
+
+
+def _layout(args: argparse.Namespace) -> str:
+    """As Megatron has set it up."""
+    sizes = {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual stages": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+    }
+    return " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1) or "one rank"
+
+
+def _across_nodes(args: argparse.Namespace) -> list[str]:
+    tensor = args.tensor_model_parallel_size
+    if args.gpus_per_node and args.gpus_per_node % tensor:
+        return [f"  note: {tensor} tensor-parallel ranks cross nodes of {args.gpus_per_node}, and are slow there"]
+    return []
+
+
+@dataclass(frozen=True)
+class Work:
+    """Arithmetic that a run does, by Megatron's own count: products of matrices, without recomputation.
+
+    Attributes:
+        tokens: positions that hold a token, over all steps; ``positions`` with the padding.
+        training: floating-point operations of all steps.
+        scoring: of scoring the reference, at most.
+        idle: share of a step in which a pipeline stage waits for its first or after its last microbatch.
+    """
+
+    steps: int
+    tokens: int
+    positions: int
+    training: float
+    scoring: float
+    idle: float
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, job: PairJob) -> Work:
+        """The work of a job whose plan is applied to ``args``."""
+        plan = job.plan
+        positions = plan.packs_per_step * plan.pack_length
+        squares = float((job.sizes[plan.steps].astype(np.float64) ** 2).sum(axis=1).mean())  # no pair sees another
+        step = float(num_floating_point_operations(args, plan.packs_per_step, squares, positions))
+        needs = job.loss.requirements
+        passes = int(needs.reference or needs.comprehension) + int(needs.comprehension)
+        scored = len(job.train.ids) + len(job.held_out.ids)
+        if job.resident:
+            scored = len(plan.steps) * plan.steps.shape[1]
+        # A forward pass is a third of a step's arithmetic; answers without their prompts are shorter than pairs.
+        scoring = passes * scored / plan.steps.shape[1] * step / 3
+        steps = len(plan.steps)
+        waits = (args.pipeline_model_parallel_size - 1) / (args.virtual_pipeline_model_parallel_size or 1)
+        return cls(
+            steps,
+            int(plan.real_tokens.sum()),
+            steps * positions,
+            steps * step,
+            scoring,
+            waits / (waits + plan.microbatches),
+        )
+
+    def describe(self, args: argparse.Namespace) -> list[str]:
+        """Tokens, and hours at the assumed rate."""
+        peak, utilisation = args.gpu_tflops or _TFLOPS, args.assumed_mfu or _UTILISATION
+        rate = args.world_size * peak * 1e12 * utilisation
+        training, scoring = self.training / rate / (1 - self.idle), self.scoring / rate
+        waiting = f", and stages wait {self.idle:.0%} of a step for its microbatches" if self.idle else ""
+        work = (
+            f"{self.training / 1e15:,.1f} PFLOP of training, at most {self.scoring / 1e15:,.1f} of scoring references"
+        )
+        time = f"{_duration(training)} of training, at most {_duration(scoring)} of scoring"
+        return [
+            f"  steps: {self.steps:,}, with {self.tokens:,} tokens in {self.positions:,} positions",
+            f"  arithmetic: {work}; recomputation and evaluations not counted",
+            f"  time: {time}. Assumed, not measured:",
+            f"    a GPU does {utilisation:.0%} of {peak:g} TFLOP/s (--assumed-mfu, --gpu-tflops){waiting}",
+        ]
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"

@@ -1,0 +1,49 @@
+"""From parsed flags to a job and a model's configuration: what comes before the first weight, and all of a dry run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+
+from megatron.training.training import destroy_global_state
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.pair_gpt import PairGPTConfig
+from megatron_bdpo.training.arguments import log_to_wandb_too
+from megatron_bdpo.training.distributed import all_ranks_agree
+from megatron_bdpo.training.hf_export import check_save_hf
+from megatron_bdpo.training.hf_model import apply_hf_model
+from megatron_bdpo.training.job import PairJob, apply_plan, build_job
+from megatron_bdpo.training.layout import check_layout
+from megatron_bdpo.training.refusals import refuse_what_cannot_be_honoured
+from megatron_bdpo.training.validation import check_directories, rehearse, set_up_megatron
+
+
+def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
+    """Check the flags, read pairs, plan steps, validate and set up Megatron's arguments. Collective.
+
+    Raises:
+        UserError: on every rank, for anything that the user can put right.
+    """
+    apply_hf_model(args)
+    check_save_hf(args)
+    with all_ranks_agree():
+        refuse_what_cannot_be_honoured(args)
+        check_layout(args)
+    log_to_wandb_too(args)
+    rehearse(args)
+    check_directories(args)
+    job = build_job(args)
+    apply_plan(args, job.plan, len(job.eval_packs))
+    args.exit_signal_handler = False  # Megatron is to set no handler of its own: we answer for it, see ``stopping``
+    try:
+        return job, set_up_megatron(args)
+    except UserError:
+        forget_global_state()
+        raise
+
+
+def forget_global_state() -> None:
+    """Leave the process as it was, so that another run can follow in it."""
+    with contextlib.suppress(Exception):  # after a failure at start, some of it was never made
+        destroy_global_state()
