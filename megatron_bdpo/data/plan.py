@@ -17,6 +17,7 @@ Three deterministic stages, each a pure function of the seed and the pairs' leng
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,6 +152,31 @@ def pack_all(ids: IntArray, sizes: IntArray, length: int, multiple: int) -> list
         bisect.insort(room, (free - size, pack))
     packs += [[]] * (-len(packs) % multiple)
     return [np.array(pack, np.int64) for pack in packs]
+
+
+def pack_evenly(ids: IntArray, sizes: IntArray, limit: int, multiple: int, unit: int) -> tuple[list[IntArray], int]:
+    """Put every pair into one of as many packs as :func:`pack_all` needs, and make these as short as they can be.
+
+    Args:
+        ids: [n] pair ids; sizes: [n] their sizes, none above ``limit``.
+        limit: greatest length of a pack, a multiple of ``unit``.
+        multiple: the number of packs is a multiple of this.
+        unit: the packs' length is a multiple of this.
+
+    Returns:
+        The packs, and the length they all have.
+    """
+    tight = pack_all(ids, sizes, limit, multiple)
+    even: list[list[int]] = [[] for _ in tight]
+    loads = [(0, pack) for pack in range(len(tight))]  # a heap
+    for index in np.argsort(-sizes, kind="stable"):
+        load, pack = loads[0]
+        even[pack].append(int(ids[index]))
+        heapq.heapreplace(loads, (load + int(sizes[index]), pack))
+    fullest = max((load for load, _ in loads), default=0)
+    if fullest <= limit:
+        return [np.array(pack, np.int64) for pack in even], _round_up(fullest, unit)
+    return tight, limit
 
 
 # 1. Order ------------------------------------------------------------------------------------------------------------

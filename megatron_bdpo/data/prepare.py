@@ -88,13 +88,13 @@ def prepare_pairs(settings: PairDataSettings, tokenizer: PairTokenizer, progress
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--pair-cache-dir: {cache_dir} cannot be made: {error.strerror or error}.") from error
-    recipe = _recipe(settings, tokenizer, cache_dir)
-    fingerprint = _fingerprint(recipe, settings.max_pairs)
+    decisive = _decisive_settings(settings, tokenizer, cache_dir)
+    fingerprint = _fingerprint(decisive, settings.max_pairs)
     directory = cache_dir / fingerprint[:16]
     if not directory.exists():
         try:
             with _committed(directory) as unfinished, PairStoreWriter(unfinished) as writer:
-                _write_store(writer, settings, tokenizer, recipe, progress)
+                _write_store(writer, settings, tokenizer, decisive, progress)
         except OSError as error:  # failures to read come as UserError already
             raise UserError(f"--pair-cache-dir: cannot write to {cache_dir}: {error.strerror or error}.") from error
     store = PairStore.open(directory, sources=settings.sources)
@@ -105,8 +105,8 @@ def prepare_pairs(settings: PairDataSettings, tokenizer: PairTokenizer, progress
     return store
 
 
-def _recipe(settings: PairDataSettings, tokenizer: PairTokenizer, cache_dir: Path) -> dict[str, Any]:
-    """Everything that decides the tokens of the pairs, and nothing else; see `StoreInfo.recipe`."""
+def _decisive_settings(settings: PairDataSettings, tokenizer: PairTokenizer, cache_dir: Path) -> dict[str, Any]:
+    """Everything that decides the tokens of the pairs, and nothing else; see `StoreInfo.settings`."""
     digests = _FileDigests(cache_dir / _DIGESTS)
     contents = [content_digest(source, digests.of) for source in settings.sources]
     digests.save()
@@ -118,10 +118,10 @@ def _recipe(settings: PairDataSettings, tokenizer: PairTokenizer, cache_dir: Pat
     }
 
 
-def _fingerprint(recipe: dict[str, Any], max_pairs: int | None) -> str:
+def _fingerprint(decisive: dict[str, Any], max_pairs: int | None) -> str:
     """Hex digest of everything that decides which tokens the store holds, and of nothing else."""
-    decisive = {"format": FORMAT_VERSION, **recipe, "max_pairs": max_pairs}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    everything = {"format": FORMAT_VERSION, **decisive, "max_pairs": max_pairs}
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 class _FileDigests:
@@ -182,7 +182,7 @@ def _write_store(
     writer: PairStoreWriter,
     settings: PairDataSettings,
     tokenizer: PairTokenizer,
-    recipe: dict[str, Any],
+    decisive: dict[str, Any],
     progress: bool,
 ) -> None:
     """Tokenize all rows into the writer and finish it, unless too many are no good."""
@@ -206,8 +206,8 @@ def _write_store(
     _check_shares(report, settings)
     assert is_chat is not None
     empty_prompt = tokenizer.empty_prompt(is_chat).tolist()
-    fingerprint = _fingerprint(recipe, settings.max_pairs)
-    writer.finish(StoreInfo(fingerprint, recipe, empty_prompt, settings.sources, report))
+    fingerprint = _fingerprint(decisive, settings.max_pairs)
+    writer.finish(StoreInfo(fingerprint, decisive, empty_prompt, settings.sources, report))
 
 
 def _all_rows(

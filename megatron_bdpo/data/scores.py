@@ -15,8 +15,8 @@ A shard has n pairs in the store's order; axis 1 is chosen, rejected:
 
 A shard carries a checksum of its numbers and the digest of the manifest's identity; it is written under another name,
 flushed and renamed, so a file with a shard's name is whole or damaged, never half done. Several jobs may fill one
-directory: each adds to a shard what the file does not have yet, and at worst one job's additions are made again. A
-killed job leaves hidden ``.partial`` files, which nobody reads and anybody may delete.
+directory: each adds to a shard what the file does not have, and at worst one job's additions are made again. A killed
+job leaves hidden ``.partial`` files, which nobody reads and anybody may delete.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ KINDS = ("conditional", "unconditional")
 
 MANIFEST = "manifest.json"
 DEFAULT_SHARD_PAIRS = 4096
+_METADATA = "scores"
 
 # Name -> dtype, columns, and what stands for an unknown value.
 _COLUMNS: dict[str, tuple[str, int | None, float]] = {
@@ -198,11 +199,14 @@ class ScoreCache:
                 part[: len(values)] = values[: len(part)]
         return arrays, damaged
 
-    def add(self, index: int, arrays: Arrays) -> None:
-        """Add to one shard, durably; what the file has and ``arrays`` does not know stays.
+    def add(self, index: int, arrays: Arrays) -> Arrays:
+        """Add to one shard, durably. Scores that the file has already stay: all jobs shall use the same ones.
 
         Args:
             arrays: as in a shard, for its first n pairs.
+
+        Returns:
+            The same, with the scores that the file has now.
 
         Raises:
             UserError: the directory cannot be written.
@@ -212,14 +216,11 @@ class ScoreCache:
         except _DamagedError:
             there = {}
         merged = {name: _merge(there.get(name), values) for name, values in arrays.items()}
-        metadata = {
-            "format": f"{FORMAT_NAME} {FORMAT_VERSION}",
-            "identity": self._identity,
-            "first_pair": str(index * self.shard_pairs),
-            "crc32": str(_checksum(merged)),
-        }
+        # One entry: safetensors writes several in any order, and equal shards shall be equal files.
+        metadata = {_METADATA: json.dumps({**self._place(index), "crc32": _checksum(merged)})}
         with _failures_to_write(self.directory):
             _write(self._path(index), save(merged, metadata))
+        return {name: values[: len(arrays[name])] for name, values in merged.items()}
 
     def finish(self, pairs: int, scored: Mapping[str, int], job: Mapping[str, Any]) -> None:
         """Commit: all that a job needs of the store's first ``pairs`` pairs is there.
@@ -243,6 +244,10 @@ class ScoreCache:
     def _path(self, index: int) -> Path:
         return self.directory / f"shard-{index:05d}.safetensors"
 
+    def _place(self, index: int) -> dict[str, Any]:
+        """What a shard's file says about where it belongs."""
+        return {"version": FORMAT_VERSION, "identity": self._identity, "first_pair": index * self.shard_pairs}
+
     def _read_shard(self, index: int) -> Arrays:
         """A shard's arrays; none of any pair where there is no file."""
         path = self._path(index)
@@ -250,13 +255,14 @@ class ScoreCache:
             return _unknown(0)
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
+                metadata = json.loads((file.metadata() or {})[_METADATA])
                 arrays = {name: file.get_tensor(name) for name in _COLUMNS}
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise _DamagedError(str(error)) from error
-        if metadata.get("identity") != self._identity or metadata.get("first_pair") != str(index * self.shard_pairs):
+        crc32 = metadata.pop("crc32", None)
+        if metadata != self._place(index):
             raise _DamagedError("it belongs to another directory or place")
-        if metadata.get("crc32") != str(_checksum(arrays)):
+        if crc32 != _checksum(arrays):
             raise _DamagedError("its checksum is wrong")
         expected = _unknown(len(arrays["row"]))
         if any((arrays[name].dtype, arrays[name].shape) != (each.dtype, each.shape) for name, each in expected.items()):
@@ -276,13 +282,13 @@ def _unknown(pairs: int) -> Arrays:
 
 
 def _merge(there: npt.NDArray[Any] | None, new: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """``new``, and what only ``there`` knows: values where new has NaN, and pairs beyond its end."""
+    """What is there, ``new`` where it is NaN, and whichever goes beyond the other's end."""
     if there is None:
         return np.ascontiguousarray(new)
     merged = np.concatenate([new, there[len(new) :]])
     if merged.dtype.kind == "f":
         overlap = slice(min(len(there), len(new)))
-        merged[overlap] = np.where(np.isnan(merged[overlap]), there[overlap], merged[overlap])
+        merged[overlap] = np.where(np.isnan(there[overlap]), merged[overlap], there[overlap])
     return merged
 
 

@@ -36,7 +36,7 @@ from megatron_bdpo.data.tokenization import PairTokens, TokenArray
 from megatron_bdpo.errors import UserError
 
 FORMAT_NAME = "megatron_bdpo pair store"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 UNKNOWN, SAFE, UNSAFE = -1, 0, 1
 
 _META = "meta.json"
@@ -58,15 +58,15 @@ class StoreInfo:
 
     Attributes:
         fingerprint: hex SHA-256 of everything that decides the tokens: data, tokenizer, limits, rules.
-        recipe: everything that decides the tokens but the number of pairs, by name: digests of the data sets,
-            tokenizer, chat template, limits. Stores of one recipe hold the same pairs, as far as both go.
+        settings: everything that decides the tokens but the number of pairs, by name: digests of the data sets,
+            tokenizer, chat template, limits. Stores of the same settings hold the same pairs, as far as both go.
         empty_prompt: token ids of the prompt that says nothing.
         sources: the data sets, in the order of the ``source`` array's indices.
         report: what became of their rows.
     """
 
     fingerprint: str
-    recipe: dict[str, Any]
+    settings: dict[str, Any]
     empty_prompt: list[int]
     sources: tuple[SourceSpec, ...]
     report: DataReport
@@ -117,7 +117,7 @@ class PairStore:
         try:
             info = StoreInfo(
                 fingerprint=meta["fingerprint"],
-                recipe=meta["recipe"],
+                settings=meta["settings"],
                 empty_prompt=meta["empty_prompt"],
                 sources=sources or tuple(SourceSpec(**source) for source in meta["sources"]),
                 report=DataReport.from_json(meta["report"]),
@@ -233,7 +233,7 @@ class PairStoreWriter:
             "format": FORMAT_NAME,
             "version": FORMAT_VERSION,
             "fingerprint": info.fingerprint,
-            "recipe": info.recipe,
+            "settings": info.settings,
             "empty_prompt": info.empty_prompt,
             "sources": [dataclasses.asdict(source) for source in info.sources],
             "report": info.report.to_json(),

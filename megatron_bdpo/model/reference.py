@@ -26,11 +26,16 @@ from megatron_bdpo.model.pair_gpt import PairGPTConfig
 WEIGHTS_DIR = "reference_weights"
 
 
-def build_reference(config: PairGPTConfig) -> list[torch.nn.Module]:
-    """Model chunks like the policy's, weights undefined, in evaluation mode. Collective."""
+def build_reference(config: PairGPTConfig, *, with_weights: bool = False) -> list[torch.nn.Module]:
+    """Model chunks like the policy's, in evaluation mode, without gradients, DDP and optimizer. Collective.
+
+    Args:
+        with_weights: those that the configuration's hooks give the policy; else they are undefined.
+    """
     config = copy.deepcopy(config)
-    config.pre_wrap_hooks = []  # those that give the policy its weights
-    config.transformer.perform_initialization = False
+    if not with_weights:
+        config.pre_wrap_hooks = []
+        config.transformer.perform_initialization = False
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False

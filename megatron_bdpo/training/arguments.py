@@ -188,7 +188,13 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         default="precomputed",
         help="score the reference once before training, or keep a frozen copy beside the policy",
     )
-    add("--reference-cache", metavar="DIR", help="where the reference values of this data and model are kept")
+    add("--reference-cache", metavar="DIR", help="where the reference scores of this data and model are kept")
+    add(
+        "--score-shard-pairs",
+        type=int,
+        metavar="N",
+        help="pairs that are scored between two writes to a new directory of reference scores (default: 4096)",
+    )
     add(
         "--stop-file",
         nargs="+",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -99,14 +100,18 @@ class PackMaker:
     with_unconditional: bool = False
     context: ContextRank = ALONE
 
-    def __call__(self, ids: IntArray, *, unconditional: bool = False) -> PackBatch:
-        """The pack of these pairs; with ``unconditional`` their answers follow the empty prompt."""
-        groups = [self.pool.group(pair_id, unconditional=unconditional) for pair_id in ids]
-        pack = lay_out(groups, self.length, share_prompts=self.share_prompts)
-        batch = to_batch(context_part(pack, self.context), self.pool.unsafe[ids], self.length)
-        if self.with_unconditional and not unconditional:
-            batch.unconditional = self(ids, unconditional=True)
+    def __call__(self, ids: IntArray) -> PackBatch:
+        """The pack of these pairs."""
+        batch = self.mixed(ids, np.zeros(len(ids), bool))
+        if self.with_unconditional:
+            batch.unconditional = self.mixed(ids, np.ones(len(ids), bool))
         return batch
+
+    def mixed(self, ids: IntArray, unconditional: npt.NDArray[np.bool_]) -> PackBatch:
+        """A pack in which the answers of some pairs follow the empty prompt: those with True in ``unconditional``."""
+        groups = [self.pool.group(pair, unconditional=empty) for pair, empty in zip(ids, unconditional, strict=True)]
+        pack = lay_out(groups, self.length, share_prompts=self.share_prompts)
+        return to_batch(context_part(pack, self.context), self.pool.unsafe[ids], self.length)
 
 
 def to_batch(pack: Pack, unsafe: np.ndarray[Any, Any], pack_length: int) -> PackBatch:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_bdpo.errors import UserError
@@ -52,10 +53,41 @@ def _dry_run(args: argparse.Namespace) -> str:
         return dry_run(args)
 
 
+def score(argv: Sequence[str] | None = None) -> list[Path]:
+    """Score a job's pairs with its reference, forward only, and keep the scores for its training.
+
+    Args:
+        argv: the flags of the training; those of its steps and its optimizer may be left out.
+
+    Returns:
+        The directories with the scores of the training pairs and, if there are any, of the held-out ones. Read them
+        with ``megatron_bdpo.data.scores.open_scores``.
+
+    Raises:
+        UserError: on every rank, printed once, for anything the user can put right.
+    """
+    prepare_platform()
+    from megatron_bdpo.training import arguments, distributed
+    from megatron_bdpo.training.score import score_pairs
+
+    args = arguments.parse(argv)
+    with distributed.process_groups(args):
+        return score_pairs(args)
+
+
 def main(argv: Sequence[str] | None = None) -> PreferenceRun:
     """:func:`train` for programs: a UserError ends them with exit code 2 instead of a traceback."""
+    return _program(train, argv)
+
+
+def score_main(argv: Sequence[str] | None = None) -> list[Path]:
+    """:func:`score` for programs."""
+    return _program(score, argv)
+
+
+def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequence[str] | None) -> Result:
     try:
-        return train(argv)
+        return job(argv)
     except UserError as error:
         _tell_launcher(error)
         if not error.shown and int(os.environ.get("RANK", "0")) == 0:

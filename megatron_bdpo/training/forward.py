@@ -183,15 +183,9 @@ class ScoringStep:
     """``forward_step`` of a scoring pass: collects each pack's sequence log-probs (``collect_non_loss_data``)."""
 
     scoring: TokenScoring
-    unconditional: bool = False
-    """Score the answers after the empty prompt."""
 
     def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        batch = next(data_iterator)
-        if self.unconditional:
-            assert batch.unconditional is not None
-            batch = batch.unconditional
-        return score_pack(model, batch.to_device(), self.scoring), _collect
+        return score_pack(model, next(data_iterator).to_device(), self.scoring), _collect
 
 
 def _collect(scores: Tensor, non_loss_data: bool = True) -> Tensor:

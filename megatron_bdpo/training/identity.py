@@ -7,10 +7,8 @@ before anything is built, so that a checkpoint of other data is refused and the 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +34,8 @@ class RunIdentity:
     seed: int
     loss: str
     """Name and options."""
-    reference: str = ""
-    """Fingerprint of the reference (see ``reference_identity``); empty where the loss reads none."""
+    reference: dict[str, Any] = field(default_factory=dict)
+    """What the reference is (see ``reference_identity``); empty where the loss reads none."""
     reference_weights: str = ""
     """Directory that holds the reference's weights, if one does."""
 
@@ -161,12 +159,15 @@ _ARITHMETIC = (
 )  # fmt: skip
 
 
-def reference_identity(args: argparse.Namespace, weights: str, vocab_size: int) -> str:
-    """Everything that changes reference log-probs besides the pairs: weights, arithmetic, architecture.
+def reference_identity(args: argparse.Namespace, weights: str, vocab_size: int) -> dict[str, Any]:
+    """Everything that changes reference log-probs besides the pairs, by name: weights, and what is computed with them.
 
     Args:
         weights: ``model.digest.weights_digest`` of the reference.
     """
-    settings = {name: str(getattr(args, name)) for name in _ARITHMETIC}
-    architecture = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    return f"weights {weights}, vocabulary {vocab_size}, {args.params_dtype}, architecture {architecture}"
+    settings = {name: getattr(args, name) for name in _ARITHMETIC}
+    plain = {name: value if isinstance(value, _JSON) else str(value) for name, value in settings.items()}
+    return {"weights": weights, "vocabulary": vocab_size, **plain}
+
+
+_JSON = (bool, int, float, str, list, type(None))

@@ -35,6 +35,7 @@ class PairJob:
         eval_packs: packs of the held-out pairs, a multiple of the data-parallel ranks; empty without held-out pairs.
         sizes: [P] pack positions of every pair of the pool.
         cache_dir: where tokens and reference values are kept.
+        max_pack_length: the longest pack that the user allows; those of the plan may be shorter.
     """
 
     loss: PairLossFunction
@@ -48,6 +49,7 @@ class PairJob:
     share_prompts: bool
     resident: bool
     context_parallel: int
+    max_pack_length: int
 
     def pack_maker(self, context: ContextRank) -> PackMaker:
         """Makes the packs of training and evaluation, as a context-parallel rank sees them."""
@@ -192,6 +194,7 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
         args.share_prompts,
         args.reference == "resident",
         args.context_parallel_size,
+        args.seq_length,
     )
 
 
@@ -203,7 +206,7 @@ def _plan_settings(args: argparse.Namespace, longest_pair: int) -> PlanSettings:
         max_pack_length=args.seq_length,
         min_pack_length=longest_pair,
         microbatch_multiple=_microbatch_multiple(args),
-        length_multiple=8 * position_shares(args),
+        length_multiple=length_unit(args),
         seed=args.seed,
         pack_pairs=args.pack_pairs,
     )
@@ -246,6 +249,11 @@ def made_up_plan(args: argparse.Namespace) -> StepPlan:
 def position_shares(args: argparse.Namespace) -> int:
     """Ranks that a pack's positions are split over: context parallelism, times tensor parallelism under SP."""
     return int(args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1))
+
+
+def length_unit(args: argparse.Namespace) -> int:
+    """Packs are multiples of this many positions long."""
+    return 8 * position_shares(args)
 
 
 def apply_plan(args: argparse.Namespace, plan: StepPlan, eval_packs: int) -> None:

@@ -21,8 +21,6 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch import Tensor
 
 from megatron_bdpo.data.layout import group_tokens
-from megatron_bdpo.logprobs import TokenScoring
-from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.reference import weights_at_rest
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
@@ -31,12 +29,12 @@ from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.hf_export import save_live
-from megatron_bdpo.training.hf_model import weights_loader
 from megatron_bdpo.training.metrics_file import NAME, MetricsFile
-from megatron_bdpo.training.preparation import forget_global_state, prepare
+from megatron_bdpo.training.preparation import forget_global_state
 from megatron_bdpo.training.progress import Progress
 from megatron_bdpo.training.references import ReferenceProvider
 from megatron_bdpo.training.scoring import NoReference, ReferenceTable, ResidentReference
+from megatron_bdpo.training.setup import set_up
 from megatron_bdpo.training.status import State, write_status
 from megatron_bdpo.training.step_zero import StepZeroGate
 from megatron_bdpo.training.stopping import StopRequest
@@ -62,10 +60,8 @@ class PreferenceRun:
             UserError: on every rank.
         """
         self.args = args
-        self.job, self._config = prepare(args)
-        self.scoring = TokenScoring(args.scored_vocab_size, kernel=args.log_probs, chunk_size=args.log_prob_chunk_size)
-        current = identity.identity_of(args, self.job)
-        self._identity = identity.resumed_identity(args, current) or current
+        self._setup = set_up(args)
+        self.job, self.scoring, self._identity = self._setup.job, self._setup.scoring, self._setup.identity
         keep_recipe(args)
         self.progress = Progress(args.log_interval, args.train_iters)
         self._step = PreferenceStep(
@@ -83,11 +79,10 @@ class PreferenceRun:
 
     def pretrain(self) -> None:
         """Hand over to Megatron's trainer until the last step is done. Collective."""
-        if not any(map(identity.checkpoint_directory, (self.args.load, self.args.pretrained_checkpoint))):
-            self._config.pre_wrap_hooks.append(self._initial_weights())
+        self._setup.add_initial_weights()
         try:
             with trainer_seams(self), self.stop.listening(signal.SIGTERM, self.args.exit_signal):
-                container = pretrain_cfg_container_from_args(self.args, self._config)
+                container = pretrain_cfg_container_from_args(self.args, self._setup.config)
                 pretrain(container, self._dataset_provider(), ModelType.encoder_or_decoder, self._step)
             if self.args.save_hf:
                 save_live(self.args, self.model, self.progress.evaluations[-1] if self.progress.evaluations else {})
@@ -109,13 +104,6 @@ class PreferenceRun:
         if not self.args.save:
             return f"{place}; nothing was kept, for want of --save."
         return f"{place}; the same command with --load {self.args.save} goes on."
-
-    def _initial_weights(self) -> Callable[[list[Any]], list[Any]]:
-        """What fills the model where there is no checkpoint to load."""
-        if not self.args.hf_model:
-            return functools.partial(initialize_by_name, seed=self.args.seed)
-        self._config.transformer.perform_initialization = False
-        return weights_loader(self.args.hf_model)
 
     def print_table(self) -> None:
         """Print held-out results before and after, from the last rank, where metrics live. After ``pretrain``."""
@@ -160,7 +148,7 @@ class PreferenceRun:
         self.model = model
         self._iteration = self.args.iteration
         resumed = self._iteration > 0
-        provider = ReferenceProvider(self.args, self.job, self._config, self.scoring)
+        provider = ReferenceProvider(self.args, self.job, self._setup.config, self.scoring)
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
         identity.keep(self.args, self._identity)
         if isinstance(self._step.reference, ReferenceTable):

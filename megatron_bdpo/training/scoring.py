@@ -1,10 +1,10 @@
-"""Reference log-probs: scored over whole data sets before training, or beside it, and looked up by pair id."""
+"""Passes of a frozen reference: over the groups of a data set before training, or over a step's packs beside it."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,20 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from tqdm import tqdm
 
-from megatron_bdpo.data.plan import pack_all
+from megatron_bdpo.data.layout import group_tokens
+from megatron_bdpo.data.plan import pack_evenly
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import Requirements
 from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
-from megatron_bdpo.training.distributed import is_rank_zero, sum_over_ranks
+from megatron_bdpo.training.distributed import sum_over_ranks
 from megatron_bdpo.training.forward import ScoringStep
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.quartiles import IMBALANCE, quartile_edges
 
 FloatArray = npt.NDArray[np.float64]
-
-_PACKS_PER_CALL = 8  # times the pipeline stages: long enough to fill the pipeline, short enough for a progress bar
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass
@@ -96,24 +95,31 @@ class ResidentReference:
         def run(*args: Any, data_iterator: Any, num_microbatches: int, **kwargs: Any) -> Any:
             iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
             batches = [[next(iterator) for _ in range(num_microbatches)] for iterator in iterators]
-            self._score(batches, num_microbatches)
+            self._score(batches)
             again = [iter(chunk) for chunk in batches]
             data_iterator = again if isinstance(data_iterator, list) else again[0]
             return schedule(*args, data_iterator=data_iterator, num_microbatches=num_microbatches, **kwargs)
 
         return run
 
-    def _score(self, batches: list[list[PackBatch]], count: int) -> None:
-        passes = [False, True] if self.requirements.comprehension else [False]
-        scores = [
-            score_batches(self.model, [iter(chunk) for chunk in batches], count, self.scoring, unconditional=which)
-            for which in passes
-        ]
+    def _score(self, batches: list[list[PackBatch]]) -> None:
+        """One pass over the step's packs, each followed by its answers after the empty prompt if they are needed."""
+        per_batch = 2 if self.requirements.comprehension else 1
+        count, length = per_batch * len(batches[0]), batches[0][0].pack_length
+        iterators = [_with_unconditional(chunk) for chunk in batches]
+        scores = score_batches(self.model, iterators, count, length, self.scoring)
         # Only the last stage has scores, and only it looks them up; its last chunk's batches are the ones it uses.
         self._values = {
             _batch_key(batch): (values[0], values[1] if len(values) > 1 else None)
-            for batch, *values in zip(batches[-1], *scores, strict=False)
+            for batch, values in zip(batches[-1], itertools.batched(scores, per_batch), strict=False)
         }
+
+
+def _with_unconditional(batches: list[PackBatch]) -> Iterator[PackBatch]:
+    for batch in batches:
+        yield batch
+        if batch.unconditional is not None:
+            yield batch.unconditional
 
 
 def _batch_key(batch: PackBatch) -> bytes:
@@ -123,32 +129,27 @@ def _batch_key(batch: PackBatch) -> bytes:
 
 @torch.no_grad()
 def score_batches(
-    model: list[Any],
-    iterators: list[Iterator[PackBatch]],
-    count: int,
-    scoring: TokenScoring,
-    *,
-    unconditional: bool = False,
+    model: list[Any], iterators: list[Iterator[PackBatch]], count: int, length: int, scoring: TokenScoring
 ) -> list[Tensor]:
     """Run ``count`` microbatches forward only. Collective over the model's ranks.
 
     Args:
         model: this rank's chunks; DDP is stepped around, its hooks are for training.
         iterators: one per chunk.
+        length: positions of every pack.
 
     Returns:
         On the last pipeline stage: per microbatch [S] float64. Elsewhere: an empty list.
     """
     chunks = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in model]
-    batch_length = _pack_length()
     schedule = get_forward_backward_func()
     with evaluating(chunks), weights_at_rest(model):
         scores: list[Tensor] = schedule(
-            forward_step_func=ScoringStep(scoring, unconditional),
+            forward_step_func=ScoringStep(scoring),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=count,
-            seq_length=batch_length,
+            seq_length=length,
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
@@ -156,59 +157,81 @@ def score_batches(
     return scores
 
 
-def _pack_length() -> int:
-    from megatron.training import get_args
+@dataclass(frozen=True)
+class Groups:
+    """What is to be scored: the answers of a pair after its prompt, or after the empty one. n groups.
 
-    return int(get_args().seq_length)
-
-
-def score_pairs(
-    model: list[Any],
-    ids: IntArray,
-    sizes: IntArray,
-    make: PackMaker,
-    scoring: TokenScoring,
-    *,
-    unconditional: bool,
-) -> FloatArray:
-    """Score every pair once with ``model``, packed as tightly as they go. Collective over all ranks.
-
-    Args:
-        ids: [n] pairs to score; sizes: [n] pack positions each takes.
-        unconditional: score the answers after the empty prompt.
-
-    Returns:
-        [n, 2] log-probs of chosen and rejected, in nats, on every rank.
+    A pair's two groups go through the model in one pass, in whichever packs have room for them.
     """
-    ranks = parallel_state.get_data_parallel_world_size()
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    packs = pack_all(ids, sizes, make.length, ranks * stages)  # interleaved stages take microbatches in groups
-    own = packs[parallel_state.get_data_parallel_rank() :: ranks]
-    place = np.full(int(ids.max()) + 1, -1)
-    place[ids] = np.arange(len(ids))
-    result = np.zeros((len(ids), 2))
-    writes = _is_one_of_each_replica()
-    per_call = _PACKS_PER_CALL * stages
-    label = "scoring answers after the empty prompt" if unconditional else "scoring the reference"
-    interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
-    quiet = not is_rank_zero()
-    with tqdm(
-        total=len(ids), desc=label, unit=" pairs", disable=quiet, mininterval=interval, maxinterval=interval
-    ) as bar:
-        for start in range(0, len(own), per_call):
-            part = own[start : start + per_call]
-            iterators = [_packs_of(part, make, unconditional) for _ in model]
-            scores = score_batches(model, iterators, len(part), scoring)
-            if writes:
-                for pack, score in zip(part, scores, strict=True):
-                    result[place[pack]] = score.reshape(-1, 2).cpu().numpy()
-            bar.update(sum(map(len, packs[start * ranks : (start + len(part)) * ranks])))
-    return sum_over_ranks(torch.from_numpy(result)).numpy()
+
+    pairs: IntArray  # [n] pair ids
+    unconditional: BoolArray  # [n]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
 
 
-def _packs_of(packs: Sequence[IntArray], make: PackMaker, unconditional: bool) -> Iterator[PackBatch]:
-    for pack in packs:
-        yield make(pack, unconditional=unconditional)
+@dataclass(frozen=True)
+class GroupScorer:
+    """Scores groups with a frozen model, each once, packed as tightly as they go.
+
+    Attributes:
+        make: makes packs of the pool's pairs; their length is chosen here.
+        limit: greatest length of a pack; a multiple of ``unit``.
+        unit: lengths are multiples of this.
+        alone: every group has a pack of its own.
+        seen: told the number of pairs in each pack that is on its way.
+    """
+
+    model: list[Any]
+    scoring: TokenScoring
+    make: PackMaker
+    limit: int
+    unit: int
+    alone: bool
+    seen: Callable[[int], object]
+
+    def __call__(self, groups: Groups) -> FloatArray:
+        """[n, 2] log-probs of chosen and rejected, in nats, on every rank. Collective over all ranks.
+
+        Which groups share a pack depends on the groups and on the number of data-parallel ranks and pipeline stages,
+        and on nothing else.
+        """
+        ranks = parallel_state.get_data_parallel_world_size()
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        multiple = ranks * stages  # interleaved stages take microbatches in groups
+        packs, length = self._pack(self.sizes(groups), multiple)
+        own = packs[parallel_state.get_data_parallel_rank() :: ranks]
+        make = replace(self.make, length=length, with_unconditional=False)
+        iterators = [self._packs(own, groups, make, first=chunk == 0) for chunk in range(len(self.model))]
+        scores = score_batches(self.model, iterators, len(own), length, self.scoring)
+        result = np.zeros((len(groups), 2))
+        if _is_one_of_each_replica():
+            for pack, score in zip(own, scores, strict=True):
+                result[pack] = score.reshape(-1, 2).cpu().numpy()
+        return sum_over_ranks(torch.from_numpy(result)).numpy()
+
+    def _pack(self, sizes: IntArray, multiple: int) -> tuple[list[IntArray], int]:
+        ids = np.arange(len(sizes))
+        if not self.alone:
+            return pack_evenly(ids, sizes, self.limit, multiple, self.unit)
+        packs = [*ids[:, None], *[ids[:0]] * (-len(ids) % multiple)]
+        return packs, -(-int(sizes.max()) // self.unit) * self.unit
+
+    def sizes(self, groups: Groups) -> IntArray:
+        """[n] pack positions that each group takes."""
+        pool = self.make.pool
+        lengths = pool.lengths[groups.pairs]
+        empty = np.array([len(store.empty_prompt) for store in pool.stores])
+        store = np.searchsorted(pool.offsets, groups.pairs, side="right") - 1
+        lengths[:, 0] = np.where(groups.unconditional, empty[store], lengths[:, 0])
+        return group_tokens(lengths, share_prompts=self.make.share_prompts)
+
+    def _packs(self, packs: list[IntArray], groups: Groups, make: PackMaker, first: bool) -> Iterator[PackBatch]:
+        for pack in packs:
+            if first:
+                self.seen(len(pack))
+            yield make.mixed(groups.pairs[pack], groups.unconditional[pack])
 
 
 def _is_one_of_each_replica() -> bool:

@@ -7,7 +7,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.harness.jobs import DATA, last_stage, train
+from tests.harness.jobs import DATA, last_stage, scores_in, train
 from tests.harness.parity import assert_same_steps
 
 HELD_OUT = ["--eval-pair-data", str(DATA / "heldout.jsonl"), "--eval-interval", "2", "--eval-at-start"]
@@ -124,12 +124,10 @@ def test_safety_labels_swap_and_drop(ranks, tmp_path):
 def test_reference_cache_grows_with_the_pairs_that_are_used(ranks, tmp_path):
     """Pairs left out of one run are scored when another run needs them, and only those."""
     import numpy as np
-    from safetensors.numpy import load_file
 
     def scored_pairs():
-        (file,) = tmp_path.glob("reference-*/*.safetensors")
-        values = load_file(file)
-        return int(np.isfinite(values["conditional"]).all(axis=1).sum()), values["conditional"]
+        values = scores_in(tmp_path).conditional
+        return int(np.isfinite(values).all(axis=1).sum()), values
 
     flags = ["--train-iters", "1", "--long-pairs", "drop", "--seq-length"]
     ranks(1)(train, [*flags, "176"], pair_cache_dir=str(tmp_path))

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from megatron_bdpo.data.store import PairStore
 from tests.harness.huggingface import build_model, token_log_probs
-from tests.harness.jobs import TINY_MODEL, Outcome, last_stage, train, whole_weights
+from tests.harness.jobs import TINY_MODEL, Outcome, last_stage, scores_in, train, whole_weights
 
 PAIRS = 12  # all in one step: several packs of several pairs
 ONE_AT_A_TIME = ["--no-pack-pairs", "--no-share-prompts"]
@@ -37,8 +36,9 @@ class Run:
     @property
     def log_probs(self) -> dict[str, np.ndarray]:
         """'conditional' and 'unconditional', [P, 2], as far as the loss needs them."""
-        (path,) = self.cache.glob("reference-*/*.safetensors")
-        return load_file(path)
+        scores = scores_in(self.cache)
+        found = {"conditional": scores.conditional, "unconditional": scores.unconditional}
+        return {kind: values for kind, values in found.items() if np.isfinite(values).all()}
 
 
 def run(ranks, cache: Path, flags: list[str]) -> Run:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_bdpo.data.scores import Scores, open_scores
+
 DATA = Path(__file__).parents[2] / "examples" / "data"
 
 #: A model small enough for hundreds of runs, yet with everything: grouped queries, RMSNorm, SwiGLU, rope, two stages.
@@ -79,6 +81,16 @@ def last_weights_kept() -> type[Any]:
     return LastWeightsKept
 
 
+def score(flags: list[str], **overrides: Any) -> list[Path]:
+    """Score the tiny job's pairs on this rank, in a job of its own. Returns the directories of the scores."""
+    from megatron_bdpo.training import arguments, distributed
+    from megatron_bdpo.training.score import score_pairs
+
+    args = arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
+    with distributed.process_groups(args):
+        return score_pairs(args)
+
+
 def run_job(run_type: type[Any], flags: list[str], overrides: dict[str, Any]) -> tuple[Any, int | None]:
     """Run the tiny job to its end. Returns the run and, where Megatron has left its loop early, its exit code."""
     from megatron_bdpo.training import arguments, distributed
@@ -133,6 +145,12 @@ def assemble(shards: Iterable[Shards]) -> dict[str, np.ndarray]:
         if not np.isfinite(values).all():
             raise AssertionError(f"{name}: not every element was found on some rank, or some are not finite")
     return whole
+
+
+def scores_in(cache: Path) -> Scores:
+    """The reference scores that a job has left in its --pair-cache-dir: of one reference, on one store."""
+    (manifest,) = cache.glob("reference-*/*/manifest.json")
+    return open_scores(manifest.parent)
 
 
 def last_stage[Seen](ranks: Sequence[Seen]) -> Seen:

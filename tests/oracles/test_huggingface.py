@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
+from megatron_bdpo.data.scores import Scores
 from megatron_bdpo.data.store import PairStore
 from tests.harness.huggingface import FAMILIES, build_model, token_log_probs
-from tests.harness.jobs import TINY_MODEL
+from tests.harness.jobs import TINY_MODEL, scores_in
 from tests.harness.recording import Step, merge, train_and_record
 
 pytest.importorskip("transformers", reason="the oracle is Hugging Face transformers")
@@ -49,10 +48,9 @@ class Case:
     model: Any
 
     @property
-    def reference(self) -> dict[str, np.ndarray]:
-        """'conditional' and 'unconditional', [P, 2]: what the job has scored before its first step."""
-        (path,) = self.cache.glob("reference-*/*.safetensors")
-        return load_file(path)
+    def reference(self) -> Scores:
+        """What the job has scored before its first step."""
+        return scores_in(self.cache)
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
@@ -80,7 +78,7 @@ def test_log_probs_of_tokens(case):
 
 @pytest.mark.parametrize("kind", ["conditional", "unconditional"])
 def test_reference_values_of_sequences(case, kind):
-    for row, values in enumerate(case.reference[kind]):
+    for row, values in enumerate(getattr(case.reference, kind)):
         pair = case.store.pair(row)
         prompt = pair.prompt if kind == "conditional" else case.store.empty_prompt
         expected = [token_log_probs(case.model, prompt, response).sum() for response in (pair.chosen, pair.rejected)]

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "platform": {"platform", "errors"},
     "training": {"training", "model", "logprobs", "data", "losses", "comprehension", "platform", "errors"},
 }
+MAY_IMPORT["score"] = {"training"}
 MAY_IMPORT["cli"] = {"cli", *MAY_IMPORT, ""}
 
 #: Where Megatron may be imported at all, and where its trainer.

@@ -170,7 +170,7 @@ def assert_damaged(cache: ScoreCache, reason: str) -> None:
 
 
 def test_a_shard_keeps_what_it_has_and_gains_what_is_new(tmp_path):
-    """First conditional scores of one pair, then unconditional ones, then more pairs than before, then fewer."""
+    """First conditional scores, then unconditional ones, then more pairs than before, then others of the first pair."""
     cache = opened(tmp_path)
     whole, nothing = some_pairs(0, 4), np.full((2, 2), np.nan)
     cache.add(0, some_pairs(0, 2, unconditional=nothing))
@@ -178,7 +178,8 @@ def test_a_shard_keeps_what_it_has_and_gains_what_is_new(tmp_path):
     assert_same(cache.read(2)[0], some_pairs(0, 2))
     cache.add(0, whole | {"conditional": np.concatenate([nothing, whole["conditional"][2:]])})
     assert_same(cache.read(4)[0], whole)
-    cache.add(0, some_pairs(0, 1))
+    kept = cache.add(0, some_pairs(0, 1, conditional=np.array([[-7.0, -8.0]])))
+    assert_same(kept, some_pairs(0, 1))
     assert_same(cache.read(4)[0], whole)
     assert_same(cache.read(3)[0], some_pairs(0, 3))
 

@@ -1,0 +1,82 @@
+"""Scoring as a job of its own: the reference alone, forward only, in any layout, without an optimizer's memory."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.reference import build_reference, load_weights
+from megatron_bdpo.platform.seams import initialize_megatron
+from megatron_bdpo.training import identity
+from megatron_bdpo.training.distributed import all_ranks_agree, say
+from megatron_bdpo.training.preparation import forget_global_state
+from megatron_bdpo.training.references import ReferenceProvider
+from megatron_bdpo.training.setup import RunSetup, set_up
+
+
+def score_pairs(args: argparse.Namespace) -> list[Path]:
+    """Score all pairs that a training with these arguments would read, as far as its loss reads the reference.
+
+    Collective.
+
+    Args:
+        args: parsed, not validated yet. What only training needs may be missing.
+
+    Returns:
+        The directory of each token store's scores.
+
+    Raises:
+        UserError: on every rank; there is nothing to score, among other reasons.
+    """
+    if args.dry_run is not None:
+        raise UserError("--dry-run checks a training. Leave it out to score.")
+    _leave_training_out(args)
+    setup = set_up(args)
+    try:
+        requirements = setup.job.loss.requirements
+        with all_ranks_agree():
+            if not (requirements.reference or requirements.comprehension):
+                raise UserError(
+                    f"--preference-loss {args.preference_loss} reads no reference: there is nothing to score."
+                )
+            if setup.job.resident:
+                raise UserError("--reference resident keeps no scores. Leave it out to score.")
+        initialize_megatron()
+        provider = ReferenceProvider(args, setup.job, setup.config, setup.scoring)
+        model: list[Any] = []
+        run = setup.identity
+        if not setup.resumed:
+            model = _starting_model(setup)
+            run = provider.identify(run, model)
+        scores = provider.scores(model, run, resumed=setup.resumed)
+        scores.table()
+        return [scores.directory(index) for index in range(len(setup.job.pool.stores))]
+    finally:
+        forget_global_state()
+
+
+def _leave_training_out(args: argparse.Namespace) -> None:
+    """Steps and optimizer are of no concern, yet a plan without them is not one; metrics there are none to log."""
+    if args.train_iters is None and args.pair_epochs is None:
+        args.train_iters = 1
+    if args.pairs_per_step is None:
+        args.pairs_per_step = args.world_size
+    if args.lr is None:
+        args.lr = 0.0
+    args.tensorboard_dir = args.wandb_project = None
+
+
+def _starting_model(setup: RunSetup) -> list[Any]:
+    """The weights that the training would start from."""
+    setup.add_initial_weights()
+    model = build_reference(setup.config, with_weights=True)
+    for root in (setup.args.load, setup.args.pretrained_checkpoint):
+        directory = identity.checkpoint_directory(root)
+        if directory is not None:
+            with all_ranks_agree():
+                load_weights(model, directory)
+            say(f"weights: {directory}")
+            break
+    return model

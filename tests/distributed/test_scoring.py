@@ -1,0 +1,239 @@
+"""Scores on disk and the jobs that make and use them: layouts, partial use, damage, other settings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_bdpo.data.scores import open_scores
+from tests.harness.jobs import DATA, last_stage, score, scores_in, train
+from tests.harness.parity import assert_same_steps
+
+TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
+
+
+def stamps(directory: Path) -> dict[str, int]:
+    """When each file below a directory was written."""
+    return {str(path): path.stat().st_mtime_ns for path in directory.glob("reference*/**/*") if path.is_file()}
+
+
+# Scoring as a job of its own
+
+
+@pytest.fixture(scope="module")
+def scored(ranks, tmp_path_factory) -> Path:
+    """The cache of a job on two tensor-parallel ranks that has only scored."""
+    cache = tmp_path_factory.mktemp("scored")
+    (directory,) = ranks(2)(score, [*TP2, "--score-shard-pairs", "10"], pair_cache_dir=str(cache))[0]
+    assert directory == next(cache.glob("reference-*/*"))
+    return cache
+
+
+@pytest.fixture(scope="module")
+def expected_run(ranks, tmp_path_factory):
+    """A training that scores for itself, and its scores."""
+    cache = tmp_path_factory.mktemp("trained")
+    (outcome,) = ranks(1)(train, [], pair_cache_dir=str(cache))
+    return outcome, scores_in(cache)
+
+
+def test_the_scores_are_those_that_a_training_makes(scored, expected_run):
+    """Two ranks and five shards against one rank and one shard: sums of some hundred terms in another order."""
+    found, (_, expected) = scores_in(scored), expected_run
+    for kind in ("conditional", "unconditional"):
+        assert getattr(found, kind) == pytest.approx(getattr(expected, kind), rel=1e-6), kind
+    for name in ("tokens", "source", "row"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+    assert (found.row == np.arange(1, 49)).all() and (found.tokens > 0).all()
+    assert len(list(scored.glob("reference-*/*/shard-*"))) == 5
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (1, []),
+        (2, PP2),
+        (4, [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"]),
+        (2, ["--context-parallel-size", "2"]),
+    ],
+    ids=["one process", "PP2", "VPP DP2", "CP2"],
+)
+def test_trainings_in_other_layouts_use_the_scores(ranks, scored, expected_run, world_size, flags):
+    before = stamps(scored)
+    outcomes = ranks(world_size)(train, flags, pair_cache_dir=str(scored))
+    assert_same_steps(last_stage(outcomes).steps, expected_run[0].steps)
+    assert stamps(scored) == before, "something was scored or written"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (4, [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"]),
+        (4, [*TP2, *PP2, "--sequence-parallel"]),
+        (2, ["--context-parallel-size", "2"]),
+        (2, []),
+    ],
+    ids=["VPP DP2", "TP2 PP2 SP", "CP2", "DP2"],
+)
+def test_every_layout_gives_the_same_scores(ranks, tmp_path, expected_run, world_size, flags):
+    ranks(world_size)(score, [*flags, "--score-shard-pairs", "20"], pair_cache_dir=str(tmp_path))
+    found, (_, expected) = scores_in(tmp_path), expected_run
+    for kind in ("conditional", "unconditional"):
+        assert getattr(found, kind) == pytest.approx(getattr(expected, kind), rel=1e-6), kind
+
+
+def test_experts_are_scored_in_parallel(ranks, tmp_path):
+    experts = ["--num-experts", "4", "--moe-token-dispatcher-type", "alltoall"]
+    ranks(1)(score, experts, pair_cache_dir=str(tmp_path / "one"))
+    ranks(2)(score, [*experts, "--expert-model-parallel-size", "2"], pair_cache_dir=str(tmp_path / "two"))
+    expected, found = scores_in(tmp_path / "one"), scores_in(tmp_path / "two")
+    assert found.conditional == pytest.approx(expected.conditional, rel=1e-6)
+
+
+def test_half_precision_scores_serve_the_training(ranks, tmp_path):
+    ranks(1)(score, ["--bf16"], pair_cache_dir=str(tmp_path))
+    before = stamps(tmp_path)
+    (outcome,) = ranks(1)(train, ["--bf16"], pair_cache_dir=str(tmp_path))
+    assert stamps(tmp_path) == before
+    assert outcome.steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-2)  # what the step-zero check allows bf16
+
+
+def test_what_only_training_needs_may_be_left_out(ranks, tmp_path):
+    nothing = {"pairs_per_step": None, "train_iters": None, "lr": None}
+    ranks(1)(score, [], pair_cache_dir=str(tmp_path), **nothing)
+    (job,) = scores_in(tmp_path).manifest["jobs"]
+    assert job["pairs"] == 48 and job["groups"] == 96 and job["seconds"] > 0 and "torch" in job["versions"]
+
+
+def test_scores_of_a_checkpoint(ranks, tmp_path):
+    """The weights that a training starts from, whether Megatron's trainer loads them or the scoring job."""
+    start, cache = tmp_path / "start", tmp_path / "cache"
+    ranks(1)(train, ["--train-iters", "1", "--save", str(start), "--save-interval", "1"])
+    flags = ["--pretrained-checkpoint", str(start)]
+    ranks(2)(score, [*flags, *PP2], pair_cache_dir=str(cache))
+    before = stamps(cache)
+    ranks(1)(train, flags, pair_cache_dir=str(cache))
+    assert stamps(cache) == before
+
+
+def test_a_resumed_run_is_scored_with_its_original_reference(ranks, tmp_path):
+    """Scores that were lost come back by a scoring job with the flags of the resumed training."""
+    start, run = tmp_path / "start", tmp_path / "run"
+    ranks(1)(train, ["--train-iters", "1", "--save", str(start), "--save-interval", "1"])
+    flags = ["--pretrained-checkpoint", str(start), "--load", str(run), "--save", str(run), "--save-interval", "2"]
+    ranks(1)(train, [*flags, "--exit-interval", "2"])
+    expected = scores_in(run / "cache")
+    (lost,) = (run / "cache").glob("reference-*")
+    shutil.rmtree(lost)
+    ranks(2)(score, [*flags, *TP2])
+    assert [path.name for path in (run / "cache").glob("reference-*")] == [lost.name]
+    assert scores_in(run / "cache").conditional == pytest.approx(expected.conditional, rel=1e-6)
+
+
+# Partial use
+
+
+def test_a_longer_run_takes_the_values_of_a_shorter_one(ranks, tmp_path):
+    """All pairs are scored, also those the short run never draws, however short its packs could be."""
+    job = {"pair_cache_dir": str(tmp_path), "max_pairs": 64, "pairs_per_step": 4}
+    ranks(1)(train, ["--no-pack-pairs"], train_iters=1, **job)
+    assert np.isfinite(scores_in(tmp_path).conditional).all()
+    before = stamps(tmp_path)
+    ranks(1)(train, ["--no-pack-pairs"], train_iters=4, **job)
+    assert stamps(tmp_path) == before
+
+
+def test_some_of_the_pairs_are_a_part_of_all_of_them(ranks, tmp_path):
+    """--max-pairs is the beginning of the data: their scores are found, and completed for a longer run."""
+    cache = {"pair_cache_dir": str(tmp_path)}
+    ranks(1)(score, ["--score-shard-pairs", "10"], max_pairs=48, **cache)
+    whole, before = scores_in(tmp_path), stamps(tmp_path)
+    ranks(1)(train, [], max_pairs=24, **cache)
+    assert stamps(tmp_path) == before
+    ranks(1)(train, [], max_pairs=64, **cache)
+    longer = scores_in(tmp_path)
+    assert len(longer) == 64 and np.isfinite(longer.unconditional).all()
+    assert np.array_equal(longer.conditional[:48], whole.conditional)
+    assert [job["pairs"] for job in longer.manifest["jobs"]] == [48, 16]
+
+
+def test_pairs_that_were_too_long_before_are_scored_when_they_are_needed(ranks, tmp_path):
+    job = {"pair_cache_dir": str(tmp_path), "max_pairs": 32, "train_iters": 1}
+    short = ["--seq-length", "160", "--long-pairs", "drop"]
+    ranks(1)(train, short, **job)
+    some = scores_in(tmp_path)
+    left_out = np.isnan(some.conditional).all(axis=1)
+    assert 0 < left_out.sum() < 32
+    ranks(1)(train, [], **job)
+    found = scores_in(tmp_path)
+    assert np.isfinite(found.conditional).all()
+    assert np.array_equal(found.conditional[~left_out], some.conditional[~left_out])
+    before = stamps(tmp_path)
+    ranks(1)(train, short, **job)
+    assert stamps(tmp_path) == before
+
+
+def test_unconditional_scores_are_added_when_a_loss_needs_them(ranks, tmp_path, expected_run):
+    job = {"pair_cache_dir": str(tmp_path), "train_iters": 1}
+    ranks(1)(train, ["--preference-loss", "dpo"], **job)
+    half = scores_in(tmp_path)
+    assert np.isfinite(half.conditional).all() and np.isnan(half.unconditional).all()
+    ranks(1)(train, [], **job)
+    found = scores_in(tmp_path)
+    assert np.array_equal(found.conditional, half.conditional)
+    assert found.unconditional == pytest.approx(expected_run[1].unconditional, rel=1e-6)
+    assert found.manifest["complete"] == {"pairs": 48, "scored": {"conditional": 48, "unconditional": 48}}
+    before = stamps(tmp_path)
+    ranks(1)(train, ["--preference-loss", "dpo"], **job)
+    assert stamps(tmp_path) == before
+
+
+def test_scores_are_in_the_datas_order_whatever_is_swapped(ranks, tmp_path, expected_run):
+    """SafeDPO swaps pairs by their labels and drops those that are unsafe both ways."""
+    rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()[:48]]
+    labels = [(True, False), (False, True), (False, False), (True, True)]
+    for row, (chosen, rejected) in zip(rows, itertools.cycle(labels)):
+        row |= {"chosen_safe": chosen, "rejected_safe": rejected}
+    data = tmp_path / "labelled.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ranks(1)(score, ["--preference-loss", "safedpo", "--pair-data", str(data)], pair_cache_dir=str(tmp_path))
+    found, expected = scores_in(tmp_path).conditional, expected_run[1].conditional
+    assert np.isnan(found[2::4]).all()
+    for kept in (0, 1, 3):
+        assert found[kept::4] == pytest.approx(expected[kept::4], rel=1e-6)
+
+
+# What does not fit
+
+
+def test_a_damaged_shard_is_scored_again(ranks, tmp_path):
+    flags = ["--reference-cache", str(tmp_path / "reference"), "--score-shard-pairs", "10", "--train-iters", "1"]
+    ranks(2)(train, flags, pair_cache_dir=str(tmp_path))
+    directory = tmp_path / "reference" / "train"
+    expected, file = open_scores(directory), directory / "shard-00002.safetensors"
+    written = file.read_bytes()
+    file.write_bytes(written[:-3])
+    before = stamps(tmp_path)
+    ranks(2)(train, flags, pair_cache_dir=str(tmp_path))
+    changed = {Path(path).name for path, stamp in stamps(tmp_path).items() if stamp != before[path]}
+    assert changed == {file.name, "manifest.json"}
+    assert file.read_bytes() == written
+    assert np.array_equal(open_scores(directory).conditional, expected.conditional)
+
+
+def test_resident_values_are_told_apart_when_a_pair_comes_twice_in_a_step(ranks, tmp_path):
+    """Six pairs, each five times an epoch: packs of one step begin with the same pair and go on with another."""
+    job = {"max_pairs": 6, "pairs_per_step": 16, "train_iters": 2}
+    flags = ["--pair-data", "5", str(DATA / "train.jsonl"), "--reference"]
+    runs = {
+        mode: last_stage(ranks(1)(train, [*flags, mode], pair_cache_dir=str(tmp_path), **job)).steps
+        for mode in ("precomputed", "resident")
+    }
+    for step, expected in zip(runs["resident"], runs["precomputed"], strict=True):
+        for name in ("loss", "rewards/chosen", "rewards/rejected", "comprehension/chosen"):
+            assert step[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
