@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from megatron_bdpo.data.store import PairStore
 from tests.harness.jobs import train
-from tests.harness.tiny_models import make_model
+from tests.harness.tiny_models import make_model, save_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the oracle is Hugging Face transformers")
-
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def save_tokenizer(directory: Path):
-    """Bytes as tokens, and the template's marks."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(directory)
 
 
 def test_messages_are_rendered_by_the_models_template(ranks, tmp_path):

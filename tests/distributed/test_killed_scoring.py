@@ -1,0 +1,139 @@
+"""A scoring job that is killed goes on where it was, and ends with the numbers of one that was not."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_bdpo.data.scores import open_scores
+from tests.harness.jobs import DATA, score
+from tests.harness.ranks import RankPool
+
+KILLS, SHARDS = 10, 24
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    """A warm process that has run no job yet, to fork jobs from."""
+    pool = RankPool(1, tmp_path_factory.mktemp("nursery"))
+    yield pool
+    pool.close()
+
+
+def shards(directory: Path) -> dict[str, tuple[int, int]]:
+    """The finished shards: name -> what changes when the file is written again."""
+    files = {path.name: path.stat() for path in directory.glob("shard-*.safetensors")}
+    return {name: (status.st_ino, status.st_mtime_ns) for name, status in files.items()}
+
+
+def tree(world_size: int, cache: Path, scores: Path):
+    from tests.harness.killing import JobTree
+
+    flags = ["--reference-cache", str(scores), "--score-shard-pairs", "2"]
+    return JobTree(world_size, functools.partial(score, flags, pair_cache_dir=str(cache)))
+
+
+def kill_again_and_again(world_size: int, cache: Path, scores: Path, seed: int) -> list[int]:
+    """In the nursery. Kill the job at random moments of its life, then let it end. Returns shards after each time."""
+    rng = random.Random(seed)
+    start = time.monotonic()
+    assert tree(world_size, cache, scores.parent / "measured").wait() == 0
+    life = time.monotonic() - start
+    seen: dict[str, tuple[int, int]] = {}
+    counts = []
+    for kill in range(KILLS):
+        job, start = tree(world_size, cache, scores), time.monotonic()
+        if kill % 2:  # at any moment, start and end included
+            moment = rng.uniform(0, life)
+            while time.monotonic() < start + moment and not job.ended():
+                time.sleep(0.001)
+        else:  # while shards are written
+            while len(shards(scores / "train")) <= len(seen) and not job.ended():
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.03))
+        job.kill()
+        now = shards(scores / "train")
+        assert seen.items() <= now.items(), "a finished shard was scored again"
+        seen = now
+        counts.append(len(seen))
+    assert tree(world_size, cache, scores).wait() == 0
+    assert seen.items() <= shards(scores / "train").items(), "a finished shard was scored again"
+    return counts
+
+
+@pytest.mark.slow
+def test_a_job_killed_ten_times_ends_with_the_same_scores(nursery, tmp_path):
+    (counts,) = nursery(kill_again_and_again, 2, tmp_path / "cache", tmp_path / "scores", seed=2)
+    assert len({count for count in counts if 0 < count < SHARDS}) >= 2, f"killed too late or too early: {counts}"
+    found, expected = tmp_path / "scores" / "train", tmp_path / "measured" / "train"
+    names = sorted(shards(expected))
+    assert sorted(shards(found)) == names and len(names) == SHARDS
+    for name in names:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    for name in ("conditional", "unconditional", "tokens", "row"):
+        assert np.array_equal(getattr(open_scores(found), name), getattr(open_scores(expected), name)), name
+
+
+def two_at_once(cache: Path, scores: Path) -> list[int]:
+    """In the nursery. Exit codes of two jobs that fill one directory."""
+    jobs = [tree(1, cache, scores) for _ in range(2)]
+    return [job.wait() for job in jobs]
+
+
+def test_two_jobs_may_fill_one_directory(nursery, tmp_path):
+    assert nursery(two_at_once, tmp_path / "cache", tmp_path / "scores") == [[0, 0]]
+    found = open_scores(tmp_path / "scores" / "train")
+    assert len(found) == 48 and np.isfinite(found.conditional).all() and np.isfinite(found.unconditional).all()
+    assert not list((tmp_path / "scores" / "train").glob(".*.partial"))
+
+
+@pytest.mark.slow
+def test_torchrun_is_killed_and_started_again(tmp_path):
+    """The whole way a user goes: launcher, module, two ranks."""
+    flags = (
+        "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 512 --tensor-model-parallel-size 2 "
+        f"--tokenizer-type SentencePieceTokenizer --score-shard-pairs 8 --reference-cache {tmp_path}/scores "
+        f"--pair-cache-dir {tmp_path}/cache --pair-data"
+    ).split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_bdpo.score"]
+    command += [*flags, str(DATA / "train.jsonl"), "--tokenizer-model", str(DATA / "tokenizer.model")]
+    directory = tmp_path / "scores" / "train"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        while not shards(directory) and job.poll() is None:
+            time.sleep(0.01)
+        for process in (*_ranks_of(job.pid), job.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        job.wait()
+    before = shards(directory)
+    assert 0 < len(before) < 50, (tmp_path / "log").read_text()
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert before.items() <= shards(directory).items()
+    assert "pairs/s" in ended.stdout
+    assert np.isfinite(open_scores(directory).unconditional).all()
+
+
+def _ranks_of(launcher: int) -> list[int]:
+    """The processes that the launcher has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == launcher:
+            found.append(int(status.parent.name))
+    return found
