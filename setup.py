@@ -35,6 +35,7 @@ INSTALL_REQUIRES = [
 ]
 
 HF = ["transformers"]
+REPORT = ["matplotlib"]
 
 EXTRAS_REQUIRE = {
     # The Transformer Engine build that this release of megatron-core names.
@@ -42,10 +43,22 @@ EXTRAS_REQUIRE = {
     # Hugging Face tokenizers and chat templates; import and export of Hugging Face checkpoints.
     "hf": HF,
     "logging": ["tensorboard", "wandb"],
+    # The pictures of `megatron-bdpo report` and of examples/ablation.py.
+    "report": REPORT,
     # For a torch build without CUDA, which does not bring triton.
     "cpu": ["triton; sys_platform == 'linux'"],
     # Linters are held to one line of releases, so that a new rule does not turn an unchanged commit red.
-    "test": [*HF, "hypothesis", "mypy>=2.4,<3", "pytest>=8", "ruff>=0.17,<0.18", "tensorboard", "tiktoken", "trl"],
+    "test": [
+        *HF,
+        *REPORT,
+        "hypothesis",
+        "mypy>=2.4,<3",
+        "pytest>=8",
+        "ruff>=0.17,<0.18",
+        "tensorboard",
+        "tiktoken",
+        "trl",
+    ],
 }
 
 setup(

@@ -63,7 +63,8 @@ class ReferenceScores:
         table = {kind: np.concatenate([part[kind] for part in parts]) for kind in self._kinds}
         for values in table.values():
             values[pool.swapped] = values[pool.swapped][:, ::-1]
-        return ReferenceTable(table["conditional"], table.get("unconditional"))
+        directories = {STORES[index]: self.directory(index).resolve() for index in range(len(pool.stores))}
+        return ReferenceTable(table["conditional"], table.get("unconditional"), directories)
 
     def directory(self, index: int) -> Path:
         """Where the scores of a store are kept."""

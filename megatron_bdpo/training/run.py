@@ -8,7 +8,7 @@ import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from megatron_bdpo.training.metrics_file import NAME, MetricsFile
 from megatron_bdpo.training.preparation import forget_global_state
 from megatron_bdpo.training.progress import Progress
 from megatron_bdpo.training.references import ReferenceProvider
+from megatron_bdpo.training.run_record import write_record
 from megatron_bdpo.training.scoring import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.setup import set_up
 from megatron_bdpo.training.status import State, write_status
@@ -155,11 +156,26 @@ class PreferenceRun:
             self._step.imbalance_edges = self._step.reference.imbalance_edges(self.job)
         with all_ranks_agree():
             if self.args.save and self.args.rank == self.args.world_size - 1:
-                self.progress.file = MetricsFile(Path(self.args.save) / NAME, self._iteration)
+                self._begin_files(Path(self.args.save))
         for chunk in unwrap_model(model):  # after the reference has been built from the same configuration
             chunk.config.moe_grad_scale_func = functools.partial(self._auxiliary_loss_scale, chunk.config)
         if self.args.step_zero_check and not resumed and self.job.loss.requirements.reference:
             self._step.gate = StepZeroGate(self.args.params_dtype)
+
+    def _begin_files(self, save: Path) -> None:
+        """What the rank with the metrics writes beside the checkpoints, for people's own tools."""
+        reference, edges = self._step.reference, self._step.imbalance_edges
+        write_record(
+            save,
+            {
+                "loss": self.job.loss.spec.name,
+                "loss_options": asdict(self.job.loss.options),
+                "pairs": {"train": len(self.job.train.ids), "heldout": len(self.job.held_out.ids)},
+                "reference_scores": reference.directories if isinstance(reference, ReferenceTable) else {},
+                "imbalance_quartiles": None if edges is None else edges.tolist(),
+            },
+        )
+        self.progress.file = MetricsFile(save / NAME, self._iteration)
 
     def _auxiliary_loss_scale(self, config: Any) -> Tensor:
         """What the router's losses of this step are multiplied by: see ``model.moe``."""

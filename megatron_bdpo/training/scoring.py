@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,12 @@ class ReferenceTable:
     Attributes:
         conditional: [P, 2] log pi_ref(y|x) of chosen and rejected.
         unconditional: [P, 2] log pi_ref(y) after the empty prompt, or None where the loss does not need it.
+        directories: where they are kept, by store.
     """
 
     conditional: FloatArray
     unconditional: FloatArray | None
+    directories: Mapping[str, Path] = field(default_factory=dict)
 
     def imbalance_edges(self, job: PairJob) -> Tensor | None:
         """[3] between the quartiles of the training pairs' imbalance; None where the loss does not read it."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_bdpo.cli.main import main
+from megatron_bdpo.data.scores import open_scores
 from tests.harness.jobs import DATA, last_stage, scores_in, train
 from tests.harness.parity import assert_same_steps
 
@@ -47,6 +50,22 @@ def test_metrics_file_has_every_step_and_evaluation(ranks, tmp_path, world_size)
     assert [record for (kind, _), record in zip(places, records, strict=True) if kind == "step"] == outcome.steps
     assert {"learning_rate", "grad_norm"} <= outcome.steps[0].keys()
     assert outcome.steps[0]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_record_of_the_run(ranks, tmp_path, capsys):
+    """What the run is, from which the report finds temperature and scores."""
+    flags = [*HELD_OUT, "--bdpo-temperature", "0.25", "--save", str(tmp_path), "--save-interval", "3"]
+    ranks(2)(train, flags)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["loss"] == "bdpo" and record["loss_options"]["bdpo_temperature"] == 0.25
+    assert record["pairs"] == {"train": 48, "heldout": 99}
+    scores = open_scores(record["reference_scores"]["train"])
+    imbalance = np.abs(np.diff((scores.conditional - scores.unconditional) / scores.tokens)).ravel()
+    assert record["imbalance_quartiles"] == pytest.approx(np.quantile(imbalance, [0.25, 0.5, 0.75]).tolist())
+    assert main(["report", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "comprehension of 48 of 48 pairs, nats per token; weights and scale at tau 0.25" in printed
+    assert len(list((tmp_path / "report").glob("*.png"))) == 12
 
 
 def test_resumed_run_continues_the_metrics_file(ranks, tmp_path):

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "training": {"training", "model", "logprobs", "data", "losses", "comprehension", "platform", "errors"},
 }
 MAY_IMPORT["score"] = {"training"}
+MAY_IMPORT["report"] = {"report", "training", "data", "losses", "comprehension", "errors"}
 MAY_IMPORT["cli"] = {"cli", *MAY_IMPORT, ""}
 
 #: Where Megatron may be imported at all, and where its trainer.

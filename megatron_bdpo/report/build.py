@@ -1,0 +1,169 @@
+"""Putting a report together and writing its files."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bdpo.data.scores import open_scores
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses.bdpo import BdpoOptions
+from megatron_bdpo.report import page, text
+from megatron_bdpo.report.comprehension import Comprehension, comprehension_of
+from megatron_bdpo.report.curves import Curves, read_curves
+from megatron_bdpo.report.figures import Picture, comprehension_pictures, training_pictures
+from megatron_bdpo.report.sources import ReportSources, find_sources
+from megatron_bdpo.report.style import require_matplotlib
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What to show.
+
+    Attributes:
+        temperature: tau; None takes the run's, else the loss's default.
+        per_token: comprehension per token, or its sum; None takes the run's, else the default.
+        pairs: how many of the most imbalanced pairs to list.
+        show_text: their texts too.
+    """
+
+    temperature: float | None = None
+    per_token: bool | None = None
+    pairs: int = 20
+    show_text: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a directory has to say."""
+
+    title: str
+    facts: dict[str, str]
+    comprehension: Comprehension | None
+    curves: Curves | None
+    texts: dict[int, dict[str, Any]]
+    settings: ReportSettings
+
+    def as_text(self) -> str:
+        """For the terminal."""
+        parts = [self.title, text.facts(self.facts)]
+        if self.comprehension:
+            parts.append(text.comprehension_text(self.comprehension))
+            if self.settings.pairs:
+                parts.append(text.largest_text(self.comprehension, self.settings.pairs, self.texts))
+        if self.curves:
+            parts.append(text.curves_text(self.curves))
+        return "\n\n".join(parts)
+
+    def write(self, directory: Path) -> list[Path]:
+        """Write the page and the pictures; returns the files, the page first.
+
+        Raises:
+            UserError: matplotlib is missing, or the directory cannot be written.
+        """
+        require_matplotlib()
+        sections, pictures = self._illustrated()
+        html = page.page(self.title, self.facts, sections)
+        files = [(directory / PAGE, html.encode())]
+        files += [(directory / f"{picture.name}.png", picture.png) for picture in pictures]
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for path, data in files:
+                _write_whole(path, data)
+        except OSError as error:
+            raise UserError(f"the report cannot be written to {directory}: {error.strerror or error}.") from error
+        return [path for path, _ in files]
+
+    def _illustrated(self) -> tuple[list[str], list[Picture]]:
+        sections, pictures = [], []
+        if self.curves:
+            drawn = training_pictures(self.curves)
+            pictures += drawn
+            sections.append(page.pictures_section("Training", drawn, _CURVES_NOTE))
+        if self.comprehension:
+            drawn = comprehension_pictures(self.comprehension)
+            pictures += drawn
+            sections.append(page.comprehension_section(self.comprehension, drawn))
+            if self.settings.pairs:
+                sections.append(page.largest_section(self.comprehension, self.settings.pairs, self.texts))
+        return sections, pictures
+
+
+_CURVES_NOTE = (
+    "Each step's metrics are means over its pairs, before its update. Where steps are many, the faint line is every "
+    "step and the strong one a running mean."
+)
+
+
+def build_report(directory: Path, settings: ReportSettings, scores: Path | None = None) -> Report:
+    """Read everything that the report of a directory needs.
+
+    Args:
+        directory: of reference scores, or a run's.
+        scores: of a run, where they are not those that it has used.
+
+    Raises:
+        UserError: nothing to report on, or something cannot be read.
+    """
+    sources = find_sources(directory, scores)
+    curves = read_curves(sources.run) if sources.run else None
+    pairs = _comprehension(sources, settings) if sources.scores else None
+    texts = pairs.texts(pairs.largest(settings.pairs)) if pairs and settings.show_text else {}
+    what = "Run" if sources.run else "Reference scores"
+    return Report(f"{what} {directory}", _facts(sources, pairs, curves), pairs, curves, texts, settings)
+
+
+def _comprehension(sources: ReportSources, settings: ReportSettings) -> Comprehension | None:
+    assert sources.scores is not None
+    options, default = sources.record.get("loss_options", {}), BdpoOptions()
+    temperature = settings.temperature or _number(options.get("bdpo_temperature")) or default.bdpo_temperature
+    per_token = settings.per_token
+    if per_token is None:
+        per_token = options.get("bdpo_comprehension", default.bdpo_comprehension) == "per-token"
+    return comprehension_of(
+        open_scores(sources.scores, unfinished=True), temperature, per_token=per_token, where=str(sources.scores)
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A temperature as a run's record has it: JSON has no infinity, so that is a word there."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return None if math.isnan(number) else number
+
+
+def _facts(sources: ReportSources, pairs: Comprehension | None, curves: Curves | None) -> dict[str, str]:
+    facts: dict[str, str] = {}
+    if loss := sources.record.get("loss"):
+        options = sources.record.get("loss_options", {})
+        facts["loss"] = ", ".join([str(loss), *(f"{name} {value}" for name, value in options.items())])
+    if curves:
+        facts["steps"] = f"{curves.last_iteration}"
+    if pairs:
+        facts |= _facts_of_scores(sources, pairs)
+    return facts
+
+
+def _facts_of_scores(sources: ReportSources, pairs: Comprehension) -> dict[str, str]:
+    manifest = pairs.manifest
+    facts = {
+        "scores": str(sources.scores),
+        "pairs": f"{len(pairs.ids):,} scored of {pairs.total:,}" + ("" if manifest.get("complete") else ", unfinished"),
+        "data": ", ".join(pairs.source_paths),
+    }
+    if manifest.get("model"):
+        facts["reference"] = str(manifest["model"])
+    return facts
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)

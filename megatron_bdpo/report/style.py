@@ -1,0 +1,105 @@
+"""How our pictures look. The one importer of matplotlib, which is an extra: ``pip install 'megatron_bdpo[report]'``."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from megatron_bdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with every kind of colour vision, and in grey.
+CHOSEN = "#0072B2"
+REJECTED = "#D55E00"
+NEUTRAL = "#444444"
+HELD_OUT = "#009E73"
+FAINT = "#9A9A9A"
+#: From the least to the most imbalanced quartile: light to dark, so that the order is seen.
+QUARTILES = ("#9ECAE1", "#4292C6", "#08519C", "#08204F")
+
+_SETTINGS: dict[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "xtick.color": NEUTRAL,
+    "ytick.color": NEUTRAL,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+#: Inches; at 150 dots per inch a panel is sharp at 400 pixels of a page.
+PANEL = (5.4, 3.8)
+_DOTS_PER_INCH = 150
+
+
+def require_matplotlib() -> None:
+    """Raises UserError where it is not installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"pictures need matplotlib, which cannot be imported ({error}): pip install 'megatron_bdpo[report]'. "
+            "Without it: --text-only."
+        ) from error
+
+
+@contextmanager
+def panel(title: str, x: str, y: str, size: tuple[float, float] = PANEL) -> Iterator[tuple[Figure, Axes]]:
+    """One picture with one pair of axes, in our style while the block runs."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(axis="y")
+        yield figure, axes
+
+
+def show_legend(figure: Figure, axes: Axes) -> None:
+    """Below the axes, where it covers nothing; none for a single thing, which the axis names."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(handles) > 2 else len(handles))
+
+
+def logarithmic_if_wide(axes: Axes) -> None:
+    """A logarithmic y axis, with plain numbers at 1, 2, 5, 10, ..., for what spans more than a factor of 20."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    low, high = axes.dataLim.intervaly
+    if not 0 < low * _WIDE < high:
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+_WIDE = 20
+
+
+def as_png(figure: Figure) -> bytes:
+    """The picture's file: the same bytes for the same picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+    return buffer.getvalue()
