@@ -11,6 +11,7 @@
 VENV ?= .venv
 PYTHON ?=
 DEMO_ARGS ?=
+ABLATION_ARGS ?=
 PYTEST_ARGS ?=
 
 # Megatron wants one connection with tensor parallelism; more than one thread per rank only makes ranks fight on a CPU.
@@ -25,15 +26,18 @@ REQUIREMENTS := setup.py pyproject.toml tools/setup_env.sh tools/constraints.txt
 TEST_ENV := $(VENV)/.installed-test
 DEMO_ENV := $(firstword $(wildcard $(TEST_ENV)) $(VENV)/.installed-demo)
 
-.PHONY: help demo test lint types pytest parity install install-test versions clean distclean
+.PHONY: help demo ablation test lint types pytest parity install install-test versions clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 	@echo
-	@echo "Variables: PYTHON=/path/to/python3.12, DEMO_ARGS='...', PYTEST_ARGS='-k name -x', VENV=.venv"
+	@echo "Variables: PYTHON=/path/to/python3.12, DEMO_ARGS='...', ABLATION_ARGS='...', PYTEST_ARGS='-k name -x', VENV=.venv"
 
 demo: $(DEMO_ENV) ## train a tiny model with Balanced DPO on this machine's CPU
 	@"$(VENV)/bin/python" examples/pretrain_bdpo.py $(DEMO_ARGS)
+
+ablation: $(TEST_ENV) ## DPO, DPO+BW, DPO+SF, B-DPO and SimPO on the same data, with several seeds
+	@"$(VENV)/bin/python" examples/ablation.py $(ABLATION_ARGS)
 
 test: lint types pytest ## lint, type check and all tests
 

@@ -17,13 +17,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, Requirements
-from megatron_bdpo.losses.options import POSITIVE, LossOptions, option
+from megatron_bdpo.losses.options import NON_NEGATIVE, LossOptions, option
 from megatron_bdpo.losses.terms import add_nll, mean_log_probs, rewarded
 
 
 @dataclass(frozen=True)
 class OrpoOptions(LossOptions):
-    orpo_weight: float = option(0.1, "weight of ORPO's odds-ratio term", POSITIVE)
+    orpo_weight: float = option(
+        0.1, "weight of ORPO's odds-ratio term; 0 leaves fine-tuning on the chosen responses", NON_NEGATIVE
+    )
 
 
 def log_odds(m: Tensor) -> Tensor:

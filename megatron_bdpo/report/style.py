@@ -55,24 +55,30 @@ def require_matplotlib() -> None:
     except ImportError as error:
         raise UserError(
             f"pictures need matplotlib, which cannot be imported ({error}): pip install 'megatron_bdpo[report]'. "
-            "Without it: --text-only."
+            "Without it: --text-only, or --no-plot."
         ) from error
 
 
 @contextmanager
 def panel(title: str, x: str, y: str, size: tuple[float, float] = PANEL) -> Iterator[tuple[Figure, Axes]]:
     """One picture with one pair of axes, in our style while the block runs."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
+    with grid(1, 1, size) as (figure, (axes,)):
         axes.set_title(title)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(axis="y")
         yield figure, axes
+
+
+@contextmanager
+def grid(rows: int, columns: int, size: tuple[float, float], **settings: Any) -> Iterator[tuple[Figure, list[Axes]]]:
+    """One picture with several pairs of axes, row by row; ``settings`` as for matplotlib's ``subplots``."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, list(figure.subplots(rows, columns, squeeze=False, **settings).flat)
 
 
 def show_legend(figure: Figure, axes: Axes) -> None:

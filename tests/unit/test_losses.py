@@ -209,6 +209,7 @@ CASES: list[tuple[str, dict[str, object]]] = [
     ("cpo", {"beta": 0.4, "nll_weight": 0.0}),
     ("orpo", {}),
     ("orpo", {"orpo_weight": 1.0}),
+    ("orpo", {"orpo_weight": 0.0}),
     ("safedpo", {}),
     ("safedpo", {"safedpo_delta": 3.0, "nll_weight": 0.5}),
 ]
@@ -450,7 +451,7 @@ def test_options_and_defaults():
         ("bdpo", "bdpo_temperature", math.nan, "--bdpo-temperature must be > 0"),
         ("bdpo", "bdpo_comprehension", "mean", "--bdpo-comprehension must be one of per-token, sum, got 'mean'"),
         ("bdpo", "bdpo_scale", "no", "--bdpo-scale must be of type bool"),
-        ("orpo", "orpo_weight", 0.0, "--orpo-weight must be finite and > 0"),
+        ("orpo", "orpo_weight", -0.1, "--orpo-weight must be finite and >= 0"),
         ("safedpo", "safedpo_delta", -1.0, "--safedpo-delta must be finite and >= 0"),
         ("simpo", "simpo_gamma", -1.0, "--simpo-gamma must be finite and >= 0"),
         *[(name, "beta", -1.0, "--beta must be") for name in sorted(ORACLES) if name != "orpo"],

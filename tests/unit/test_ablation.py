@@ -1,0 +1,125 @@
+"""The ablation: one small run of the whole, and its arithmetic on made metrics."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = ["--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "48", "--max-pairs", "16"]
+
+
+@pytest.fixture(scope="module")
+def ablation() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ablation", ROOT / "examples" / "ablation.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ablation"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_two_steps_of_everything(ablation, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the trainer's processes take the package from here
+    output = tmp_path / "out put"
+    command = ["--output", str(output), "--losses", "DPO", "SimPO", "--seeds", "1", "--jobs", "2"]
+    command += ["--sft-epochs", "1", "--epochs", "1", "--pairs-per-step", "8", "--", *SMALL]
+    assert ablation.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "| loss | accuracy | gap | margin |" in printed
+    with (output / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["loss"], row["seed"]) for row in rows] == [("DPO", "1"), ("SimPO", "1")]
+    assert rows[0]["accuracy_q4"] and not rows[1]["accuracy_q4"]
+    assert json.loads((output / "summary.json").read_text())["DPO"]["accuracy"]["n"] == 1
+    assert (output / "table.md").read_text() in printed
+    assert (output / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    log = (output / "runs" / "dpo-seed-1" / "log.txt").read_text()
+    assert "step 2/2" in log and "step 3" not in log
+    # The reference is what the start has learned, and not all pairs are alike to it.
+    metrics = [json.loads(line) for line in (output / "runs" / "dpo-seed-1" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["comprehension/imbalance"] > 0
+    start = [json.loads(line) for line in (output / "runs" / "start" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["logps/chosen"] == pytest.approx(start[-1]["logps/chosen"], rel=1e-6)
+
+    assert ablation.main(command) == 0
+    assert capsys.readouterr().out.count("done before") == 3
+
+    assert ablation.main(["--lr", "0.5", *command]) == 2
+    assert "belongs to a run with other settings" in capsys.readouterr().err
+
+
+def make_run(ablation, directory: Path, loss: str, seed: int, accuracy: float) -> object:
+    directory.mkdir(parents=True)
+    held_out = {"kind": "evaluation", "logps/chosen": -100.0, "logps/rejected": -120.0, "rewards/accuracies": 0.5}
+    after = {"logps/chosen": -101.0, "logps/rejected": -125.0, "rewards/accuracies": accuracy}
+    records = [{**held_out, "iteration": 0}]
+    for step in range(1, 7):
+        step_values = {"loss": 0.1 * step, "rewards/margins": 1.0, "grad_norm": float(step)}
+        records.append({"kind": "step", "iteration": step, "rewards/accuracies": 0.1 * step, **step_values})
+    records.append({**held_out, **after, "iteration": 6})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return ablation.Run(f"{loss} seed {seed}", loss, seed, directory, [])
+
+
+def test_measures_and_their_spread(ablation, tmp_path):
+    """Three passes of two steps: the last pass is steps 5 and 6."""
+    runs = [make_run(ablation, tmp_path / str(seed), "DPO", seed, 0.6 + 0.1 * seed) for seed in (0, 1, 2)]
+    rows = ablation.collect(runs, epochs=3)
+    assert rows[0] == pytest.approx(
+        {
+            "loss": "DPO", "seed": 0, "accuracy": 0.6, "gap": -0.05, "margin": 4.0, "drift_chosen": -1.0,
+            "drift_rejected": -5.0, "grad_norm": 5.5, "accuracy_q1": None, "accuracy_q4": None,
+        }
+    )  # fmt: skip
+    summary = ablation.summarise(rows)
+    assert summary["DPO"]["accuracy"] == pytest.approx({"mean": 0.7, "sd": 0.1, "n": 3})
+    assert "accuracy_q4" not in summary["DPO"]
+    line = ablation.table(summary).splitlines()[2]
+    assert line.startswith("| DPO | 0.700 ± 0.100 | -0.150 ± 0.100 | +4.00 ± 0.00 | -1.00 ± 0.00 |")
+    assert line.endswith("| 5.50 ± 0.00 | – | – |")
+
+
+def test_held_out_part_is_the_same_for_every_call(ablation, tmp_path):
+    source = tmp_path / "pairs.jsonl.gz"
+    lines = [f'{{"prompt": "{i}"}}' for i in range(50)]
+    source.write_bytes(gzip.compress("\n".join(lines).encode()))
+    parts = []
+    for name in ("a", "b"):
+        options = ablation.parse(["--output", str(tmp_path / name), "--pair-data", str(source)])
+        (train,), (held_out,) = ablation.split(options)
+        parts.append((Path(train).read_text().splitlines(), Path(held_out).read_text().splitlines()))
+    assert parts[0] == parts[1]
+    train, held_out = parts[0]
+    assert len(held_out) == 10 and sorted(train + held_out) == sorted(lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--pair-data", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+        (["--pair-data", "some/dataset"], "has to be one JSONL file"),
+        (
+            ["--held-out-share", "0.001", "--pair-data", str(ROOT / "examples/data/train.jsonl")],
+            "leaves nothing on a side",
+        ),
+    ],
+)
+def test_what_cannot_be_split_is_refused(ablation, tmp_path, capsys, flags, expected):
+    assert ablation.main(["--output", str(tmp_path), *flags]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named(ablation, tmp_path, capsys):
+    assert ablation.main(["--output", str(tmp_path), "--launcher", "false", "--no-plot"]) == 2
+    error = capsys.readouterr().err
+    assert "start ended with exit code 1" in error and "log.txt" in error
