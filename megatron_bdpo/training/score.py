@@ -13,6 +13,7 @@ from megatron_bdpo.training import identity
 from megatron_bdpo.training.distributed import all_ranks_agree, say
 from megatron_bdpo.training.preparation import forget_global_state
 from megatron_bdpo.training.references import ReferenceProvider
+from megatron_bdpo.training.settling import settle
 from megatron_bdpo.training.setup import RunSetup, set_up
 
 
@@ -51,7 +52,7 @@ def score_pairs(args: argparse.Namespace) -> list[Path]:
             model = _starting_model(setup)
             run = provider.identify(run, model)
         scores = provider.scores(model, run, resumed=setup.resumed)
-        scores.table()
+        settle(setup.job.loss, scores.table().training_pairs(setup.job), {})
         return [scores.directory(index) for index in range(len(setup.job.pool.stores))]
     finally:
         forget_global_state()
