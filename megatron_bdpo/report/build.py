@@ -121,8 +121,7 @@ def build_report(directory: Path, settings: ReportSettings, scores: Path | None 
 def _comprehension(sources: ReportSources, settings: ReportSettings) -> Comprehension | None:
     assert sources.scores is not None
     options, default = sources.record.get("loss_options", {}), BdpoOptions()
-    found = _number(options.get("bdpo_temperature")) or _number(default.bdpo_temperature)
-    temperature = settings.temperature or found or math.inf
+    temperature = settings.temperature or _number(options.get("bdpo_temperature")) or default.bdpo_temperature
     per_token = settings.per_token
     if per_token is None:
         per_token = options.get("bdpo_comprehension", default.bdpo_comprehension) == "per-token"
