@@ -25,9 +25,9 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -272,17 +272,39 @@ def summarise(rows: list[Record]) -> dict[str, dict[str, Record]]:
     return result
 
 
-def table(summary: dict[str, dict[str, Record]]) -> str:
-    """The summary in Markdown, with what the columns are."""
-    seeds = max(cell["n"] for cells in summary.values() for cell in cells.values())
-    lines = [
-        "| loss | " + " | ".join(measure.label for measure in MEASURES) + " |",
-        "|---|" + "--:|" * len(MEASURES),
+def differences(rows: list[Record]) -> list[Record]:
+    """The rows less that of the first loss with the same seed: the order of the pairs, which both had, drops out."""
+    first = {row["seed"]: row for row in rows if row["loss"] == rows[0]["loss"]}
+    return [
+        row | {m.key: _less(row[m.key], first[row["seed"]][m.key]) for m in MEASURES}
+        for row in rows
+        if row["loss"] != rows[0]["loss"]
     ]
-    for loss, cells in summary.items():
-        lines.append(f"| {loss} | " + " | ".join(_cell(m, cells.get(m.key)) for m in MEASURES) + " |")
-    lines += ["", f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed.", ""]
-    return "\n".join([*lines, *(f"- {measure.label}: {measure.note}" for measure in MEASURES)]) + "\n"
+
+
+def _less(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
+
+
+def report(rows: list[Record]) -> str:
+    """Both tables in Markdown, with what their columns are."""
+    seeds = len({row["seed"] for row in rows})
+    parts = [_table(summarise(rows), MEASURES)]
+    parts.append(f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed.")
+    if other := differences(rows):
+        signed = [replace(m, form=m.form.replace("{:.", "{:+.")) for m in MEASURES]
+        parts += [f"Difference from {rows[0]['loss']} with the same seed:", _table(summarise(other), signed)]
+    parts.append("\n".join(f"- {measure.label}: {measure.note}" for measure in MEASURES))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(summary: dict[str, dict[str, Record]], measures: Sequence[Measure]) -> str:
+    lines = ["| loss | " + " | ".join(m.label for m in measures) + " |", "|---|" + "--:|" * len(measures)]
+    lines += [
+        f"| {loss} | " + " | ".join(_cell(m, cells.get(m.key)) for m in measures) + " |"
+        for loss, cells in summary.items()
+    ]
+    return "\n".join(lines)
 
 
 def _cell(measure: Measure, cell: Record | None) -> str:
@@ -298,9 +320,9 @@ def write(rows: list[Record], output: Path) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    summary = summarise(rows)
+    summary = {"losses": summarise(rows), "differences from the first": summarise(differences(rows))}
     (output / "summary.json").write_text(json.dumps(summary, indent=1), "utf-8")
-    text = table(summary)
+    text = report(rows)
     (output / "table.md").write_text(text, "utf-8")
     print(f"\n{text}")
 
@@ -349,7 +371,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pairs-per-step", type=int, default=32, help="(32)")
     add("--seq-length", type=int, default=512, help="positions of a pack; longer pairs are left out (512)")
     add("--beta", type=float, default=0.1, help="of all but SimPO, which keeps its own default (0.1)")
-    add("--bdpo-temperature", default="1.0", help="tau, see docs/ (1.0)")
+    add("--bdpo-temperature", default="auto", metavar="TAU", help="see docs/comprehension.md (auto)")
     add("--launcher", default=sys.executable, help="what runs pretrain_bdpo.py (this Python)")
     add("--jobs", type=int, default=1, help="runs at a time (1)")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="write ablation.png; needs matplotlib")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_bdpo.errors import UserError
 
@@ -22,7 +22,7 @@ def add_parser(subcommands: Any) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="of reference scores, or a run's --save")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the files go (DIR/report)")
     parser.add_argument("--scores", type=Path, metavar="DIR", help="of a run: other scores than those it has used")
-    parser.add_argument("--bdpo-temperature", metavar="TAU", help="show weights at this tau (the run's, else 1)")
+    parser.add_argument("--bdpo-temperature", metavar="TAU", help="tau of the weights, or auto (the run's, else 1)")
     parser.add_argument("--bdpo-comprehension", choices=("per-token", "sum"), help="(the run's, else per-token)")
     parser.add_argument("--pairs", type=int, default=20, metavar="N", help="most imbalanced pairs to list (20)")
     parser.add_argument("--show-text", action="store_true", help="show their prompts and answers, whatever they say")
@@ -51,13 +51,13 @@ def _report(options: argparse.Namespace) -> None:
         print(f"\n{page}\nand {len(pictures)} pictures beside it")
 
 
-def _temperature(text: str | None) -> float | None:
-    if text is None:
-        return None
+def _temperature(text: str | None) -> float | Literal["auto"] | None:
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not value > 0:
-        raise UserError(f"--bdpo-temperature must be a number above 0 (inf is allowed), got {text!r}.")
+        raise UserError(f"--bdpo-temperature must be a number above 0 (inf is allowed) or auto, got {text!r}.")
     return value

@@ -63,6 +63,8 @@ class Requirements:
     """The `unconditional_*` log-probs, and with them the unconditional scoring pass."""
     safety: bool = False
     """The `*_unsafe` labels."""
+    all_pairs: bool = False
+    """The reference's log-probs of all training pairs before the first step: `LossSpec.settle` needs them."""
     length_normalised: bool = False
     """The preference term compares log-probs per token, not their sums."""
 
@@ -84,6 +86,9 @@ class LossSpec[Options]:
     """One line for `--help` and reports."""
     source: str
     """Paper and equation."""
+    settle: Callable[[PairLogProbs, Options], tuple[Options, str]] | None = None
+    """Looks at the reference's log-probs of all training pairs, where they are known before the first step: settles
+    the options that follow from them, and describes what it has seen. The policy's log-probs are the reference's."""
 
 
 AnyLossSpec = LossSpec[Any]

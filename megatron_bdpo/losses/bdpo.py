@@ -23,14 +23,21 @@ Source: arXiv 2603.22829. Our reconstruction from its abstract and a published s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megatron_bdpo.comprehension import balanced_weights, gradient_scale, mutual_information
+from megatron_bdpo.comprehension import (
+    AUTOMATIC_SHARE,
+    automatic_temperature,
+    balanced_weights,
+    gradient_scale,
+    mutual_information,
+)
+from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, Requirements
 from megatron_bdpo.losses.options import POSITIVE_OR_INF, LossOptions, beta, nll_weight, option
 from megatron_bdpo.losses.terms import add_nll, log_ratios, required, rewarded
@@ -39,8 +46,11 @@ from megatron_bdpo.losses.terms import add_nll, log_ratios, required, rewarded
 @dataclass(frozen=True)
 class BdpoOptions(LossOptions):
     beta: float = beta()
-    bdpo_temperature: float = option(
-        1.0, "temperature of the balanced weights, in the comprehension's unit; inf balances nothing", POSITIVE_OR_INF
+    bdpo_temperature: float | Literal["auto"] = option(
+        1.0,
+        "temperature of the balanced weights, in the comprehension's unit; inf balances nothing; auto: from the "
+        "training pairs, so that nine of ten have weights between 1/2 and 3/2",
+        POSITIVE_OR_INF,
     )
     bdpo_weights: bool = option(True, "apply the balanced weights (BW)")
     bdpo_scale: bool = option(True, "apply the scaling factor that keeps the gradient's size (SF)")
@@ -51,7 +61,65 @@ class BdpoOptions(LossOptions):
 
 
 def requirements(options: BdpoOptions) -> Requirements:
-    return Requirements(reference=True, comprehension=options.bdpo_weights or options.bdpo_scale)
+    balanced = options.bdpo_weights or options.bdpo_scale
+    return Requirements(
+        reference=True, comprehension=balanced, all_pairs=balanced and options.bdpo_temperature == "auto"
+    )
+
+
+def settle(pairs: PairLogProbs, options: BdpoOptions) -> tuple[BdpoOptions, str]:
+    """`--bdpo-temperature auto` by the rule of `comprehension.automatic_temperature`, and the distribution in a table.
+
+    Raises:
+        UserError: auto, and the pairs give no temperature.
+    """
+    if not requirements(options).comprehension:
+        return options, ""
+    i_w, i_l = comprehension(pairs, options)
+    if options.bdpo_temperature == "auto":
+        options = replace(options, bdpo_temperature=_automatic(i_w, i_l))
+    return options, _distribution(i_w, i_l, options)
+
+
+_ROUNDING = 1e-4  # nats: an imbalance as small as this is the log-probs' rounding
+
+
+def _automatic(i_w: Tensor, i_l: Tensor) -> float:
+    tau = automatic_temperature(i_w, i_l)
+    if not tau > _ROUNDING:  # NaN too
+        raise UserError(
+            f"--bdpo-temperature auto: the reference comprehends both responses alike in at least "
+            f"{AUTOMATIC_SHARE:.0%} of the {len(i_w)} training pairs, so there is nothing to balance (temperature "
+            f"{tau:g}). Are their prompts empty? Use --preference-loss dpo, or give a number."
+        )
+    return tau
+
+
+def _distribution(i_w: Tensor, i_l: Tensor, options: BdpoOptions) -> str:
+    """Quantiles of the comprehension, and the weights and scale of a pair at each quantile of the imbalance."""
+    shares = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95, 1.0], dtype=torch.float64)
+    imbalance = torch.quantile((i_w - i_l).abs().double(), shares)
+    smaller, larger = balanced_weights(imbalance, torch.zeros_like(imbalance), _temperature(options))
+    rows = {
+        "I_w": [f"{value:.4f}" for value in torch.quantile(i_w.double(), shares)],
+        "I_l": [f"{value:.4f}" for value in torch.quantile(i_l.double(), shares)],
+        "|I_w - I_l|": [f"{value:.4f}" for value in imbalance],
+        "weights there": [f"{low:.2f} / {high:.2f}" for low, high in zip(smaller, larger, strict=True)],
+        "scale there": [f"{value:.4f}" for value in gradient_scale(smaller, larger)],
+    }
+    unit = "nats per token" if options.bdpo_comprehension == "per-token" else "nats"
+    head = "".join(f"{name:>13}" for name in ("5 %", "25 %", "median", "75 %", "95 %", "largest"))
+    lines = [f"comprehension of {len(i_w)} training pairs, {unit}; temperature {options.bdpo_temperature:.4g}"]
+    lines.append(f"  {'':<14}{head}")
+    for name, cells in rows.items():
+        lines.append(f"  {name:<14}{''.join(f'{cell:>13}' for cell in cells)}")
+    return "\n".join(lines)
+
+
+def _temperature(options: BdpoOptions) -> float:
+    if isinstance(options.bdpo_temperature, str):
+        raise ValueError("bdpo_temperature is still open: LossSpec.settle gives it a value")
+    return options.bdpo_temperature
 
 
 def comprehension(pairs: PairLogProbs, options: BdpoOptions) -> tuple[Tensor, Tensor]:
@@ -83,7 +151,7 @@ def bdpo(pairs: PairLogProbs, options: BdpoOptions) -> PairLosses:
     metrics: dict[str, Tensor] = {}
     if requirements(options).comprehension:
         i_w, i_l = comprehension(pairs, options)
-        balanced = balanced_weights(i_w, i_l, options.bdpo_temperature)
+        balanced = balanced_weights(i_w, i_l, _temperature(options))
         if options.bdpo_weights:
             w_w, w_l = balanced
         if options.bdpo_scale:
@@ -105,4 +173,5 @@ SPEC = LossSpec(
     requirements=requirements,
     summary="Balanced DPO: weights each response by how well the reference model comprehends it",
     source="arXiv 2603.22829 (reconstruction)",
+    settle=settle,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from megatron_bdpo.errors import UserError
 
@@ -53,6 +54,8 @@ class FieldType(NamedTuple):
 
     type: type
     choices: tuple[str, ...] | None = None
+    words: tuple[str, ...] = ()
+    """Strings that may stand in the place of a number: `float | Literal["auto"]`."""
 
 
 def field_types(options: type) -> dict[str, FieldType]:
@@ -67,10 +70,20 @@ def _field_type(options: type, name: str, hint: Any) -> FieldType:
     choices = get_args(hint)
     if get_origin(hint) is Literal and all(isinstance(choice, str) for choice in choices):
         return FieldType(str, choices)
+    if get_origin(hint) in (Union, UnionType) and len(choices) == 2 and choices[0] in (float, int):
+        words = _field_type(options, name, choices[1])
+        if words.choices:
+            return FieldType(choices[0], words=words.choices)
     raise UserError(
-        f"{options.__module__}.{options.__qualname__}.{name}: an option of a loss has to be float, int, bool, str or "
-        f"Literal[<strings>], not {hint!r}"
+        f"{options.__module__}.{options.__qualname__}.{name}: an option of a loss has to be float, int, bool, str, "
+        f"Literal[<strings>], or float or int or such a Literal, not {hint!r}"
     )
+
+
+def open_options(options: Any) -> tuple[str, ...]:
+    """Names of the options that a word leaves open, to be settled by the data."""
+    types = field_types(type(options))
+    return tuple(f.name for f in fields(options) if getattr(options, f.name) in types[f.name].words)
 
 
 @dataclass(frozen=True)
@@ -87,9 +100,11 @@ class LossOptions:
 
 def _problem(value: object, wanted: FieldType, within: Range | None) -> str | None:
     """What is wrong with an option's value, as the end of a sentence; None if nothing is."""
+    if value in wanted.words:
+        return None
     accepted = (float, int) if wanted.type is float else wanted.type
     if not isinstance(value, accepted) or (isinstance(value, bool) and wanted.type is not bool):
-        return f"must be of type {wanted.type.__name__}"
+        return " or ".join([f"must be of type {wanted.type.__name__}", *wanted.words])
     if wanted.choices is not None and value not in wanted.choices:
         return f"must be one of {', '.join(wanted.choices)}"
     if within is not None and not within.contains(value):

@@ -95,6 +95,8 @@ class OptionField:
     defaults: dict[str, object]
     """The default per loss that uses the option: they may differ, so the flag itself has none."""
     choices: tuple[str, ...] | None = None
+    words: tuple[str, ...] = ()
+    """What may stand in the place of a number."""
 
     @property
     def flag(self) -> str:
@@ -111,9 +113,9 @@ def option_fields() -> dict[str, OptionField]:
     for spec in all_specs():
         types = field_types(spec.options)
         for f in fields(spec.options):
-            kind, choices = types[f.name]
-            seen = union.setdefault(f.name, OptionField(f.name, kind, f.metadata.get("help", ""), {}, choices))
-            if (seen.type, seen.choices) != (kind, choices):
+            kind = types[f.name]
+            seen = union.setdefault(f.name, OptionField(f.name, kind.type, f.metadata.get("help", ""), {}, *kind[1:]))
+            if (seen.type, seen.choices, seen.words) != kind:
                 raise UserError(
                     f"{seen.flag} has other values for the loss '{next(iter(seen.defaults))}' than for '{spec.name}': "
                     "an option of one name has to have one type and the same choices"

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_bdpo.data.scores import open_scores
 from megatron_bdpo.errors import UserError
@@ -26,13 +26,13 @@ class ReportSettings:
     """What to show.
 
     Attributes:
-        temperature: tau; None takes the run's, else the loss's default.
+        temperature: tau, or "auto" for what the loss would choose; None takes the run's, else the loss's default.
         per_token: comprehension per token, or its sum; None takes the run's, else the default.
         pairs: how many of the most imbalanced pairs to list.
         show_text: their texts too.
     """
 
-    temperature: float | None = None
+    temperature: float | Literal["auto"] | None = None
     per_token: bool | None = None
     pairs: int = 20
     show_text: bool = False
@@ -121,7 +121,8 @@ def build_report(directory: Path, settings: ReportSettings, scores: Path | None 
 def _comprehension(sources: ReportSources, settings: ReportSettings) -> Comprehension | None:
     assert sources.scores is not None
     options, default = sources.record.get("loss_options", {}), BdpoOptions()
-    temperature = settings.temperature or _number(options.get("bdpo_temperature")) or default.bdpo_temperature
+    found = _number(options.get("bdpo_temperature")) or _number(default.bdpo_temperature)
+    temperature = settings.temperature or found or math.inf
     per_token = settings.per_token
     if per_token is None:
         per_token = options.get("bdpo_comprehension", default.bdpo_comprehension) == "per-token"
@@ -156,6 +157,7 @@ def _facts_of_scores(sources: ReportSources, pairs: Comprehension) -> dict[str, 
     facts = {
         "scores": str(sources.scores),
         "pairs": f"{len(pairs.ids):,} scored of {pairs.total:,}" + ("" if manifest.get("complete") else ", unfinished"),
+        "temperature auto": f"would be {pairs.automatic_temperature:.4g}",
         "data": ", ".join(pairs.source_paths),
     }
     if manifest.get("model"):

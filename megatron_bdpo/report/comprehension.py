@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_bdpo.comprehension import balanced_weights, gradient_scale, mutual_information
+from megatron_bdpo.comprehension import (
+    automatic_temperature,
+    balanced_weights,
+    gradient_scale,
+    mutual_information,
+)
 from megatron_bdpo.data.scores import Scores
 from megatron_bdpo.data.sources import SourceSpec, describe_row, read_rows
 from megatron_bdpo.errors import UserError
@@ -57,6 +63,11 @@ class Comprehension:
     def unit(self) -> str:
         return "nats per token" if self.per_token else "nats"
 
+    @property
+    def automatic_temperature(self) -> float:
+        """What ``--bdpo-temperature auto`` would be, if these pairs were trained on; 0 where nothing is unbalanced."""
+        return automatic_temperature(torch.from_numpy(self.chosen), torch.from_numpy(self.rejected))
+
     def distributions(self) -> dict[str, FloatArray]:
         """What the tables describe, by label."""
         return {
@@ -98,10 +109,13 @@ class Comprehension:
         return found
 
 
-def comprehension_of(scores: Scores, temperature: float, *, per_token: bool, where: str) -> Comprehension:
+def comprehension_of(
+    scores: Scores, temperature: float | Literal["auto"], *, per_token: bool, where: str
+) -> Comprehension:
     """Compute it.
 
     Args:
+        temperature: tau, or "auto" for ``comprehension.automatic_temperature``.
         where: the scores' name, for messages.
 
     Raises:
@@ -121,12 +135,13 @@ def comprehension_of(scores: Scores, temperature: float, *, per_token: bool, whe
     chosen, rejected = (
         mutual_information(conditional[:, i], unconditional[:, i], tokens[:, i], per_token) for i in (0, 1)
     )
-    w_w, w_l = balanced_weights(chosen, rejected, temperature)
+    tau = automatic_temperature(chosen, rejected) or math.inf if temperature == "auto" else temperature
+    w_w, w_l = balanced_weights(chosen, rejected, tau)
     return Comprehension(
         ids=ids,
         chosen=chosen.numpy(),
         rejected=rejected.numpy(),
-        temperature=temperature,
+        temperature=tau,
         per_token=per_token,
         weights=torch.stack([w_w, w_l], dim=1).numpy(),
         scale=gradient_scale(w_w, w_l).numpy(),

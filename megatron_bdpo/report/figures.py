@@ -44,7 +44,7 @@ def comprehension_pictures(pairs: Comprehension) -> list[Picture]:
     """Distributions of comprehension, of the imbalance, and of the weights and scales that follow."""
     w_w, w_l = pairs.weights.T
     far = (np.abs(w_w - 1) > _BALANCED).mean()
-    tau = f"τ = {pairs.temperature:g}"
+    tau = f"τ = {pairs.temperature:.4g}"
     q25, q50, q75 = np.percentile(np.abs(pairs.difference), [25, 50, 75])
     return [
         _histogram(

@@ -58,7 +58,7 @@ def comprehension_section(pairs: Comprehension, pictures: Sequence[Picture]) -> 
     note = (
         f"Of {len(pairs.ids):,} pairs, in {pairs.unit}. I(x; y) is what the prompt x tells the reference about the "
         f"response y: [log π_ref(y|x) − log π_ref(y)]{per_token}. Weights and scale at temperature "
-        f"τ = {pairs.temperature:g}: w = 2 softmax(−I/τ), s = √2/‖w‖."
+        f"τ = {pairs.temperature:.4g}: w = 2 softmax(−I/τ), s = √2/‖w‖."
     )
     return "<h2>Comprehension</h2>" + _note(note) + _pictures(pictures) + _table(header, rows)
 

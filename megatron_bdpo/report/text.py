@@ -35,7 +35,7 @@ def comprehension_text(pairs: Comprehension) -> str:
     return "\n".join(
         [
             f"comprehension of {len(pairs.ids)} of {pairs.total} pairs, {pairs.unit}; weights and scale at tau "
-            f"{pairs.temperature:g}",
+            f"{pairs.temperature:.4g}",
             "",
             _table([header, *rows], widths=[14, *([9] * (len(header) - 1))]),
             "",

@@ -267,8 +267,18 @@ def _add_loss_options(parser: argparse.ArgumentParser) -> None:
         if option.type is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         else:
-            keywords |= {"type": option.type, "choices": option.choices}
+            parse = functools.partial(_number_or_word, option.type, option.words) if option.words else option.type
+            keywords |= {"type": parse, "choices": option.choices}
         group.add_argument(option.flag, **keywords)
+
+
+def _number_or_word(number: type, words: Sequence[str], text: str) -> Any:
+    if text in words:
+        return text
+    try:
+        return number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number and not {' or '.join(words)}") from None
 
 
 def given_loss_options(args: argparse.Namespace) -> dict[str, object]:

@@ -148,7 +148,7 @@ def training_facts(arguments: Mapping[str, Any], metrics: Mapping[str, float]) -
     run = identity.identity_in(arguments)
     return TrainingFacts(
         base_model=str(arguments.get("hf_model") or arguments.get("pretrained_checkpoint") or ""),
-        loss=run.get("loss", ""),
+        loss=", ".join([run.get("loss", ""), *(f"{name} {value}" for name, value in run.get("settled", {}).items())]),
         data={
             "pairs": " ".join(map(str, arguments.get("pair_data") or ())),
             "held out": " ".join(map(str, arguments.get("eval_pair_data") or ())) or "none, or a share of the pairs",

@@ -34,6 +34,8 @@ class RunIdentity:
     seed: int
     loss: str
     """Name and options."""
+    settled: dict[str, Any] = field(default_factory=dict)
+    """Options of the loss that the start has settled by the data (see ``settling``): a resumed run keeps them."""
     reference: dict[str, Any] = field(default_factory=dict)
     """What the reference is (see ``reference_identity``); empty where the loss reads none."""
     reference_weights: str = ""

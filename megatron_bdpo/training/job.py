@@ -97,6 +97,11 @@ def build_job(args: argparse.Namespace) -> PairJob:
         loss = PairLossFunction(
             registry.get(args.preference_loss), registry.build_options(args.preference_loss, given_loss_options(args))
         )
+        if loss.requirements.all_pairs and args.reference == "resident":
+            raise UserError(
+                "--reference resident knows no scores before the first step, and an option of the loss is to follow "
+                "from them (auto). Give it a value, or leave --reference out."
+            )
         _plan_settings(args, longest_pair=0)  # what is wrong with the plan whatever the pairs: before they are read
     cache_dir = _cache_dir(args)
     stores = _open_stores(args, cache_dir)

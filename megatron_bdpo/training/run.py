@@ -35,6 +35,7 @@ from megatron_bdpo.training.progress import Progress
 from megatron_bdpo.training.references import ReferenceProvider
 from megatron_bdpo.training.run_record import write_record
 from megatron_bdpo.training.scoring import NoReference, ReferenceTable, ResidentReference
+from megatron_bdpo.training.settling import settle
 from megatron_bdpo.training.setup import set_up
 from megatron_bdpo.training.status import State, write_status
 from megatron_bdpo.training.step_zero import StepZeroGate
@@ -149,13 +150,12 @@ class PreferenceRun:
         self.model = model
         self._iteration = self.args.iteration
         resumed = self._iteration > 0
-        provider = ReferenceProvider(
-            self.args, self.job, self._setup.config, self.scoring, pause=self.stop.leave_if_asked
-        )
+        provider = ReferenceProvider(self.args, self.job, self._setup.config, self.scoring)
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
-        identity.keep(self.args, self._identity)
         if isinstance(self._step.reference, ReferenceTable):
+            self._settle_loss(self._step.reference, resumed=resumed)
             self._step.imbalance_edges = self._step.reference.imbalance_edges(self.job)
+        identity.keep(self.args, self._identity)
         with all_ranks_agree():
             if self.args.save and self.args.rank == self.args.world_size - 1:
                 self._begin_files(Path(self.args.save))
@@ -178,6 +178,13 @@ class PreferenceRun:
             },
         )
         self.progress.file = MetricsFile(save / NAME, self._iteration)
+
+    def _settle_loss(self, reference: ReferenceTable, *, resumed: bool) -> None:
+        """Give the loss the options that follow from the reference's values; a resumed run keeps those of its start."""
+        kept = self._identity.settled if resumed else {}
+        loss, settled = settle(self.job.loss, reference.training_pairs(self.job), kept)
+        self._step.loss, self.job = loss, replace(self.job, loss=loss)
+        self._identity = replace(self._identity, settled=settled)
 
     def _auxiliary_loss_scale(self, config: Any) -> Tensor:
         """What the router's losses of this step are multiplied by: see ``model.moe``."""

@@ -19,11 +19,11 @@ from torch import Tensor
 from megatron_bdpo.data.layout import group_tokens
 from megatron_bdpo.data.plan import pack_evenly
 from megatron_bdpo.logprobs import TokenScoring
-from megatron_bdpo.losses import Requirements
+from megatron_bdpo.losses import PairLogProbs, Requirements
 from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import sum_over_ranks
-from megatron_bdpo.training.forward import ScoringStep
+from megatron_bdpo.training.forward import ScoringStep, pair_log_probs
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.quartiles import IMBALANCE, quartile_edges
 
@@ -49,14 +49,16 @@ class ReferenceTable:
         """[3] between the quartiles of the training pairs' imbalance; None where the loss does not read it."""
         if self.unconditional is None:
             return None
-        ids = job.train.ids
-        conditional, unconditional, tokens = (
-            torch.from_numpy(np.ascontiguousarray(values[ids])).flatten()
-            for values in (self.conditional, self.unconditional, job.pool.lengths[:, 1:])
-        )
-        unsafe = torch.from_numpy(job.pool.unsafe[ids])
-        _, losses = job.loss.of_sequences(tokens, unsafe, conditional, conditional, unconditional)
+        losses = job.loss.spec.function(self.training_pairs(job), job.loss.options)
         return quartile_edges(losses.metrics[IMBALANCE].numpy()) if IMBALANCE in losses.metrics else None
+
+    def training_pairs(self, job: PairJob) -> PairLogProbs:
+        """The values of all pairs that are trained on, in float64, with the reference as the policy."""
+        ids = job.train.ids
+        conditional, tokens = _flat(self.conditional[ids]), _flat(job.pool.lengths[ids, 1:])
+        unconditional = None if self.unconditional is None else _flat(self.unconditional[ids])
+        unsafe = torch.from_numpy(job.pool.unsafe[ids])
+        return pair_log_probs(tokens, unsafe, conditional, conditional, unconditional)
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
         """See ``forward.ReferenceValues``."""
@@ -65,6 +67,10 @@ class ReferenceTable:
             None if values is None else torch.from_numpy(values[batch.pair_ids]).flatten().to(device)
             for values in (self.conditional, self.unconditional)
         )
+
+
+def _flat(values: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).flatten()
 
 
 class NoReference:

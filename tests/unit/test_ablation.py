@@ -40,7 +40,7 @@ def test_two_steps_of_everything(ablation, tmp_path, capsys, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [(row["loss"], row["seed"]) for row in rows] == [("DPO", "1"), ("SimPO", "1")]
     assert rows[0]["accuracy_q4"] and not rows[1]["accuracy_q4"]
-    assert json.loads((output / "summary.json").read_text())["DPO"]["accuracy"]["n"] == 1
+    assert json.loads((output / "summary.json").read_text())["losses"]["DPO"]["accuracy"]["n"] == 1
     assert (output / "table.md").read_text() in printed
     assert (output / "ablation.png").read_bytes().startswith(b"\x89PNG")
     log = (output / "runs" / "dpo-seed-1" / "log.txt").read_text()
@@ -84,9 +84,20 @@ def test_measures_and_their_spread(ablation, tmp_path):
     summary = ablation.summarise(rows)
     assert summary["DPO"]["accuracy"] == pytest.approx({"mean": 0.7, "sd": 0.1, "n": 3})
     assert "accuracy_q4" not in summary["DPO"]
-    line = ablation.table(summary).splitlines()[2]
+    line = ablation.report(rows).splitlines()[2]
     assert line.startswith("| DPO | 0.700 ± 0.100 | -0.150 ± 0.100 | +4.00 ± 0.00 | -1.00 ± 0.00 |")
     assert line.endswith("| 5.50 ± 0.00 | – | – |")
+
+
+def test_differences_are_between_runs_of_one_seed(ablation, tmp_path):
+    """Seeds differ by more than losses do; within a seed the second loss is 0.05 and 0.07 better."""
+    accuracies = {("DPO", 1): 0.5, ("B-DPO", 1): 0.55, ("DPO", 2): 0.7, ("B-DPO", 2): 0.77}
+    runs = [make_run(ablation, tmp_path / f"{loss} {seed}", loss, seed, a) for (loss, seed), a in accuracies.items()]
+    rows = ablation.collect(runs, epochs=3)
+    (found,) = ablation.summarise(ablation.differences(rows)).values()
+    assert found["accuracy"] == pytest.approx({"mean": 0.06, "sd": 0.02 / 2**0.5, "n": 2})
+    table = ablation.report(rows).split("Difference from DPO with the same seed:\n\n")[1]
+    assert table.splitlines()[2].startswith("| B-DPO | +0.060 ± 0.014 |")
 
 
 def test_held_out_part_is_the_same_for_every_call(ablation, tmp_path):

@@ -7,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bdpo.comprehension import balanced_weights, gradient_scale, mutual_information
+from megatron_bdpo.comprehension import (
+    automatic_temperature,
+    balanced_weights,
+    gradient_scale,
+    mutual_information,
+)
 
 DTYPES = [torch.float32, torch.float64]
 INFORMATION = st.floats(-1e3, 1e3)
@@ -94,3 +99,36 @@ def test_no_pairs():
     assert mutual_information(empty, empty, empty.long()).shape == (0,)
     assert [weight.shape for weight in balanced_weights(empty, empty, 1.0)] == [(0,), (0,)]
     assert gradient_scale(empty, empty).shape == (0,)
+
+
+# The temperature that follows from a data set
+
+
+def test_automatic_temperature_keeps_nine_of_ten_pairs_within_a_half_and_three_halves():
+    generator = torch.Generator().manual_seed(3)
+    i_w, i_l = torch.randn(2, 100_000, dtype=torch.float64, generator=generator)
+    w_w, w_l = balanced_weights(i_w, i_l, automatic_temperature(i_w, i_l))
+    within = (torch.maximum(w_w, w_l) <= 1.5) & (torch.minimum(w_w, w_l) >= 0.5)
+    assert within.double().mean().item() == pytest.approx(0.9, abs=1e-4)
+
+
+@given(scale=st.floats(1e-3, 1e3))
+def test_automatic_temperature_has_the_unit_of_the_information(scale):
+    """Nats or bits, per token or summed: the weights are the same."""
+    i_w, i_l = doubles(0.1, 0.5, -0.2, 2.0), doubles(0.3, 0.1, 0.4, 0.1)
+    expected = scale * automatic_temperature(i_w, i_l)
+    assert automatic_temperature(scale * i_w, scale * i_l) == pytest.approx(expected, rel=1e-12)
+
+
+def test_automatic_temperature_does_not_see_a_few_extreme_pairs():
+    i_w = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    extreme = i_w.clone()
+    extreme[-20:] *= 1e6
+    zeros = torch.zeros_like(i_w)
+    assert automatic_temperature(extreme, zeros) == automatic_temperature(i_w, zeros)
+    assert automatic_temperature(i_w, zeros) == pytest.approx(0.9 / math.log(3))
+
+
+def test_automatic_temperature_of_balanced_pairs_is_zero():
+    information = torch.linspace(-3, 3, 50)
+    assert automatic_temperature(information, information) == 0

@@ -464,6 +464,38 @@ def test_values_out_of_range_are_refused(name, key, value, expected_message):
     assert expected_message in str(caught.value)
 
 
+def test_an_open_temperature_is_settled_by_the_pairs():
+    pairs = inputs(random_pairs(200), torch.float64)
+    options = registry.build_options("bdpo", {"bdpo_temperature": "auto"})
+    assert registry.get("bdpo").requirements(options).all_pairs
+    with pytest.raises(ValueError, match="still open"):
+        registry.get("bdpo").function(pairs, options)
+    settled, described = registry.get("bdpo").settle(pairs, options)
+    assert isinstance(settled.bdpo_temperature, float) and settled.bdpo_temperature > 0
+    assert f"temperature {settled.bdpo_temperature:.4g}" in described
+    assert not registry.get("bdpo").requirements(settled).all_pairs
+    assert registry.get("bdpo").settle(pairs, settled) == (settled, described)
+    metrics = registry.get("bdpo").function(pairs, settled).metrics
+    larger = torch.maximum(metrics["weights/chosen"], metrics["weights/rejected"])
+    assert (larger <= 1.5 + 1e-12).double().mean().item() == pytest.approx(0.9, abs=1 / 200)
+
+
+def test_nothing_to_balance_leaves_the_temperature_open_to_nothing():
+    same = [p._replace(r_l=p.r_w, u_l=p.u_w, n_l=p.n_w) for p in random_pairs(20)]
+    options = registry.build_options("bdpo", {"bdpo_temperature": "auto"})
+    with pytest.raises(UserError, match="--bdpo-temperature auto: the reference comprehends both responses alike"):
+        registry.get("bdpo").settle(inputs(same, torch.float64), options)
+    unused = registry.build_options("bdpo", {"bdpo_temperature": "auto", "bdpo_weights": False, "bdpo_scale": False})
+    assert registry.get("bdpo").settle(inputs(same, torch.float64), unused) == (unused, "")
+
+
+def test_words_are_taken_where_the_option_knows_them():
+    with pytest.raises(UserError, match=r"--bdpo-temperature must be of type float or auto, got 'often'"):
+        registry.build_options("bdpo", {"bdpo_temperature": "often"})
+    with pytest.raises(UserError, match=r"--beta must be of type float, got 'auto'"):
+        registry.build_options("bdpo", {"beta": "auto"})
+
+
 def test_an_option_the_loss_does_not_use_is_refused():
     with pytest.raises(UserError) as caught:
         losses.build_options("simpo", {"beta": 1.0, "label_smoothing": 0.1})

@@ -154,6 +154,18 @@ def test_few_pairs_and_equal_values(tmp_path, capsys, pairs):
     assert "tau inf" in output
 
 
+def test_automatic_temperature(scores, capsys):
+    """Nine of ten pairs within 3 : 1."""
+    from safetensors.numpy import load_file
+
+    values = load_file(scores / "shard-00000.safetensors")
+    imbalance = np.abs(np.diff((values["conditional"] - values["unconditional"]) / values["tokens"]))
+    expected = f"{np.quantile(imbalance, 0.9) / math.log(3):.4g}"
+    output = report(capsys, scores, "--text-only", "--bdpo-temperature", "auto")
+    assert f"temperature auto: would be {expected}" in output
+    assert f"weights and scale at tau {expected}" in output
+
+
 def test_sum_instead_of_per_token(scores, capsys):
     output = report(capsys, scores, "--text-only", "--bdpo-comprehension", "sum")
     assert "200 of 200 pairs, nats;" in output
@@ -221,7 +233,7 @@ def test_scores_without_comprehension(tmp_path, capsys):
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "warm"])
 def test_wrong_temperature(scores, capsys, value):
-    assert f"--bdpo-temperature must be a number above 0 (inf is allowed), got '{value}'" in refusal(
+    assert f"--bdpo-temperature must be a number above 0 (inf is allowed) or auto, got '{value}'" in refusal(
         capsys, scores, f"--bdpo-temperature={value}"
     )
 

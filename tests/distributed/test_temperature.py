@@ -1,0 +1,101 @@
+"""The temperature that follows from the data: settled once, printed, kept over a resume, the same on all ranks."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.harness.jobs import last_stage, scores_in, train
+from tests.harness.ranks import RankFailure
+
+AUTO = ["--bdpo-temperature", "auto"]
+TELLING = {"init_method_std": 0.1}  # at Megatron's 0.02 so narrow a model hardly reads its prompt
+
+
+def expected_temperature(cache: Path) -> float:
+    scores = scores_in(cache)
+    information = (scores.conditional - scores.unconditional) / scores.tokens
+    return float(np.quantile(np.abs(information[:, 0] - information[:, 1]), 0.9) / math.log(3))
+
+
+def train_and_tell(flags, **overrides):
+    """On a rank: the outcome, what was printed, and the temperature of the step's loss."""
+    import contextlib
+    import io
+
+    from megatron_bdpo.training.run import PreferenceRun
+
+    temperatures = []
+    after_load = PreferenceRun.after_load
+
+    def told(run, model):
+        after_load(run, model)
+        temperatures.append((run._step.loss.options.bdpo_temperature, run.job.loss.options.bdpo_temperature))
+
+    printed = io.StringIO()
+    PreferenceRun.after_load = told
+    try:
+        with contextlib.redirect_stdout(printed):
+            outcome = train(flags, **overrides)
+    finally:
+        PreferenceRun.after_load = after_load
+    return outcome, printed.getvalue(), temperatures[-1]
+
+
+def test_it_is_the_rules_and_all_ranks_have_it(ranks, tmp_path):
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    seen = ranks(4)(train_and_tell, [*AUTO, *layout], pair_cache_dir=str(tmp_path), **TELLING)
+    tau = expected_temperature(tmp_path)
+    assert {each for _, _, temperatures in seen for each in temperatures} == {seen[0][2][0]}
+    assert seen[0][2][0] == pytest.approx(tau, rel=1e-12)
+    printed = seen[0][1]
+    assert f"loss: bdpo_temperature {tau:.6g}, from the data" in printed
+    assert "comprehension of 48 training pairs, nats per token" in printed
+    explicit = ranks(1)(train, ["--bdpo-temperature", repr(tau)], pair_cache_dir=str(tmp_path), **TELLING)
+    for step, expected in zip(last_stage(seen)[0].steps, last_stage(explicit).steps, strict=True):
+        assert step["weights/chosen"] == pytest.approx(expected["weights/chosen"], rel=1e-6)
+        assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_resumed_run_keeps_it(ranks, tmp_path):
+    """Also where the scores would now give another: here by their being changed on disk."""
+    flags = [*AUTO, "--train-iters", "4", "--save-interval", "2", "--save", str(tmp_path), "--load", str(tmp_path)]
+    ((_, _, (tau, _)),) = ranks(1)(train_and_tell, [*flags, "--exit-interval", "2"], **TELLING)
+    ((outcome, printed, (resumed, _)),) = ranks(1)(_resume_with_other_rule, flags, **TELLING)
+    assert resumed == tau
+    assert [step["iteration"] for step in outcome.steps] == [3, 4]
+    assert f"bdpo_temperature {tau:.6g}, as at the run's first start" in printed
+
+
+def _resume_with_other_rule(flags, **overrides):
+    from unittest import mock
+
+    from megatron_bdpo.losses import bdpo
+
+    with mock.patch.object(bdpo, "automatic_temperature", lambda *_: 123.0):
+        return train_and_tell(flags, **overrides)
+
+
+def test_the_distribution_is_printed_for_a_number_too(ranks, tmp_path):
+    ((_, printed, _),) = ranks(1)(train_and_tell, [], pair_cache_dir=str(tmp_path))
+    (table,) = re.findall(r"comprehension of 48 training pairs.*temperature 1\n(?:  .*\n)+", printed)
+    for row in ("median", "I_w ", "I_l ", "|I_w - I_l|", "weights there", "scale there"):
+        assert row in table
+
+
+def test_a_resident_reference_cannot_tell(ranks, tmp_path):
+    with pytest.raises(RankFailure, match="--reference resident knows no scores before the first step"):
+        ranks(1)(train, [*AUTO, "--reference", "resident"], pair_cache_dir=str(tmp_path))
+
+
+def test_nothing_to_balance_is_refused(ranks, tmp_path):
+    """The empty prompt is the prompt: it tells nothing."""
+    data = tmp_path / "pairs.jsonl"
+    rows = [f'{{"prompt": "", "chosen": "Yes, number {n}.", "rejected": "No, number {n}."}}\n' for n in range(8)]
+    data.write_text("".join(rows))
+    with pytest.raises(RankFailure, match="comprehends both responses alike in at least 90%"):
+        ranks(1)(train, [*AUTO, "--pair-data", str(data)], pair_cache_dir=str(tmp_path))
