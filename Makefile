@@ -26,7 +26,7 @@ REQUIREMENTS := setup.py pyproject.toml tools/setup_env.sh tools/constraints.txt
 TEST_ENV := $(VENV)/.installed-test
 DEMO_ENV := $(firstword $(wildcard $(TEST_ENV)) $(VENV)/.installed-demo)
 
-.PHONY: help demo ablation test lint types pytest parity install install-test versions clean distclean
+.PHONY: help demo ablation test lint types pytest parity slurm-lab install install-test versions clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -52,6 +52,10 @@ pytest: $(TEST_ENV) ## the tests alone
 
 parity: $(TEST_ENV) ## every layout with every loss and optimizer against one process; writes docs/parity.md
 	@$(RUN) pytest tests/parity/test_matrix.py --full-matrix --write-parity-table $(PYTEST_ARGS)
+
+slurm-lab: ## install what tests/slurm needs for a SLURM cluster on this machine (Debian, root)
+	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+		slurm-wlm munge iproute2 util-linux procps shellcheck > /dev/null
 
 install: $(DEMO_ENV) ## make .venv for running
 

@@ -43,6 +43,7 @@ class ReferenceScores:
     Attributes:
         reference: what the reference is (see ``identity.reference_identity``).
         model: makes the chunks that can score as the reference; called only if something is missing.
+        pause: called after each shard, on all ranks; may raise to leave.
     """
 
     args: argparse.Namespace
@@ -50,6 +51,7 @@ class ReferenceScores:
     scoring: TokenScoring
     reference: Mapping[str, Any]
     model: Callable[[], list[Any]]
+    pause: Callable[[], None]
     _chunks: list[Any] | None = field(default=None, init=False)
 
     def table(self) -> ReferenceTable:
@@ -147,6 +149,7 @@ class ReferenceScores:
                 for kind in missing:  # another job may have scored them first
                     known[kind][rows] = broadcast(known[kind][rows])
                 tokens += int(scorer.sizes(groups).sum())
+                self.pause()
         seconds = time.perf_counter() - start
         count = int(pairs.sum())
         say(

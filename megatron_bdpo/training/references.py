@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,17 @@ from megatron_bdpo.training.scoring import NoReference, ResidentReference
 
 @dataclass
 class ReferenceProvider:
-    """Makes the reference of one run. Every method is collective."""
+    """Makes the reference of one run. Every method is collective.
+
+    Attributes:
+        pause: called between shards of scoring, on all ranks; may raise to leave.
+    """
 
     args: argparse.Namespace
     job: PairJob
     config: PairGPTConfig
     scoring: TokenScoring
+    pause: Callable[[], None]
 
     def provide(
         self, policy: list[Any], identity: RunIdentity, *, resumed: bool
@@ -71,7 +77,7 @@ class ReferenceProvider:
         def model() -> list[Any]:
             return self._load_original(identity) if resumed else policy
 
-        return ReferenceScores(self.args, self.job, self.scoring, identity.reference, model)
+        return ReferenceScores(self.args, self.job, self.scoring, identity.reference, model, self.pause)
 
     def _identify(self, model: list[Any]) -> dict[str, Any]:
         vocab_size = self.scoring.vocab_size

@@ -150,7 +150,9 @@ class PreferenceRun:
         self.model = model
         self._iteration = self.args.iteration
         resumed = self._iteration > 0
-        provider = ReferenceProvider(self.args, self.job, self._setup.config, self.scoring)
+        provider = ReferenceProvider(
+            self.args, self.job, self._setup.config, self.scoring, pause=self.stop.leave_if_asked
+        )
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
         if isinstance(self._step.reference, ReferenceTable):
             self._settle_loss(self._step.reference, resumed=resumed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from megatron_bdpo.training.preparation import forget_global_state
 from megatron_bdpo.training.references import ReferenceProvider
 from megatron_bdpo.training.settling import settle
 from megatron_bdpo.training.setup import RunSetup, set_up
+from megatron_bdpo.training.status import write_status
+from megatron_bdpo.training.stopping import StopRequest, StopRequested
 
 
 def score_pairs(args: argparse.Namespace) -> list[Path]:
@@ -30,9 +33,24 @@ def score_pairs(args: argparse.Namespace) -> list[Path]:
 
     Raises:
         UserError: on every rank; there is nothing to score, among other reasons.
+        StopRequested: on every rank, after a shard, when a signal or a --stop-file has asked for it.
     """
     if args.dry_run is not None:
         raise UserError("--dry-run checks a training. Leave it out to score.")
+    stop = StopRequest(args.stop_file or ())
+    try:
+        with stop.listening(signal.SIGTERM, args.exit_signal):
+            directories = _score(args, stop)
+    except StopRequested:
+        # The status beside --save is the training's: a launcher asks for this one in a place of its own.
+        write_status("stopped", None, reason=stop.reason)
+        say(f"stopped ({stop.reason}); the same command goes on.")
+        raise
+    write_status("finished", None)
+    return directories
+
+
+def _score(args: argparse.Namespace, stop: StopRequest) -> list[Path]:
     _leave_training_out(args)
     setup = set_up(args)
     try:
@@ -45,7 +63,7 @@ def score_pairs(args: argparse.Namespace) -> list[Path]:
             if setup.job.resident:
                 raise UserError("--reference resident keeps no scores. Leave it out to score.")
         initialize_megatron()
-        provider = ReferenceProvider(args, setup.job, setup.config, setup.scoring)
+        provider = ReferenceProvider(args, setup.job, setup.config, setup.scoring, pause=stop.leave_if_asked)
         model: list[Any] = []
         run = setup.identity
         if not setup.resumed:

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The reference's log-probs of all pairs, ahead of a training:    RUN_DIR=... sbatch slurm/score.sh [flags for the trainer]
+# They go to the cache in RUN_DIR, where the training with the same recipe finds them. Settings: slurm/README.md.
+#SBATCH --job-name=score
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#SBATCH --signal=B:USR1@120
+
+BDPO_HOME=${BDPO_HOME:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
+if [ ! -r "$BDPO_HOME/slurm/lib.sh" ]; then
+  echo "bdpo: no slurm/lib.sh in $BDPO_HOME. Submit from the repository, or set BDPO_HOME to it." >&2
+  exit 2
+fi
+# shellcheck source=slurm/lib.sh
+. "$BDPO_HOME/slurm/lib.sh"
+
+bdpo_run score -m megatron_bdpo.score --recipe "${RECIPE:-recipes/llama3_8b.yaml}" "$@"

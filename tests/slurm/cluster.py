@@ -1,0 +1,111 @@
+"""The cluster of ``lab.sh`` as the tests see it: submit the shipped scripts, watch their logs, do them harm."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Everything here takes seconds; on a crowded machine perhaps a minute.
+PATIENCE = 180
+
+
+@dataclass
+class Cluster:
+    """Nodes node1 to node3. ``directory`` is on the file system that they share."""
+
+    directory: Path
+
+    def lab(self, *command: str, **environment: str) -> str:
+        """Run a command of ``lab.sh``. Returns its output."""
+        variables = os.environ | {"LAB": str(self.directory / "lab"), "SHARED": str(self.directory)} | environment
+        done = subprocess.run(
+            [str(ROOT / "tests" / "slurm" / "lab.sh"), *command],
+            cwd=self.directory, env=variables, text=True, capture_output=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise AssertionError(f"lab.sh {' '.join(command)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def submit(
+        self,
+        run: str,
+        *flags: str,
+        script: str = "bdpo_70b.sh",
+        ranks_per_node: int = 1,
+        nodes: int = 2,
+        **environment: str,
+    ) -> Job:
+        """Submit a script of ``slurm/`` with the tiny recipe on the CPU, into the run directory of that name."""
+        directory = self.directory / run
+        settings = {
+            "BDPO_HOME": str(ROOT),
+            "BDPO_PYTHON": sys.executable,
+            "BDPO_RANKS_PER_NODE": str(ranks_per_node),
+            "BDPO_DEVICE": "cpu",
+            "BDPO_SITE": "/dev/null",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "RECIPE": str(ROOT / "recipes" / "tiny.yaml"),
+            "RUN_DIR": str(directory),
+        }
+        command = ["sbatch", "--parsable", f"--nodes={nodes}", str(ROOT / "slurm" / script), *flags]
+        answer = self.lab("exec", *command, **(settings | environment))
+        return Job(self, int(answer), script.removesuffix(".sh"), directory)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job and its run directory."""
+
+    cluster: Cluster
+    id: int
+    name: str
+    run: Path
+
+    @property
+    def log(self) -> str:
+        """What the batch script has said, over all attempts."""
+        path = self.cluster.directory / f"{self.name}-{self.id}.log"
+        return path.read_text() if path.exists() else ""
+
+    def rank_logs(self, attempt: int | str = "*") -> str:
+        """What the ranks have said."""
+        logs = sorted(self.run.glob(f"slurm/*/logs/{self.id}.{attempt}/node*.log"))
+        return "".join(path.read_text() for path in logs)
+
+    @property
+    def state(self) -> str:
+        """SLURM's word for it."""
+        shown = self.cluster.lab("exec", "scontrol", "show", "job", "-o", str(self.id))
+        return re.findall(r"JobState=(\w+)", shown)[-1]
+
+    def signal(self) -> None:
+        """What ``--signal=B:USR1@...`` does before the time limit."""
+        self.cluster.lab("exec", "scancel", "--batch", "--signal=USR1", str(self.id))
+
+    def wait_for(self, seen: Callable[[], object], what: str) -> None:
+        """Until ``seen()`` is true."""
+        deadline = time.monotonic() + PATIENCE
+        while not seen():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{what}: not seen in {PATIENCE} s\n{self.log}\n{self.rank_logs()[-3000:]}")
+            time.sleep(0.1)
+
+    def wait_for_step(self, step: int, attempt: int = 0) -> None:
+        """Until that optimizer step is done in that attempt."""
+        line = re.compile(rf"^step +{step}/", re.MULTILINE)
+        self.wait_for(lambda: line.search(self.rank_logs(attempt)), f"step {step} of attempt {attempt}")
+
+    def wait(self, expected_state: str = "COMPLETED") -> None:
+        """Until the job has ended, with the state that is expected."""
+        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        self.wait_for(lambda: self.state in ended, "the end of the job")
+        assert self.state == expected_state, f"{self.state}\n{self.log}\n{self.rank_logs()[-3000:]}"
