@@ -21,7 +21,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.attention_backends import BACKENDS, default_backend
 
 
 @dataclass
@@ -46,10 +46,15 @@ class AttentionPlan(PackedSeqParams):
 
 
 class PairAttention(MegatronModule):
-    """Softmax attention along an :class:`AttentionPlan`; torch's varlen flash kernel on a GPU, SDPA elsewhere.
+    """Softmax attention along an :class:`AttentionPlan`.
 
     Positions that no run covers (padding) yield zeros and receive no gradient.
+
+    Attributes:
+        backend: a name of ``attention_backends.BACKENDS``; None for the default of the inputs' device and precision.
     """
+
+    backend: str | None = None
 
     def __init__(
         self,
@@ -101,8 +106,7 @@ class PairAttention(MegatronModule):
         query = query.squeeze(1)
         keys, values = (part.index_select(0, plan.key_index) for part in self._of_all_ranks(key, value))
         if used:
-            is_half = query.dtype in (torch.bfloat16, torch.float16)  # all that flash kernels take
-            attend = _varlen if query.is_cuda and is_half else _sdpa_per_run
+            attend = BACKENDS[self.backend or default_backend(query.is_cuda, query.dtype)]
             out = attend(query[:used], keys, values, plan, self.softmax_scale, self.window)
         else:
             # Nothing to attend, yet keys and values stay in the graph: their backward is a collective.
@@ -116,57 +120,3 @@ class PairAttention(MegatronModule):
             both = torch.cat([key, value], dim=-1)
             key, value = gather_from_sequence_parallel_region(both, group=self.context_group).chunk(2, dim=-1)
         return key.squeeze(1), value.squeeze(1)
-
-
-def _sdpa_per_run(
-    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float, window: int | None
-) -> Tensor:
-    """The oracle, for any device: one scaled_dot_product_attention per run. Returns [used, n, d]."""
-    outputs = []
-    runs = zip(query.split(plan.query_lengths), key.split(plan.key_lengths), value.split(plan.key_lengths), strict=True)
-    for q, k, v in runs:
-        mask = None
-        if window is not None or q.shape[0] != k.shape[0]:
-            mask = _bottom_right_mask(q.shape[0], k.shape[0], window, q.device)
-        out = functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
-def _bottom_right_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """[queries, keys], True where query i, which is key ``keys - queries + i`` itself, may look."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
-    allowed = distance >= 0
-    return allowed if window is None else allowed & (distance <= window)
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float, window: int | None) -> Tensor:
-    """One flash-attention call for all runs. Returns [used, n, d]."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        raise UserError(
-            f"torch {torch.__version__} has no torch.nn.attention.varlen, which attention on a GPU needs. "
-            "Use torch 2.11 or newer."
-        ) from error
-    out: Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only if return_aux is asked for
-        query,
-        key,
-        value,
-        plan.query_starts,
-        plan.key_starts,
-        max(plan.query_lengths),
-        max(plan.key_lengths),
-        scale=scale,
-        window_size=(-1 if window is None else window, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out

@@ -62,6 +62,9 @@ class PairGPTBuilder(GPTModelBuilder):
         # re-classing the instances says the same as copying their builders' code, and stays right when that changes.
         model.__class__ = PairGPTModel
         model.scale_embeddings = self._model_config.scale_embeddings
+        for module in model.modules():
+            if isinstance(module, PairAttention):
+                module.backend = self._model_config.pair_attention
         if model.post_process:
             model.output_layer.__class__ = ScoringOutputLayer
         return model
@@ -73,6 +76,9 @@ class PairGPTConfig(GPTModelConfig):
 
     scale_embeddings: bool = False
     """Multiply embeddings by the square root of the hidden size."""
+
+    pair_attention: str | None = None
+    """A name of ``attention_backends.BACKENDS``; None for the default of device and precision."""
 
     builder: ClassVar[str] = f"{__name__}.{PairGPTBuilder.__qualname__}"
 

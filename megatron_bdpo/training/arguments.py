@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import registry
+from megatron_bdpo.model.attention_backends import BACKENDS
 from megatron_bdpo.training import recipe
 
 #: What Megatron's local (non-TE) layers need; chosen for the user where Transformer Engine is not installed.
@@ -207,6 +208,12 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="check at the first step that the policy equals its reference",
+    )
+    add(
+        "--pair-attention",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="what computes attention; auto: varlen on a GPU in half precision, else sdpa",
     )
     add(
         "--log-probs",

@@ -24,6 +24,7 @@ from megatron_bdpo.training.arguments import given_loss_options
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.forward import PairLossFunction
+from megatron_bdpo.training.precision import precision_of
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,8 @@ def position_shares(args: argparse.Namespace) -> int:
 
 
 def length_unit(args: argparse.Namespace) -> int:
-    """Packs are multiples of this many positions long."""
-    return 8 * position_shares(args)
+    """Packs are multiples of this many positions long, so that each rank's part suits the kernels."""
+    return precision_of(args).row_multiple * position_shares(args)
 
 
 def apply_plan(args: argparse.Namespace, plan: StepPlan, eval_packs: int) -> None:

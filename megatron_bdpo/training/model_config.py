@@ -21,6 +21,7 @@ def model_config(args: argparse.Namespace) -> PairGPTConfig:
     config: PairGPTConfig = gpt_config_from_args(args, model_config_cls=PairGPTConfig)
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron leaves the flag's value behind
     config.scale_embeddings = args.scale_embeddings
+    config.pair_attention = None if args.pair_attention == "auto" else args.pair_attention
     if args.geglu_tanh:
         if not args.swiglu:
             raise UserError("--geglu-tanh is the activation of gated layers: add --swiglu.")

@@ -15,6 +15,7 @@ from megatron_bdpo.training.hf_export import check_save_hf
 from megatron_bdpo.training.hf_model import apply_hf_model
 from megatron_bdpo.training.job import PairJob, apply_plan, build_job
 from megatron_bdpo.training.layout import check_layout
+from megatron_bdpo.training.precision import check_precision
 from megatron_bdpo.training.refusals import refuse_what_cannot_be_honoured
 from megatron_bdpo.training.validation import check_directories, rehearse, set_up_megatron
 
@@ -30,6 +31,7 @@ def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
     with all_ranks_agree():
         refuse_what_cannot_be_honoured(args)
         check_layout(args)
+        check_precision(args)
     log_to_wandb_too(args)
     rehearse(args)
     check_directories(args)

@@ -156,13 +156,19 @@ _REFUSALS = (
     # What our attention or log-probs replace.
     _Refusal(
         lambda a: a.attention_backend.name not in ("auto", "flash") or a.use_kitchen_attention,
-        "--attention-backend: attention over pairs uses torch's varlen flash kernel on a GPU and SDPA on CPU. "
-        "Leave it at auto.",
+        "--attention-backend: it chooses among kernels for plain sequences. Leave it at auto; attention over pairs is "
+        "chosen with --pair-attention.",
     ),
     _Refusal(
         lambda a: a.position_embedding_type not in ("rope", "yarn", "learned_absolute", "none"),
         "--position-embedding-type: pairs need rope, yarn, learned_absolute or none.",
     ),
+    _Refusal(
+        lambda a: a.fp8_dot_product_attention or a.fp8_multi_head_attention or a.fp8_output_proj,
+        "--fp8-dot-product-attention, --fp8-multi-head-attention and --fp8-output-proj: attention over pairs and the "
+        "output layer, where the log-probs come from, stay out of FP8.",
+    ),
+    _Refusal(lambda a: a.fp4, "--fp4-format: FP4 is not supported. FP8 is: --fp8-format."),
     _Refusal(
         lambda a: a.softmax_type != "vanilla", "--softmax-type: attention over pairs has the vanilla softmax only."
     ),

@@ -30,6 +30,7 @@ from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, sa
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.hf_export import save_live
 from megatron_bdpo.training.metrics_file import NAME, MetricsFile
+from megatron_bdpo.training.precision import precision_of
 from megatron_bdpo.training.preparation import forget_global_state
 from megatron_bdpo.training.progress import Progress
 from megatron_bdpo.training.references import ReferenceProvider
@@ -164,7 +165,7 @@ class PreferenceRun:
         for chunk in unwrap_model(model):  # after the reference has been built from the same configuration
             chunk.config.moe_grad_scale_func = functools.partial(self._auxiliary_loss_scale, chunk.config)
         if self.args.step_zero_check and not resumed and self.job.loss.requirements.reference:
-            self._step.gate = StepZeroGate(self.args.params_dtype)
+            self._step.gate = StepZeroGate(precision_of(self.args))
 
     def _begin_files(self, save: Path) -> None:
         """What the rank with the metrics writes beside the checkpoints, for people's own tools."""

@@ -95,6 +95,10 @@ REFUSED = {
     "--logits-load-dir logits": "--logits-save-dir and --logits-load-dir",
     "--freeze-all-layers": "--freeze-all-layers",
     "--perform-rl-step": "--perform-rl-step",
+    "--fp8-dot-product-attention": "--fp8-dot-product-attention",
+    "--fp8-multi-head-attention": "--fp8-dot-product-attention",
+    "--fp8-output-proj": "--fp8-dot-product-attention",
+    "--fp4-format e2m1": "--fp4-format",
     "--exit-signal-handler-for-training": "--exit-signal-handler-for-training",
     "--exit-signal-handler-for-dataloader": "--exit-signal-handler-for-training",
     "--ckpt-format torch": "--ckpt-format",
@@ -125,6 +129,8 @@ ALLOWED = [
     "--log-prob-chunk-size 8",
     "--exit-signal-handler --exit-signal SIGUSR2",
     "--stop-file a b",
+    "--fp8-format hybrid --fp8-recipe tensorwise --bf16",
+    "--pair-attention sdpa",
 ]
 
 

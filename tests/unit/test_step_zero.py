@@ -54,10 +54,11 @@ def process_groups() -> Iterator[None]:
 def verdict(dtype: torch.dtype, microbatches_by_rank: list[list[tuple[list[float], list[float]]]]) -> str:
     """What the gate says on this rank. A microbatch is (losses, log-ratios per token) of its pairs."""
     from megatron_bdpo.errors import UserError
+    from megatron_bdpo.model.precision import Precision
     from megatron_bdpo.training.step_zero import StepZeroGate
 
     with process_groups():
-        gate = StepZeroGate(dtype)
+        gate = StepZeroGate(Precision(dtype))
         for losses, ratios in microbatches_by_rank[torch.distributed.get_rank()]:
             loss = torch.tensor(losses, dtype=torch.float64)
             gate.observe(loss, torch.full_like(loss, LN_2), torch.tensor(ratios, dtype=torch.float64))
