@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.attention_backends import check_backend
+from megatron_bdpo.model.attention_backends import DESCRIPTIONS, check_backend, default_backend
 from megatron_bdpo.model.precision import FP8_CAPABILITIES, FP8_MULTIPLES, Precision
 from megatron_bdpo.platform import cpu
 
@@ -32,6 +32,14 @@ def check_precision(args: argparse.Namespace) -> None:
         raise UserError("\n".join(["FP8 cannot work here:", *(f"  {problem}" for problem in problems)]))
     if args.pair_attention != "auto" and args.dry_run is None:
         check_backend(args.pair_attention, on_gpu=not cpu.is_active(), dtype=precision.dtype)
+
+
+def describe(args: argparse.Namespace) -> str:
+    """Precision and attention in a line, for the start of the log."""
+    precision = precision_of(args)
+    chosen = args.pair_attention
+    backend = default_backend(not cpu.is_active(), precision.dtype) if chosen == "auto" else chosen
+    return f"  precision: {precision}; attention: {DESCRIPTIONS[backend]}"
 
 
 def _problems(args: argparse.Namespace, precision: Precision) -> Iterator[str]:

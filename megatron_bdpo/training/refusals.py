@@ -164,9 +164,8 @@ _REFUSALS = (
         "--position-embedding-type: pairs need rope, yarn, learned_absolute or none.",
     ),
     _Refusal(
-        lambda a: a.fp8_dot_product_attention or a.fp8_multi_head_attention or a.fp8_output_proj,
-        "--fp8-dot-product-attention, --fp8-multi-head-attention and --fp8-output-proj: attention over pairs and the "
-        "output layer, where the log-probs come from, stay out of FP8.",
+        lambda a: a.fp8_output_proj,
+        "--fp8-output-proj: the output layer, where the log-probs come from, stays out of FP8.",
     ),
     _Refusal(lambda a: a.fp4, "--fp4-format: FP4 is not supported. FP8 is: --fp8-format."),
     _Refusal(

@@ -24,13 +24,12 @@ from megatron_bdpo.data.layout import group_tokens
 from megatron_bdpo.model.reference import weights_at_rest
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
-from megatron_bdpo.training import identity
+from megatron_bdpo.training import identity, precision
 from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.hf_export import save_live
 from megatron_bdpo.training.metrics_file import NAME, MetricsFile
-from megatron_bdpo.training.precision import precision_of
 from megatron_bdpo.training.preparation import forget_global_state
 from megatron_bdpo.training.progress import Progress
 from megatron_bdpo.training.references import ReferenceProvider
@@ -79,6 +78,7 @@ class PreferenceRun:
         self._iteration = 0
         self._step_started = 0.0
         say(self.job.describe())
+        say(precision.describe(args))
 
     def pretrain(self) -> None:
         """Hand over to Megatron's trainer until the last step is done. Collective."""
@@ -165,7 +165,7 @@ class PreferenceRun:
         for chunk in unwrap_model(model):  # after the reference has been built from the same configuration
             chunk.config.moe_grad_scale_func = functools.partial(self._auxiliary_loss_scale, chunk.config)
         if self.args.step_zero_check and not resumed and self.job.loss.requirements.reference:
-            self._step.gate = StepZeroGate(precision_of(self.args))
+            self._step.gate = StepZeroGate(precision.precision_of(self.args))
 
     def _begin_files(self, save: Path) -> None:
         """What the rank with the metrics writes beside the checkpoints, for people's own tools."""

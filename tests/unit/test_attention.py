@@ -90,7 +90,7 @@ def visible(pack: Pack, window: int | None) -> np.ndarray:
 
 
 def attend(
-    case: Case, inputs: dict[str, torch.Tensor], dtype: torch.dtype, device: str = "cpu"
+    case: Case, inputs: dict[str, torch.Tensor], dtype: torch.dtype, device: str = "cpu", backend: str | None = None
 ) -> dict[str, torch.Tensor]:
     """PairAttention's output and gradients, as float64 on the CPU."""
     from megatron.core.transformer import TransformerConfig
@@ -110,6 +110,7 @@ def attend(
         attention_softmax_in_fp32=case.layer_scaling,
     )
     module = PairAttention(config, case.layer, AttnMaskType.causal, "self")
+    module.backend = backend
     moved = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
     query, key, value = (moved[name][:, None].clone().requires_grad_() for name in ("query", "key", "value"))
     batch = to_batch(case.pack, np.zeros((len(case.pack.pair_ids), 2)), len(case.pack.tokens))

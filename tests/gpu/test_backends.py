@@ -1,0 +1,34 @@
+"""The attention backends that this machine has, against each other on a GPU: packing, shared prompts, windows."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from megatron_bdpo.model.attention_backends import BACKENDS
+from tests.unit.test_attention import CASES, Case, attend
+
+pytestmark = pytest.mark.gpu
+
+#: Each rounds softmax weights and results to the input's precision; gradients add up to 12 such terms.
+UNITS = 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "sdpa"])
+def test_equals_sdpa(backend, name, dtype):
+    if backend == "te" and importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("needs Transformer Engine")
+    from megatron_bdpo.platform.prepare import prepare_platform
+
+    prepare_platform()
+    case = Case(**{**vars(CASES[name]), "head_size": 64})
+    inputs = {name: tensor.to(dtype).double() for name, tensor in case.inputs().items()}
+    expected = attend(case, inputs, dtype, device="cuda", backend="sdpa")
+    for what, value in attend(case, inputs, dtype, device="cuda", backend=backend).items():
+        scale = max(expected[what].abs().max().item(), 1.0) if expected[what].numel() else 1.0
+        tolerance = UNITS * torch.finfo(dtype).eps * scale
+        torch.testing.assert_close(value, expected[what], rtol=0, atol=tolerance, msg=what)

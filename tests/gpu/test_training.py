@@ -1,0 +1,64 @@
+"""The whole job on one GPU: the gate at the first step, learning, resuming, and the options that meet there."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from tests.distributed.test_resume import assert_bit_identical, run_in_two_parts
+from tests.harness.jobs import last_stage, train
+
+pytestmark = pytest.mark.gpu
+
+LN_2 = math.log(2)
+
+#: Wide enough for FP8's tiles of 128.
+WIDE = ["--hidden-size", "256", "--ffn-hidden-size", "512", "--num-attention-heads", "4", "--seq-length", "1024"]
+
+#: At the first step, of the loss: what the gate itself allows.
+TOLERANCE = {"": 1e-6, "--bf16": 1e-2, "--fp16": 2e-3}
+
+
+def losses(outcomes) -> list[float]:
+    return [step["loss"] for step in last_stage(outcomes).steps]
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("reference", ["precomputed", "resident"])
+def test_first_step_is_at_the_reference(ranks, precision, reference):
+    found = losses(ranks(1)(train, [*WIDE, *precision.split(), "--reference", reference, "--preference-loss", "dpo"]))
+    assert found[0] == pytest.approx(LN_2, abs=TOLERANCE[precision])
+
+
+def test_it_learns(ranks):
+    found = losses(ranks(1)(train, [*WIDE, "--bf16", "--train-iters", "30"]))
+    assert found[-1] < 0.5 * LN_2
+
+
+def test_sharing_prompts_changes_nothing(ranks):
+    flags = [*WIDE, "--bf16", "--preference-loss", "dpo"]
+    shared, unshared = (losses(ranks(1)(train, [*flags, *more])) for more in ([], ["--no-share-prompts"]))
+    assert shared == pytest.approx(unshared, abs=2e-2)  # bf16 over three steps, in packs of other lengths
+
+
+def test_fused_and_plain_log_probs_agree(ranks):
+    fused, plain = (losses(ranks(1)(train, [*WIDE, "--bf16", "--log-probs", kernel])) for kernel in ("fused", "plain"))
+    assert fused == pytest.approx(plain, abs=1e-2)  # bf16
+
+
+def test_resumed_run_is_bit_identical_in_fp32(ranks, tmp_path):
+    """fp32, where attention is deterministic."""
+    assert_bit_identical(*run_in_two_parts(ranks, 1, tmp_path, WIDE))
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_fp8_passes_the_gate_and_learns(ranks, recipe):
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("needs Transformer Engine")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    flags = [*WIDE, "--bf16", "--fp8-format", "hybrid", "--fp8-recipe", recipe, "--train-iters", "30"]
+    assert losses(ranks(1)(train, flags))[-1] < 0.5 * LN_2
