@@ -12,6 +12,25 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+def run(*command: object) -> str:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_planning():
+    output = run(BENCHMARKS / "planning.py", "--pairs", 3000, "--ranks", 4, "--pairs-per-step", 64)
+    for part in ("plan one epoch", "look the reference scores up", "settle the temperature", "highest"):
+        assert f"\n{part}" in output
+
+
+@pytest.mark.slow
+def test_scoring():
+    size = ["--pairs", 16, "--layers", 1, "--hidden", 64, "--seq-length", 512, "--pairs-per-step", 4]
+    output = run(BENCHMARKS / "scoring.py", BENCHMARKS.parent / "examples" / "data" / "train.jsonl", *size)
+    for name in ("scoring", "one training epoch", "the same, prompts not shared"):
+        assert f"\n| {name} | 16 |" in output
+
+
 @pytest.mark.slow
 def test_log_probs(tmp_path):
     """Every run is on record, and the variants agree: the script itself stops when they do not."""

@@ -1,0 +1,152 @@
+r"""How long a run over a million pairs takes to plan its steps and find its reference scores, and in how much memory.
+
+    python benchmarks/planning.py                       # 1,000,000 pairs of generated lengths, 64 ranks, no model
+    python benchmarks/planning.py --pairs 100000 --ranks 8
+
+A token store and a directory of reference scores of that size are written first (the tokens themselves as a hole in a
+file: nobody reads them here). Then the functions of a training's start run on them, as they do there. Memory is the
+process's resident set: now and, at the end, at its highest.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --tokenizer-type NullTokenizer --vocab-size 100"
+REFERENCE = {"weights": "0123456789abcdef"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--ranks", type=int, default=64, help="data-parallel ranks")
+    parser.add_argument("--pairs-per-step", type=int, default=512)
+    parser.add_argument("--seq-length", type=int, default=4096)
+    parser.add_argument("--eval-share", type=float, default=0.02)
+    options = parser.parse_args()
+
+    from megatron_bdpo.platform.prepare import prepare_platform
+
+    prepare_platform()
+    from megatron_bdpo.training import arguments, distributed
+
+    flags = (
+        f"{MODEL} --pair-data generated --eval-share {options.eval_share} --pair-epochs 1 --lr 0 "
+        f"--pairs-per-step {options.pairs_per_step} --seq-length {options.seq_length}"
+    )
+    args = arguments.parse(flags.split())
+    with tempfile.TemporaryDirectory() as directory, distributed.process_groups(args):
+        args.reference_cache = str(Path(directory) / "scores")
+        write_store(Path(directory) / "store", options.pairs)
+        measure(args, Path(directory) / "store", options.ranks)
+
+
+def measure(args: argparse.Namespace, store_directory: Path, ranks: int) -> None:
+    """Run the start of a training and tell about each part."""
+    import torch
+
+    from megatron_bdpo.data.pool import PairPool
+    from megatron_bdpo.data.store import PairStore
+    from megatron_bdpo.losses import registry
+    from megatron_bdpo.training import job as jobs
+    from megatron_bdpo.training.forward import PairLossFunction
+    from megatron_bdpo.training.reference_scores import ReferenceScores
+    from megatron_bdpo.training.settling import settle
+
+    def no_model() -> list:
+        raise AssertionError("nothing is to be scored")
+
+    torch.set_num_threads(1)
+    loss = PairLossFunction(registry.get("bdpo"), registry.build_options("bdpo", {"bdpo_temperature": "auto"}))
+    planned = copy.copy(args)
+    planned.world_size = ranks
+    with told("open the token store"):
+        pool = PairPool([PairStore.open(store_directory)])
+    with told("plan one epoch"):
+        job = jobs._plan_job(planned, loss, pool, store_directory)
+    print(job.describe(), flush=True)
+    write_scores(ReferenceScores(args, job, None, REFERENCE, no_model))
+    with told("look the reference scores up"):
+        table = ReferenceScores(args, job, None, REFERENCE, no_model).table()
+    with told("settle the temperature, and the quartiles of the imbalance"):
+        loss, _ = settle(loss, table.training_pairs(job), {})
+        table.imbalance_edges(dataclasses.replace(job, loss=loss))
+    with told("the packs of a step, all ranks"):
+        for rank in range(ranks):
+            job.plan.packs(len(job.plan.steps) // 2, rank)
+    print(f"highest: {resident('VmHWM'):.2f} GiB", flush=True)
+
+
+def write_store(directory: Path, pairs: int) -> None:
+    """A token store of ``pairs`` log-normal lengths: prompts of 200 tokens, answers of 150, in the median."""
+    from megatron_bdpo.data.report import DataReport
+    from megatron_bdpo.data.store import FORMAT_NAME, FORMAT_VERSION
+
+    rng = np.random.default_rng(0)
+    medians, spread = np.array([200, 150, 150]), np.array([0.8, 0.7, 0.7])
+    lengths = np.clip(medians * np.exp(spread * rng.standard_normal((pairs, 3))), 1, 1300).astype("<i4")
+    totals = lengths.sum(axis=1, dtype="<i8")
+    report = DataReport(["generated"], rows_read=[pairs], pairs_kept=[pairs])
+    columns = {
+        "starts": np.concatenate([[0], np.cumsum(totals)[:-1]]).astype("<i8"),
+        "lengths": lengths,
+        "source": np.zeros(pairs, "<i2"),
+        "row": np.arange(1, pairs + 1, dtype="<i8"),
+        "unsafe": np.full((pairs, 2), -1, "<i1"),
+    }
+    directory.mkdir()
+    arrays = {"tokens": {"rows": int(totals.sum()), "crc32": 0}}
+    with (directory / "tokens.bin").open("wb") as file:
+        file.truncate(4 * int(totals.sum()))
+    for name, values in columns.items():
+        (directory / f"{name}.bin").write_bytes(values.tobytes())
+        arrays[name] = {"rows": len(values), "crc32": zlib.crc32(values.tobytes())}
+    meta = {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "fingerprint": "0" * 64,
+        "settings": {"data": ["generated"]},
+        "empty_prompt": [1],
+        "sources": [{"path": "generated", "weight": 1.0}],
+        "report": report.to_json(),
+        "arrays": arrays,
+    }
+    (directory / "meta.json").write_text(json.dumps(meta))
+
+
+def write_scores(scores) -> None:
+    """Fill the directory that the look-up will read."""
+    store = scores.job.pool.stores[0]
+    cache = scores._open(scores.directory(0), store)
+    rng = np.random.default_rng(1)
+    tokens = store.lengths[:, 1:]
+    known = {kind: -tokens * rng.uniform(1, 3, tokens.shape) for kind in ("conditional", "unconditional")}
+    for index, first in enumerate(range(0, len(store), cache.shard_pairs)):
+        cache.add(index, scores._shard(0, known, slice(first, first + cache.shard_pairs)))
+
+
+@contextlib.contextmanager
+def told(what: str):
+    start = time.perf_counter()
+    yield
+    print(f"{what}: {time.perf_counter() - start:.2f} s, {resident('VmRSS'):.2f} GiB resident", flush=True)
+
+
+def resident(kind: str) -> float:
+    """VmRSS (now) or VmHWM (the highest), in GiB."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind)]
+    return int(line.split()[1]) / 2**20
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()
