@@ -74,9 +74,10 @@ def measure(args: argparse.Namespace, store_directory: Path, ranks: int) -> None
     with told("plan one epoch"):
         job = jobs._plan_job(planned, loss, pool, store_directory)
     print(job.describe(), flush=True)
-    write_scores(ReferenceScores(args, job, None, REFERENCE, no_model))
+    scores = ReferenceScores(args, job, None, REFERENCE, no_model, pause=lambda: None)
+    write_scores(scores)
     with told("look the reference scores up"):
-        table = ReferenceScores(args, job, None, REFERENCE, no_model).table()
+        table = scores.table()
     with told("settle the temperature, and the quartiles of the imbalance"):
         loss, _ = settle(loss, table.training_pairs(job), {})
         table.imbalance_edges(dataclasses.replace(job, loss=loss))

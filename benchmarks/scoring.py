@@ -11,8 +11,8 @@ backward pass counted as two forward ones:
     training           P + W + L                                                     forward and backward: three times
     without sharing    2 P + W + L                                                   likewise
 
-for prompts of P, answers of W and L and an empty prompt of E tokens. Seconds are the processor's, on one thread: what else
-the machine does is not counted.
+for prompts of P, answers of W and L and an empty prompt of E tokens. Seconds are the processor's, on one thread: what
+else the machine does is not counted.
 """
 
 import argparse

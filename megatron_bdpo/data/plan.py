@@ -256,14 +256,17 @@ def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[int, in
     if not settings.pack_pairs:
         own = np.broadcast_to(np.arange(step_sizes.shape[1]), step_sizes.shape)
         return length_for(int(step_sizes.max())), step_sizes.shape[1], own
-    fewest = -(-int(step_sizes.sum(axis=1).max()) // limit)
+    largest_step, longest_pair = int(step_sizes.sum(axis=1).max()), int(step_sizes.max())
+    fewest = -(-largest_step // limit)
     first = _round_up(max(fewest, group), group)
     best: tuple[int, int, IntArray] | None = None
     for packs in range(first, step_sizes.shape[1] + group, group):
-        pack_of, fullest = _spread(step_sizes, packs)
-        length = length_for(fullest)
-        if length <= limit and (best is None or length * packs < best[0] * best[1]):
-            best = (length, packs, pack_of)
+        shortest = length_for(max(longest_pair, -(-largest_step // packs)))
+        if best is None or shortest * packs < best[0] * best[1]:  # else it cannot be better, and spreading takes time
+            pack_of, fullest = _spread(step_sizes, packs)
+            length = length_for(fullest)
+            if length <= limit and (best is None or length * packs < best[0] * best[1]):
+                best = (length, packs, pack_of)
         if best is not None and packs >= first + _PACK_CHOICES * group:
             break
     assert best is not None, "with a pack for each pair, every pair fits"

@@ -221,6 +221,10 @@ _REFUSALS = (
         "--exit-signal-handler-for-training would end a run without a checkpoint, and --exit-signal-handler-for-"
         "dataloader is for loaders that pairs do not use. SIGTERM, --exit-signal and --stop-file save one first.",
     ),
+    _Refusal(
+        lambda a: a.score_shard_pairs is not None and a.score_shard_pairs < 1,
+        "--score-shard-pairs must be at least 1.",
+    ),
     _Refusal(lambda a: a.seed < 1, "--seed: Megatron takes positive seeds only."),
     _Refusal(
         lambda a: a.batch_invariant_mode,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import shutil
@@ -14,6 +16,7 @@ from megatron_bdpo.data.scores import open_scores
 from tests.harness.jobs import DATA, last_stage, score, scores_in, train
 from tests.harness.parity import assert_same_steps
 
+TINY = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4"]
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 
 
@@ -108,6 +111,48 @@ def test_what_only_training_needs_may_be_left_out(ranks, tmp_path):
     ranks(1)(score, [], pair_cache_dir=str(tmp_path), **nothing)
     (job,) = scores_in(tmp_path).manifest["jobs"]
     assert job["pairs"] == 48 and job["groups"] == 96 and job["seconds"] > 0 and "torch" in job["versions"]
+
+
+def program(*flags: str) -> tuple[int, str, str]:
+    """On a rank: exit code, output and errors of ``megatron-bdpo score``."""
+    from megatron_bdpo.cli.main import main
+
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        code = main(["score", *flags])
+    return code, output.getvalue(), errors.getvalue()
+
+
+def test_the_program(ranks, tmp_path):
+    """Flags of Megatron's, other than the program's own sub-commands have; held-out pairs too."""
+    model = [
+        "--num-layers",
+        "2",
+        "--hidden-size",
+        "32",
+        "--num-attention-heads",
+        "4",
+        "--seq-length",
+        "512",
+        "--max-pairs",
+        "16",
+    ]
+    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(DATA / "tokenizer.model")]
+    data = ["--pair-data", str(DATA / "train.jsonl"), "--eval-pair-data", str(DATA / "heldout.jsonl")]
+    places = ["--pair-cache-dir", str(tmp_path / "cache"), "--reference-cache", str(tmp_path / "scores")]
+    ((code, output, errors),) = ranks(1)(program, *model, *tokenizer, *data, *places)
+    assert code == 0, errors
+    assert "pairs/s" in output and "tokens/s" in output and "comprehension of 16 training pairs" in output
+    assert len(open_scores(tmp_path / "scores" / "train")) == 16
+    assert np.isfinite(open_scores(tmp_path / "scores" / "heldout").unconditional).all()
+    for flag, value, reason in (
+        ("--preference-loss", "simpo", "reads no reference: there is nothing to score"),
+        ("--reference", "resident", "keeps no scores"),
+        ("--score-shard-pairs", "7", "in shards of 4096 pairs, not of 7"),
+        ("--score-shard-pairs", "0", "--score-shard-pairs must be at least 1"),
+    ):
+        ((code, _, errors),) = ranks(1)(program, *model, *tokenizer, *data, *places, flag, value)
+        assert code == 2 and reason in errors, errors
 
 
 def test_scores_of_a_checkpoint(ranks, tmp_path):

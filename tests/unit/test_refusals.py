@@ -44,6 +44,7 @@ REFUSED = {
     "--reset-attention-mask": "--reset-position-ids, --reset-attention-mask and --eod-mask-loss",
     "--eod-mask-loss": "--reset-position-ids, --reset-attention-mask and --eod-mask-loss",
     "--iterations-to-skip 2": "--iterations-to-skip",
+    "--score-shard-pairs 0": "--score-shard-pairs must be at least 1",
     "--seed 0": "--seed: Megatron takes positive seeds only",
     "--batch-invariant-mode": "--batch-invariant-mode replaces kernels",
     "--hidden-dropout 0.1": "dropout: the policy would differ from its own reference",
