@@ -6,11 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_bdpo.cli import convert, report, score
+from megatron_bdpo.cli import convert, plan, report, score
 from megatron_bdpo.errors import UserError
 
 #: Each adds its parser, with a ``run`` that takes the parsed arguments. None imports Megatron before it runs.
-_SUBCOMMANDS = (convert, score, report)
+_SUBCOMMANDS = (convert, score, report, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from megatron.core import parallel_state
+from megatron.training.theoretical_memory_usage import report_theoretical_memory
 from megatron.training.training import num_floating_point_operations
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.planning.memory import GB, fullest
 from megatron_bdpo.platform.seams import initialize_megatron
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.job import PairJob
+from megatron_bdpo.training.memory import job_shape, model_shape
 from megatron_bdpo.training.preparation import forget_global_state, prepare
 from megatron_bdpo.training.validation import refusals_of_megatron, silence
 
@@ -25,6 +28,8 @@ from megatron_bdpo.training.validation import refusals_of_megatron, silence
 _TFLOPS = 989.0
 #: Of that peak, doing model arithmetic: a usual figure for dense models of this size under Megatron.
 _UTILISATION = 0.35
+
+_MIB = 2**20
 
 
 def make_up_ranks(args: argparse.Namespace) -> None:
@@ -68,7 +73,31 @@ def _report(args: argparse.Namespace, job: PairJob, *, resumes: bool) -> list[st
     lines += _across_nodes(args)
     if resumes:
         lines.append(f"  start: goes on from the checkpoint in {args.load}")
-    lines += Work.of(args, job).describe(args)
+    return [*lines, *Work.of(args, job).describe(args), *_memory(args, job)]
+
+
+def _memory(args: argparse.Namespace, job: PairJob) -> list[str]:
+    """Of the fullest GPU, by part, and Megatron's own report.
+
+    Raises:
+        UserError: more than ``--gpu-memory``.
+    """
+    try:
+        estimate = fullest(model_shape(args), job_shape(args, job))
+    except UserError as error:
+        return [f"  memory: {error}"]
+    parts = ", ".join(f"{part} {size / GB:.1f}" for part, size in estimate.parts.items() if size)
+    stage = f", stage {estimate.stage}" if args.pipeline_model_parallel_size > 1 else ""
+    with silence():
+        state, activations, _ = report_theoretical_memory(args, num_microbatches=job.plan.microbatches)
+    lines = [
+        f"  memory: {estimate.total / GB:.1f} GB on the fullest GPU{stage}; estimated, see docs/layouts.md",
+        f"    {parts}",
+        f"    Megatron's report: weights, gradients and optimizer {state * _MIB / GB:.1f}, activations "
+        f"{activations * _MIB / GB:.1f}",
+    ]
+    if args.gpu_memory and estimate.total > args.gpu_memory * GB:
+        raise UserError("\n".join([f"this job does not fit --gpu-memory {args.gpu_memory:g} (GB):", *lines]))
     return lines
 
 

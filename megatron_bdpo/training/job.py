@@ -127,7 +127,7 @@ def _open_stores(args: argparse.Namespace, cache_dir: Path) -> list[PairStore]:
                     check_sources(settings[-1].sources)
     with all_ranks_agree():
         if is_rank_zero():
-            tokenizer = PairTokenizer(_build_tokenizer(args))
+            tokenizer = PairTokenizer(build_tokenizer(args))
             directories = [str(prepare_pairs(each, tokenizer).directory) for each in settings]
     with all_ranks_agree():
         # Every rank maps the files that rank 0 has written: ranks of one node share the pages.
@@ -152,13 +152,16 @@ def _data_settings(args: argparse.Namespace, tokens: list[str], limit: int | Non
     )
 
 
-def _build_tokenizer(args: argparse.Namespace) -> Any:
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+def build_tokenizer(args: argparse.Namespace) -> Any:
+    """Megatron's tokenizer of these arguments.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
 
     try:
-        return build_tokenizer(
-            argparse.Namespace(**vars(args))
-        )  # a copy: it writes the vocabulary size into its argument
+        return build(argparse.Namespace(**vars(args)))  # a copy: it writes the vocabulary size into its argument
     except (ValueError, OSError, TypeError, NameError, ImportError) as error:  # NameError: its library is not installed
         lacks_library = isinstance(error, ImportError | NameError)
         advice = ". For Hugging Face tokenizers: pip install 'megatron_bdpo[hf]'." if lacks_library else ""

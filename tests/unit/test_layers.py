@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "logprobs": {"logprobs", "errors"},
     "model": {"model", "logprobs", "errors"},
     "platform": {"platform", "errors"},
-    "training": {"training", "model", "logprobs", "data", "losses", "comprehension", "platform", "errors"},
+    "planning": {"planning", "errors"},
+    "training": {"training", "planning", "model", "logprobs", "data", "losses", "comprehension", "platform", "errors"},
 }
 MAY_IMPORT["score"] = {"training"}
 MAY_IMPORT["report"] = {"report", "training", "data", "losses", "comprehension", "errors"}

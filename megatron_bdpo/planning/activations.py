@@ -1,0 +1,217 @@
+"""What a microbatch leaves behind for the backward pass, in bytes.
+
+Counted are the tensors that autograd keeps on a rank: s positions (a pack's T over the cp ranks), e bytes an element.
+"/ sp" marks what sequence parallelism divides by tp.
+
+| kept of a layer                                | bytes                                            |
+|------------------------------------------------|--------------------------------------------------|
+| inputs and outputs of the two norms            | 4 s H e / sp                                     |
+| attention: queries and outputs                 | 2 s n d e / tp, and 4 s n / tp of log-sum-exps   |
+| attention: keys and values, gathered           | 2 k T g d e / tp                                 |
+| projection: its input                          | s n d e / tp                                     |
+| MLP: gate and up projection, activation        | 3 s F e / tp (2 s F e / tp without a gate)       |
+
+k is how often a position's key is gathered: a prompt's once for itself and once for each of its two answers, so 1 for
+plain sequences and nearly 3 for long prompts with short answers. With context parallelism that is an upper bound.
+
+This is what Transformer Engine's layers and flash attention keep. Megatron's local layers keep more, ``fused=False``:
+an RMSNorm's input and normalised input in fp32, the SiLU of the gate and the up projection once more, and rotary
+tables, 4 s d e.
+With --fp8 the inputs of matrix products are kept in one byte; they are counted in two.
+
+Recomputation. full: the layer's input only, s H e / sp, and a layer whole while it is recomputed. selective: core_attn
+keeps queries, keys and values as they come from their projection, and as they are after the rotation; mlp (moe) keeps
+its input only; layernorm drops what the norms put out.
+
+A stage holds as many microbatches as its schedule has forward passes ahead of the first backward one. 1F1B: stage i of
+p holds min(M, p - i). Interleaved, with v chunks: min(v M, 2 (p - i - 1) + (v - 1) p + 1) chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.planning.model import ModelShape, Split
+
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """Megatron's ``--recompute-...`` flags."""
+
+    granularity: str | None = None
+    """None, 'selective' or 'full'."""
+    modules: frozenset[str] = field(default=frozenset())
+    """Of 'selective'."""
+    method: str = "uniform"
+    """Of 'full': 'uniform', or 'block': only the first layers of each chunk."""
+    layers: int = 1
+    """Of 'full': layers recomputed from one kept input; with 'block' how many of a chunk are recomputed."""
+
+    def __str__(self) -> str:
+        if self.granularity == "selective":
+            return f"selective ({', '.join(sorted(self.modules))})"
+        if self.granularity == "full" and self.method == "block":
+            return f"full, {self.layers} layers of each chunk"
+        return self.granularity or "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """A microbatch on a rank: what activations depend on beside the model and its split."""
+
+    length: int
+    """Positions, over all context-parallel ranks."""
+    bytes: int
+    """Of an activation's element."""
+    sequence_parallel: bool
+    fused: bool = True
+    """Layers of Transformer Engine and flash attention, or Megatron's local ones."""
+    keys: float = 1.5
+    """Keys attended to per position: see above."""
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one layer keeps of one microbatch."""
+
+    input: float
+    """Of these, the hidden states that come in."""
+    norms: float
+    core_attention: float
+    projection: float
+    mlp: float
+    core_attention_input: float
+    """What is kept in the place of core attention that is recomputed."""
+
+    @property
+    def total(self) -> float:
+        return self.norms + self.core_attention + self.projection + self.mlp
+
+
+def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: bool) -> LayerBytes:
+    """Without recomputation."""
+    tensor, positions = split.layout.tensor, pack.length / split.layout.context
+    residual = positions * model.hidden * pack.bytes / (tensor if pack.sequence_parallel else 1)
+    queries = positions * model.heads * model.head * pack.bytes / tensor
+    # With fewer groups than tensor-parallel ranks, ranks share a group.
+    keys_of_pack = pack.length * max(model.groups / tensor, 1) * model.head * pack.bytes
+    norm = 2 * residual
+    if model.norm_vectors == 1 and not pack.fused:
+        norm = residual * (2 * _FP32 + pack.bytes) / pack.bytes
+    return LayerBytes(
+        input=residual,
+        norms=2 * norm,
+        core_attention=2 * queries + positions * model.heads * _FP32 / tensor + 2 * pack.keys * keys_of_pack,
+        projection=queries
+        + (0 if pack.fused else 4 * positions * model.head * pack.bytes)
+        + _qk_norm(model, split, pack),
+        mlp=_experts(model, split, pack) if has_experts else _mlp(model, split, pack, model.ffn),
+        core_attention_input=2 * queries + 3 * keys_of_pack / split.layout.context,
+    )
+
+
+def _qk_norm(model: ModelShape, split: Split, pack: Pack) -> float:
+    """Norms of queries and keys: what comes from their projection, and the queries out of it."""
+    if not model.qk_norm:
+        return 0.0
+    heads, groups = model.heads / split.layout.tensor, max(model.groups / split.layout.tensor, 1)
+    kept = 2 * heads + 2 * groups + (0 if pack.fused else heads + groups)
+    return pack.length / split.layout.context * kept * model.head * pack.bytes
+
+
+def _mlp(model: ModelShape, split: Split, pack: Pack, ffn: int) -> float:
+    """But for its input, which is a norm's output."""
+    kept = 3 if model.gated else 2
+    if not pack.fused and model.gated:
+        kept += 2
+    return pack.length / split.layout.context * kept * ffn * pack.bytes / split.layout.tensor
+
+
+def _experts(model: ModelShape, split: Split, pack: Pack) -> float:
+    """Each position goes to the router's choice of experts, as many to each rank on average.
+
+    Kept: the experts' inputs, what an MLP keeps (in local layers also times the router's probabilities), and the
+    router's logits and probabilities.
+    """
+    shared = _mlp(model, split, pack, model.shared_expert_ffn) if model.shared_expert_ffn else 0.0
+    positions = pack.length / split.layout.context / (split.layout.tensor if pack.sequence_parallel else 1)
+    # The tensor-parallel ranks of an expert see the positions of all of them, each its part of the inner ones.
+    ranks = split.expert_tensor_size()
+    routed = positions * model.expert_top_k * ranks
+    inner = (3 if model.gated else 2) + (0 if pack.fused else 1 + 2 * model.gated)
+    per_position = model.hidden + inner * model.expert_ffn / ranks
+    return routed * per_position * pack.bytes + 3 * positions * model.experts * _FP32 + shared
+
+
+# Stages --------------------------------------------------------------------------------------------------------------
+
+
+def stage_bytes(
+    model: ModelShape, split: Split, pack: Pack, recompute: Recompute, stage: int, microbatches: int
+) -> tuple[float, float]:
+    """What a stage's layers keep of all microbatches in flight, and beside it what is being recomputed, at most."""
+    chunks = split.stage_layers(model.layers, stage)
+    held = in_flight(split, stage, microbatches)
+    total, recomputed = 0.0, 0.0
+    for index, numbers in enumerate(chunks):
+        layers = [layer_bytes(model, split, pack, has_experts=model.has_experts(number)) for number in numbers]
+        kept, transient = _kept(layers, recompute)
+        # Microbatches run through the chunks in groups: earlier chunks are ahead of later ones.
+        total += kept * (held // len(chunks) + (index < held % len(chunks)))
+        recomputed = max(recomputed, transient)
+    return total, recomputed
+
+
+def in_flight(split: Split, stage: int, microbatches: int) -> int:
+    """Forward passes of a chunk that a stage is ahead of its backward passes, at most."""
+    stages, chunks = split.layout.pipeline, split.chunks
+    if chunks == 1:
+        return min(microbatches, stages - stage)
+    return min(chunks * microbatches, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
+
+
+def _kept(layers: list[LayerBytes], recompute: Recompute) -> tuple[float, float]:
+    """Bytes that a chunk keeps of a microbatch, and those that are there only while it is recomputed."""
+    if recompute.granularity is None:
+        return sum(layer.total for layer in layers), 0.0
+    if recompute.granularity == "full":
+        return _kept_by_full(layers, recompute)
+    return _kept_by_selective(layers, recompute)
+
+
+def _kept_by_full(layers: list[LayerBytes], recompute: Recompute) -> tuple[float, float]:
+    if recompute.method == "block":
+        again, whole = layers[: recompute.layers], layers[recompute.layers :]
+        kept = sum(layer.input for layer in again) + sum(layer.total for layer in whole)
+        # These are recomputed last, when what the other layers of the chunk have kept is gone.
+        return kept, max(0.0, _most(again) - sum(layer.total for layer in whole))
+    groups = [layers[start : start + recompute.layers] for start in range(0, len(layers), recompute.layers)]
+    return (
+        sum(group[0].input for group in groups),
+        max((sum(layer.total for layer in group) - group[0].input for group in groups), default=0.0),
+    )
+
+
+def _most(layers: list[LayerBytes]) -> float:
+    return max((layer.total - layer.input for layer in layers), default=0.0)
+
+
+def _kept_by_selective(layers: list[LayerBytes], recompute: Recompute) -> tuple[float, float]:
+    unknown = recompute.modules - {"core_attn", "mlp", "moe", "layernorm"}
+    if unknown:
+        raise UserError(f"memory is not estimated with --recompute-modules {' '.join(sorted(unknown))}.")
+    dropped, transient = 0.0, 0.0
+    for layer in layers:
+        parts = []
+        if "core_attn" in recompute.modules:
+            parts.append(layer.core_attention - layer.core_attention_input)
+        if {"mlp", "moe"} & recompute.modules:
+            parts.append(layer.mlp)
+        if "layernorm" in recompute.modules:
+            parts.append(layer.norms / 2)
+        dropped += sum(parts)
+        transient = max([transient, *parts])
+    return sum(layer.total for layer in layers) - dropped, transient

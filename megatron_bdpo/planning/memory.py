@@ -1,0 +1,170 @@
+"""Memory of a GPU by part: an estimate from exact parameters and counted activations, and what it leaves out.
+
+| part          | bytes                                                                                       |
+|---------------|---------------------------------------------------------------------------------------------|
+| weights       | 2 a parameter, fp32 4; with --fp8 2 more for the copies of the layers' that are multiplied  |
+| gradients     | 4 a parameter, in DDP's buffers                                                             |
+| optimizer     | Adam: 12 a parameter (fp32 weight and two moments), fp32 8; distributed: / (dp cp)          |
+| reference     | resident: its weights; precomputed: nothing                                                 |
+| activations   | see ``planning.activations``                                                                |
+| log-probs     | last stage: scored hidden states and their gradient; fused: a chunk of logits, plain: all   |
+| working space | the largest of what exists only while a layer is computed, beyond the log-probs' part       |
+| reserve       | an assumption: CUDA context and NCCL's buffers, and a share for fragmentation               |
+
+A GB is 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_bdpo.planning.activations import Pack, Recompute, layer_bytes, stage_bytes
+from megatron_bdpo.planning.model import ModelShape, Parameters, Split, stage_parameters
+
+GB = 10**9
+
+#: Assumed: a CUDA context takes about half a GB, NCCL a few hundred MB for each of a handful of communicators.
+FIXED_RESERVE = 3 * GB
+#: Assumed, of everything else: what the allocator cannot use.
+FRAGMENTATION = 0.05
+
+#: Of one chunk of the fused log-probs' logits, see logprobs.fused_linear; in backward half as much again.
+CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobShape:
+    """What memory depends on beside the model."""
+
+    ranks: int
+    split: Split
+    pack_length: int
+    microbatches: int
+    """Of a data-parallel rank in a step."""
+    precision: str = "bf16"
+    """bf16, fp16, fp32 or fp8."""
+    sequence_parallel: bool = True
+    distributed_optimizer: bool = True
+    gradient_bytes: int = 4
+    recompute: Recompute = field(default_factory=Recompute)
+    resident: bool = False
+    fused_log_probs: bool = True
+    fused_layers: bool = True
+    """Transformer Engine's layers, or Megatron's local ones."""
+    keys: float = 1.5
+    """Keys attended to per position, see ``planning.activations``."""
+    scored_share: float = 1.0
+    """Positions of a pack that are scored; prompts and padding are not."""
+
+    @property
+    def weight_bytes(self) -> int:
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def data_parallel(self) -> int:
+        tensor, pipeline, context, _ = self.split.layout.sizes()
+        return self.ranks // (tensor * pipeline * context)
+
+    def pack(self) -> Pack:
+        """A microbatch of it."""
+        return Pack(
+            length=self.pack_length,
+            bytes=self.weight_bytes,
+            sequence_parallel=self.sequence_parallel,
+            fused=self.fused_layers,
+            keys=self.keys,
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank of one pipeline stage, by part."""
+
+    stage: int
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def fullest(model: ModelShape, job: JobShape) -> Memory:
+    """The stage that needs most."""
+    return max((stage_memory(model, job, stage) for stage in range(job.split.layout.pipeline)), key=lambda m: m.total)
+
+
+def stage_memory(model: ModelShape, job: JobShape, stage: int) -> Memory:
+    """What each rank of a pipeline stage needs."""
+    parameters = stage_parameters(model, job.split, stage)
+    is_last = stage == job.split.layout.pipeline - 1
+    kept, recomputed = stage_bytes(model, job.split, job.pack(), job.recompute, stage, job.microbatches)
+    log_probs = _log_probs(model, job) if is_last else 0.0
+    parts = {
+        **state(parameters, job),
+        "activations": kept,
+        "log-probs": log_probs,
+        # The backward pass is done with the log-probs before it comes to the layers.
+        "working space": max(0.0, recomputed + _working_space(model, job) - log_probs),
+    }
+    parts["reserve"] = FIXED_RESERVE + FRAGMENTATION * sum(parts.values())
+    return Memory(stage, parts)
+
+
+def state(parameters: Parameters, job: JobShape) -> dict[str, float]:
+    """Weights, gradients, optimizer and reference: what is there between steps."""
+    shared = parameters.total - parameters.experts
+    moments = 8 if job.precision == "fp32" else 12
+    weights = float(parameters.total * job.weight_bytes)
+    copies = 2 * (parameters.layers + parameters.experts) if job.precision == "fp8" else 0
+    return {
+        "weights": weights + copies,
+        "gradients": float(parameters.total * job.gradient_bytes),
+        "optimizer": moments * (shared / _optimizer_ranks(job) + parameters.experts / _expert_optimizer_ranks(job)),
+        "reference": weights if job.resident else 0.0,
+    }
+
+
+def _optimizer_ranks(job: JobShape) -> int:
+    return job.data_parallel * job.split.layout.context if job.distributed_optimizer else 1
+
+
+def _expert_optimizer_ranks(job: JobShape) -> int:
+    layout = job.split.layout
+    return (
+        job.ranks // (job.split.expert_tensor_size() * layout.expert * layout.pipeline)
+        if job.distributed_optimizer
+        else 1
+    )
+
+
+def kept_of_output(model: ModelShape, job: JobShape) -> float:
+    """What the last stage keeps beside its layers of the one microbatch that is there."""
+    layer = layer_bytes(model, job.split, job.pack(), has_experts=False)
+    final_norm = layer.norms / 2 - layer.input  # of its output, the scored positions
+    return final_norm + _scored(job) * model.hidden * job.weight_bytes
+
+
+def _scored(job: JobShape) -> float:
+    """Scored positions of a rank."""
+    return job.scored_share * job.pack_length / job.split.layout.context
+
+
+def _log_probs(model: ModelShape, job: JobShape) -> float:
+    kept, scored, tensor = kept_of_output(model, job), _scored(job), job.split.layout.tensor
+    rows = model.padded_vocab(tensor) / tensor
+    if job.fused_log_probs:
+        hidden_gradient = 4 * scored * model.hidden
+        weight_gradient = 0 if job.fused_layers else rows * model.hidden * job.weight_bytes
+        return kept + hidden_gradient + 1.5 * min(CHUNK_BYTES, 4 * scored * rows) + weight_gradient
+    # Logits, their softmax in fp32 for the backward pass, and the gradient of both.
+    return kept + scored * rows * (job.weight_bytes + 4 + 4 + job.weight_bytes)
+
+
+def _working_space(model: ModelShape, job: JobShape) -> float:
+    """While an MLP is computed backwards: its gathered input and that input's gradient, and two inner gradients."""
+    tensor, context = job.split.layout.tensor, job.split.layout.context
+    positions = job.pack_length / context
+    ffn = max(model.ffn if not model.experts else 0, model.expert_ffn * model.expert_top_k)
+    inner = (3 if model.gated else 2) * ffn / tensor
+    return positions * job.weight_bytes * (2 * model.hidden + inner)

@@ -1,0 +1,211 @@
+"""A model's shape, and the parameters that a rank of each pipeline stage holds of it: exact numbers.
+
+| part of a layer   | parameters on a rank                                                                   |
+|-------------------|----------------------------------------------------------------------------------------|
+| query, key, value | H (n + 2 g) d / tp, and with biases (n + 2 g) d / tp                                    |
+| projection        | n d H / tp, and a bias H                                                                |
+| norms             | 2 norms of H; of queries and keys 2 of d. RMSNorm has one vector, LayerNorm two         |
+| MLP               | 3 H F / tp with a gate, 2 H F / tp without; biases                                      |
+| experts           | router H E; each of the rank's E / ep experts 3 H F_e / etp; a shared expert as an MLP  |
+
+The first stage has the embedding (V / tp rows), the last one the final norm and the output layer: V / tp rows, which
+for tied embeddings are a copy of the first stage's, unless that is the same stage. V is padded to 128 tp rows.
+
+Symbols: H hidden, F MLP, n query heads, g groups of keys and values, d head, E experts, V vocabulary; tp, ep, etp
+ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.planning.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes that decide memory; named as in the field, not as Megatron's flags."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head: int
+    vocab: int
+    """Entries before padding."""
+    gated: bool = True
+    biases: bool = False
+    qkv_bias: bool = False
+    norm_vectors: int = 1
+    """Of RMSNorm one, of LayerNorm two."""
+    qk_norm: bool = False
+    tied: bool = False
+    learned_positions: int = 0
+    vocab_multiple: int = 128
+    experts: int = 0
+    expert_ffn: int = 0
+    expert_top_k: int = 2
+    shared_expert_ffn: int = 0
+    shared_expert_gate: bool = False
+    expert_layers: tuple[bool, ...] = field(default=())
+    """Which layers have experts; empty: all, if there are any."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer's MLP is one of experts."""
+        return bool(self.experts) and (not self.expert_layers or self.expert_layers[layer])
+
+    def padded_vocab(self, tensor: int) -> int:
+        """Rows of the embedding over all ranks."""
+        multiple = self.vocab_multiple * tensor
+        return -(-self.vocab // multiple) * multiple
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], vocab: int) -> ModelShape:
+        """From Megatron's arguments by name, as far as they are there; absent ones have Megatron's defaults.
+
+        Raises:
+            UserError: a kind of layer that is not counted here.
+        """
+        get: Callable[..., Any] = arguments.get
+        for name in ("multi_latent_attention", "mtp_num_layers", "moe_latent_size", "moe_router_enable_expert_bias"):
+            if get(name):
+                raise UserError(f"memory is not estimated for models with --{name.replace('_', '-')}.")
+        heads, hidden, layers = get("num_attention_heads"), get("hidden_size"), get("num_layers")
+        gated = bool(get("swiglu"))
+        ffn = get("ffn_hidden_size") or (int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
+        learned = get("position_embedding_type", "learned_absolute") == "learned_absolute"
+        return cls(
+            layers=layers,
+            hidden=hidden,
+            ffn=ffn,
+            heads=heads,
+            groups=(get("num_query_groups") if get("group_query_attention") else None) or heads,
+            head=get("kv_channels") or hidden // heads,
+            vocab=vocab,
+            gated=gated,
+            biases=bool(get("add_bias_linear", True)),
+            qkv_bias=bool(get("add_qkv_bias")),
+            norm_vectors=1 if get("normalization") == "RMSNorm" else 2,
+            qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm"),
+            tied=not get("untie_embeddings_and_output_weights"),
+            learned_positions=(get("max_position_embeddings") or 0) if learned else 0,
+            vocab_multiple=get("make_vocab_size_divisible_by") or 128,
+            experts=get("num_experts") or 0,
+            expert_ffn=get("moe_ffn_hidden_size") or ffn,
+            expert_top_k=get("moe_router_topk") or 2,
+            shared_expert_ffn=get("moe_shared_expert_intermediate_size") or 0,
+            shared_expert_gate=bool(get("moe_shared_expert_gate")),
+            expert_layers=_expert_layers(get("moe_layer_freq") or 1, layers) if get("num_experts") else (),
+        )
+
+
+def _expert_layers(frequency: int | Sequence[int], layers: int) -> tuple[bool, ...]:
+    if isinstance(frequency, int):
+        return tuple(layer % frequency == 0 for layer in range(layers))
+    return tuple(map(bool, frequency))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How a model is divided over ranks: a layout, and what refines it."""
+
+    layout: Layout
+    chunks: int = 1
+    """Virtual pipeline stages of a rank."""
+    first_layers: int | None = None
+    last_layers: int | None = None
+    """Layers of the first and the last stage, where they differ from the others'."""
+    expert_tensor: int = 0
+    """Tensor-parallel ranks of an expert; 0: as of the other layers."""
+
+    def expert_tensor_size(self) -> int:
+        """Tensor-parallel ranks of an expert."""
+        return self.expert_tensor or self.layout.tensor
+
+    def stage_layers(self, layers: int, stage: int) -> list[list[int]]:
+        """Numbers of the layers of each chunk of a stage, in Megatron's order."""
+        counts = self._layers_of_stages(layers)
+        per_chunk = [count // self.chunks for count in counts]
+        total = sum(per_chunk)
+        first = sum(per_chunk[:stage])
+        return [
+            list(range(chunk * total + first, chunk * total + first + per_chunk[stage])) for chunk in range(self.chunks)
+        ]
+
+    def _layers_of_stages(self, layers: int) -> list[int]:
+        stages = self.layout.pipeline
+        counts: list[int | None] = [None] * stages
+        if self.first_layers is not None:
+            counts[0] = self.first_layers
+        if self.last_layers is not None:
+            counts[-1] = self.last_layers
+        others = counts.count(None)
+        left = layers - sum(count or 0 for count in counts)
+        assert left % max(1, others) == 0, "checked before, see Divisible"
+        return [left // others if count is None else count for count in counts]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of one rank of one stage, by part."""
+
+    embedding: int
+    layers: int
+    """Without experts: attention, norms, MLPs, routers, shared experts."""
+    experts: int
+    """Their gradients and optimizer are shared by other data-parallel ranks than those of the rest."""
+    output: int
+    """Output layer and final norm."""
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.layers + self.experts + self.output
+
+
+def stage_parameters(model: ModelShape, split: Split, stage: int) -> Parameters:
+    """What each rank of a pipeline stage holds."""
+    tensor, last = split.layout.tensor, split.layout.pipeline - 1
+    numbers = [layer for chunk in split.stage_layers(model.layers, stage) for layer in chunk]
+    rows = model.padded_vocab(tensor) // tensor * model.hidden
+    embedding = (rows + model.learned_positions * model.hidden) if stage == 0 else 0
+    output = 0
+    if stage == last:
+        is_shared = model.tied and last == 0
+        output = model.norm_vectors * model.hidden + (0 if is_shared else rows)
+    return Parameters(
+        embedding=embedding,
+        layers=sum(layer_parameters(model, tensor, model.has_experts(layer)) for layer in numbers),
+        experts=sum(expert_parameters(model, split) for layer in numbers if model.has_experts(layer)),
+        output=output,
+    )
+
+
+def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
+    """Of one layer on one rank, but for its experts."""
+    hidden, queries = model.hidden, model.heads * model.head
+    projected = (model.heads + 2 * model.groups) * model.head // tensor
+    attention = hidden * projected + hidden * queries // tensor
+    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden
+    norms = 2 * model.norm_vectors * hidden + (2 * model.norm_vectors * model.head if model.qk_norm else 0)
+    if not has_experts:
+        return attention + norms + mlp_parameters(model, model.ffn, tensor)
+    router = hidden * model.experts + model.biases * model.experts
+    shared = mlp_parameters(model, model.shared_expert_ffn, tensor) if model.shared_expert_ffn else 0
+    return attention + norms + router + shared + (hidden if model.shared_expert_gate and shared else 0)
+
+
+def expert_parameters(model: ModelShape, split: Split) -> int:
+    """Of one layer's experts on one rank."""
+    own = model.experts // split.layout.expert
+    return own * mlp_parameters(model, model.expert_ffn, split.expert_tensor_size())
+
+
+def mlp_parameters(model: ModelShape, ffn: int, tensor: int) -> int:
+    """Of one MLP on one rank."""
+    inner = ffn // tensor
+    into = inner * (2 if model.gated else 1)
+    return model.hidden * (into + inner) + model.biases * (into + model.hidden)
