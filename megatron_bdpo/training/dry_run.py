@@ -94,7 +94,7 @@ def _memory(args: argparse.Namespace, job: PairJob) -> list[str]:
         f"  memory: {estimate.total / GB:.1f} GB on the fullest GPU{stage}; estimated, see docs/layouts.md",
         f"    {parts}",
         f"    Megatron's report: weights, gradients and optimizer {state * _MIB / GB:.1f}, activations "
-        f"{activations * _MIB / GB:.1f}",
+        f"{activations * _MIB / GB:.1f}{_as_reported(args)}",
     ]
     if args.gpu_memory and estimate.total > args.gpu_memory * GB:
         raise UserError("\n".join([f"this job does not fit --gpu-memory {args.gpu_memory:g} (GB):", *lines]))
@@ -125,6 +125,14 @@ def _across_nodes(args: argparse.Namespace) -> list[str]:
     if args.gpus_per_node and args.gpus_per_node % tensor:
         return [f"  note: {tensor} tensor-parallel ranks cross nodes of {args.gpus_per_node}, and are slow there"]
     return []
+
+
+def _as_reported(args: argparse.Namespace) -> str:
+    """Which of its two formulas Megatron takes."""
+    is_parallel = args.sequence_parallel and args.recompute_granularity == "selective"
+    return (
+        " (its formula for selective recomputation)" if is_parallel else " (its formula without sequence parallelism)"
+    )
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def dry_run(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "config", "world_size", "expected_layout"),
     [
-        ("llama3_70b.yaml", LLAMA_70B, 64, "8 tensor x 4 pipeline x 2 data"),
+        ("llama3_70b.yaml", LLAMA_70B, 64, "8 tensor x 4 pipeline x 5 virtual stages x 2 data"),
         ("llama3_8b.yaml", LLAMA_8B, 8, "2 tensor x 4 data"),
         ("qwen2_7b.yaml", QWEN2_7B, 8, "2 tensor x 4 data"),
         ("tiny.yaml", None, 1, "one rank"),
@@ -138,12 +138,22 @@ def test_only_the_tokens_are_written(dry_run, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]
 
 
+def test_memory_of_the_fullest_gpu(dry_run):
+    """Beside Megatron's report, which has the same weights, gradients and optimizer."""
+    printed = dry_run("llama3_70b.yaml", "--dry-run", "64", "--gpu-memory", "80", config=LLAMA_70B)
+    assert "GB on the fullest GPU, stage 0; estimated" in printed
+    assert "weights 4.5, gradients 9.1, optimizer 13.6, activations " in printed
+    assert "Megatron's report: weights, gradients and optimizer 27.3" in printed
+    refused = dry_run("llama3_70b.yaml", "--dry-run", "64", "--gpu-memory", "24", config=LLAMA_70B)
+    assert "this job does not fit --gpu-memory 24 (GB)" in refused.rpartition("ended: ")[2]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected_reason"),
     [
         ("--dry-run 60", "60 ranks cannot be split into model replicas of 32"),
         ("--dry-run 64 --gpus-per-node 12", "do not fill nodes of --gpus-per-node 12"),
-        ("--dry-run 64 --pipeline-model-parallel-size 3", "80 layers cannot be split evenly over 3 pipeline stages"),
+        ("--dry-run 96 --pipeline-model-parallel-size 3", "80 layers cannot be split evenly over 3 pipeline stages"),
         ("--dry-run -1", "must be at least 1"),
         ("--dry-run 64 --num-layers 8", "contradict --hf-model"),
         ("--dry-run 64 --overlap-param-gather-with-optimizer-step", "Megatron refused the arguments"),
@@ -155,7 +165,7 @@ def test_jobs_that_cannot_run_are_refused(dry_run, flags, expected_reason):
 
 
 def test_tensor_parallelism_across_nodes_is_noted(dry_run):
-    flags = ["--dry-run", "64", "--gpus-per-node", "8", "--tensor-model-parallel-size", "16"]
+    flags = ["--dry-run", "64", "--gpus-per-node", "8", "--tensor-model-parallel-size", "16", "--pairs-per-step", "256"]
     assert "16 tensor-parallel ranks cross nodes of 8" in dry_run("llama3_70b.yaml", *flags, config=LLAMA_70B)
 
 
