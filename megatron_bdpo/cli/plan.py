@@ -38,7 +38,9 @@ def add_parser(subcommands: Any) -> None:
         "--recipe", action="append", metavar="FILE", help="model, packs, steps and precision of a recipe"
     )
     add = parser.add_argument
-    add("--gpus", type=_positive, required=True)
+    add(
+        "--gpus", type=_positive, nargs="+", required=True, metavar="N", help="of the cluster; several for a comparison"
+    )
     add("--gpus-per-node", type=_positive, default=8)
     add("--gpu-memory", type=float, default=80, metavar="GB", help="of 10^9 bytes (80)")
     add("--seq-length", type=_positive, help="positions of a pack (4096, or the recipe's)")
@@ -64,19 +66,20 @@ def _positive(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    question = _question(options)
-    answers, refused = answer(question)
+    questions = _questions(options)
+    found = [(question, *answer(question)) for question in questions]
     if options.json:
-        print(json.dumps(tables.to_json(answers, refused), indent=1))
+        print(json.dumps([tables.to_json(*each) for each in found], indent=1))
     elif options.markdown:
-        print(tables.markdown(answers, options.rows))
+        print(tables.markdown([(question, answers) for question, answers, _ in found], options.rows))
     else:
-        print(tables.describe(question, answers, refused, options.rows))
-    if not answers:
-        raise UserError(f"no layout of this model fits {options.gpus} GPUs of {options.gpu_memory:g} GB.")
+        print("\n\n".join(tables.describe(*each, options.rows) for each in found))
+    for question, answers, _ in found:
+        if not answers:
+            raise UserError(f"no layout of this model fits {question.gpus} GPUs of {options.gpu_memory:g} GB.")
 
 
-def _question(options: argparse.Namespace) -> Question:
+def _questions(options: argparse.Namespace) -> list[Question]:
     if options.recipe:
         from megatron_bdpo.training.memory import of_recipe
 
@@ -84,24 +87,28 @@ def _question(options: argparse.Namespace) -> Question:
     else:
         model, told = _of_hf_model(options.hf_model), {}
     chosen = {**_DEFAULTS, **told, **{name: getattr(options, name) for name in _DEFAULTS if getattr(options, name)}}
-    return Question(
-        model=model,
-        gpus=options.gpus,
-        gpus_per_node=options.gpus_per_node,
-        gpu_memory=options.gpu_memory * GB,
-        seq_length=chosen["seq_length"],
-        pairs_per_step=chosen["pairs_per_step"],
-        tokens_per_pair=options.tokens_per_pair,
-        job=JobShape(
-            ranks=options.gpus,
-            split=Split(layout=Layout(1, 1, 1)),
-            pack_length=chosen["seq_length"],
-            microbatches=1,
-            precision=chosen["precision"],
-            resident=chosen["reference"] == "resident",
-        ),
-        fixed={name: getattr(options, name) for name in _FIXED if getattr(options, name)},
+    job = JobShape(
+        ranks=1,
+        split=Split(layout=Layout(1, 1, 1)),
+        pack_length=chosen["seq_length"],
+        microbatches=1,
+        precision=chosen["precision"],
+        resident=chosen["reference"] == "resident",
     )
+    return [
+        Question(
+            model=model,
+            gpus=gpus,
+            gpus_per_node=options.gpus_per_node,
+            gpu_memory=options.gpu_memory * GB,
+            seq_length=chosen["seq_length"],
+            pairs_per_step=chosen["pairs_per_step"],
+            tokens_per_pair=options.tokens_per_pair,
+            job=job,
+            fixed={name: getattr(options, name) for name in _FIXED if getattr(options, name)},
+        )
+        for gpus in options.gpus
+    ]
 
 
 def _of_hf_model(path_or_name: str) -> ModelShape:

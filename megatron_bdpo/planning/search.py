@@ -7,9 +7,8 @@ The rule estimates which share of the GPUs' time goes into the model's own arith
 bubble = (pp - 1) / v / (M + (pp - 1) / v) for M microbatches and v virtual stages. Recomputing MLPs costs a fifth of a
 step's arithmetic, recomputing all a third. The three factors stand for communication that is not hidden, for every
 doubling of model parallelism; their figures are assumed. Tensor parallelism has to stay within a node. For each layout
-the least recomputation that fits is taken; of those whose share is the same in two
-digits, the one that needs less memory comes first. Layouts that fill
-more than nine tenths of the memory come after all others: the estimate is not that good.
+the least recomputation that fits is taken; of those with the same share, in two digits, the one that needs less memory
+comes first. Layouts that fill more than nine tenths of the memory come after all others: the estimate is not that good.
 """
 
 from __future__ import annotations

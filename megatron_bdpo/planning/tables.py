@@ -28,15 +28,18 @@ def describe(question: Question, answers: Sequence[Answer], refused: Sequence[Re
     return "\n".join(lines)
 
 
-def markdown(answers: Sequence[Answer], rows: int) -> str:
-    """The feasible layouts as a table."""
-    table = [_TITLES, tuple("---" for _ in _TITLES), *(_row(each) for each in answers[:rows])]
+def markdown(found: Sequence[tuple[Question, Sequence[Answer]]], rows: int) -> str:
+    """The feasible layouts as one table."""
+    titles = ("GPUs", *_TITLES)
+    table = [titles, ("--:", "---", "---", *("--:" for _ in _TITLES[2:]))]
+    table += [(str(question.gpus), *_row(each)) for question, answers in found for each in answers[:rows]]
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
-def to_json(answers: Sequence[Answer], refused: Sequence[Refused]) -> dict[str, Any]:
+def to_json(question: Question, answers: Sequence[Answer], refused: Sequence[Refused]) -> dict[str, Any]:
     """All of it, for ``json.dumps``; memory in bytes."""
     return {
+        "gpus": question.gpus,
         "feasible": [
             {
                 "layout": str(each),
