@@ -114,11 +114,12 @@ def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: boo
 
 
 def _qk_norm(model: ModelShape, split: Split, pack: Pack) -> float:
-    """Norms of queries and keys: what comes from their projection, and the queries out of it."""
+    """Norms of queries and keys: all that comes from their projection, and the queries copied out of it."""
     if not model.qk_norm:
         return 0.0
     heads, groups = model.heads / split.layout.tensor, max(model.groups / split.layout.tensor, 1)
-    kept = 2 * heads + 2 * groups + (0 if pack.fused else heads + groups)
+    copied = heads if groups > 1 else 0  # the queries of one group lie together as they are
+    kept = heads + 2 * groups + copied + (0 if pack.fused else heads + groups)
     return pack.length / split.layout.context * kept * model.head * pack.bytes
 
 
