@@ -233,3 +233,18 @@ def test_every_rank_ends_with_the_message(ranks, tmp_path):
         "a default, given"
     )
     assert "--num-layers" not in found[0]["contradiction"], "given, and right"
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_weights_are_fetched_only_where_they_are_wanted(monkeypatch, weights):
+    """The hub itself is out of reach here; what is asked of it is not."""
+    asked: list[str] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return "somewhere"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert str(model_directory("org/model", weights=weights)) == "somewhere"
+    assert ("*.safetensors" in asked) == weights
+    assert "*.json" in asked

@@ -185,3 +185,24 @@ def test_megatron_knows_the_flags_of_the_shipped_recipes(ranks, path):
     (found,) = ranks(1)(parsed, ["--recipe", str(path), *(named if "RUN_DIR" in path.read_text() else [])])
     assert found["seq-length"].isdigit()
     assert found["lr"]
+
+
+def start_and_parse_again(flags: list[str], directory: str) -> tuple[dict[str, object], dict[str, object]]:
+    """The arguments of a job that is run, and those of the recipe that it leaves behind."""
+    from megatron_bdpo.training import arguments, entry
+
+    entry.train(flags)
+    given, kept = (arguments.parse(each) for each in (flags, ["--recipe", f"{directory}/recipe.yaml"]))
+    return vars(given), vars(kept)
+
+
+def test_what_a_run_keeps_starts_it_again(ranks, tmp_path):
+    save = tmp_path / "run"
+    job = f"--train-iters 1 --max-pairs 32 --eval-iters 0 --save-interval 1 --pair-cache-dir {tmp_path} --no-pack-pairs"
+    flags = ["--recipe", str(RECIPES / "tiny.yaml"), "--recipe", "{lr-warmup-fraction: null}", *job.split()]
+    ((given, kept),) = ranks(1)(start_and_parse_again, [*flags, "--save", str(save)], str(save))
+    assert kept == given
+    text = (save / "recipe.yaml").read_text()
+    assert text.startswith("# ranks: 1\n# started in: ")
+    assert "# megatron-core: 0.19" in text
+    assert "lr-warmup-fraction" not in text
