@@ -275,15 +275,13 @@ def summarise(rows: list[Record]) -> dict[str, dict[str, Record]]:
 def differences(rows: list[Record]) -> list[Record]:
     """The rows less that of the first loss with the same seed: the order of the pairs, which both had, drops out."""
     first = {row["seed"]: row for row in rows if row["loss"] == rows[0]["loss"]}
-    return [
-        row | {m.key: _less(row[m.key], first[row["seed"]][m.key]) for m in MEASURES}
-        for row in rows
-        if row["loss"] != rows[0]["loss"]
-    ]
 
+    def less(row: Record, key: str) -> float | None:
+        value, other = row[key], first[row["seed"]][key]
+        return None if value is None or other is None else value - other
 
-def _less(value: float | None, other: float | None) -> float | None:
-    return None if value is None or other is None else value - other
+    others = [row for row in rows if row["loss"] != rows[0]["loss"]]
+    return [row | {measure.key: less(row, measure.key) for measure in MEASURES} for row in others]
 
 
 def report(rows: list[Record]) -> str:

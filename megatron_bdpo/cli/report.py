@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,10 +47,13 @@ def _report(options: argparse.Namespace) -> None:
         show_text=options.show_text,
     )
     report = build_report(options.directory, settings, options.scores)
-    print(report.as_text())
-    if not options.text_only:
-        page, *pictures = report.write(options.output or options.directory / "report")
-        print(f"\n{page}\nand {len(pictures)} pictures beside it")
+    files = [] if options.text_only else report.write(options.output or options.directory / "report")
+    try:
+        print(report.as_text())
+        if files:
+            print(f"\n{files[0]}\nand {len(files) - 1} pictures beside it", flush=True)
+    except BrokenPipeError:  # `... | head`: the reader has seen enough, and the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _temperature(text: str | None) -> float | Literal["auto"] | None:

@@ -26,7 +26,7 @@ figcaption { color: #444; font-size: .87rem; margin-top: .2rem; }
 .wide { overflow-x: auto; margin-top: .8rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
 th, td { padding: .22rem .65rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e8e8e8; }
-th { font-weight: 600; color: #333; } th:first-child, td:first-child, .left { text-align: left; }
+th { font-weight: 600; color: #333; } th:first-child, td:first-child, .places th:last-child, .places td:last-child { text-align: left; }
 details { margin: .2rem 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: .3rem 0 .8rem; }
 .note { color: #444; max-width: 75ch; }
@@ -80,7 +80,7 @@ def largest_section(pairs: Comprehension, count: int, texts: Mapping[int, Mappin
         if i in texts
     )
     note = "A pair's number is its place in the token store and in the scores. |y| counts response tokens."
-    return f"<h2>The {len(indices)} most imbalanced pairs</h2>" + _note(note) + _table(header, rows) + folded
+    return f"<h2>The {len(indices)} most imbalanced pairs</h2>" + _note(note) + _table(header, rows, "places") + folded
 
 
 def _note(text: str) -> str:
@@ -100,7 +100,7 @@ def _figure(picture: Picture) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

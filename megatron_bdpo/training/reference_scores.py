@@ -108,7 +108,7 @@ class ReferenceScores:
     def _open(self, directory: Path, store: PairStore) -> ScoreCache:
         about = {
             "sources": [source.path for source in store.sources],
-            "model": self.args.hf_model or self.args.load or self.args.pretrained_checkpoint or "",
+            "model": self.args.hf_model or self.args.pretrained_checkpoint or self.args.load or "",
         }
         identity = {**_data_identity(store), **self.reference}
         return ScoreCache.open(directory, identity, about, self.args.score_shard_pairs)

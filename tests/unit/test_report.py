@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -169,6 +171,15 @@ def test_automatic_temperature(scores, capsys):
 def test_sum_instead_of_per_token(scores, capsys):
     output = report(capsys, scores, "--text-only", "--bdpo-comprehension", "sum")
     assert "200 of 200 pairs, nats;" in output
+
+
+def test_reader_that_leaves_early(scores, tmp_path):
+    """`megatron-bdpo report DIR | head -1`: no traceback, and the files are there."""
+    command = f"{sys.executable} -m megatron_bdpo.cli.main report {scores} --output {tmp_path / 'out'} | head -1"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert ended.stdout == f"Reference scores {scores}\n" and not ended.stderr
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 # Runs
