@@ -26,7 +26,8 @@ figcaption { color: #444; font-size: .87rem; margin-top: .2rem; }
 .wide { overflow-x: auto; margin-top: .8rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
 th, td { padding: .22rem .65rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e8e8e8; }
-th { font-weight: 600; color: #333; } th:first-child, td:first-child, .places th:last-child, .places td:last-child { text-align: left; }
+th { font-weight: 600; color: #333; }
+th:first-child, td:first-child, .places th:last-child, .places td:last-child { text-align: left; }
 details { margin: .2rem 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: .3rem 0 .8rem; }
 .note { color: #444; max-width: 75ch; }

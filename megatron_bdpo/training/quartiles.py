@@ -6,6 +6,8 @@ are sorted into the same ones. A resident reference knows its values only step b
 A quartile may have no pair in some step, and Megatron divides each metric's sum by its count: what travels through
 Megatron are therefore means over *all* pairs, of each quartile's share and of its values times membership. Their
 quotients, taken at the log interval, are exact, since every step has equally many pairs.
+
+The cost: a [4, P] by [P, 4] product per pack, and 16 more [sum, count] entries for Megatron to all-reduce per step.
 """
 
 from __future__ import annotations
