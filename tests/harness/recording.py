@@ -103,7 +103,6 @@ def _recorded_run() -> type[Any]:
         def __init__(self, args: Any) -> None:
             super().__init__(args)
             self.seen: list[_Seen] = []
-            self._step.loss = self._recorded(self._step.loss)
 
         def pretrain(self) -> None:
             with _token_log_probs_told(self._record_tokens):
@@ -131,6 +130,7 @@ def _recorded_run() -> type[Any]:
             redraw_vectors(unwrap_model(model))
             self.now = _Seen(copy_shards(model))
             super().after_load(model)
+            self._step.loss = self._recorded(self._step.loss)  # now that its options are settled
 
         def wrap_schedule(self, schedule: Any) -> Any:
             inner = super().wrap_schedule(schedule)
