@@ -21,5 +21,4 @@ TINY = Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml"
 if __name__ == "__main__":
     flags = sys.argv[1:]
     is_own_job = any(flag.split("=")[0] in ("--recipe", "--pair-data", "--hf-model") for flag in flags)
-    run = main(flags if is_own_job else ["--recipe", str(TINY), *flags])
-    run.print_table()
+    main(flags if is_own_job else ["--recipe", str(TINY), *flags])

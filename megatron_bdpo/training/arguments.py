@@ -202,6 +202,13 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="when one of these files appears, save a checkpoint after the current step and end, as SIGTERM does",
     )
+    add(
+        "--megatron-output",
+        choices=("file", "terminal"),
+        default="file",
+        help="where Megatron's own lines go: megatron.log in the directory of --save (without one they are dropped), "
+        "or between ours",
+    )
     add("--eval-at-start", action="store_true", help="evaluate the held-out pairs before the first step, too")
     add(
         "--step-zero-check",

@@ -15,6 +15,7 @@ from torch import distributed
 
 from megatron_bdpo.data.context import ContextRank
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.training.console import show
 
 #: One rank may tokenise or score for hours while the others wait for it.
 _PATIENCE = timedelta(days=2)
@@ -152,4 +153,4 @@ def context_rank() -> ContextRank:
 def say(message: str) -> None:
     """Print once, from rank 0."""
     if is_rank_zero():
-        print(message, flush=True)
+        show(message)

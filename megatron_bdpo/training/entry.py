@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,9 +39,10 @@ def train(argv: Sequence[str] | None = None) -> PreferenceRun:
     if args.dry_run is not None:
         print(_dry_run(args), flush=True)
         raise SystemExit(0)
-    with distributed.process_groups(args):
+    with distributed.process_groups(args), _megatron_output(args):
         run = PreferenceRun(args)
         run.pretrain()
+        run.print_table()
     return run
 
 
@@ -51,6 +53,17 @@ def _dry_run(args: argparse.Namespace) -> str:
     make_up_ranks(args)
     with distributed.process_groups(args):
         return dry_run(args)
+
+
+def _megatron_output(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Megatron prints on the first and the last rank."""
+    from megatron_bdpo.training.console import megatron_in_file
+
+    if args.megatron_output == "terminal":
+        return contextlib.nullcontext()
+    is_first, is_last = args.rank == 0, args.rank == args.world_size - 1
+    name = "megatron.log" if is_first else "megatron-last-rank.log"
+    return megatron_in_file(Path(args.save) / name if args.save and (is_first or is_last) else None)
 
 
 def score(argv: Sequence[str] | None = None) -> list[Path]:
@@ -71,7 +84,7 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
     from megatron_bdpo.training.score import score_pairs
 
     args = arguments.parse(argv)
-    with distributed.process_groups(args):
+    with distributed.process_groups(args), _megatron_output(args):
         return score_pairs(args)
 
 

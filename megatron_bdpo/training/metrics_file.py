@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.training.console import show
 
 NAME = "metrics.jsonl"
 
@@ -53,7 +54,7 @@ class MetricsFile:
                 file.write(_line({"kind": kind, **values, "iteration": iteration}))
         except OSError as error:
             if not self._failed:
-                print(f"WARNING: {self.path} cannot be written, metrics are lost: {error}", flush=True)
+                show(f"WARNING: {self.path} cannot be written, metrics are lost: {error}")
             self._failed = True
             return
         self._written.add((kind, iteration))

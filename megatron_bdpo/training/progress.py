@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from megatron_bdpo.training.advice import Advisor
+from megatron_bdpo.training.console import show, width
 from megatron_bdpo.training.metrics_file import MetricsFile
 from megatron_bdpo.training.quartiles import is_of_a_quartile, within_quartiles
 
@@ -40,6 +44,7 @@ class Progress:
 
     log_interval: int
     train_iters: int
+    advisor: Advisor
     steps: list[Metrics] = field(default_factory=list)
     evaluations: list[Metrics] = field(default_factory=list)
     file: MetricsFile | None = None
@@ -49,6 +54,8 @@ class Progress:
     _seconds: float = 0.0
     _pairs: int = 0
     _tokens: int = 0
+    _pace_from: tuple[int, float] | None = None
+    """A logged iteration and when it ended."""
 
     def step(
         self, losses: dict[str, Tensor], iteration: int, *, skipped: bool, seconds: float, pairs: int, tokens: int
@@ -80,11 +87,22 @@ class Progress:
             _write_scalars(rates | _quartiles(metrics), iteration)
             if self.file:
                 self.file.append("step", record)
-            _print_last(f"{self._place(iteration)} | {step_line(record)}")
+            _print_last(_fitting(f"{self._place(iteration)} | {step_line(record, self._remaining(iteration))}"))
+            for advice in self.advisor.observe(metrics):
+                _print_last(f"WARNING: {advice}")
         elif self._skipped:
             _print_last(f"{self._place(iteration)} | skipped: the gradients overflowed, the loss scale is lowered")
         self._sums, self._count, self._skipped = {}, 0, 0
         self._seconds, self._pairs, self._tokens = 0.0, 0, 0
+
+    def _remaining(self, iteration: int) -> float | None:
+        """Seconds to the last step at the pace since the first logged interval, evaluations and all."""
+        now = time.perf_counter()
+        if self._pace_from is None:
+            self._pace_from = (iteration, now)
+            return None
+        first, start = self._pace_from
+        return (now - start) / (iteration - first) * (self.train_iters - iteration)
 
     def _place(self, iteration: int) -> str:
         return f"step {iteration:>{len(str(self.train_iters))}}/{self.train_iters}"
@@ -98,7 +116,7 @@ class Progress:
             _write_scalars({f"{name} validation": value for name, value in _quartiles(means).items()}, iteration)
             if self.file:
                 self.file.append("evaluation", record)
-            _print_last(f"held out, after step {iteration} | {step_line(record)}")
+            _print_last(_fitting(f"held out, after step {iteration} | {step_line(record)}"))
 
     def table(self) -> str:
         """The first and the last evaluation side by side; empty unless there are two."""
@@ -125,20 +143,32 @@ def _shown(form: str, value: float) -> str:
     return text if float(text) else form.format(0.0)
 
 
-def step_line(metrics: Metrics) -> str:
-    """The metrics in one line."""
+def step_line(metrics: Metrics, remaining: float | None = None) -> str:
+    """The metrics in one line, the most wanted first. ``remaining`` is in seconds."""
     parts = [
         f"loss {metrics['loss']:.4f}",
         f"accuracy {metrics['rewards/accuracies']:.3f}",
         f"margin {metrics['rewards/margins']:+.4f}",
+    ]
+    if "throughput/pairs_per_second" in metrics:
+        pairs, tokens = metrics["throughput/pairs_per_second"], metrics["throughput/tokens_per_second"]
+        parts.append(f"{pairs:.1f} pairs/s {tokens:.0f} tokens/s")
+    if remaining is not None:
+        parts.append(f"ETA {datetime.timedelta(seconds=round(remaining))}")
+    parts += [
         f"rewards {metrics['rewards/chosen']:+.4f} {metrics['rewards/rejected']:+.4f}",
         f"logps {metrics['logps/chosen']:.1f} {metrics['logps/rejected']:.1f}",
     ]
     parts += [f"{label} {metrics[name]:.3f}" for name, label in _SHOWN_EXTRAS.items() if name in metrics]
-    if "throughput/pairs_per_second" in metrics:
-        pairs, tokens = metrics["throughput/pairs_per_second"], metrics["throughput/tokens_per_second"]
-        parts.append(f"{pairs:.1f} pairs/s {tokens:.0f} tokens/s")
     return " | ".join(parts)
+
+
+def _fitting(line: str) -> str:
+    """In a terminal, as many of the line's parts as its width has room for; a log file takes them all."""
+    columns = width()
+    if columns is None or len(line) <= columns:
+        return line
+    return line[: columns + 1].rpartition(" |")[0] or line
 
 
 def _quartiles(metrics: Metrics) -> Metrics:
@@ -148,7 +178,7 @@ def _quartiles(metrics: Metrics) -> Metrics:
 
 def _print_last(message: str) -> None:
     if distributed.get_rank() == distributed.get_world_size() - 1:
-        print(message, flush=True)
+        show(message)
 
 
 def _write_scalars(values: Metrics, iteration: int) -> None:

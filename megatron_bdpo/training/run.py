@@ -25,7 +25,9 @@ from megatron_bdpo.model.reference import weights_at_rest
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity, precision
+from megatron_bdpo.training.advice import Advisor, about_data
 from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
+from megatron_bdpo.training.console import show
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.hf_export import save_live
@@ -65,7 +67,8 @@ class PreferenceRun:
         self._setup = set_up(args)
         self.job, self.scoring, self._identity = self._setup.job, self._setup.scoring, self._setup.identity
         keep_recipe(args)
-        self.progress = Progress(args.log_interval, args.train_iters)
+        advisor = Advisor(self.job.loss.requirements.reference)
+        self.progress = Progress(args.log_interval, args.train_iters, advisor)
         self._step = PreferenceStep(
             self.job.loss,
             NoReference(),
@@ -79,6 +82,8 @@ class PreferenceRun:
         self._step_started = 0.0
         say(self.job.describe())
         say(precision.describe(args))
+        for advice in about_data(self.job.pool.stores[0].report, self.job.plan):
+            say(f"WARNING: {advice}")
 
     def pretrain(self) -> None:
         """Hand over to Megatron's trainer until the last step is done. Collective."""
@@ -112,7 +117,7 @@ class PreferenceRun:
         """Print held-out results before and after, from the last rank, where metrics live. After ``pretrain``."""
         table = self.progress.table()
         if table and self.args.rank == self.args.world_size - 1:
-            print(f"\n{table}", flush=True)
+            show(f"\n{table}")
 
     # Data ------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,88 @@
+"""Two kinds of output: what is meant to be read goes to the terminal, what Megatron prints goes to a file.
+
+Megatron prints its 800 arguments and a few lines per step, which bury a run's own: the data report, the plan, a line
+per step. They are kept in ``megatron.log`` in the directory of ``--save``; ``--megatron-output terminal`` shows them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+#: Where lines for people go while ``sys.stdout`` is Megatron's; None for ``sys.stdout`` itself.
+_terminal: TextIO | None = None
+
+
+def show(line: str) -> None:
+    """Print for people, whoever has ``sys.stdout``."""
+    print(line, file=_terminal or sys.stdout, flush=True)
+
+
+def width() -> int | None:
+    """Columns of the terminal; None where the output is a file or a pipe, which can take any line."""
+    stream = _terminal or sys.stdout
+    return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else None
+
+
+@contextlib.contextmanager
+def megatron_in_file(path: Path | None) -> Iterator[None]:
+    """Inside the block, ``sys.stdout`` and the log handlers that write to it are the file; :func:`show` is not.
+
+    Args:
+        path: appended to; None discards. It is made with the first line: what comes before the flags are checked
+            leaves nothing behind.
+    """
+    global _terminal
+    terminal, file = sys.stdout, _LazyFile(path)
+    handlers = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is terminal
+    ]
+    _terminal = terminal
+    sys.stdout = file
+    for handler in handlers:
+        handler.setStream(file)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.setStream(terminal)
+        sys.stdout = terminal
+        _terminal = None
+        file.close()
+
+
+class _LazyFile(io.TextIOBase):
+    """A text file for appending, made at the first write; what cannot be written is dropped."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def write(self, text: str) -> int:
+        if self._file is None:
+            self._file = self._open()
+        return self._file.write(text)
+
+    def _open(self) -> TextIO:
+        with contextlib.suppress(OSError):
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                return self._path.open("a", buffering=1, encoding="utf-8")
+        return open(os.devnull, "w")
+
+    def flush(self) -> None:
+        if self._file is not None and not self._file.closed:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
