@@ -11,7 +11,6 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-from megatron.core import parallel_state
 from megatron.training.theoretical_memory_usage import report_theoretical_memory
 from megatron.training.training import num_floating_point_operations
 
@@ -22,6 +21,7 @@ from megatron_bdpo.training import identity
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.memory import job_shape, model_shape
 from megatron_bdpo.training.preparation import forget_global_state, prepare
+from megatron_bdpo.training.summary import memory, summarize
 from megatron_bdpo.training.validation import refusals_of_megatron, silence
 
 #: Dense bf16 of an H100 SXM, by NVIDIA's data sheet.
@@ -63,13 +63,13 @@ def dry_run(args: argparse.Namespace) -> str:
         with refusals_of_megatron(), silence():
             initialize_megatron()
         resumed = identity.resumed_identity(args, identity.identity_of(args, job))
-        return "\n".join([job.describe(), *_report(args, job, resumes=resumed is not None)])
+        return "\n".join([summarize(args, job), *_report(args, job, resumes=resumed is not None)])
     finally:
         forget_global_state()
 
 
 def _report(args: argparse.Namespace, job: PairJob, *, resumes: bool) -> list[str]:
-    lines = [f"dry run of {_cluster(args)}", f"  layout: {_layout(args)}"]
+    lines = [f"dry run of {_cluster(args)}"]
     lines += _across_nodes(args)
     if resumes:
         lines.append(f"  start: goes on from the checkpoint in {args.load}")
@@ -77,47 +77,31 @@ def _report(args: argparse.Namespace, job: PairJob, *, resumes: bool) -> list[st
 
 
 def _memory(args: argparse.Namespace, job: PairJob) -> list[str]:
-    """Of the fullest GPU, by part, and Megatron's own report.
+    """Megatron's own report of memory, beside the summary's.
 
     Raises:
-        UserError: more than ``--gpu-memory``.
+        UserError: the summary's is more than ``--gpu-memory``.
     """
     try:
         estimate = fullest(model_shape(args), job_shape(args, job))
-    except UserError as error:
-        return [f"  memory: {error}"]
-    parts = ", ".join(f"{part} {size / GB:.1f}" for part, size in estimate.parts.items() if size)
-    stage = f", stage {estimate.stage}" if args.pipeline_model_parallel_size > 1 else ""
+    except UserError:  # the summary says why
+        return []
     with silence():
         state, activations, _ = report_theoretical_memory(args, num_microbatches=job.plan.microbatches)
-    lines = [
-        f"  memory: {estimate.total / GB:.1f} GB on the fullest GPU{stage}; estimated, see docs/layouts.md",
-        f"    {parts}",
-        f"    Megatron's report: weights, gradients and optimizer {state * _MIB / GB:.1f}, activations "
-        f"{activations * _MIB / GB:.1f}{_as_reported(args)}",
-    ]
+    line = (
+        f"  memory by Megatron's report: weights, gradients and optimizer {state * _MIB / GB:.1f} GB, activations "
+        f"{activations * _MIB / GB:.1f} GB{_as_reported(args)}"
+    )
     if args.gpu_memory and estimate.total > args.gpu_memory * GB:
-        raise UserError("\n".join([f"this job does not fit --gpu-memory {args.gpu_memory:g} (GB):", *lines]))
-    return lines
+        parts = "\n".join(f"  {each}" for each in memory(args, job))
+        raise UserError(f"this job does not fit --gpu-memory {args.gpu_memory:g} (GB):\n{parts}\n{line}")
+    return [line]
 
 
 def _cluster(args: argparse.Namespace) -> str:
     if not args.gpus_per_node:
         return f"{args.world_size} ranks"
     return f"{args.world_size} ranks, {args.world_size // args.gpus_per_node} nodes of {args.gpus_per_node}"
-
-
-def _layout(args: argparse.Namespace) -> str:
-    """As Megatron has set it up."""
-    sizes = {
-        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
-        "virtual stages": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
-        "context": parallel_state.get_context_parallel_world_size(),
-        "data": parallel_state.get_data_parallel_world_size(),
-        "expert": parallel_state.get_expert_model_parallel_world_size(),
-    }
-    return " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1) or "one rank"
 
 
 def _across_nodes(args: argparse.Namespace) -> list[str]:

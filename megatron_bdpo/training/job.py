@@ -57,8 +57,8 @@ class PairJob:
         unconditional = self.resident and self.loss.requirements.comprehension
         return PackMaker(self.pool, self.plan.pack_length, self.share_prompts, unconditional, context)
 
-    def describe(self) -> str:
-        """The plan in a few lines, for the start of the log."""
+    def describe(self) -> list[str]:
+        """Loss, pairs and plan in a few lines."""
         plan, lengths = self.plan, self.pool.lengths[self.train.ids].astype(np.int64)
         unshared, shared = int((lengths.sum(axis=1) + lengths[:, 0]).sum()), int(lengths.sum())
         lines = [
@@ -72,7 +72,7 @@ class PairJob:
             lines.append(f"shared prompts: {1 - shared / unshared:.1%} fewer tokens than one prompt per answer")
         if self.context_parallel > 1:
             lines.append(f"context parallel: {self._describe_context()}")
-        return "\n".join(f"  {line}" for line in lines)
+        return lines
 
     def _describe_context(self) -> str:
         packs = [pack for pack in self.plan.packs(0, rank=0) if len(pack)][:_PACKS_LOOKED_AT]

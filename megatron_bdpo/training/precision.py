@@ -34,12 +34,15 @@ def check_precision(args: argparse.Namespace) -> None:
         check_backend(args.pair_attention, on_gpu=not cpu.is_active(), dtype=precision.dtype)
 
 
-def describe(args: argparse.Namespace) -> str:
-    """Precision and attention in a line, for the start of the log."""
+def describe(args: argparse.Namespace) -> Iterator[str]:
+    """Precision and attention, a line each."""
     precision = precision_of(args)
     chosen = args.pair_attention
+    if args.dry_run is not None and chosen == "auto":
+        return  # the job is to run elsewhere
     backend = default_backend(not cpu.is_active(), precision.dtype) if chosen == "auto" else chosen
-    return f"  precision: {precision}; attention: {DESCRIPTIONS[backend]}"
+    yield f"precision: {precision}"
+    yield f"attention: {DESCRIPTIONS[backend]}"
 
 
 def _problems(args: argparse.Namespace, precision: Precision) -> Iterator[str]:

@@ -42,6 +42,7 @@ from megatron_bdpo.training.setup import set_up
 from megatron_bdpo.training.status import State, write_status
 from megatron_bdpo.training.step_zero import StepZeroGate
 from megatron_bdpo.training.stopping import StopRequest
+from megatron_bdpo.training.summary import summarize
 from megatron_bdpo.training.validation import keep_recipe
 
 
@@ -80,8 +81,7 @@ class PreferenceRun:
         args.exit_signal_handler = True  # now Megatron's loop asks after each step
         self._iteration = 0
         self._step_started = 0.0
-        say(self.job.describe())
-        say(precision.describe(args))
+        say(summarize(args, self.job))
         for advice in about_data(self.job.pool.stores[0].report, self.job.plan):
             say(f"WARNING: {advice}")
 
