@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from argparse import Namespace
 
 import pytest
 
+from megatron_bdpo.training import arguments
 from megatron_bdpo.training.arguments import log_to_wandb_too
 
 
@@ -23,3 +25,25 @@ def test_wandb_gets_metrics_without_a_tensorboard_directory(given, expected):
     args = Namespace(**{"wandb_project": "", "save": None, "wandb_save_dir": None, "tensorboard_dir": None} | given)
     log_to_wandb_too(args)
     assert args.tensorboard_dir == expected
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected_impl", "expected_fusion"),
+    [
+        (set(), "local", False),
+        ({"transformer_engine"}, None, False),
+        ({"transformer_engine", "fused_weight_gradient_mlp_cuda"}, None, None),
+    ],
+)
+def test_defaults_follow_what_is_installed(monkeypatch, installed, expected_impl, expected_fusion):
+    """None: Megatron's own default, which is Transformer Engine's layers and the fusion."""
+    find = importlib.util.find_spec
+    absent = {"transformer_engine", "fused_weight_gradient_mlp_cuda"} - installed
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: object() if name in installed else None if name in absent else find(name),
+    )
+    merged = {name: value for group in arguments._default_groups({}) for name, value in group.items()}
+    assert merged.get("transformer_impl") == expected_impl
+    assert merged.get("gradient_accumulation_fusion") == expected_fusion
