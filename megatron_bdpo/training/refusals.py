@@ -36,6 +36,10 @@ _REFUSALS = (
         "--eval-pair-data and --eval-share both name held-out pairs. Give one.",
     ),
     _Refusal(
+        lambda a: a.reference == "resident" and a.reference_cache,
+        "--reference-cache keeps the values of a precomputed reference; a resident one has none. Leave one out.",
+    ),
+    _Refusal(
         lambda a: bool(a.save) != (a.save_interval is not None),
         "--save DIR and --save-interval STEPS go together: where a checkpoint is written, and how often.",
     ),

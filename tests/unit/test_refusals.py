@@ -96,6 +96,7 @@ REFUSED = {
     "--logits-load-dir logits": "--logits-save-dir and --logits-load-dir",
     "--freeze-all-layers": "--freeze-all-layers",
     "--perform-rl-step": "--perform-rl-step",
+    "--reference resident --reference-cache d": "--reference-cache",
     "--fp8-output-proj": "--fp8-output-proj",
     "--fp4-format e2m1": "--fp4-format",
     "--exit-signal-handler-for-training": "--exit-signal-handler-for-training",
