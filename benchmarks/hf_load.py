@@ -51,8 +51,10 @@ def read(directory: Path, flags: list[str]) -> None:
 
     prepare_platform()
     from megatron_bdpo.model.hf import load
-    from megatron_bdpo.training import arguments, distributed, hf_model
-    from megatron_bdpo.training.hf_import import model_in_memory
+    from megatron_bdpo.training import distributed
+    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.hf import start as hf_model
+    from megatron_bdpo.training.hf.importing import model_in_memory
 
     figures = {}
 

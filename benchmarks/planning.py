@@ -37,7 +37,8 @@ def main() -> None:
     from megatron_bdpo.platform.prepare import prepare_platform
 
     prepare_platform()
-    from megatron_bdpo.training import arguments, distributed
+    from megatron_bdpo.training import distributed
+    from megatron_bdpo.training.flags import arguments
 
     flags = (
         f"{MODEL} --pair-data generated --eval-share {options.eval_share} --pair-epochs 1 --lr 0 "
@@ -59,8 +60,8 @@ def measure(args: argparse.Namespace, store_directory: Path, ranks: int) -> None
     from megatron_bdpo.losses import registry
     from megatron_bdpo.training import job as jobs
     from megatron_bdpo.training.forward import PairLossFunction
-    from megatron_bdpo.training.reference_scores import ReferenceScores
-    from megatron_bdpo.training.settling import settle
+    from megatron_bdpo.training.reference.scores import ReferenceScores
+    from megatron_bdpo.training.reference.settling import settle
 
     def no_model() -> list:
         raise AssertionError("nothing is to be scored")

@@ -44,9 +44,10 @@ def main() -> None:
     import torch
 
     from megatron_bdpo.data.scores import open_scores
-    from megatron_bdpo.training import arguments, distributed
+    from megatron_bdpo.training import distributed
+    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.reference.scoring_job import score_pairs
     from megatron_bdpo.training.run import PreferenceRun
-    from megatron_bdpo.training.score import score_pairs
 
     torch.set_num_threads(1)
     time.perf_counter = time.process_time  # the clock of scoring and training

@@ -44,8 +44,8 @@ def _export(options: argparse.Namespace) -> None:
     prepare_platform()
     from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
     from megatron_bdpo.model.hf.hub import model_directory
-    from megatron_bdpo.training import hf_export
     from megatron_bdpo.training.distributed import process_groups
+    from megatron_bdpo.training.hf import exporting as hf_export
 
     with process_groups(_ONE_PROCESS):
         if options.hf_model:
@@ -85,9 +85,9 @@ def _import(options: argparse.Namespace) -> None:
     from megatron_bdpo.platform.prepare import prepare_platform
 
     prepare_platform()
-    from megatron_bdpo.training import arguments
     from megatron_bdpo.training.distributed import process_groups
-    from megatron_bdpo.training.hf_import import import_model
+    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.hf.importing import import_model
 
     if options.output.exists():
         raise UserError(f"{options.output} is there already. Remove it, or name another directory.")

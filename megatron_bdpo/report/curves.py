@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.training.metrics_file import NAME, read
+from megatron_bdpo.training.reporting.metrics_file import NAME, read
 
 QUARTILES = ("q1", "q2", "q3", "q4")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_bdpo.data.scores import MANIFEST
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.training.metrics_file import NAME as METRICS
-from megatron_bdpo.training.run_record import NAME as RECORD
+from megatron_bdpo.training.reporting.metrics_file import NAME as METRICS
+from megatron_bdpo.training.reporting.run_record import NAME as RECORD
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import distributed
 
 from megatron_bdpo.data.context import ContextRank
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.training.console import show
+from megatron_bdpo.training.reporting.console import show
 
 #: One rank may tokenise or score for hours while the others wait for it.
 _PATIENCE = timedelta(days=2)

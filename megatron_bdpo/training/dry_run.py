@@ -18,11 +18,11 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning.memory import GB, fullest
 from megatron_bdpo.platform.seams import initialize_megatron
 from megatron_bdpo.training import identity
+from megatron_bdpo.training.flags.validation import refusals_of_megatron, silence
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.memory import job_shape, model_shape
 from megatron_bdpo.training.preparation import forget_global_state, prepare
-from megatron_bdpo.training.summary import memory, summarize
-from megatron_bdpo.training.validation import refusals_of_megatron, silence
+from megatron_bdpo.training.reporting.summary import memory, summarize
 
 #: Dense bf16 of an H100 SXM, by NVIDIA's data sheet.
 _TFLOPS = 989.0

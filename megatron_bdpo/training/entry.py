@@ -32,7 +32,8 @@ def train(argv: Sequence[str] | None = None) -> PreferenceRun:
             the end of a ``--dry-run``.
     """
     prepare_platform()
-    from megatron_bdpo.training import arguments, distributed
+    from megatron_bdpo.training import distributed
+    from megatron_bdpo.training.flags import arguments
     from megatron_bdpo.training.run import PreferenceRun
 
     args = arguments.parse(argv)
@@ -57,7 +58,7 @@ def _dry_run(args: argparse.Namespace) -> str:
 
 def _megatron_output(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
     """Megatron prints on the first and the last rank."""
-    from megatron_bdpo.training.console import megatron_in_file
+    from megatron_bdpo.training.reporting.console import megatron_in_file
 
     if args.megatron_output == "terminal":
         return contextlib.nullcontext()
@@ -80,8 +81,9 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
         UserError: on every rank, printed once, for anything the user can put right.
     """
     prepare_platform()
-    from megatron_bdpo.training import arguments, distributed
-    from megatron_bdpo.training.score import score_pairs
+    from megatron_bdpo.training import distributed
+    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.reference.scoring_job import score_pairs
 
     args = arguments.parse(argv)
     with distributed.process_groups(args), _megatron_output(args):
@@ -110,6 +112,6 @@ def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequen
 
 def _tell_launcher(error: UserError) -> None:
     """Leave word that there is no use in trying again."""
-    from megatron_bdpo.training.status import write_status
+    from megatron_bdpo.training.reporting.status import write_status
 
     write_status("refused", None, reason=str(error))

@@ -20,7 +20,7 @@ from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses, Requirements
 from megatron_bdpo.model.pair_gpt import ScoringContext, score_sequences
 from megatron_bdpo.training.batches import PackBatch
-from megatron_bdpo.training.quartiles import IMBALANCE, quartile_report
+from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_report
 from megatron_bdpo.training.step_zero import StepZeroGate
 
 Report = dict[str, Tensor]

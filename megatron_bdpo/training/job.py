@@ -20,11 +20,11 @@ from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import registry
-from megatron_bdpo.training.arguments import given_loss_options
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
+from megatron_bdpo.training.flags.arguments import given_loss_options
+from megatron_bdpo.training.flags.precision import precision_of
 from megatron_bdpo.training.forward import PairLossFunction
-from megatron_bdpo.training.precision import precision_of
 
 
 @dataclass(frozen=True)

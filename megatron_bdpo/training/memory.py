@@ -104,8 +104,8 @@ def of_recipe(recipes: Sequence[str]) -> tuple[ModelShape, dict[str, Any]]:
     from megatron_bdpo.platform.prepare import prepare_platform
 
     prepare_platform()
-    from megatron_bdpo.training import arguments
-    from megatron_bdpo.training.hf_model import architecture_of, model_directory
+    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.hf.start import architecture_of, model_directory
 
     words = [word for recipe in recipes for word in ("--recipe", recipe)]
     # A plan needs no data and writes nothing: the recipe's variables for these need not be set.

@@ -9,15 +9,15 @@ from megatron.training.training import destroy_global_state
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
-from megatron_bdpo.training.arguments import log_to_wandb_too
 from megatron_bdpo.training.distributed import all_ranks_agree
-from megatron_bdpo.training.hf_export import check_save_hf
-from megatron_bdpo.training.hf_model import apply_hf_model
+from megatron_bdpo.training.flags.arguments import log_to_wandb_too
+from megatron_bdpo.training.flags.layout import check_layout
+from megatron_bdpo.training.flags.precision import check_precision
+from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
+from megatron_bdpo.training.flags.validation import check_directories, rehearse, set_up_megatron
+from megatron_bdpo.training.hf.exporting import check_save_hf
+from megatron_bdpo.training.hf.start import apply_hf_model
 from megatron_bdpo.training.job import PairJob, apply_plan, build_job
-from megatron_bdpo.training.layout import check_layout
-from megatron_bdpo.training.precision import check_precision
-from megatron_bdpo.training.refusals import refuse_what_cannot_be_honoured
-from megatron_bdpo.training.validation import check_directories, rehearse, set_up_megatron
 
 
 def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:

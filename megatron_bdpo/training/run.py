@@ -24,26 +24,27 @@ from megatron_bdpo.data.layout import group_tokens
 from megatron_bdpo.model.reference import weights_at_rest
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
-from megatron_bdpo.training import identity, precision
-from megatron_bdpo.training.advice import Advisor, about_data
+from megatron_bdpo.training import identity
 from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
-from megatron_bdpo.training.console import show
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
+from megatron_bdpo.training.flags import precision
+from megatron_bdpo.training.flags.validation import keep_recipe
 from megatron_bdpo.training.forward import PreferenceStep
-from megatron_bdpo.training.hf_export import save_live
-from megatron_bdpo.training.metrics_file import NAME, MetricsFile
+from megatron_bdpo.training.hf.exporting import save_live
 from megatron_bdpo.training.preparation import forget_global_state
-from megatron_bdpo.training.progress import Progress
-from megatron_bdpo.training.references import ReferenceProvider
-from megatron_bdpo.training.run_record import write_record
-from megatron_bdpo.training.scoring import NoReference, ReferenceTable, ResidentReference
-from megatron_bdpo.training.settling import settle
+from megatron_bdpo.training.reference.provider import ReferenceProvider
+from megatron_bdpo.training.reference.scoring import NoReference, ReferenceTable, ResidentReference
+from megatron_bdpo.training.reference.settling import settle
+from megatron_bdpo.training.reporting.advice import Advisor, about_data
+from megatron_bdpo.training.reporting.console import show
+from megatron_bdpo.training.reporting.metrics_file import NAME, MetricsFile
+from megatron_bdpo.training.reporting.progress import Progress
+from megatron_bdpo.training.reporting.run_record import write_record
+from megatron_bdpo.training.reporting.status import State, write_status
+from megatron_bdpo.training.reporting.summary import summarize
 from megatron_bdpo.training.setup import set_up
-from megatron_bdpo.training.status import State, write_status
 from megatron_bdpo.training.step_zero import StepZeroGate
 from megatron_bdpo.training.stopping import StopRequest
-from megatron_bdpo.training.summary import summarize
-from megatron_bdpo.training.validation import keep_recipe
 
 
 class PreferenceRun:

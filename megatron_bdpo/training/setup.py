@@ -10,7 +10,7 @@ from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.training import identity
-from megatron_bdpo.training.hf_model import weights_loader
+from megatron_bdpo.training.hf.start import weights_loader
 from megatron_bdpo.training.identity import RunIdentity
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.preparation import prepare

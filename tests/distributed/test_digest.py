@@ -49,7 +49,8 @@ def look(flags: list[str], edit: bool = False) -> Seen:
 
     from megatron_bdpo.model.digest import weights_digest
     from megatron_bdpo.model.shards import weight_shards
-    from megatron_bdpo.training import arguments, distributed
+    from megatron_bdpo.training import distributed
+    from megatron_bdpo.training.flags import arguments
     from megatron_bdpo.training.run import PreferenceRun
 
     seen: list[Seen] = []

@@ -83,8 +83,9 @@ def last_weights_kept() -> type[Any]:
 
 def score(flags: list[str], **overrides: Any) -> list[Path]:
     """Score the tiny job's pairs on this rank, in a job of its own. Returns the directories of the scores."""
-    from megatron_bdpo.training import arguments, distributed
-    from megatron_bdpo.training.score import score_pairs
+    from megatron_bdpo.training import distributed
+    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.reference.scoring_job import score_pairs
 
     args = arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
     with distributed.process_groups(args):
@@ -93,7 +94,8 @@ def score(flags: list[str], **overrides: Any) -> list[Path]:
 
 def run_job(run_type: type[Any], flags: list[str], overrides: dict[str, Any]) -> tuple[Any, int | None]:
     """Run the tiny job to its end. Returns the run and, where Megatron has left its loop early, its exit code."""
-    from megatron_bdpo.training import arguments, distributed
+    from megatron_bdpo.training import distributed
+    from megatron_bdpo.training.flags import arguments
 
     args = arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
     with distributed.process_groups(args):

@@ -115,7 +115,7 @@ def any_rope_is_llama_3s(undo: contextlib.ExitStack) -> None:
 
 def rope_factor_left_behind(undo: contextlib.ExitStack) -> None:
     """Megatron's own way from arguments to configuration forgets it: 8 in the place of Llama 3.2's 32."""
-    from megatron_bdpo.training import validation
+    from megatron_bdpo.training.flags import validation
 
     made = validation.model_config
 

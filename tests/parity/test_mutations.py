@@ -89,7 +89,7 @@ def tied_embedding_not_summed_over_stages(undo: contextlib.ExitStack) -> None:
 
 
 def mean_per_microbatch(undo: contextlib.ExitStack) -> None:
-    from megatron_bdpo.training import arguments
+    from megatron_bdpo.training.flags import arguments
 
     undo.enter_context(mock.patch.dict(arguments.PAIR_DEFAULTS, calculate_per_token_loss=False))
 

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_bdpo.data.plan import StepPlan
 from megatron_bdpo.data.report import DataReport
-from megatron_bdpo.training.advice import WINDOW, Advisor, about_data
+from megatron_bdpo.training.reporting.advice import WINDOW, Advisor, about_data
 
 WELL = {"rewards/chosen": 0.4, "rewards/accuracies": 0.7, "rewards/margins": 1.2, "scale": 0.98}
 

@@ -7,8 +7,8 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_bdpo.training import arguments
-from megatron_bdpo.training.arguments import log_to_wandb_too
+from megatron_bdpo.training.flags import arguments
+from megatron_bdpo.training.flags.arguments import log_to_wandb_too
 
 
 @pytest.mark.parametrize(

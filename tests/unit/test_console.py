@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bdpo.training import console
-from megatron_bdpo.training.progress import _fitting
+from megatron_bdpo.training.reporting import console
+from megatron_bdpo.training.reporting.progress import _fitting
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +61,7 @@ def test_lines_fit_the_terminal(monkeypatch, columns, expected):
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr("os.get_terminal_size", lambda descriptor: (columns, 24))
     monkeypatch.setattr(console, "width", lambda: columns)
-    monkeypatch.setattr("megatron_bdpo.training.progress.width", lambda: columns)
+    monkeypatch.setattr("megatron_bdpo.training.reporting.progress.width", lambda: columns)
     assert _fitting(line) == (expected or line)
 
 

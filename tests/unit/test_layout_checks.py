@@ -48,8 +48,8 @@ ALLOWED = {
 def refusals(cases: list[tuple[str, int]]) -> list[str]:
     """The message that each layout is refused with; empty if it is not."""
     from megatron_bdpo.errors import UserError
-    from megatron_bdpo.training import arguments
-    from megatron_bdpo.training.layout import check_layout
+    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.layout import check_layout
 
     found = []
     for flags, ranks in cases:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.training.metrics_file import NAME, MetricsFile, read
+from megatron_bdpo.training.reporting.metrics_file import NAME, MetricsFile, read
 
 
 def lines(path):

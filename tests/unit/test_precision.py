@@ -42,8 +42,8 @@ ALLOWED = [
 
 
 def refusals(all_flags: list[str]) -> list[str]:
-    from megatron_bdpo.training import arguments
-    from megatron_bdpo.training.precision import check_precision
+    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.precision import check_precision
 
     found = []
     for flags in all_flags:
@@ -73,7 +73,7 @@ def test_allowed(messages, flags):
 
 
 def length_units(all_flags: list[str]) -> list[int]:
-    from megatron_bdpo.training import arguments
+    from megatron_bdpo.training.flags import arguments
     from megatron_bdpo.training.job import length_unit
 
     return [length_unit(arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)) for flags in all_flags]

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_bdpo.training.quartiles import is_of_a_quartile, quartile_edges, quartile_report, within_quartiles
+from megatron_bdpo.training.reporting.quartiles import (
+    is_of_a_quartile,
+    quartile_edges,
+    quartile_report,
+    within_quartiles,
+)
 
 
 def as_megatron_does(reports):

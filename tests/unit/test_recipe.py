@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.training import recipe
+from megatron_bdpo.training.flags import recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -169,8 +169,8 @@ def test_each_start_that_differs_is_kept(tmp_path):
 
 
 def parsed(flags: list[str]) -> dict[str, object]:
-    from megatron_bdpo.training import arguments
-    from megatron_bdpo.training.refusals import refuse_what_cannot_be_honoured
+    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
 
     args = arguments.parse(flags)
     if not args.hf_model:
@@ -189,7 +189,8 @@ def test_megatron_knows_the_flags_of_the_shipped_recipes(ranks, path):
 
 def start_and_parse_again(flags: list[str], directory: str) -> tuple[dict[str, object], dict[str, object]]:
     """The arguments of a job that is run, and those of the recipe that it leaves behind."""
-    from megatron_bdpo.training import arguments, entry
+    from megatron_bdpo.training import entry
+    from megatron_bdpo.training.flags import arguments
 
     entry.train(flags)
     given, kept = (arguments.parse(each) for each in (flags, ["--recipe", f"{directory}/recipe.yaml"]))

@@ -151,8 +151,8 @@ LINES = {" ".join(line): line for line in command_lines()}
 def refusals(all_flags: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     """The reasons each command line is refused with, and the messages of all refusals that there are."""
     from megatron_bdpo.errors import UserError
-    from megatron_bdpo.training import arguments
-    from megatron_bdpo.training import refusals as module
+    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags import refusals as module
 
     found = {}
     for flags in all_flags:

@@ -110,7 +110,7 @@ def test_rank_that_saw_no_pair_takes_part(ranks):
 def train_with_other_reference(flags: list[str], cache: str) -> list[dict[str, float]] | str:
     """The tiny job with reference values that are off, as those of other weights would be: its steps, or why not."""
     from megatron_bdpo.errors import UserError
-    from megatron_bdpo.training.scoring import ReferenceTable
+    from megatron_bdpo.training.reference.scoring import ReferenceTable
 
     original = ReferenceTable.lookup
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.training.console import show
+from megatron_bdpo.training.reporting.console import show
 
 NAME = "metrics.jsonl"
 

@@ -13,10 +13,10 @@ from megatron_bdpo.platform.seams import initialize_megatron
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.distributed import all_ranks_agree, say
 from megatron_bdpo.training.preparation import forget_global_state
-from megatron_bdpo.training.references import ReferenceProvider
-from megatron_bdpo.training.settling import settle
+from megatron_bdpo.training.reference.provider import ReferenceProvider
+from megatron_bdpo.training.reference.settling import settle
+from megatron_bdpo.training.reporting.status import write_status
 from megatron_bdpo.training.setup import RunSetup, set_up
-from megatron_bdpo.training.status import write_status
 from megatron_bdpo.training.stopping import StopRequest, StopRequested
 
 

@@ -30,7 +30,7 @@ from megatron_bdpo.platform.versions import installed_versions
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, context_rank, is_rank_zero, say
 from megatron_bdpo.training.job import PairJob, length_unit
-from megatron_bdpo.training.scoring import BoolArray, FloatArray, Groups, GroupScorer, ReferenceTable
+from megatron_bdpo.training.reference.scoring import BoolArray, FloatArray, Groups, GroupScorer, ReferenceTable
 
 #: Names of the stores, and of their directories below --reference-cache.
 STORES = ("train", "heldout")

@@ -9,7 +9,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.memory import GB, fullest
 from megatron_bdpo.planning.model import Split, stage_parameters
-from megatron_bdpo.training import precision
+from megatron_bdpo.training.flags import precision
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.memory import job_shape, model_shape
 

@@ -26,7 +26,7 @@ from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import sum_over_ranks
 from megatron_bdpo.training.forward import ScoringStep, pair_log_probs
 from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.quartiles import IMBALANCE, quartile_edges
+from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_edges
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]

@@ -15,9 +15,9 @@ from megatron.training.training import destroy_global_state
 
 from megatron_bdpo.platform.seams import initialize_megatron
 from megatron_bdpo.training.distributed import all_ranks_agree
-from megatron_bdpo.training.hf_model import apply_hf_model, weights_loader
+from megatron_bdpo.training.flags.validation import refusals_of_megatron
+from megatron_bdpo.training.hf.start import apply_hf_model, weights_loader
 from megatron_bdpo.training.model_config import model_config
-from megatron_bdpo.training.validation import refusals_of_megatron
 
 
 def import_model(args: argparse.Namespace) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from megatron_bdpo.training.advice import Advisor
-from megatron_bdpo.training.console import show, width
-from megatron_bdpo.training.metrics_file import MetricsFile
-from megatron_bdpo.training.quartiles import is_of_a_quartile, within_quartiles
+from megatron_bdpo.training.reporting.advice import Advisor
+from megatron_bdpo.training.reporting.console import show, width
+from megatron_bdpo.training.reporting.metrics_file import MetricsFile
+from megatron_bdpo.training.reporting.quartiles import is_of_a_quartile, within_quartiles
 
 Metrics = dict[str, float]
 

@@ -17,9 +17,9 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.versions import installed_versions
-from megatron_bdpo.training import recipe
 from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
-from megatron_bdpo.training.hf_model import vocabulary_size
+from megatron_bdpo.training.flags import recipe
+from megatron_bdpo.training.hf.start import vocabulary_size
 from megatron_bdpo.training.identity import checkpoint_directory
 from megatron_bdpo.training.job import apply_plan, made_up_plan
 from megatron_bdpo.training.model_config import model_config

@@ -19,11 +19,11 @@ from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.model.reference import WEIGHTS_DIR, build_reference, copy_policy, load_weights, save_weights
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
 from megatron_bdpo.training.forward import ReferenceValues
-from megatron_bdpo.training.hf_model import weights_loader
+from megatron_bdpo.training.hf.start import weights_loader
 from megatron_bdpo.training.identity import RunIdentity, checkpoint_directory, reference_identity
 from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.reference_scores import ReferenceScores
-from megatron_bdpo.training.scoring import NoReference, ResidentReference
+from megatron_bdpo.training.reference.scores import ReferenceScores
+from megatron_bdpo.training.reference.scoring import NoReference, ResidentReference
 
 
 @dataclass

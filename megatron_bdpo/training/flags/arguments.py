@@ -19,7 +19,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import registry
 from megatron_bdpo.model.attention_backends import BACKENDS
-from megatron_bdpo.training import recipe
+from megatron_bdpo.training.flags import recipe
 
 #: What Megatron's local (non-TE) layers need; chosen for the user where Transformer Engine is not installed.
 LOCAL_LAYER_DEFAULTS = {

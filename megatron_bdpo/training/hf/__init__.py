@@ -1,0 +1,1 @@
+"""Hugging Face models at the start and at the end of a run."""

@@ -1,0 +1,1 @@
+"""The reference of a run: scored and kept, or resident."""
