@@ -30,6 +30,7 @@ INSTALL_REQUIRES = [
     "sentencepiece",
     "safetensors",  # reference values on disk
     "tqdm",
+    "click>=8.2",  # the program megatron-bdpo
     "pyyaml",  # recipes
     "psutil",  # megatron-core imports it if it can, and fails on saving a checkpoint if it cannot
 ]

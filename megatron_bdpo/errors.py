@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+#: White space between a sentence and the next one.
+_BETWEEN_SENTENCES = re.compile(r"(?<=\S[.?!]) +(?=[A-Z`])")
+
 
 class UserError(ValueError):
     """Something the user gave us cannot be used.
@@ -12,3 +17,16 @@ class UserError(ValueError):
 
     shown: bool = False
     """Already printed."""
+
+    def as_text(self, where: str = "", otherwise: str = "--help describes every flag.") -> str:
+        """The message for a terminal: a line of cause, which is its first sentence, and a line of advice, the rest.
+
+        Args:
+            where: what stands behind the word "error".
+            otherwise: the advice, where the message is one sentence. A message of several lines stays as it is.
+        """
+        message = str(self)
+        if "\n" in message:
+            return f"error{where}: {message}"
+        cause, *advice = _BETWEEN_SENTENCES.split(message, maxsplit=1)
+        return f"error{where}: {cause}\nadvice: {advice[0] if advice else otherwise}"

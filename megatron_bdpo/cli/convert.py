@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
+import click
+
+from megatron_bdpo.cli.common import PATH, example, only_one
 from megatron_bdpo.errors import UserError
 
 
-def add_parser(subcommands: Any) -> None:
-    """Add ``convert`` and its directions."""
-    parser = subcommands.add_parser("convert", help="Hugging Face models to Megatron checkpoints and back")
-    directions = parser.add_subparsers(metavar="DIRECTION", required=True)
-    _add_export(directions)
-    _add_import(directions)
+@click.group("convert", epilog=example("megatron-bdpo convert export --checkpoint RUN --hf-model MODEL --output DIR"))
+def convert() -> None:
+    """Hugging Face models to Megatron checkpoints and back."""
 
 
-def _add_export(directions: Any) -> None:
-    parser = directions.add_parser(
-        "export",
-        help="a torch_dist checkpoint to a Hugging Face model",
-        description="Write the model of a torch_dist checkpoint, whatever layout it was trained in, as a Hugging Face "
-        "model. One process; in memory are one layer and one file.",
-    )
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="as given to --save, or one iter_*"
-    )
-    origin = parser.add_mutually_exclusive_group(required=True)
-    origin.add_argument(
-        "--hf-model",
-        metavar="PATH_OR_NAME",
-        help="the model that the training started from: gives configuration, tokenizer, generation settings",
-    )
-    origin.add_argument("--family", help="for a model that never was one of Hugging Face's: llama, qwen2, ...")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="must not be there yet")
-    parser.set_defaults(run=_export)
+@convert.command(
+    "export", epilog=example("megatron-bdpo convert export --checkpoint RUN --hf-model MODEL --output DIR")
+)
+@click.option("--checkpoint", type=PATH, required=True, metavar="DIR", help="As given to --save, or one iter_*.")
+@click.option(
+    "--hf-model",
+    metavar="PATH_OR_NAME",
+    help="The model that the training started from: gives configuration, tokenizer, generation settings.",
+)
+@click.option("--family", help="For a model that never was one of Hugging Face's: llama, qwen2, ...")
+@click.option("--output", type=PATH, required=True, metavar="DIR", help="Must not be there yet.")
+def export(checkpoint: Path, hf_model: str | None, family: str | None, output: Path) -> None:
+    """Write a torch_dist checkpoint as a Hugging Face model.
 
-
-def _export(options: argparse.Namespace) -> None:
+    Whatever layout it was trained in. One process; in memory are one layer and one file.
+    """
+    only_one(hf_model=hf_model, family=family)
     from megatron_bdpo.platform.prepare import prepare_platform
 
     prepare_platform()
@@ -48,13 +42,13 @@ def _export(options: argparse.Namespace) -> None:
     from megatron_bdpo.training.hf import exporting as hf_export
 
     with process_groups(_ONE_PROCESS):
-        if options.hf_model:
-            original = model_directory(options.hf_model)
+        if hf_model:
+            original = model_directory(hf_model)
             config = read_json(original / CONFIG)
         else:
-            original, config = None, hf_export.config_of(options.checkpoint, options.family)
-        hf_export.export_checkpoint(options.checkpoint, options.output, config, original)
-    print(f"{options.output}: complete")
+            original, config = None, hf_export.config_of(checkpoint, family or "")
+        hf_export.export_checkpoint(checkpoint, output, config, original)
+    print(f"{output}: complete")
 
 
 _ONE_PROCESS = argparse.Namespace(
@@ -67,21 +61,18 @@ _ONE_PROCESS = argparse.Namespace(
 )
 
 
-def _add_import(directions: Any) -> None:
-    parser = directions.add_parser(
-        "import",
-        help="a Hugging Face model to a torch_dist checkpoint",
-        description="Write a Hugging Face model as a torch_dist checkpoint that --pretrained-checkpoint takes in any "
-        "layout. The whole model has to fit in memory; under torchrun, its ranks share it by tensor parallelism. "
-        "Training does not need this: it reads --hf-model directly.",
-    )
-    parser.add_argument("--hf-model", required=True, metavar="PATH_OR_NAME")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="must not be there yet")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights (bf16)")
-    parser.set_defaults(run=_import)
+@convert.command("import", epilog=example("megatron-bdpo convert import --hf-model MODEL --output DIR"))
+@click.option("--hf-model", required=True, metavar="PATH_OR_NAME")
+@click.option("--output", type=PATH, required=True, metavar="DIR", help="Must not be there yet.")
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True, help="Of the weights."
+)
+def import_(hf_model: str, output: Path, dtype: str) -> None:
+    """Write a Hugging Face model as a torch_dist checkpoint.
 
-
-def _import(options: argparse.Namespace) -> None:
+    --pretrained-checkpoint takes it in any layout. The whole model has to fit in memory; under torchrun, its ranks
+    share it by tensor parallelism. Training does not need this: it reads --hf-model directly.
+    """
     from megatron_bdpo.platform.prepare import prepare_platform
 
     prepare_platform()
@@ -89,12 +80,12 @@ def _import(options: argparse.Namespace) -> None:
     from megatron_bdpo.training.flags import arguments
     from megatron_bdpo.training.hf.importing import import_model
 
-    if options.output.exists():
-        raise UserError(f"{options.output} is there already. Remove it, or name another directory.")
-    precision = [] if options.dtype == "fp32" else [f"--{options.dtype}"]
-    args = arguments.parse(["--hf-model", options.hf_model, "--save", str(options.output), *precision])
+    if output.exists():
+        raise UserError(f"{output} is there already. Remove it, or name another directory.")
+    precision = [] if dtype == "fp32" else [f"--{dtype}"]
+    args = arguments.parse(["--hf-model", hf_model, "--save", str(output), *precision])
     args.tensor_model_parallel_size = args.world_size
     with process_groups(args):
         import_model(args)
     if args.rank == 0:
-        print(f"{options.output}: complete")
+        print(f"{output}: complete")

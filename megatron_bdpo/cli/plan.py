@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
+import click
+
+from megatron_bdpo.cli.common import POSITIVE, example, only_one
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning import tables
 from megatron_bdpo.planning.layout import Layout
@@ -24,69 +26,65 @@ _FIXED = {
 _DEFAULTS = {"seq_length": 4096, "pairs_per_step": 128, "reference": "precomputed", "precision": "bf16"}
 
 
-def add_parser(subcommands: Any) -> None:
-    """Add ``plan``."""
-    parser = subcommands.add_parser(
-        "plan",
-        help="layouts for a model on a cluster, and the memory they need",
-        description="Layouts that fit, in the order of a rule of thumb, with the memory of a GPU by part, and why the "
-        "others are out. Arithmetic, no measurement; no GPU is needed, and no weights.",
-    )
-    origin = parser.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--hf-model", metavar="PATH_OR_NAME", help="a directory or hub name; config.json is enough")
-    origin.add_argument(
-        "--recipe", action="append", metavar="FILE", help="model, packs, steps and precision of a recipe"
-    )
-    add = parser.add_argument
-    add(
-        "--gpus", type=_positive, nargs="+", required=True, metavar="N", help="of the cluster; several for a comparison"
-    )
-    add("--gpus-per-node", type=_positive, default=8)
-    add("--gpu-memory", type=float, default=80, metavar="GB", help="of 10^9 bytes (80)")
-    add("--seq-length", type=_positive, help="positions of a pack (4096, or the recipe's)")
-    add("--pairs-per-step", type=_positive, help="(128, or the recipe's)")
-    add("--tokens-per-pair", type=float, default=1000, help="prompt and both answers, on average (1000)")
-    add("--reference", choices=("precomputed", "resident"), help="(precomputed, or the recipe's)")
-    add("--precision", choices=("bf16", "fp16", "fp32", "fp8"), help="(bf16, or the recipe's)")
-    fixed = parser.add_argument_group("only layouts with these")
-    for name, flag in _FIXED.items():
-        fixed.add_argument(flag, dest=name, type=_positive, metavar="N")
-    add("--rows", type=_positive, default=8, help="layouts to show (8)")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="all layouts, memory in bytes")
-    output.add_argument("--markdown", action="store_true", help="the layouts that fit, as a table")
-    parser.set_defaults(run=_run)
+def _only_layouts_with(function: Any) -> Any:
+    """An option for each part of a layout that the user may fix."""
+    for name, flag in reversed(_FIXED.items()):
+        function = click.option(flag, name, type=POSITIVE, metavar="N", help="Only layouts with this.")(function)
+    return function
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+@click.command("plan", epilog=example("megatron-bdpo plan --hf-model MODEL --gpus 32 64 128 --seq-length 8192"))
+@click.option("--hf-model", metavar="PATH_OR_NAME", help="A directory or hub name; config.json is enough.")
+@click.option("--recipe", multiple=True, metavar="FILE", help="Model, packs, steps and precision of a recipe.")
+@click.option("--gpus", type=POSITIVE, multiple=True, required=True, metavar="N", help="Of the cluster.")
+@click.argument("more_gpus", type=POSITIVE, nargs=-1, metavar="[N]...")
+@click.option("--gpus-per-node", type=POSITIVE, default=8, show_default=True, metavar="N")
+@click.option("--gpu-memory", type=float, default=80, show_default=True, metavar="GB", help="Of 10^9 bytes.")
+@click.option("--seq-length", type=POSITIVE, metavar="N", help="Positions of a pack (4096, or the recipe's).")
+@click.option("--pairs-per-step", type=POSITIVE, metavar="N", help="(128, or the recipe's)")
+@click.option(
+    "--tokens-per-pair",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Prompt and both answers, on average.",
+)
+@click.option("--reference", type=click.Choice(["precomputed", "resident"]), help="(precomputed, or the recipe's)")
+@click.option("--precision", type=click.Choice(["bf16", "fp16", "fp32", "fp8"]), help="(bf16, or the recipe's)")
+@_only_layouts_with
+@click.option("--rows", type=POSITIVE, default=8, show_default=True, metavar="N", help="Layouts to show.")
+@click.option("--json", "as_json", is_flag=True, help="All layouts, memory in bytes.")
+@click.option("--markdown", is_flag=True, help="The layouts that fit, as a table.")
+def plan(**options: Any) -> None:
+    """List the layouts that fit a cluster, and their memory.
 
-
-def _run(options: argparse.Namespace) -> None:
-    questions = _questions(options)
-    found = [(question, *answer(question)) for question in questions]
-    if options.json:
+    In the order of a rule of thumb, with the memory of a GPU by part, and why the others are out. Arithmetic, no
+    measurement; no GPU is needed, and no weights. Several numbers after --gpus are compared.
+    """
+    only_one(hf_model=options["hf_model"], recipe=options["recipe"])
+    if options["as_json"] and options["markdown"]:
+        raise click.UsageError("--json and --markdown are two forms of one output. Give one.")
+    found = [(question, *answer(question)) for question in _questions(options)]
+    if options["as_json"]:
         print(json.dumps([tables.to_json(*each) for each in found], indent=1))
-    elif options.markdown:
-        print(tables.markdown([(question, answers) for question, answers, _ in found], options.rows))
+    elif options["markdown"]:
+        print(tables.markdown([(question, answers) for question, answers, _ in found], options["rows"]))
     else:
-        print("\n\n".join(tables.describe(*each, options.rows) for each in found))
+        print("\n\n".join(tables.describe(*each, options["rows"]) for each in found))
     for question, answers, _ in found:
         if not answers:
-            raise UserError(f"no layout of this model fits {question.gpus} GPUs of {options.gpu_memory:g} GB.")
+            raise UserError(f"no layout of this model fits {question.gpus} GPUs of {options['gpu_memory']:g} GB.")
 
 
-def _questions(options: argparse.Namespace) -> list[Question]:
-    if options.recipe:
+def _questions(options: dict[str, Any]) -> list[Question]:
+    if options["recipe"]:
         from megatron_bdpo.training.memory import of_recipe
 
-        model, told = of_recipe(options.recipe)
+        model, told = of_recipe(options["recipe"])
     else:
-        model, told = _of_hf_model(options.hf_model), {}
-    chosen = {**_DEFAULTS, **told, **{name: getattr(options, name) for name in _DEFAULTS if getattr(options, name)}}
+        model, told = _of_hf_model(options["hf_model"]), {}
+    chosen = {**_DEFAULTS, **told, **{name: options[name] for name in _DEFAULTS if options[name]}}
     job = JobShape(
         ranks=1,
         split=Split(layout=Layout(1, 1, 1)),
@@ -99,15 +97,15 @@ def _questions(options: argparse.Namespace) -> list[Question]:
         Question(
             model=model,
             gpus=gpus,
-            gpus_per_node=options.gpus_per_node,
-            gpu_memory=options.gpu_memory * GB,
+            gpus_per_node=options["gpus_per_node"],
+            gpu_memory=options["gpu_memory"] * GB,
             seq_length=chosen["seq_length"],
             pairs_per_step=chosen["pairs_per_step"],
-            tokens_per_pair=options.tokens_per_pair,
+            tokens_per_pair=options["tokens_per_pair"],
             job=job,
-            fixed={name: getattr(options, name) for name in _FIXED if getattr(options, name)},
+            fixed={name: options[name] for name in _FIXED if options[name]},
         )
-        for gpus in options.gpus
+        for gpus in (*options["gpus"], *options["more_gpus"])
     ]
 
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+import click
+
+from megatron_bdpo.cli import common
 
 
-def add_parser(subcommands: Any) -> None:
-    """Add ``score``, which leaves its flags to Megatron's parser."""
-    parser = subcommands.add_parser(
-        "score",
-        help="score preference pairs with a job's reference, ahead of its training; the flags are the training's "
-        "(on several ranks: torchrun -m megatron_bdpo.score)",
-        prefix_chars="\0",  # nothing is a flag here
-        add_help=False,
-    )
-    parser.add_argument("flags", nargs="*")
-    parser.set_defaults(run=_score)
+@common.passed_on
+@click.pass_context
+def _score(context: click.Context, flags: tuple[str, ...]) -> None:
+    """Score pairs with a job's reference, ahead of training.
 
-
-def _score(options: argparse.Namespace) -> None:
+    FLAGS are the training's, of which those about steps and optimizer may be left out; they follow below. On several
+    ranks: torchrun --nproc-per-node N -m megatron_bdpo.score FLAGS
+    """
     from megatron_bdpo.training import entry
 
-    entry.score(options.flags)
+    if common.asks_for_help(flags):
+        click.echo(context.get_help() + "\n")
+    with entry.refusals_told():
+        entry.score(flags)
+
+
+score = click.command(
+    "score",
+    epilog=common.example(
+        "megatron-bdpo score --hf-model MODEL --pair-data pairs.jsonl --seq-length 4096 --bf16 --reference-cache SCORES"
+    ),
+    **common.PASS_THROUGH,
+)(_score)

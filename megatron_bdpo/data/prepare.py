@@ -264,16 +264,21 @@ def _count_problem(
         )
 
 
-def _check_shares(report: DataReport, settings: PairDataSettings) -> None:
-    """Stop when more rows are broken or dropped than the settings allow."""
+def excess(report: DataReport, max_malformed_share: float, max_dropped_share: float) -> str | None:
+    """A sentence that says that more rows are broken or dropped than allowed; None if they are not."""
     for what, share, limit, flag in (
-        ("malformed", report.malformed_share, settings.max_malformed_share, "--max-malformed-share"),
-        ("dropped", report.dropped_share, settings.max_dropped_share, "--max-dropped-share"),
+        ("malformed", report.malformed_share, max_malformed_share, "--max-malformed-share"),
+        ("dropped", report.dropped_share, max_dropped_share, "--max-dropped-share"),
     ):
         if share > limit:
-            raise UserError(
-                f"{share:.1%} of the rows are {what}; {flag} allows {limit:.1%}.\n{_explained(report, settings)}"
-            )
+            return f"{share:.1%} of the rows are {what}; {flag} allows {limit:.1%}."
+    return None
+
+
+def _check_shares(report: DataReport, settings: PairDataSettings) -> None:
+    problem = excess(report, settings.max_malformed_share, settings.max_dropped_share)
+    if problem:
+        raise UserError(f"{problem}\n{_explained(report, settings)}")
 
 
 def _explained(report: DataReport, settings: PairDataSettings) -> str:

@@ -61,13 +61,13 @@ def check_environment(*, has_gpu: bool) -> None:
 
 
 #: What decides a run's numbers. Not all of it is there everywhere.
-_DECISIVE = ("megatron_bdpo", "megatron-core", "torch", "transformer-engine", "transformers", "datasets")
+DECISIVE = ("megatron_bdpo", "megatron-core", "torch", "transformer-engine", "transformers", "datasets")
 
 
 def installed_versions() -> dict[str, str]:
     """Versions of the packages that decide a run's numbers, of those that are installed."""
     found = {"python": platform.python_version()}
-    for name in _DECISIVE:
+    for name in DECISIVE:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

@@ -80,7 +80,7 @@ def _show_once(error: UserError) -> None:
 
 def show_error(error: UserError, where: str = "") -> None:
     """Print an error for the user."""
-    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    print(error.as_text(where), file=sys.stderr, flush=True)
 
 
 def _free_port() -> int:

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,9 @@ from megatron_bdpo.platform.prepare import prepare_platform
 
 if TYPE_CHECKING:
     from megatron_bdpo.training.run import PreferenceRun
+
+#: Set to anything, programs show the traceback of what the user can put right, too.
+DEBUG = "MEGATRON_BDPO_DEBUG"
 
 
 def train(argv: Sequence[str] | None = None) -> PreferenceRun:
@@ -102,16 +105,23 @@ def score_main(argv: Sequence[str] | None = None) -> list[Path]:
 
 def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequence[str] | None) -> Result:
     try:
-        return job(argv)
+        with refusals_told():
+            return job(argv)
     except UserError as error:
-        _tell_launcher(error)
+        if os.environ.get(DEBUG):
+            raise
         if not error.shown and int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(error.as_text(), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
-def _tell_launcher(error: UserError) -> None:
-    """Leave word that there is no use in trying again."""
-    from megatron_bdpo.training.reporting.status import write_status
+@contextlib.contextmanager
+def refusals_told() -> Iterator[None]:
+    """If the block ends with a UserError, leave word for the launcher that there is no use in trying again."""
+    try:
+        yield
+    except UserError as error:
+        from megatron_bdpo.training.reporting.status import write_status
 
-    write_status("refused", None, reason=str(error))
+        write_status("refused", None, reason=str(error))
+        raise

@@ -104,19 +104,25 @@ def build_job(args: argparse.Namespace) -> PairJob:
                 "from them (auto). Give it a value, or leave --reference out."
             )
         _plan_settings(args, longest_pair=0)  # what is wrong with the plan whatever the pairs: before they are read
-    cache_dir = _cache_dir(args)
-    stores = _open_stores(args, cache_dir)
+    cache_dir = cache_dir_of(args)
+    stores = open_stores(args, cache_dir)
     with all_ranks_agree():
         return _plan_job(args, loss, PairPool(stores), cache_dir)
 
 
-def _cache_dir(args: argparse.Namespace) -> Path:
+def cache_dir_of(args: argparse.Namespace) -> Path:
+    """Where tokens and reference values are kept."""
     if args.pair_cache_dir:
         return Path(args.pair_cache_dir)
     return Path(args.save) / "cache" if args.save else Path("runs") / "cache"
 
 
-def _open_stores(args: argparse.Namespace, cache_dir: Path) -> list[PairStore]:
+def open_stores(args: argparse.Namespace, cache_dir: Path) -> list[PairStore]:
+    """The pairs of training and, where they have sources of their own, the held-out ones. Rank 0 reads. Collective.
+
+    Raises:
+        UserError: on every rank, for anything wrong with tokenizer or data.
+    """
     settings: list[PairDataSettings] = []
     directories: list[str] = []
     with all_ranks_agree():

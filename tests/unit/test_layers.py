@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "planning": {"planning", "errors"},
     "training": {"training", "planning", "model", "logprobs", "data", "losses", "comprehension", "platform", "errors"},
 }
-MAY_IMPORT["score"] = {"training"}
+MAY_IMPORT["score"] = MAY_IMPORT["train"] = {"training"}
 MAY_IMPORT["report"] = {"report", "training", "data", "losses", "comprehension", "errors"}
 MAY_IMPORT["cli"] = {"cli", *MAY_IMPORT, ""}
 

@@ -82,6 +82,7 @@ def parse(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None 
         parsers.append(parser)
         add_preference_arguments(parser)
         parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
+        _mend_help(parser)
         known = {action.dest for action in parser._actions}
         for group in _default_groups(defaults or {}):
             if unknown := group.keys() - known:
@@ -114,6 +115,16 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     raise UserError(
         f"{message}." + (f" Did you mean {', '.join(near)}?" if near else "") + " (--help lists all flags.)"
     )
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """A help text of Megatron's holds a bare per cent sign, on which argparse fails: --help would be a traceback."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def _default_groups(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -1,0 +1,149 @@
+"""``megatron-bdpo data``: pair files before a training reads them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from megatron_bdpo.cli.common import NOT_NEGATIVE, PATH, POSITIVE, example
+from megatron_bdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_bdpo.data.store import PairStore
+
+_SHARE = click.FloatRange(min=0, max=1)
+
+
+@click.group("data", epilog=example("megatron-bdpo data check pairs.jsonl"))
+def data() -> None:
+    """Check, tokenize and measure preference pairs.
+
+    PAIRS are JSONL(.gz), Parquet or Arrow files, directories, or Hugging Face data sets.
+    """
+
+
+def _pairs(function: Any) -> Any:
+    """The arguments of all three: sources, and how much may be wrong with them."""
+    for add in (
+        click.option("--max-dropped-share", type=_SHARE, default=0.5, show_default=True, help="Unusable rows allowed."),
+        click.option("--max-malformed-share", type=_SHARE, default=0.0, show_default=True, help="Broken rows allowed."),
+        click.option("--json", "as_json", is_flag=True, help="For programs."),
+        click.argument("pairs", nargs=-1, required=True, metavar="PAIRS..."),
+    ):
+        function = add(function)
+    return function
+
+
+@data.command("check", epilog=example("megatron-bdpo data check pairs.jsonl --show 20"))
+@_pairs
+@click.option("--show", type=NOT_NEGATIVE, default=10, show_default=True, metavar="N", help="Bad rows to show.")
+@click.option("--max-rows", type=POSITIVE, metavar="N", help="Look at the first N rows of each source only.")
+def check(
+    pairs: tuple[str, ...],
+    max_dropped_share: float,
+    max_malformed_share: float,
+    as_json: bool,
+    show: int,
+    max_rows: int | None,
+) -> None:
+    """Count the rows, and those that give no pair by reason, with their lines.
+
+    Without a tokenizer, so what only tokens show is for `data prepare`. Exit code 2 where a training would stop.
+    """
+    from megatron_bdpo.data.check import check_rows
+    from megatron_bdpo.data.prepare import excess
+    from megatron_bdpo.data.records import RowProblem
+    from megatron_bdpo.data.sources import parse_sources
+
+    left = show
+
+    def show_problem(where: str, problem: RowProblem) -> None:
+        nonlocal left
+        if left and not as_json:
+            left -= 1
+            click.echo(f"{where}: {problem}")
+
+    report = check_rows(parse_sources(pairs), show_problem, max_rows)
+    print(json.dumps(report.to_json(), indent=1) if as_json else report.format())
+    problem = excess(report, max_malformed_share, max_dropped_share)
+    if problem:
+        raise UserError(f"{problem} Correct these rows, or allow them here and in the training with that flag.")
+
+
+def _tokenized(function: Any) -> Any:
+    """Where the tokenizer comes from, and the limits that decide the tokens. The names are the training's."""
+    for add in (
+        click.option("--pair-cache-dir", type=PATH, metavar="DIR", help="Where tokens are kept (./runs/cache)."),
+        click.option("--max-pairs", type=POSITIVE, metavar="N", help="Only the first N usable pairs."),
+        click.option("--max-response-length", type=POSITIVE, metavar="N", help="Cut responses to so many tokens."),
+        click.option("--max-prompt-length", type=POSITIVE, metavar="N", help="Cut prompts to their last N tokens."),
+        click.option("--recipe", multiple=True, metavar="FILE", help="Tokenizer and limits of a training's recipe."),
+        click.option("--tokenizer-model", metavar="PATH"),
+        click.option("--tokenizer-type", metavar="TYPE", help="Megatron's, e.g. SentencePieceTokenizer."),
+        click.option("--hf-model", metavar="PATH_OR_NAME", help="The model whose tokenizer it is; no weights needed."),
+    ):
+        function = add(function)
+    return _pairs(function)
+
+
+@data.command("prepare", epilog=example("megatron-bdpo data prepare pairs.jsonl --hf-model MODEL --pair-cache-dir DIR"))
+@_tokenized
+def prepare(**options: Any) -> None:
+    """Tokenize pairs ahead of a training.
+
+    A training with the same pairs, tokenizer and limits finds the tokens in its --pair-cache-dir.
+    """
+    store = _store(options)
+    if options["as_json"]:
+        print(json.dumps({"directory": str(store.directory), "report": store.report.to_json()}, indent=1))
+    else:
+        print(f"{store.report.format()}\n{store.directory}")
+
+
+@data.command("stats", epilog=example("megatron-bdpo data stats pairs.jsonl --hf-model MODEL"))
+@_tokenized
+def stats(**options: Any) -> None:
+    """Measure pairs in tokens: their lengths, and which --seq-length fits them.
+
+    Also how much sharing prompts saves, which answer is longer, and the safety labels. Tokenizes what is not yet.
+    """
+    from megatron_bdpo.data.statistics import PairStatistics
+
+    store = _store(options)
+    statistics = PairStatistics.of(store)
+    if options["as_json"]:
+        print(json.dumps({"report": store.report.to_json(), "statistics": statistics.to_json()}, indent=1))
+    else:
+        print(f"{store.report.format()}\n{statistics.format()}")
+
+
+_FLAGS = (
+    "hf_model",
+    "tokenizer_type",
+    "tokenizer_model",
+    "max_prompt_length",
+    "max_response_length",
+    "max_pairs",
+    "pair_cache_dir",
+    "max_malformed_share",
+    "max_dropped_share",
+)
+
+
+def _store(options: dict[str, Any]) -> PairStore:
+    """The tokenized pairs, through the training's own parser and reader."""
+    from megatron_bdpo.training.pair_data import tokenized_pairs
+
+    if not (options["hf_model"] or options["tokenizer_type"] or options["recipe"]):
+        raise UserError(
+            "no tokenizer is given. Name one with --hf-model, with --tokenizer-type and --tokenizer-model, or by a "
+            "--recipe."
+        )
+    flags = [word for recipe in options["recipe"] for word in ("--recipe", recipe)]
+    flags += ["--pair-data", *options["pairs"]]
+    for name in _FLAGS:
+        if options[name] is not None:
+            flags += [f"--{name.replace('_', '-')}", str(options[name])]
+    return tokenized_pairs(flags)

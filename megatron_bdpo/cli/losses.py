@@ -1,0 +1,102 @@
+"""``megatron-bdpo losses``: every loss of the registry, also those that installed packages add."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from megatron_bdpo.cli.common import example
+
+if TYPE_CHECKING:
+    from megatron_bdpo.losses.base import AnyLossSpec
+
+
+@click.command("losses", epilog=example("megatron-bdpo losses bdpo"))
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--markdown", is_flag=True, help="A table for a document.")
+def losses(name: str | None, as_json: bool, markdown: bool) -> None:
+    """List the losses: what each reads, its options, its source.
+
+    With NAME, that loss alone, with the meaning of its options.
+    """
+    from megatron_bdpo.losses import registry
+
+    if as_json and markdown:
+        raise click.UsageError("--json and --markdown are two forms of one output. Give one.")
+    specs = registry.all_specs() if name is None else (registry.get(name),)
+    described = [describe(spec) for spec in specs]
+    if as_json:
+        print(json.dumps(described, indent=1))
+    elif markdown:
+        print("\n".join(_markdown(described)))
+    elif name is None:
+        print("\n".join(line for loss in described for line in _lines(loss)))
+    else:
+        print("\n".join([*_lines(described[0])[:-1], *_explained(described[0])]))
+
+
+def describe(spec: AnyLossSpec) -> dict[str, Any]:
+    """A loss as an object for ``json.dump``: name, summary, what it reads with its default options, options, source."""
+    from megatron_bdpo.losses import registry
+
+    needs = spec.requirements(spec.options())
+    reads = {"reference": needs.reference, "comprehension": needs.comprehension, "safety labels": needs.safety}
+    options = [
+        {
+            "flag": field.flag,
+            "default": field.defaults[spec.name],
+            "choices": list(field.choices or field.words),
+            "help": field.help,
+        }
+        for field in registry.option_fields().values()
+        if spec.name in field.defaults
+    ]
+    return {
+        "name": spec.name,
+        "summary": spec.summary,
+        "reads": [name for name, needed in reads.items() if needed],
+        "options": options,
+        "source": spec.source,
+    }
+
+
+def _told(option: dict[str, Any]) -> str:
+    """An option with its default: ``--beta 0.1``; a switch as the flag that changes it."""
+    flag, default = option["flag"], option["default"]
+    if isinstance(default, bool):
+        return f"--no-{flag.removeprefix('--')}" if default else flag
+    told = f"{flag} {default:g}" if isinstance(default, int | float) else f"{flag} {default}"
+    others = [choice for choice in option["choices"] if choice != default]
+    return f"{told} (or {', '.join(others)})" if others else told
+
+
+def _lines(loss: dict[str, Any]) -> list[str]:
+    reads = ", ".join(loss["reads"]) or "nothing but the policy"
+    return [
+        f"{loss['name']:<9}{loss['summary']}",
+        f"{'':<9}reads {reads}; {loss['source']}",
+        f"{'':<9}{', '.join(map(_told, loss['options']))}",
+    ]
+
+
+def _explained(loss: dict[str, Any]) -> list[str]:
+    lines = []
+    for option in loss["options"]:
+        lines += [f"{'':<9}{_told(option)}", *_wrapped(option["help"])]
+    return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    return click.wrap_text(text, 80, " " * 13, " " * 13).splitlines()
+
+
+def _markdown(described: list[dict[str, Any]]) -> list[str]:
+    rows = [["name", "what it is", "reads", "options (defaults)", "source"], ["---"] * 5]
+    for loss in described:
+        options = ", ".join(f"`{_told(option)}`" for option in loss["options"])
+        reads = ", ".join(loss["reads"]) or "nothing"
+        rows.append([f"`{loss['name']}`", loss["summary"], reads, options, loss["source"]])
+    return [f"| {' | '.join(row)} |" for row in rows]

@@ -1,0 +1,95 @@
+"""What the lengths and labels of tokenized pairs say about the flags of a training."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_bdpo.data.layout import group_tokens
+from megatron_bdpo.data.store import SAFE, UNKNOWN, UNSAFE, PairStore
+
+_PACK_LENGTHS = tuple(2**exponent for exponent in range(9, 18))  # 512 to 131,072 positions
+_SHARES = (50, 95, 99, 100)
+
+
+@dataclass(frozen=True)
+class PairStatistics:
+    """Of all pairs of a store. Positions are those of a pack that shares prompts: prompt, chosen and rejected once.
+
+    Attributes:
+        pairs: their number.
+        mean_positions: per pair; what ``megatron-bdpo plan --tokens-per-pair`` asks for.
+        positions: percentile -> positions of a pair.
+        too_long: pack length (``--seq-length``) -> pairs that do not fit one, up to the first length that fits all.
+        chosen_longer: share of pairs whose chosen response has more tokens than the rejected one.
+        length_difference: mean of chosen minus rejected, in tokens.
+        labels: (chosen, rejected) safety in words -> pairs; empty where no pair has a label.
+        shared_prompt_saving: share of a training's tokens that encoding each prompt once saves.
+    """
+
+    pairs: int
+    mean_positions: float
+    positions: dict[int, int]
+    too_long: dict[int, int]
+    chosen_longer: float
+    length_difference: float
+    labels: dict[str, int]
+    shared_prompt_saving: float
+
+    @classmethod
+    def of(cls, store: PairStore) -> PairStatistics:
+        """Read the lengths and labels of a store; its tokens are not touched."""
+        lengths = store.lengths.astype(np.int64)
+        positions = group_tokens(lengths, share_prompts=True)
+        separate = group_tokens(lengths, share_prompts=False)
+        too_long: dict[int, int] = {}
+        for length in _PACK_LENGTHS:
+            too_long[length] = int((positions > length).sum())
+            if not too_long[length]:
+                break
+        difference = lengths[:, 1] - lengths[:, 2]
+        return cls(
+            pairs=len(store),
+            mean_positions=float(positions.mean()),
+            positions={share: int(np.percentile(positions, share, method="higher")) for share in _SHARES},
+            too_long=too_long,
+            chosen_longer=float((difference > 0).mean()),
+            length_difference=float(difference.mean()),
+            labels=_labels(store),
+            shared_prompt_saving=float(1 - positions.sum() / separate.sum()),
+        )
+
+    def format(self) -> str:
+        """As text, a fact per line."""
+        of = {50: "median", 95: "95 %", 99: "99 %", 100: "largest"}
+        lines = [
+            f"positions of a pair: mean {self.mean_positions:.1f}, "
+            + ", ".join(f"{of[share]} {value:,}" for share, value in self.positions.items()),
+            f"shared prompts: {self.shared_prompt_saving:.1%} fewer tokens than one prompt per answer",
+            f"chosen is the longer answer in {self.chosen_longer:.1%} of the pairs, by "
+            f"{self.length_difference:+.1f} tokens on average",
+            "pairs that do not fit a pack of --seq-length",
+        ]
+        for length, count in self.too_long.items():
+            lines.append(f"  {length:>7,}  {count:>9,}  {count / self.pairs:>7.2%}")
+        if self.labels:
+            lines.append("safety labels (chosen, rejected)")
+            lines += [f"  {words:<18} {count:>9,}" for words, count in self.labels.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object for ``json.dump``."""
+        return dataclasses.asdict(self)
+
+
+def _labels(store: PairStore) -> dict[str, int]:
+    words = {SAFE: "safe", UNSAFE: "unsafe", UNKNOWN: "unknown"}
+    kinds, counts = np.unique(store.unsafe, axis=0, return_counts=True)
+    labels = {
+        f"{words[int(chosen)]}, {words[int(rejected)]}": int(count)
+        for (chosen, rejected), count in zip(kinds, counts, strict=True)
+    }
+    return {} if set(labels) == {"unknown, unknown"} else labels
