@@ -147,7 +147,7 @@ def test_the_program(ranks, tmp_path):
     assert np.isfinite(open_scores(tmp_path / "scores" / "heldout").unconditional).all()
     for flag, value, reason in (
         ("--preference-loss", "simpo", "reads no reference: there is nothing to score"),
-        ("--reference", "resident", "keeps no scores"),
+        ("--reference", "resident", "a resident one has none"),
         ("--score-shard-pairs", "7", "in shards of 4096 pairs, not of 7"),
         ("--score-shard-pairs", "0", "--score-shard-pairs must be at least 1"),
     ):
