@@ -52,6 +52,8 @@ EXTRAS_REQUIRE = {
     "test": [
         *HF,
         *REPORT,
+        "build",  # tests/first_hour builds the wheel,
+        "setuptools>=77",  # with the environment's own backend
         "hypothesis",
         "mypy>=2.4,<3",
         "pytest>=8",
@@ -68,6 +70,7 @@ setup(
     description="Balanced DPO and its sister preference losses as a plugin for NVIDIA Megatron",
     long_description=_readme.read_text("utf-8") if _readme.exists() else "",
     long_description_content_type="text/markdown",
+    project_urls={"Method": "https://arxiv.org/abs/2603.22829"},
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",
