@@ -18,6 +18,9 @@ class UserError(ValueError):
     shown: bool = False
     """Already printed."""
 
+    is_final: bool = True
+    """The same flags and data will end the same way: a launcher need not try again."""
+
     def as_text(self, where: str = "", otherwise: str = "--help describes every flag.") -> str:
         """The message for a terminal: a line of cause, which is its first sentence, and a line of advice, the rest.
 
@@ -30,3 +33,9 @@ class UserError(ValueError):
             return f"error{where}: {message}"
         cause, *advice = _BETWEEN_SENTENCES.split(message, maxsplit=1)
         return f"error{where}: {cause}\nadvice: {advice[0] if advice else otherwise}"
+
+
+class PassingError(UserError):
+    """What may be gone at the next try: a disk that is full, a number that only one machine got wrong."""
+
+    is_final = False

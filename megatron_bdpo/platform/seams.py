@@ -14,12 +14,14 @@ and restored afterwards. Nothing is copied: each wrapper calls Megatron's own fu
 | `training_log`              | Megatron's line leaves out negative values (log-probs, rewards) and knows no pairs     |
 | `evaluate`                  | the same for evaluation, and the before/after table                                    |
 | `get_signal_handler`        | a stop file asks for what a signal asks for: a checkpoint, then the end                |
+| `dist_checkpointing.save`   | a checkpoint is complete, digests and all, before Megatron's tracker names it          |
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +44,9 @@ class TrainerHooks(Protocol):
     def before_training(self, evaluate: Callable[[], Any]) -> None:
         """Training is about to begin. ``evaluate`` runs one evaluation."""
 
+    def after_update(self, grad_norm: float, iteration: int) -> None:
+        """The optimizer has made step ``iteration``; ``grad_norm`` is of all ranks, before clipping."""
+
     def after_step(self, losses: dict[str, torch.Tensor], iteration: int, skipped: bool) -> None:
         """One optimizer step is done. ``losses`` is empty but on the last pipeline stage.
 
@@ -50,6 +55,12 @@ class TrainerHooks(Protocol):
 
     def after_evaluation(self, metrics: dict[str, torch.Tensor]) -> None:
         """One pass over the held-out pairs is done. ``metrics`` is empty but on the last pipeline stage."""
+
+    def saving(self, directory: Path) -> contextlib.AbstractContextManager[None]:
+        """Around the writing of a checkpoint's files, or with ``--async-save`` the start of it."""
+
+    def after_files(self, directory: Path) -> None:
+        """All files of a checkpoint are written; the tracker does not name it yet."""
 
     def signals_received(self) -> list[bool]:
         """After each step, with ``args.exit_signal_handler``: any True ends the run after a checkpoint."""
@@ -60,6 +71,7 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
     """Wrap the trainer's functions with ``hooks`` inside the ``with`` block."""
     import megatron.core.datasets.utils as dataset_utils
     import megatron.training.training as trainer
+    from megatron.core import dist_checkpointing
 
     replacements = [
         (dataset_utils, "compile_helpers", lambda: None),
@@ -71,6 +83,7 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
         (trainer, "training_log", _log(trainer.training_log, hooks)),
         (trainer, "evaluate", _evaluate(trainer.evaluate, hooks)),
         (trainer, "get_signal_handler", lambda: hooks),
+        (dist_checkpointing, "save", _save(dist_checkpointing.save, hooks)),
     ]
     with _replaced(replacements):
         yield
@@ -193,6 +206,8 @@ def _log(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any
         for name, value in (("learning_rate", learning_rate), ("grad_norm", grad_norm)):
             if losses and value is not None:
                 losses[name] = losses["loss"].new_tensor(float(value), dtype=torch.float64)
+        if grad_norm is not None and not skipped:
+            hooks.after_update(float(grad_norm), iteration)
         hooks.after_step(losses, iteration, bool(skipped))
         return result
 
@@ -212,3 +227,16 @@ def _evaluate(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[...
         return metrics, collected, time_limit
 
     return evaluate
+
+
+def _save(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
+    def save(state: Any, directory: Any, *args: Any, **kwargs: Any) -> Any:
+        with hooks.saving(Path(directory)):
+            request = original(state, directory, *args, **kwargs)
+            if request is None:
+                hooks.after_files(Path(directory))
+            else:  # --async-save: run by every rank once all have written
+                request.finalize_fns.append(lambda: hooks.after_files(Path(directory)))
+        return request
+
+    return save

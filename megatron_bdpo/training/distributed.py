@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from megatron_bdpo.data.context import ContextRank
-from megatron_bdpo.errors import UserError
+from megatron_bdpo.errors import PassingError, UserError
 from megatron_bdpo.training.reporting.console import show
 
 #: One rank may tokenise or score for hours while the others wait for it.
@@ -23,6 +23,7 @@ _PATIENCE = timedelta(days=2)
 _LEAVE_TOGETHER = timedelta(seconds=10)
 
 _host_group: Any = None
+_failed_after_others = False
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def process_groups(args: argparse.Namespace) -> Iterator[None]:
 
     With ``--fake-process-group`` this process plays rank 0 of the others: collectives answer with its own values.
     """
-    global _host_group
+    global _host_group, _failed_after_others
     backend, host_backend = args.distributed_backend, "gloo"
     kwargs: dict[str, Any] = {}
     if args.fake_process_group:
@@ -56,11 +57,29 @@ def process_groups(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        _is_first_to_fail()
         _show_once(error)
+        raise
+    except Exception:
+        _failed_after_others = not _is_first_to_fail()
         raise
     finally:
         _host_group = None
         distributed.destroy_process_group()
+
+
+def _is_first_to_fail() -> bool:
+    """Whether no rank has failed before. Asks the store of the launcher, which a failing rank does not take with it."""
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        return bool(store.add("megatron_bdpo/failed", 1) == 1)
+    except RuntimeError:  # it is gone with its rank
+        return False
+
+
+def failed_after_others() -> bool:
+    """Whether this rank's failure follows from another's, which has told the cause."""
+    return _failed_after_others
 
 
 def _show_once(error: UserError) -> None:
@@ -103,16 +122,15 @@ def all_ranks_agree() -> Iterator[None]:
 
     Collective. Without it a rank that finds bad input would leave the others waiting in their next collective.
     """
-    problem: str | None = None
+    problem: tuple[str, bool] | None = None
     try:
         yield
     except UserError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(problems, problem, group=host_group())
-    for found in problems:
+        problem = str(error), error.is_final
+    for found in gather(problem):
         if found is not None:
-            raise UserError(found)
+            message, is_final = found
+            raise UserError(message) if is_final else PassingError(message)
 
 
 def broadcast[T](value: T | None) -> T:

@@ -94,7 +94,10 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> PreferenceRun:
-    """:func:`train` for programs: a UserError ends them with exit code 2 instead of a traceback."""
+    """:func:`train` for programs: a UserError ends them with exit code 2 instead of a traceback.
+
+    Of anything else the rank that fails first shows the traceback, and those that fail for want of it a line.
+    """
     return _program(train, argv)
 
 
@@ -113,6 +116,18 @@ def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequen
         if not error.shown and int(os.environ.get("RANK", "0")) == 0:
             print(error.as_text(), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except Exception as error:
+        from megatron_bdpo.training.distributed import failed_after_others
+
+        if not failed_after_others():
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"rank {rank}: left after another rank ({_first_line(error)})", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:120]
 
 
 @contextlib.contextmanager
@@ -123,5 +138,6 @@ def refusals_told() -> Iterator[None]:
     except UserError as error:
         from megatron_bdpo.training.reporting.status import write_status
 
-        write_status("refused", None, reason=str(error))
+        if error.is_final:
+            write_status("refused", None, reason=str(error))
         raise

@@ -20,6 +20,7 @@ from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses, Requirements
 from megatron_bdpo.model.pair_gpt import ScoringContext, score_sequences
 from megatron_bdpo.training.batches import PackBatch
+from megatron_bdpo.training.finite import check_losses
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_report
 from megatron_bdpo.training.step_zero import StepZeroGate
 
@@ -100,6 +101,8 @@ class PreferenceStep:
     reference: ReferenceValues
     scoring: TokenScoring
     check_nan: bool = True
+    describe: Callable[[int], str] = "pair {}".format
+    """A pair's name for messages, by its id."""
     gate: StepZeroGate | None = None
     """During the first step: told how far each pair's loss is from its value at policy == reference."""
     imbalance_edges: Tensor | None = None
@@ -115,7 +118,7 @@ class PreferenceStep:
         pairs, losses = self.loss(batch, policy, reference, unconditional)
         loss_sum = losses.loss.sum().float()
         if self.check_nan:
-            _reject_nan(loss_sum)
+            check_losses(losses.loss, pairs, batch.pair_ids, self.describe)
         if self.gate is not None and reference is not None:
             _, at_reference = self.loss(batch, reference, reference, unconditional)
             drift = ((policy - reference) / batch.sequence_tokens).abs().reshape(-1, 2).amax(dim=1)
@@ -170,19 +173,6 @@ def _sums(values: dict[str, Tensor]) -> Report:
         name: torch.stack([value.detach().sum(), value.new_tensor(value.numel())]).float()
         for name, value in values.items()
     }
-
-
-def _reject_nan(loss: Tensor) -> None:
-    """Let Megatron's rerun machinery decide about a NaN: rerun, report, stop."""
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
-
-    get_rerun_state_machine().validate_result(
-        result=loss,
-        rejection_func=torch.isnan,
-        message="found NaN in the preference loss of a microbatch",
-        tolerance=0.0,
-        fatal=True,
-    )
 
 
 @dataclass

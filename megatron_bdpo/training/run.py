@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +26,10 @@ from megatron_bdpo.data.layout import group_tokens
 from megatron_bdpo.model.reference import weights_at_rest
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
-from megatron_bdpo.training import identity
+from megatron_bdpo.training import checkpoints, identity
 from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
+from megatron_bdpo.training.finite import broken_gradient, gradients_named, reject_broken_weights
 from megatron_bdpo.training.flags import precision
 from megatron_bdpo.training.flags.validation import keep_recipe
 from megatron_bdpo.training.forward import PreferenceStep
@@ -76,6 +79,7 @@ class PreferenceRun:
             NoReference(),
             replace(self.scoring, entropy=args.log_entropy),
             check_nan=args.check_for_nan_in_loss_and_grad,
+            describe=self.job.pool.describe,
         )
         self.model: list[Any] = []
         self.stop = StopRequest(args.stop_file or ())
@@ -100,6 +104,8 @@ class PreferenceRun:
             if not leaving.code:
                 self._report("stopped", self.stop.reason or "--exit-interval or --exit-duration-in-mins")
                 say(self._farewell())
+            else:
+                say(self._given_up(leaving.code))
             raise
         finally:
             forget_global_state()
@@ -113,6 +119,11 @@ class PreferenceRun:
         if not self.args.save:
             return f"{place}; nothing was kept, for want of --save."
         return f"{place}; the same command with --load {self.args.save} goes on."
+
+    def _given_up(self, code: object) -> str:
+        """With --rerun-mode, Megatron ends a run whose numbers it does not trust."""
+        step = self._iteration + 1
+        return f"error: Megatron has ended the run in step {step} (exit code {code}); its log has the reason."
 
     def print_table(self) -> None:
         """Print held-out results before and after, from the last rank, where metrics live. After ``pretrain``."""
@@ -221,7 +232,8 @@ class PreferenceRun:
         def run(*args: Any, forward_only: bool = False, **kwargs: Any) -> Any:
             if not forward_only:
                 self._step_started = time.perf_counter()
-            return inner(*args, forward_only=forward_only, **kwargs)
+            with gradients_named(self._iteration + 1, self._pairs_of_step, self.job.pool.describe):
+                return inner(*args, forward_only=forward_only, **kwargs)
 
         return run
 
@@ -244,6 +256,26 @@ class PreferenceRun:
     def after_evaluation(self, metrics: dict[str, Tensor]) -> None:
         """Report the held-out pairs."""
         self.progress.evaluation(metrics, self._iteration)
+
+    def after_update(self, grad_norm: float, iteration: int) -> None:
+        """Stop before anything is saved of an update that was not finite."""
+        if not math.isfinite(grad_norm):
+            raise broken_gradient(
+                f"norm {grad_norm}", iteration, self._pairs_of_step(iteration), self.job.pool.describe
+            )
+
+    def _pairs_of_step(self, iteration: int) -> IntArray:
+        return self.job.plan.steps[iteration - 1]
+
+    def saving(self, directory: Path) -> contextlib.AbstractContextManager[None]:
+        """Weights that are not finite are not written, and a disk that is full is told of as one."""
+        reject_broken_weights(self.model, directory)
+        return checkpoints.failures_to_save(directory)
+
+    def after_files(self, directory: Path) -> None:
+        """Leave the digests of the checkpoint's files."""
+        if self.args.checkpoint_checksums:
+            checkpoints.write_manifest(directory)
 
     def signals_received(self) -> list[bool]:
         """Whether to stop after this step."""

@@ -54,6 +54,9 @@ PAIR_DEFAULTS = {
     "eval_iters": None,
     "log_interval": 1,
     "eval_interval": 100,
+    # Validate every step, the first too, and stop at once. Megatron's own default repeats the step, saves, and goes on
+    # only on another GPU.
+    "rerun_mode": "disabled",
 }
 
 
@@ -224,6 +227,12 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         default="file",
         help="where Megatron's own lines go: megatron.log in the directory of --save (without one they are dropped), "
         "or between ours",
+    )
+    add(
+        "--checkpoint-checksums",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write the digests of a checkpoint's files beside them, and compare them before a checkpoint is used",
     )
     add("--eval-at-start", action="store_true", help="evaluate the held-out pairs before the first step, too")
     add(

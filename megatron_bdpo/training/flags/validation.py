@@ -17,6 +17,7 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.versions import installed_versions
+from megatron_bdpo.training.checkpoints import settle_checkpoints
 from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
 from megatron_bdpo.training.flags import recipe
 from megatron_bdpo.training.hf.start import vocabulary_size
@@ -78,11 +79,12 @@ def refusals_of_megatron() -> Iterator[None]:
 
 
 def check_directories(args: argparse.Namespace) -> None:
-    """Refuse a starting checkpoint that is not there, and a --save that cannot be written. Collective.
+    """Refuse a starting checkpoint that is not there or damaged, and a --save that cannot be written. Collective.
 
     Raises:
         UserError: on every rank, naming the flag.
     """
+    settle_checkpoints(args)
     start = [args.load, args.pretrained_checkpoint]
     if args.pretrained_checkpoint and not any(map(checkpoint_directory, start)):
         raise UserError(f"--pretrained-checkpoint {args.pretrained_checkpoint}: there is no checkpoint in it.")

@@ -17,6 +17,7 @@ from megatron_bdpo.model.digest import weights_digest
 from megatron_bdpo.model.hf.hub import is_model_directory
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.model.reference import WEIGHTS_DIR, build_reference, copy_policy, load_weights, save_weights
+from megatron_bdpo.training.checkpoints import damage
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
 from megatron_bdpo.training.forward import ReferenceValues
 from megatron_bdpo.training.hf.start import weights_loader
@@ -116,6 +117,9 @@ class ReferenceProvider:
                 "Start a new run from the checkpoint's weights with --finetune."
             )
         reference = build_reference(self.config)
+        if problems := damage(Path(identity.reference_weights)):
+            listed = "\n".join(f"  {line}" for line in problems)
+            raise UserError(f"the weights of the original reference are damaged:\n{listed}\nRestore them.")
         if is_model_directory(Path(identity.reference_weights)):
             weights_loader(identity.reference_weights)(unwrap_model(reference))
         else:

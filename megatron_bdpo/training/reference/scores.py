@@ -29,6 +29,7 @@ from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.platform.versions import installed_versions
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, context_rank, is_rank_zero, say
+from megatron_bdpo.training.finite import check_reference
 from megatron_bdpo.training.job import PairJob, length_unit
 from megatron_bdpo.training.reference.scoring import BoolArray, FloatArray, Groups, GroupScorer, ReferenceTable
 
@@ -101,6 +102,8 @@ class ReferenceScores:
         with all_ranks_agree():
             if cache is not None:
                 cache.finish(len(store), {kind: _count(known[kind]) for kind in self._kinds}, job)
+        for kind in self._kinds:
+            check_reference(known[kind], needed, kind, store.describe)
         scored = int(np.logical_or.reduce(list(missing.values())).sum())
         say(f"reference: {int(needed.sum())} {STORES[index]} pairs, {scored} of them scored now; scores in {directory}")
         return known
@@ -126,7 +129,7 @@ class ReferenceScores:
         self, index: int, cache: ScoreCache | None, known: Arrays, missing: dict[str, BoolArray], shard_pairs: int
     ) -> dict[str, Any]:
         """Score shard by shard, into ``known`` and, on rank 0, into the cache. Returns what to put on record."""
-        pairs = np.logical_or.reduce(list(missing.values()))
+        pairs, store = np.logical_or.reduce(list(missing.values())), self.job.pool.stores[index]
         if not pairs.any():
             return {}
         groups_total = sum(int(mask.sum()) for mask in missing.values())
@@ -141,6 +144,9 @@ class ReferenceScores:
                 fresh = {kind: values[groups.unconditional == (kind == KINDS[1])] for kind in missing}
                 for kind, mask in missing.items():
                     known[kind][rows][mask[rows]] = fresh[kind]
+                    in_shard = np.zeros_like(mask)
+                    in_shard[rows] = mask[rows]
+                    check_reference(known[kind], in_shard, kind, store.describe)  # before it is kept
                 with all_ranks_agree():
                     if cache is not None:
                         kept = cache.add(int(shard), self._shard(index, known, rows))

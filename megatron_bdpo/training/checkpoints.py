@@ -1,0 +1,243 @@
+"""Checkpoints that can be trusted: every file's digest is written with the checkpoint and compared before its use.
+
+The manifest is Megatron's own (``integrity.json``, SHA-256; ``--verify-integrity`` reads it too), but the ranks share
+the hashing, where Megatron has one of them read the whole checkpoint. It is written after all other files and before
+Megatron's tracker names the checkpoint. So:
+
+- a save that was killed is named by no tracker, and what it leaves does not fit a manifest;
+- a checkpoint whose files differ from its manifest is not used: ``--load`` goes back to the newest one that is whole,
+  and says so; weights to start from (``--pretrained-checkpoint``, ``--finetune``) are refused instead;
+- a checkpoint without a manifest, of another program or of ``--no-checkpoint-checksums``, is taken as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
+from megatron.training.checkpointing import get_checkpoint_tracker_filename
+
+from megatron_bdpo.errors import PassingError, UserError
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, is_rank_zero, say
+
+_ALGORITHM = "sha256"
+_WRITER = re.compile(r"__(\d+)_\d+\.distcp")
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+#: What every checkpoint of torch_dist has, written last.
+_COMPLETE = "metadata.json"
+
+
+def write_manifest(directory: Path) -> None:
+    """Write the digests of a checkpoint whose files are all there. Collective.
+
+    Raises:
+        UserError: on every rank, when a file cannot be read or the manifest not be written.
+    """
+    own: dict[str, str] = {}
+    with all_ranks_agree(), _failures(directory):
+        own = {path.name: _digest(path) for path in _own_share(_files(directory))}
+    digests = {name: digest for each in gather(own) for name, digest in each.items()}
+    with all_ranks_agree(), _failures(directory):
+        if is_rank_zero():
+            content = {"algorithm": _ALGORITHM, "files": dict(sorted(digests.items()))}
+            _write_whole(directory / INTEGRITY_FNAME, json.dumps(content, indent=2))
+
+
+def damage(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint, a line for each file; none where it is whole or has no manifest. Collective."""
+    files: dict[str, str] = {}
+    problems: list[str] = []
+    if is_rank_zero():
+        files, problems = _manifest(directory)
+    files, problems = broadcast((files, problems))
+    own = [_compared(path, files[path.name]) for path in _own_share([directory / name for name in sorted(files)])]
+    return problems + [problem for each in gather(own) for problem in each if problem]
+
+
+def settle_checkpoints(args: argparse.Namespace) -> None:
+    """Find out before anything is built that the checkpoints to start from are whole. Collective.
+
+    Where the newest one of ``--load`` is damaged, Megatron's tracker is made to name the newest one that is not.
+
+    Raises:
+        UserError: on every rank; none is whole, or weights to start from are damaged.
+    """
+    if not args.checkpoint_checksums:
+        return
+    if args.load and not args.finetune and args.ckpt_step is None:
+        _go_back(Path(args.load))
+    elif args.load:
+        _refuse_damaged("--load", Path(args.load), args.ckpt_step)
+    if args.pretrained_checkpoint:
+        _refuse_damaged("--pretrained-checkpoint", Path(args.pretrained_checkpoint), None)
+
+
+def _go_back(root: Path) -> None:
+    named = broadcast(_named(root) if is_rank_zero() else None)
+    if named is None or named == "release":
+        return _refuse_damaged("--load", root, None)
+    seen = [] if named else [f"{get_checkpoint_tracker_filename(str(root))} names none"]
+    for iteration in broadcast(_candidates(root, named) if is_rank_zero() else None):
+        problems = damage(_directory(root, iteration))
+        if not problems:
+            if seen:
+                _name(root, iteration)
+                lines = "\n".join(f"  {line}" for line in seen)
+                say(
+                    f"WARNING: the newest checkpoint in {root} is damaged:\n{lines}\n  The run goes on from iteration "
+                    f"{iteration}, the newest that is whole; what came after it is done again."
+                )
+            return None
+        seen += problems
+    raise UserError(
+        f"--load {root}: there is no checkpoint in it that is whole.\n"
+        + "\n".join(f"  {line}" for line in seen)
+        + "\nRestore one of them, or start the run anew in another directory."
+    )
+
+
+def _named(root: Path) -> str | None:
+    """What the tracker says; "" where it is damaged, None where there is none."""
+    tracker = Path(get_checkpoint_tracker_filename(str(root)))
+    if not tracker.is_file():
+        return None
+    text = tracker.read_bytes().decode(errors="replace").strip()
+    return text if text == "release" or text.isdigit() else ""
+
+
+def _candidates(root: Path, named: str) -> list[int]:
+    """Iterations to try, newest first: the one that is named, and older ones that can be told to be whole."""
+    found = [int(match[1]) for path in root.iterdir() if (match := _ITERATION.fullmatch(path.name))]
+    limit = int(named) if named else max(found, default=-1) + 1
+    older = [each for each in found if each < limit and (_directory(root, each) / INTEGRITY_FNAME).is_file()]
+    return [*([limit] if named else []), *sorted(older, reverse=True)]
+
+
+def _name(root: Path, iteration: int) -> None:
+    with all_ranks_agree():
+        if is_rank_zero():
+            tracker = Path(get_checkpoint_tracker_filename(str(root)))
+            try:
+                _write_whole(tracker, str(iteration))
+            except OSError as error:
+                raise UserError(
+                    f"the newest checkpoint in {root} is damaged, and {tracker} cannot be changed ({error}). Put "
+                    f"{iteration} there, the newest iteration that is whole."
+                ) from error
+
+
+def _refuse_damaged(flag: str, root: Path, step: int | None) -> None:
+    named = broadcast(_named(root) if is_rank_zero() else None)
+    if not named:  # none at all; others say so
+        return
+    place = root / "release" if step is None and named == "release" else _directory(root, step or int(named))
+    if problems := damage(place):
+        listed = "\n".join(f"  {line}" for line in problems)
+        raise UserError(f"{flag} {root}: its checkpoint is damaged:\n{listed}\nRestore it, or name another one.")
+
+
+def _directory(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}"
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.is_file() and path.name != INTEGRITY_FNAME)
+
+
+def _own_share(files: list[Path]) -> list[Path]:
+    """Each rank reads what it has written, which its machine may still hold in memory, and its share of the rest."""
+    from torch import distributed
+
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    writers = [int(match[1]) if (match := _WRITER.fullmatch(path.name)) else index for index, path in enumerate(files)]
+    return [path for path, writer in zip(files, writers, strict=True) if writer % ranks == rank]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _ALGORITHM).hexdigest()
+
+
+def _compared(path: Path, expected: str) -> str:
+    try:
+        return "" if _digest(path) == expected else f"{path} is not what was written"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error})"
+
+
+def _manifest(directory: Path) -> tuple[dict[str, str], list[str]]:
+    """Digests by file name, and what is wrong already."""
+    path = directory / INTEGRITY_FNAME
+    try:
+        if not path.is_file():
+            whole = directory.is_dir() and ((directory / _COMPLETE).is_file() or not list(directory.glob("*.distcp")))
+            return {}, [] if whole else [f"{directory} is not there, or was never finished"]
+        content = json.loads(path.read_bytes())
+        files = content["files"]
+        if content["algorithm"] != _ALGORITHM or not all(Path(name).name == name for name in files):
+            raise ValueError("not of this kind")
+        return {str(name): str(digest) for name, digest in files.items()}, []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, [f"{path} cannot be read ({error})"]
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _failures(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PassingError(_not_saved(directory, error.strerror or str(error))) from error
+
+
+@contextlib.contextmanager
+def failures_to_save(directory: Path) -> Iterator[None]:
+    """What stops Megatron from writing a checkpoint, as a UserError: on all ranks, or only where it happened."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:  # which is no Exception; on all ranks, with the reasons of those that failed
+        reasons = {f"rank {rank}: {_reason(failure)}" for rank, failure in error.failures.items()}
+        raise PassingError(_not_saved(directory, "; ".join(sorted(reasons)) or str(error))) from error
+    except OSError as error:  # not RuntimeError: that is a rank that has lost another one
+        raise PassingError(_not_saved(directory, str(error))) from error
+
+
+def _reason(failure: Any) -> str:
+    exception = failure[0] if isinstance(failure, tuple) else failure
+    return f"{type(exception).__name__}: {exception}"
+
+
+def _not_saved(directory: Path, reason: str) -> str:
+    room = ""
+    with contextlib.suppress(OSError):  # Megatron tells the kind of an error, not that the disk is full
+        room = f" The disk has {shutil.disk_usage(directory.parent).free / 2**20:,.1f} MiB left."
+    return (
+        f"the checkpoint {directory} cannot be written: {reason}.{room}\nThe ones before it are as they were: make "
+        "room, and the same command with --load goes on from the newest."
+    )
