@@ -26,7 +26,7 @@ REQUIREMENTS := setup.py pyproject.toml tools/setup_env.sh tools/constraints.txt
 TEST_ENV := $(VENV)/.installed-test
 DEMO_ENV := $(firstword $(wildcard $(TEST_ENV)) $(VENV)/.installed-demo)
 
-.PHONY: help demo ablation test lint types pytest parity slurm-lab install install-test versions clean distclean
+.PHONY: help demo ablation docs test lint types pytest parity slurm-lab install install-test versions clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ pytest: $(TEST_ENV) ## the tests alone
 parity: $(TEST_ENV) ## every layout with every loss and optimizer against one process; writes docs/parity.md
 	@$(RUN) pytest tests/parity/test_matrix.py --full-matrix --write-parity-table $(PYTEST_ARGS)
 
+docs: $(VENV)/.installed-docs ## the documentation into site/, with warnings as errors
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict
+
 slurm-lab: ## install what tests/slurm needs for a SLURM cluster on this machine (Debian, root)
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 		slurm-wlm munge iproute2 util-linux procps shellcheck > /dev/null
@@ -70,6 +73,10 @@ $(VENV)/.installed-test: $(REQUIREMENTS)
 	@tools/setup_env.sh "$(VENV)" test
 	@touch "$@" "$(VENV)/.installed-demo"
 
+$(VENV)/.installed-docs: $(REQUIREMENTS)
+	@tools/setup_env.sh "$(VENV)" docs
+	@touch "$@"
+
 $(VENV)/.installed-demo: $(REQUIREMENTS)
 	@tools/setup_env.sh "$(VENV)"
 	@touch "$@"
@@ -77,7 +84,7 @@ $(VENV)/.installed-demo: $(REQUIREMENTS)
 # PYTHON chooses the interpreter of a new environment. For one made with another it is refused, not ignored.
 BASE := import sys; print(sys.base_prefix)
 ifneq ($(PYTHON),)
-$(VENV)/.installed-test $(VENV)/.installed-demo: | check-python
+$(VENV)/.installed-test $(VENV)/.installed-demo $(VENV)/.installed-docs: | check-python
 .PHONY: check-python
 check-python:
 	@[ ! -x "$(VENV)/bin/python" ] || [ "$$("$(PYTHON)" -c '$(BASE)')" = "$$("$(VENV)/bin/python" -c '$(BASE)')" ] || { \
@@ -86,7 +93,7 @@ check-python:
 endif
 
 clean: ## remove caches and build outputs
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environment too

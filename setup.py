@@ -46,6 +46,8 @@ EXTRAS_REQUIRE = {
     "logging": ["tensorboard", "wandb"],
     # The pictures of `megatron-bdpo report` and of examples/ablation.py.
     "report": REPORT,
+    # `make docs`.
+    "docs": ["mkdocs-material", "mkdocstrings[python]"],
     # For a torch build without CUDA, which does not bring triton.
     "cpu": ["triton; sys_platform == 'linux'"],
     # Linters are held to one line of releases, so that a new rule does not turn an unchanged commit red.
