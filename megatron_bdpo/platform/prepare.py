@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -27,6 +28,7 @@ def prepare_platform() -> None:
         cpu.emulate_cuda_on_cpu()
 
 
+@functools.cache  # once: each filter makes Python forget which warnings it has shown
 def _leave_out_known_warnings(has_gpu: bool) -> None:
     """What Megatron and torch say at each import and each collective, of what we know and have dealt with."""
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*", category=UserWarning)
