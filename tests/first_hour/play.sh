@@ -1,27 +1,25 @@
 #!/usr/bin/env bash
-# A new user's first hour, with the installed package alone: from pairs and a model to an aligned model that
-# transformers loads. In an empty directory, with the environment's programs on PATH:
+# A new user's first hour, with the installed package alone: the commands of the quick start as they stand there, from
+# pairs and a model to an aligned model that transformers loads. In an empty directory, with the programs on PATH:
 #
-#   play.sh MAKE_MODEL          MAKE_MODEL: tests/first_hour/make_model.py, for a model that is small enough for a CPU
+#   play.sh QUICKSTART MAKE_MODEL       docs/quickstart.md, and make_model.py for a model that is small enough for a CPU
 set -euo pipefail
-make_model=$1
+quickstart=$1 make_model=$2
 
-step() { printf '\n$ %s\n' "$*"; "$@"; }
+# Shows a command and runs it. The training is interrupted once: the same command goes on.
+megatron-bdpo() {
+    printf '\n$ megatron-bdpo %s\n' "$*"
+    if [ "$1" = train ]; then
+        command megatron-bdpo "$@" --exit-interval 3
+        printf '\n$ again\n'
+        set -- "$@" --save-hf ALIGNED
+    fi
+    command megatron-bdpo "$@"
+}
 
 python "$make_model" MODEL pairs.jsonl
-
-step megatron-bdpo --version
-step megatron-bdpo data check pairs.jsonl
-step megatron-bdpo data stats pairs.jsonl --hf-model MODEL
-
-job=(--hf-model MODEL --pair-data pairs.jsonl --seq-length 256 --reference-cache SCORES)
-training=(--pairs-per-step 8 --train-iters 6 --lr 1e-2 --save RUN --load RUN --save-interval 3)
-
-step megatron-bdpo score "${job[@]}"
-step megatron-bdpo train "${job[@]}" "${training[@]}" --exit-interval 3
-step megatron-bdpo train "${job[@]}" "${training[@]}" --save-hf ALIGNED
-step megatron-bdpo report RUN --output REPORT
-step megatron-bdpo convert export --checkpoint RUN --hf-model MODEL --output EXPORTED
+commands=$(awk '/^## / { on = /On a CPU/ } on && /^    / { print substr($0, 5) }' "$quickstart")
+eval "$commands"
 
 python - <<'EOF'
 import torch

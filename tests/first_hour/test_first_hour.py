@@ -67,8 +67,10 @@ def test_first_hour(wheel, tmp_path):
     where = run(python, "-c", "import megatron_bdpo; print(megatron_bdpo.__file__)", env=environment, cwd=work)
     assert where.startswith(str(site))
 
-    output = run(HERE / "play.sh", HERE / "make_model.py", env=environment, cwd=work)
+    output = run(HERE / "play.sh", ROOT / "docs" / "quickstart.md", HERE / "make_model.py", env=environment, cwd=work)
 
+    shown = [line.split()[2] for line in output.splitlines() if line.startswith("$ megatron-bdpo")]
+    assert shown == ["data", "data", "score", "train", "report", "convert"]
     assert "pairs: 40 kept of 40 rows" in output and "generated: " in output and "Traceback" not in output
     steps = [json.loads(line) for line in (work / "RUN" / "metrics.jsonl").read_text().splitlines()]
     assert [step["iteration"] for step in steps if step["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
