@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -50,3 +52,72 @@ def test_log_probs(tmp_path):
         assert f"| {name} |" in output
     with (tmp_path / "runs.csv").open() as file:
         assert [row["variant"] for row in csv.DictReader(file)] == variants
+
+
+TINY = ["--hidden=32", "--layers=1", "--heads=4", "--groups=2", "--ffn=48", "--vocab=400", "--rounds=1"]
+
+
+def run(script: str, flags: list[str], directory: Path) -> tuple[str, list[dict[str, str]]]:
+    """What a benchmark prints, and the rows of its CSV."""
+    command = [sys.executable, BENCHMARKS / script, *TINY, *flags, "--csv", directory / "runs.csv"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with (directory / "runs.csv").open() as file:
+        return output, list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_vs_trl(tmp_path):
+    """Ours and TRL take the same steps; a contender that cannot run is named with the reason."""
+    pytest.importorskip("trl")
+    flags = ["--contenders", "ours", "trl", "trl, padding-free", "--pairs-per-step=4", "--steps=3", "--warm-up=1"]
+    output, rows = run("vs_trl.py", flags, tmp_path)
+    ours, trl = rows[:2]
+    assert [ours["contender"], trl["contender"]] == ["ours", "trl"]
+    assert json.loads(trl["losses"]) == pytest.approx(json.loads(ours["losses"]), abs=1e-4)
+    assert len(set(json.loads(ours["losses"]))) == 3, "losses that do not move compare nothing"
+    assert len(rows) == 3 or "padding-free: did not run" in output
+
+
+@pytest.mark.slow
+def test_sharing(tmp_path):
+    """Sharing saves the tokens that it should, and what is promised lies above 1."""
+    output, rows = run("sharing.py", ["--shares=50", "--length=32", "--pairs-per-step=4", "--steps=3"], tmp_path)
+    made_up = rows[0]
+    assert float(made_up["tokens_saved"]) == pytest.approx(0.25, abs=0.05)  # one of two prompts, each half a sequence
+    assert [row["contender"] for row in rows] == ["shared", "not shared"] * 2
+    operations = {row["contender"]: float(row["operations"]) for row in rows[:2]}
+    assert operations["shared"] < operations["not shared"]
+    assert "of the ideal" in output
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path):
+    """One point beside the first; the parts of a step are the step."""
+    few = ["--pairs", "--lengths", "--layer-counts", "--vocabularies=500", "--prompt=12", "--response=12"]
+    _, rows = run("scaling.py", few, tmp_path)
+    assert [row["contender"] for row in rows] == ["base", "vocabulary 500"]
+    for row in rows:
+        parts = {name: float(value) for name, value in row.items() if name.endswith("_seconds_a_step")}
+        assert sum(parts.values()) == pytest.approx(float(row["seconds"]), rel=0.05)
+        assert all(parts[f"{name}_seconds_a_step"] > 0 for name in ("forward", "log-probs", "backward", "optimizer"))
+
+
+def test_operations_are_those_of_a_count_by_hand():
+    from benchmarks.common import flops
+    from benchmarks.common.models import Shape
+
+    shape = Shape(hidden=4, layers=3, heads=2, groups=1, ffn=5, vocab=7)
+    lengths = np.array([[2, 1, 3]])  # prompt 2; answers 1 and 3
+    matrices = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 5  # query, key and value of half the size, output, three of the MLP
+    expected_shared = flops.Work(
+        linear=3 * 2 * 3 * matrices * (2 + 1 + 3),
+        attention=3 * 4 * 3 * 4 * ((1 + 2) + 3 + (3 + 4 + 5)),  # what each of the six queries sees
+        output=3 * 2 * 4 * 7 * (1 + 3),
+    )
+    assert flops.work(shape, lengths, share_prompts=True) == expected_shared
+    expected_apart = flops.Work(
+        linear=3 * 2 * 3 * matrices * (3 + 5),
+        attention=3 * 4 * 3 * 4 * ((1 + 2 + 3) + (1 + 2 + 3 + 4 + 5)),
+        output=expected_shared.output,
+    )
+    assert flops.work(shape, lengths, share_prompts=False) == expected_apart
