@@ -39,9 +39,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks.common.gauges import MIB, PeakMemory
+from benchmarks.common.rounds import processor_name
+
 Run = Callable[[], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MIB = 2**20
 
 
 @dataclass
@@ -157,11 +159,11 @@ def measured_pass(options: argparse.Namespace, inputs: Inputs) -> dict[str, floa
     if variant is fused_main_grad:
         inputs.weight.main_grad = torch.zeros_like(inputs.weight, dtype=torch.float32)
         returned = [inputs.hidden]
-    memory = CudaMemory() if options.device == "cuda" else ResidentMemory()
+    memory = PeakMemory(options.device)
     started, processor = time.perf_counter(), time.process_time()
     total = variant(options, inputs)
     total.backward()
-    peak = memory.peak()  # synchronises
+    peak = memory.read()  # synchronises
     seconds, processor = time.perf_counter() - started, time.process_time() - processor
     gradients = sum(tensor.grad.numel() * tensor.grad.element_size() for tensor in returned)
     weight_gradient = inputs.weight.main_grad if variant is fused_main_grad else inputs.weight.grad
@@ -174,35 +176,6 @@ def measured_pass(options: argparse.Namespace, inputs: Inputs) -> dict[str, floa
         "hidden_norm": inputs.hidden.grad.float().norm().item(),
         "weight_norm": weight_gradient.float().norm().item(),
     }
-
-
-class ResidentMemory:
-    """Bytes of resident memory above those of now, by the kernel's high-water mark."""
-
-    def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the mark
-        self.before = self._read("VmRSS")
-
-    def peak(self) -> float:
-        return self._read("VmHWM") - self.before
-
-    @staticmethod
-    def _read(name: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-class CudaMemory:
-    """Bytes that PyTorch has allocated above those of now."""
-
-    def __init__(self) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
-
-    def peak(self) -> float:
-        torch.cuda.synchronize()
-        return float(torch.cuda.max_memory_allocated() - self.before)
 
 
 # All runs
@@ -275,12 +248,6 @@ def describe(options: argparse.Namespace) -> str:
         f"forward and backward, {options.repeats} runs; {device}; Python {platform.python_version()}, {versions}; "
         f"{datetime.date.today()}"
     )
-
-
-def processor_name() -> str:
-    """Of the first processor, as Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 SHAPE = ("positions", "hidden", "vocab", "dtype", "device", "threads", "chunk_size")

@@ -118,13 +118,12 @@ def run_trl(
         )
         if settings.get("padding_free") and not trainer.padding_free:
             return {"unavailable": f"TRL {trl.__version__} trains with padding when asked for padding_free=True"}
-        prepared = Instant.now().wall - start.wall
         trainer.train()
     return {
         **jobs.rates(marks[warm_up], marks[-1], lengths[warm_up:]),
         "fill": 1.0 if settings.get("padding_free") else padded_fill(lengths.reshape(-1, batch, 3)),
         "peak": memory.read(),
-        "reference_seconds": prepared,
+        "reference_seconds": marks[0].wall - start.wall,
         "losses": np.mean(np.reshape(losses, (len(steps), -1)), axis=1).tolist(),
     }
 

@@ -32,6 +32,7 @@ class PeakMemory:
     def __init__(self, device: str) -> None:
         self.device = device
         if device == "cuda":
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self.before = float(torch.cuda.memory_allocated())
         else:
@@ -39,7 +40,9 @@ class PeakMemory:
             self.before = _resident("VmRSS")
 
     def read(self) -> float:
-        """The highest so far."""
+        """The highest so far, once the device has done what was asked of it."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         highest = float(torch.cuda.max_memory_allocated()) if self.device == "cuda" else _resident("VmHWM")
         return highest - self.before
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,14 +95,12 @@ def run(
     device: str,
     *,
     keep_pairs: bool = False,
-    watch: AbstractContextManager[None] | None = None,
     after_step: Callable[[int], object] = lambda steps: None,
 ) -> Measured:
     """Run a job to its end.
 
     Args:
         keep_pairs: note the tokens of its pairs.
-        watch: entered for the training.
         after_step: told the number of steps done.
     """
     from megatron_bdpo.platform.prepare import prepare_platform
@@ -138,8 +135,7 @@ def run(
         measured.lengths = pool.lengths[plan.steps].astype(np.int64)
         if keep_pairs:
             measured.pairs = [list(_tokens(pool, step)) for step in plan.steps]
-        with watch or nullcontext():
-            job.pretrain()
+        job.pretrain()
     measured.losses = [step["loss"] for step in job.progress.steps]
     measured.peak = memory.read()
     return measured

@@ -57,7 +57,7 @@ def test_log_probs(tmp_path):
 TINY = ["--hidden=32", "--layers=1", "--heads=4", "--groups=2", "--ffn=48", "--vocab=400", "--rounds=1"]
 
 
-def run(script: str, flags: list[str], directory: Path) -> tuple[str, list[dict[str, str]]]:
+def measured(script: str, flags: list[str], directory: Path) -> tuple[str, list[dict[str, str]]]:
     """What a benchmark prints, and the rows of its CSV."""
     command = [sys.executable, BENCHMARKS / script, *TINY, *flags, "--csv", directory / "runs.csv"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -70,7 +70,7 @@ def test_vs_trl(tmp_path):
     """Ours and TRL take the same steps; a contender that cannot run is named with the reason."""
     pytest.importorskip("trl")
     flags = ["--contenders", "ours", "trl", "trl, padding-free", "--pairs-per-step=4", "--steps=3", "--warm-up=1"]
-    output, rows = run("vs_trl.py", flags, tmp_path)
+    output, rows = measured("vs_trl.py", flags, tmp_path)
     ours, trl = rows[:2]
     assert [ours["contender"], trl["contender"]] == ["ours", "trl"]
     assert json.loads(trl["losses"]) == pytest.approx(json.loads(ours["losses"]), abs=1e-4)
@@ -81,7 +81,7 @@ def test_vs_trl(tmp_path):
 @pytest.mark.slow
 def test_sharing(tmp_path):
     """Sharing saves the tokens that it should, and what is promised lies above 1."""
-    output, rows = run("sharing.py", ["--shares=50", "--length=32", "--pairs-per-step=4", "--steps=3"], tmp_path)
+    output, rows = measured("sharing.py", ["--shares=50", "--length=32", "--pairs-per-step=4", "--steps=3"], tmp_path)
     made_up = rows[0]
     assert float(made_up["tokens_saved"]) == pytest.approx(0.25, abs=0.05)  # one of two prompts, each half a sequence
     assert [row["contender"] for row in rows] == ["shared", "not shared"] * 2
@@ -94,7 +94,7 @@ def test_sharing(tmp_path):
 def test_scaling(tmp_path):
     """One point beside the first; the parts of a step are the step."""
     few = ["--pairs", "--lengths", "--layer-counts", "--vocabularies=500", "--prompt=12", "--response=12"]
-    _, rows = run("scaling.py", few, tmp_path)
+    _, rows = measured("scaling.py", few, tmp_path)
     assert [row["contender"] for row in rows] == ["base", "vocabulary 500"]
     for row in rows:
         parts = {name: float(value) for name, value in row.items() if name.endswith("_seconds_a_step")}
