@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,7 @@ _LEAVE_TOGETHER = timedelta(seconds=10)
 
 _host_group: Any = None
 _failed_after_others = False
+_left_alone = False
 
 
 @contextlib.contextmanager
@@ -32,7 +34,8 @@ def process_groups(args: argparse.Namespace) -> Iterator[None]:
 
     With ``--fake-process-group`` this process plays rank 0 of the others: collectives answer with its own values.
     """
-    global _host_group, _failed_after_others
+    global _host_group, _failed_after_others, _left_alone
+    _left_alone = False
     backend, host_backend = args.distributed_backend, "gloo"
     kwargs: dict[str, Any] = {}
     if args.fake_process_group:
@@ -58,14 +61,15 @@ def process_groups(args: argparse.Namespace) -> Iterator[None]:
         yield
     except UserError as error:
         _is_first_to_fail()
-        _show_once(error)
+        _left_alone = not _show_once(error)
         raise
     except Exception:
         _failed_after_others = not _is_first_to_fail()
         raise
     finally:
         _host_group = None
-        distributed.destroy_process_group()
+        if not left_alone():
+            distributed.destroy_process_group()
 
 
 def _is_first_to_fail() -> bool:
@@ -82,19 +86,61 @@ def failed_after_others() -> bool:
     return _failed_after_others
 
 
-def _show_once(error: UserError) -> None:
+def left_alone() -> bool:
+    """Whether this rank, of several that a launcher has started, ends by an error that the others do not have.
+
+    They wait for it in a collective, and taking the groups down may wait for them: it has to end without.
+    """
+    return _left_alone and "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _show_once(error: UserError) -> bool:
     """Print an error that all ranks raise from rank 0, and one that this rank raises alone from here.
 
     The ranks leave together: a launcher stops all of them when the first one ends, perhaps before rank 0 has printed.
+
+    Returns:
+        Whether all of them have raised it.
     """
     error.shown = True
     if distributed.get_rank() == 0:
         show_error(error)
+    together = _all_come()
+    if not together and distributed.get_rank() != 0:
+        show_error(error, f" (rank {distributed.get_rank()})")
+    return together
+
+
+def _all_come() -> bool:
+    """Whether all ranks come here within _LEAVE_TOGETHER.
+
+    Asked of the launcher's store: in a barrier of gloo's, other ranks than the first wait as long as the group does.
+    """
+    size, is_first = distributed.get_world_size(), distributed.get_rank() == 0
+    if distributed.get_backend() == "fake":
+        return True
     try:
-        distributed.monitored_barrier(host_group(), timeout=_LEAVE_TOGETHER)
-    except (RuntimeError, ValueError):  # ValueError: these ranks are made up
-        if distributed.get_rank() != 0:
-            show_error(error, f" (rank {distributed.get_rank()})")
+        store = distributed.distributed_c10d._get_default_store()
+        if not _reaches(store, "megatron_bdpo/leaving", size):
+            return False
+        # The first rank may hold the store: it goes last.
+        if is_first:
+            _reaches(store, "megatron_bdpo/left", size)
+        else:
+            store.add("megatron_bdpo/left", 1)
+    except RuntimeError:  # the store is gone, with the first rank
+        return False
+    return True
+
+
+def _reaches(store: Any, key: str, count: int) -> bool:
+    """Add one to a counter, and wait for the others to do the same."""
+    deadline = time.monotonic() + _LEAVE_TOGETHER.total_seconds()
+    found = store.add(key, 1)
+    while found < count and time.monotonic() < deadline:
+        time.sleep(0.02)
+        found = store.add(key, 0)
+    return bool(found >= count)
 
 
 def show_error(error: UserError, where: str = "") -> None:

@@ -115,6 +115,7 @@ def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequen
             raise
         if not error.shown and int(os.environ.get("RANK", "0")) == 0:
             print(error.as_text(), file=sys.stderr, flush=True)
+        _leave_if_alone()
         raise SystemExit(2) from None
     except Exception as error:
         from megatron_bdpo.training.distributed import failed_after_others
@@ -124,6 +125,16 @@ def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequen
         rank = os.environ.get("RANK", "0")
         print(f"rank {rank}: left after another rank ({_first_line(error)})", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def _leave_if_alone() -> None:
+    """End this process at once if the other ranks wait for it in a collective: a clean end might wait for them."""
+    from megatron_bdpo.training.distributed import left_alone
+
+    if left_alone():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,48 @@
+"""One of four ranks fails alone: all stop soon, and its cause is told once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness.jobs import DATA
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 30
+
+FLAGS = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 512 --lr 1e-3 --train-iters 4 "
+    "--pairs-per-step 8 --max-pairs 40 --tensor-model-parallel-size 2 --tokenizer-type SentencePieceTokenizer"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("raises", "RuntimeError: THE FIRST CAUSE"),
+        ("bad data", "error (rank 2): pairs.jsonl, line 17: THE FIRST CAUSE"),
+        ("dies", ""),
+    ],
+)
+def test_all_ranks_stop_and_the_first_cause_is_shown_once(tmp_path, fault, expected):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
+    command += [str(Path(__file__).with_name("faulty_job.py")), fault, "2", *FLAGS.split()]
+    command += ["--tokenizer-model", str(DATA / "tokenizer.model"), "--pair-data", str(DATA / "train.jsonl")]
+    command += ["--pair-cache-dir", str(tmp_path / "cache")]
+    failed = tmp_path / "failed"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAILED_AT": str(failed)}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    seconds = time.time() - float(failed.read_text())
+    assert ended.returncode != 0
+    assert seconds < SECONDS, f"{seconds:.0f} s after the fault"
+    ours = ended.stderr.split("torch/distributed/elastic")[0]  # the launcher adds a summary and a traceback of its own
+    assert ours.count("Traceback") == (fault == "raises"), ours
+    if expected:
+        assert ended.stderr.count(": THE FIRST CAUSE") == 1, ended.stderr
+        assert expected in ended.stderr, ended.stderr
