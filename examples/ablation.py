@@ -370,7 +370,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seq-length", type=int, default=512, help="positions of a pack; longer pairs are left out (512)")
     add("--beta", type=float, default=0.1, help="of all but SimPO, which keeps its own default (0.1)")
     add("--bdpo-temperature", default="auto", metavar="TAU", help="see docs/comprehension.md (auto)")
-    add("--launcher", default=sys.executable, help="what runs pretrain_bdpo.py (this Python)")
+    add("--launcher", default=shlex.quote(sys.executable), help="what runs pretrain_bdpo.py (this Python)")
     add("--jobs", type=int, default=1, help="runs at a time (1)")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="write ablation.png; needs matplotlib")
     add("flags", nargs="*", metavar="-- FLAG ...", help="more flags for every run, after --")

@@ -20,6 +20,7 @@ from tests.harness.jobs import DATA, score
 from tests.harness.ranks import RankPool
 
 KILLS, SHARDS = 10, 24
+PATIENCE = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +54,11 @@ def kill_again_and_again(world_size: int, cache: Path, scores: Path, seed: int) 
     counts = []
     for kill in range(KILLS):
         job, start = tree(world_size, cache, scores), time.monotonic()
-        if kill % 2:  # at any moment, start and end included
-            moment = rng.uniform(0, life)
-            while time.monotonic() < start + moment and not job.ended():
-                time.sleep(0.001)
-        else:  # while shards are written
-            while len(shards(scores / "train")) <= len(seen) and not job.ended():
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.03))
+        # Every other time at any moment, start and end included; always before many shards more are done.
+        moment = start + (rng.uniform(0, life) if kill % 2 else PATIENCE)
+        while time.monotonic() < moment and len(shards(scores / "train")) <= len(seen) and not job.ended():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01))  # a shard takes about as long
         job.kill()
         now = shards(scores / "train")
         assert seen.items() <= now.items(), "a finished shard was scored again"

@@ -25,7 +25,10 @@ class Cluster:
 
     def lab(self, *command: str, **environment: str) -> str:
         """Run a command of ``lab.sh``. Returns its output."""
-        variables = os.environ | {"LAB": str(self.directory / "lab"), "SHARED": str(self.directory)} | environment
+        shared = ":".join(
+            map(str, (self.directory, ROOT, sys.prefix))
+        )  # where they are below /tmp, which nodes have each
+        variables = os.environ | {"LAB": str(self.directory / "lab"), "SHARED": shared} | environment
         done = subprocess.run(
             [str(ROOT / "tests" / "slurm" / "lab.sh"), *command],
             cwd=self.directory, env=variables, text=True, capture_output=True, timeout=PATIENCE, check=False,

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -175,7 +176,8 @@ def test_sum_instead_of_per_token(scores, capsys):
 
 def test_reader_that_leaves_early(scores, tmp_path):
     """`megatron-bdpo report DIR | head -1`: no traceback, and the files are there."""
-    command = f"{sys.executable} -m megatron_bdpo.cli.main report {scores} --output {tmp_path / 'out'} | head -1"
+    words = [sys.executable, "-m", "megatron_bdpo.cli.main", "report", str(scores), "--output", str(tmp_path / "out")]
+    command = f"{shlex.join(words)} | head -1"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
     assert ended.stdout == f"Reference scores {scores}\n" and not ended.stderr
