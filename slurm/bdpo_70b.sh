@@ -22,4 +22,5 @@ fi
 # shellcheck source=slurm/lib.sh
 . "$BDPO_HOME/slurm/lib.sh"
 
+settings
 bdpo_run train examples/pretrain_bdpo.py --recipe "${RECIPE:-recipes/llama3_70b.yaml}" "$@"

@@ -26,10 +26,9 @@ settings() {
 
 # ---- the batch script ---------------------------------------------------------------------------------------------------
 
-# bdpo_run TASK PROGRAM ARGUMENT...: train or score, to the end, to a stop, or to giving up. Does not return.
+# bdpo_run TASK PROGRAM ARGUMENT...: train or score, to the end, to a stop, or to giving up. After `settings`. Does not return.
 bdpo_run() {
   TASK=$1; shift
-  settings
   [ -n "${SLURM_JOB_ID:-}" ] || outside_slurm "$@"
   ATTEMPT=${SLURM_RESTART_COUNT:-0}
   TAG=$SLURM_JOB_ID.$ATTEMPT

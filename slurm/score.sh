@@ -20,4 +20,5 @@ fi
 # shellcheck source=slurm/lib.sh
 . "$BDPO_HOME/slurm/lib.sh"
 
+settings
 bdpo_run score -m megatron_bdpo.score --recipe "${RECIPE:-recipes/llama3_8b.yaml}" "$@"

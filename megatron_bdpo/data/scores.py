@@ -24,8 +24,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.files import write_whole
 
 FloatArray = npt.NDArray[np.float64]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -166,7 +165,7 @@ class ScoreCache:
             }
             with _failures_to_write(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-                _write(directory / MANIFEST, _as_json(manifest), replace=False)
+                write_whole(directory / MANIFEST, _as_json(manifest), replace=False)
             manifest = _read_manifest(directory)  # another job may have been first
             assert manifest is not None
         if manifest["identity"] != identity:
@@ -219,7 +218,7 @@ class ScoreCache:
         # One entry: safetensors writes several in any order, and equal shards shall be equal files.
         metadata = {_METADATA: json.dumps({**self._place(index), "crc32": _checksum(merged)})}
         with _failures_to_write(self.directory):
-            _write(self._path(index), save(merged, metadata))
+            write_whole(self._path(index), save(merged, metadata))
         return {name: values[: len(arrays[name])] for name, values in merged.items()}
 
     def finish(self, pairs: int, scored: Mapping[str, int], job: Mapping[str, Any]) -> None:
@@ -239,7 +238,7 @@ class ScoreCache:
         }
         if new != manifest:
             with _failures_to_write(self.directory):
-                _write(self.directory / MANIFEST, _as_json(new))
+                write_whole(self.directory / MANIFEST, _as_json(new))
 
     def _path(self, index: int) -> Path:
         return self.directory / f"shard-{index:05d}.safetensors"
@@ -324,36 +323,6 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
             f"version {FORMAT_VERSION}. Delete the directory; it is made again."
         )
     return manifest
-
-
-def _write(path: Path, data: bytes, *, replace: bool = True) -> None:
-    """Write a file that appears whole or not at all; without ``replace`` one that is there wins."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            partial.replace(path)
-        else:
-            _link(partial, path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _link(partial: Path, path: Path) -> None:
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links: there the last one wins
-        partial.replace(path)
 
 
 @contextlib.contextmanager

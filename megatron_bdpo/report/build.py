@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_bdpo.data.scores import open_scores
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.files import write_whole
 from megatron_bdpo.losses.bdpo import BdpoOptions
 from megatron_bdpo.report import page, text
 from megatron_bdpo.report.comprehension import Comprehension, comprehension_of
@@ -74,7 +74,7 @@ class Report:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for path, data in files:
-                _write_whole(path, data)
+                write_whole(path, data)
         except OSError as error:
             raise UserError(f"the report cannot be written to {directory}: {error.strerror or error}.") from error
         return [path for path, _ in files]
@@ -163,9 +163,3 @@ def _facts_of_scores(sources: ReportSources, pairs: Comprehension) -> dict[str, 
     if manifest.get("model"):
         facts["reference"] = str(manifest["model"])
     return facts
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
 from megatron_bdpo.errors import PassingError, UserError
+from megatron_bdpo.files import write_whole
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, is_rank_zero, say
 
 _ALGORITHM = "sha256"
@@ -50,7 +50,7 @@ def write_manifest(directory: Path) -> None:
     with all_ranks_agree(), _failures(directory):
         if is_rank_zero():
             content = {"algorithm": _ALGORITHM, "files": dict(sorted(digests.items()))}
-            _write_whole(directory / INTEGRITY_FNAME, json.dumps(content, indent=2))
+            write_whole(directory / INTEGRITY_FNAME, json.dumps(content, indent=2))
 
 
 def damage(directory: Path) -> list[str]:
@@ -72,7 +72,7 @@ def settle_checkpoints(args: argparse.Namespace) -> None:
     Raises:
         UserError: on every rank; none is whole, or weights to start from are damaged.
     """
-    if not args.checkpoint_checksums:
+    if not args.checkpoint_checksums or args.dry_run is not None:  # which reads and changes no checkpoint
         return
     if args.load and not args.finetune and args.ckpt_step is None:
         _go_back(Path(args.load))
@@ -128,7 +128,7 @@ def _name(root: Path, iteration: int) -> None:
         if is_rank_zero():
             tracker = Path(get_checkpoint_tracker_filename(str(root)))
             try:
-                _write_whole(tracker, str(iteration))
+                write_whole(tracker, str(iteration))
             except OSError as error:
                 raise UserError(
                     f"the newest checkpoint in {root} is damaged, and {tracker} cannot be changed ({error}). Put "
@@ -192,18 +192,6 @@ def _manifest(directory: Path) -> tuple[dict[str, str], list[str]]:
         return {str(name): str(digest) for name, digest in files.items()}, []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, [f"{path} cannot be read ({error})"]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from megatron_bdpo.planning.activations import Recompute
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.memory import JobShape
 from megatron_bdpo.planning.model import ModelShape, Split
+from megatron_bdpo.training.flags.precision import precision_of
 from megatron_bdpo.training.job import PairJob, build_tokenizer
 
 #: Pipelines that are split in ways not reckoned with.
@@ -79,9 +80,8 @@ def job_shape(args: argparse.Namespace, job: PairJob) -> JobShape:
 
 def precision(args: argparse.Namespace) -> str:
     """bf16, fp16, fp32 or fp8."""
-    if args.fp8:
-        return "fp8"
-    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    found = precision_of(args)
+    return "fp8" if found.fp8_recipe else str(found)
 
 
 def _recompute(args: argparse.Namespace) -> Recompute:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -205,24 +206,28 @@ def test_outside_slurm_the_way_out_is_said():
     assert "submit this with sbatch" in done.stderr
 
 
-def test_dry_run_of_the_70b_job(tmp_path):
-    """64 ranks, with the real configuration of the model and a tokenizer of ours."""
+@pytest.mark.parametrize(("script", "more"), [("bdpo_70b.sh", {}), ("bdpo_8b.sh", {"SBATCH_NODES": "8"})])
+def test_dry_run_of_the_70b_job(tmp_path, script, more):
+    """64 ranks, with the real configuration of the model and a tokenizer of ours; the recipe is the site's."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA_70B))
     data = ROOT / "examples" / "data"
+    site = {"RECIPE": ROOT / "recipes" / "llama3_70b.yaml", "HF_MODEL": tmp_path / "model", "RUN_DIR": "/not/this/one"}
+    lines = [f"export {name}=${{{name}:-{shlex.quote(str(value))}}}\n" for name, value in site.items()]
+    (tmp_path / "site.sh").write_text("".join(lines))
     settings = {
         "BDPO_PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
-        "BDPO_SITE": "/dev/null",
-        "HF_MODEL": str(tmp_path / "model"),
+        "BDPO_SITE": str(tmp_path / "site.sh"),
         "PAIR_DATA": str(data / "train.jsonl"),
         "RUN_DIR": str(tmp_path / "run"),
     }
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data / "tokenizer.model")]
     done = subprocess.run(
-        ["bash", str(ROOT / "slurm" / "bdpo_70b.sh"), "--dry-run", *tokenizer],
-        env=os.environ | settings, cwd=tmp_path, text=True, capture_output=True,
+        ["bash", str(ROOT / "slurm" / script), "--dry-run", *tokenizer],
+        env=os.environ | settings | more, cwd=tmp_path, text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "layout: 8 tensor x 4 pipeline x 5 virtual stages x 2 data\n" in done.stdout
     assert "dry run of 64 ranks, 8 nodes of 8\n" in done.stdout
+    assert f"kept in: {tmp_path / 'run'}," in done.stdout, "the environment wins over the site"

@@ -59,9 +59,7 @@ class Terminal(io.StringIO):
 def test_lines_fit_the_terminal(monkeypatch, columns, expected):
     line = "a" * 30 + " | " + "b" * 30 + " | " + "c" * 30
     monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr("os.get_terminal_size", lambda descriptor: (columns, 24))
-    monkeypatch.setattr(console, "width", lambda: columns)
-    monkeypatch.setattr("megatron_bdpo.training.reporting.progress.width", lambda: columns)
+    monkeypatch.setattr("os.get_terminal_size", lambda descriptor: os.terminal_size((columns, 24)))
     assert _fitting(line) == (expected or line)
 
 

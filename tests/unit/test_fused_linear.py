@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bdpo.logprobs import ScoredPositions, TokenScores
 from megatron_bdpo.logprobs.fused_linear import CHUNK_BYTES, default_chunk_size, token_log_probs
+from megatron_bdpo.planning import memory as planning
 from tests.harness.log_probs import OneRank
 
 N, V, H, CHUNK = 96, 160, 8, 20
@@ -208,6 +209,11 @@ def test_main_grad_is_left_alone_without_fusion():
     _, _, expected = inputs.dense()
     torch.testing.assert_close(inputs.weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
     assert not inputs.weight.main_grad.any()
+
+
+def test_planning_reckons_with_this_chunk():
+    """It has a number of its own: planning imports no torch."""
+    assert planning.CHUNK_BYTES == CHUNK_BYTES
 
 
 # On a GPU

@@ -17,17 +17,29 @@ OURS = "megatron_bdpo"
 #: Part of the package -> the parts it may import from. What is not listed may import nothing, and be imported by none.
 MAY_IMPORT = {
     "errors": set(),
+    "files": set(),
     "comprehension": {"errors"},
     "losses": {"losses", "comprehension", "errors"},
-    "data": {"data", "errors"},
+    "data": {"data", "files", "errors"},
     "logprobs": {"logprobs", "errors"},
     "model": {"model", "logprobs", "errors"},
     "platform": {"platform", "errors"},
     "planning": {"planning", "errors"},
-    "training": {"training", "planning", "model", "logprobs", "data", "losses", "comprehension", "platform", "errors"},
+    "training": {
+        "training",
+        "planning",
+        "model",
+        "logprobs",
+        "data",
+        "losses",
+        "comprehension",
+        "platform",
+        "files",
+        "errors",
+    },
 }
 MAY_IMPORT["score"] = MAY_IMPORT["train"] = {"training"}
-MAY_IMPORT["report"] = {"report", "training", "data", "losses", "comprehension", "errors"}
+MAY_IMPORT["report"] = {"report", "files", "training", "data", "losses", "comprehension", "errors"}
 MAY_IMPORT["cli"] = {"cli", *MAY_IMPORT, ""}
 
 #: Where Megatron may be imported at all, and where its trainer.

@@ -97,6 +97,7 @@ REFUSED = {
     "--freeze-all-layers": "--freeze-all-layers",
     "--perform-rl-step": "--perform-rl-step",
     "--reference resident --reference-cache d": "--reference-cache",
+    "--reference resident --score-shard-pairs 8": "--reference-cache",
     "--fp8-output-proj": "--fp8-output-proj",
     "--fp4-format e2m1": "--fp4-format",
     "--exit-signal-handler-for-training": "--exit-signal-handler-for-training",

@@ -199,7 +199,7 @@ def test_a_failed_write_leaves_the_old_shard_and_nothing_else(tmp_path, monkeypa
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(scores.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(UserError, match="No space left on device"):
         cache.add(1, some_pairs(20, 24))
     monkeypatch.undo()

@@ -26,6 +26,7 @@ from pathlib import Path
 import yaml
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.files import write_whole
 
 FLAG = "--recipe"
 
@@ -261,9 +262,7 @@ def keep(directory: Path, settings: Mapping[str, Value], facts: Mapping[str, obj
         path = directory / f"recipe.{number}.yaml"
     if former is not None and former.read_text("utf-8") == text:
         return former
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, "utf-8")
-    partial.rename(path)
+    write_whole(path, text)
     return path
 
 

@@ -36,8 +36,9 @@ _REFUSALS = (
         "--eval-pair-data and --eval-share both name held-out pairs. Give one.",
     ),
     _Refusal(
-        lambda a: a.reference == "resident" and a.reference_cache,
-        "--reference-cache keeps the values of a precomputed reference; a resident one has none. Leave one out.",
+        lambda a: a.reference == "resident" and (a.reference_cache or a.score_shard_pairs),
+        "--reference-cache and --score-shard-pairs keep the values of a precomputed reference; a resident one has "
+        "none. Leave them out.",
     ),
     _Refusal(
         lambda a: bool(a.save) != (a.save_interval is not None),

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.files import write_whole
 from megatron_bdpo.training.reporting.console import show
 
 NAME = "metrics.jsonl"
@@ -36,9 +36,7 @@ class MetricsFile:
         self._failed = False
         try:
             kept = [record for record in read(path) if iteration and record["iteration"] <= iteration]
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text("".join(map(_line, kept)), "utf-8")
-            os.replace(partial, path)
+            write_whole(path, "".join(map(_line, kept)))
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
         self._written = {(record["kind"], record["iteration"]) for record in kept}

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.files import write_whole
 
 NAME = "run.json"
 
@@ -28,10 +28,8 @@ def write_record(save: Path, record: Mapping[str, Any]) -> None:
         UserError: it cannot be written.
     """
     path = save / NAME
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n", "utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
 

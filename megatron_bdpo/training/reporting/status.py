@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from megatron_bdpo.files import write_whole
 from megatron_bdpo.training.distributed import is_rank_zero
 
 #: Names another file, also for what goes wrong before the flags are understood.
@@ -34,6 +35,4 @@ def write_status(state: State, save: str | None, *, step: int = 0, of: int = 0, 
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"state": state, "step": step, "of": of, "reason": reason, "time": time.strftime("%FT%T%z")}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(content) + "\n")
