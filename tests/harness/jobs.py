@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,28 @@ def train(flags: list[str], **overrides: Any) -> Outcome:
     """Run the tiny job with ``flags`` on this rank. ``overrides`` replace defaults by argument name."""
     run, exit_code = run_job(last_weights_kept(), flags, overrides)
     return Outcome(run.progress.steps, run.progress.evaluations, list(run.shards), exit_code)
+
+
+def refusals(check: str, command_lines: Sequence[tuple[str, int]]) -> list[str]:
+    """What a check says of each command line of the tiny job, with so many ranks; empty where it passes.
+
+    Args:
+        check: ``package.module.function``, of parsed arguments.
+    """
+    from megatron_bdpo.errors import UserError
+    from megatron_bdpo.training.flags import arguments
+
+    module, _, name = check.rpartition(".")
+    found = []
+    for flags, ranks in command_lines:
+        args = arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)
+        args.world_size = ranks
+        try:
+            getattr(importlib.import_module(module), name)(args)
+            found.append("")
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def last_weights_kept() -> type[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.jobs import TINY_JOB, TINY_MODEL
+from tests.harness.jobs import refusals
 
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
 EP = "--expert-model-parallel-size"
@@ -45,28 +45,13 @@ ALLOWED = {
 }
 
 
-def refusals(cases: list[tuple[str, int]]) -> list[str]:
-    """The message that each layout is refused with; empty if it is not."""
-    from megatron_bdpo.errors import UserError
-    from megatron_bdpo.training.flags import arguments
-    from megatron_bdpo.training.flags.layout import check_layout
-
-    found = []
-    for flags, ranks in cases:
-        args = arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)
-        args.world_size = ranks
-        try:
-            check_layout(args)
-            found.append("")
-        except UserError as error:
-            found.append(str(error))
-    return found
+CHECK = "megatron_bdpo.training.flags.layout.check_layout"
 
 
 @pytest.fixture(scope="module")
 def messages(ranks) -> dict[Any, str]:
     cases = [*((name, flags, count) for name, flags, count in REFUSED), *((n, *case) for n, case in ALLOWED.items())]
-    (found,) = ranks(1)(refusals, [(flags, count) for _, flags, count in cases])
+    (found,) = ranks(1)(refusals, CHECK, [(flags, count) for _, flags, count in cases])
     return dict(zip((name for name, *_ in cases), found, strict=True))
 
 
@@ -84,18 +69,18 @@ def test_allowed(messages, name):
 
 
 def test_all_reasons_are_named(ranks):
-    (message,) = ranks(1)(refusals, [(f"{TP} 8 {PP} 3", 24)])[0]
+    (message,) = ranks(1)(refusals, CHECK, [(f"{TP} 8 {PP} 3", 24)])[0]
     assert "4 attention heads" in message
     assert "4 layers cannot be split" in message
 
 
 def test_experts_with_tensor_parallelism_need_sequence_parallelism(ranks):
-    (message,) = ranks(1)(refusals, [(f"--num-experts 4 {TP} 2", 2)])[0]
+    (message,) = ranks(1)(refusals, CHECK, [(f"--num-experts 4 {TP} 2", 2)])[0]
     assert "only under --sequence-parallel" in message
 
 
 def test_large_jobs_are_answered_too(ranks):
     """512 ranks have 10^3 layouts without experts."""
     flags = f"--num-layers 80 --num-attention-heads 64 --num-query-groups 8 --ffn-hidden-size 28672 {TP} 8 {PP} 3"
-    (message,) = ranks(1)(refusals, [(flags, 512)])[0]
+    (message,) = ranks(1)(refusals, CHECK, [(flags, 512)])[0]
     assert message.endswith(f"The nearest that works on 512 ranks: {TP} 8 {PP} 4.")

@@ -14,7 +14,7 @@ import torch
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model import attention_backends
 from megatron_bdpo.model.precision import FP8_MULTIPLES, Precision, quantisation_history_kept
-from tests.harness.jobs import TINY_JOB, TINY_MODEL
+from tests.harness.jobs import TINY_JOB, TINY_MODEL, refusals
 
 FP8 = "--bf16 --fp8-format hybrid --fp8-recipe"
 
@@ -41,25 +41,13 @@ ALLOWED = [
 ]
 
 
-def refusals(all_flags: list[str]) -> list[str]:
-    from megatron_bdpo.training.flags import arguments
-    from megatron_bdpo.training.flags.precision import check_precision
-
-    found = []
-    for flags in all_flags:
-        args = arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)
-        try:
-            check_precision(args)
-            found.append("")
-        except UserError as error:
-            found.append(str(error))
-    return found
+CHECK = "megatron_bdpo.training.flags.precision.check_precision"
 
 
 @pytest.fixture(scope="module")
 def messages(ranks) -> dict[str, str]:
     cases = [*REFUSED, *ALLOWED]
-    return dict(zip(cases, ranks(1)(refusals, cases)[0], strict=True))
+    return dict(zip(cases, ranks(1)(refusals, CHECK, [(flags, 1) for flags in cases])[0], strict=True))
 
 
 @pytest.mark.parametrize("flags", REFUSED)
