@@ -54,7 +54,7 @@ parity: $(TEST_ENV) ## every layout with every loss and optimizer against one pr
 	@$(RUN) pytest tests/parity/test_matrix.py --full-matrix --write-parity-table $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed-docs ## the documentation into site/, with warnings as errors
-	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 slurm-lab: ## install what tests/slurm needs for a SLURM cluster on this machine (Debian, root)
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \

@@ -45,7 +45,8 @@ def balanced_weights(
     """Balanced weights (w_w, w_l) = 2 softmax(-[I_w, I_l] / tau): positive, summing to 2.
 
     Args:
-        chosen_information, rejected_information: I_w and I_l, [P].
+        chosen_information: I_w, [P].
+        rejected_information: I_l, [P].
         temperature: tau > 0 in the unit of I. `math.inf` turns the balancing off.
 
     Returns:
@@ -70,7 +71,8 @@ def automatic_temperature(chosen_information: Tensor, rejected_information: Tens
     imbalances that say nothing about the others. This rule is ours, not the paper's.
 
     Args:
-        chosen_information, rejected_information: I_w and I_l of the training pairs, [P].
+        chosen_information: I_w of the training pairs, [P].
+        rejected_information: I_l, [P].
 
     Returns:
         tau > 0 in the unit of I, or 0 where at least nine of ten pairs are balanced already.
