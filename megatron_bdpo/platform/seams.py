@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_bdpo.platform import cpu
+from megatron_bdpo.platform.writing import written_by_this_process
 
 #: Metrics whose names begin with this reach the hooks, but not Megatron's own log line, TensorBoard and W&B.
 HOOKS_ONLY = "_"
@@ -231,7 +232,9 @@ def _evaluate(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[...
 
 def _save(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
     def save(state: Any, directory: Any, *args: Any, **kwargs: Any) -> Any:
-        with hooks.saving(Path(directory)):
+        in_background = kwargs.get("async_sharded_save", False)
+        writing = contextlib.nullcontext() if in_background else written_by_this_process()
+        with hooks.saving(Path(directory)), writing:
             request = original(state, directory, *args, **kwargs)
             if request is None:
                 hooks.after_files(Path(directory))

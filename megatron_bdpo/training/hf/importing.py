@@ -14,6 +14,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.training import destroy_global_state
 
 from megatron_bdpo.platform.seams import initialize_megatron
+from megatron_bdpo.platform.writing import written_by_this_process
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.flags.validation import refusals_of_megatron
 from megatron_bdpo.training.hf.start import apply_hf_model, weights_loader
@@ -28,7 +29,7 @@ def import_model(args: argparse.Namespace) -> None:
     """
     args.save_interval = 1
     args.no_save_optim = args.no_save_rng = True
-    with model_in_memory(args) as model:
+    with model_in_memory(args) as model, written_by_this_process():
         save_checkpoint(0, model, None, None, 0, release=True)
 
 
