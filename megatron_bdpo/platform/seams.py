@@ -8,6 +8,7 @@ and restored afterwards. Nothing is copied: each wrapper calls Megatron's own fu
 | `initialize_megatron`       | without a GPU it must be told so (`allow_no_cuda`)                                     |
 | `compile_helpers`           | calls `make` where the wheel ships no Makefile, and exits; our data needs no helper    |
 | `load_checkpoint`           | torch's Adam (no TE, no Apex) needs a state to load into, and its own counters         |
+| `get_optimizer_param_scheduler` | it counts packs, of which another layout may have more or fewer to a step |
 | `setup_model_and_optimizer` | the reference is scored or copied just after the policy is loaded                      |
 | `train`                     | an evaluation before the first step                                                    |
 | `get_forward_backward_func` | the resident reference scores the step's microbatches before the policy's pass         |
@@ -20,6 +21,7 @@ and restored afterwards. Nothing is copied: each wrapper calls Megatron's own fu
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,6 +80,7 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
         (dataset_utils, "compile_helpers", lambda: None),
         (trainer, "initialize_megatron", _initialize(trainer.initialize_megatron)),
         (trainer, "load_checkpoint", _load(trainer.load_checkpoint)),
+        (trainer, "get_optimizer_param_scheduler", _scheduler(trainer.get_optimizer_param_scheduler)),
         (trainer, "setup_model_and_optimizer", _setup(trainer.setup_model_and_optimizer, hooks)),
         (trainer, "train", _train(trainer.train, hooks)),
         (trainer, "get_forward_backward_func", _schedule(trainer.get_forward_backward_func, hooks)),
@@ -158,6 +161,38 @@ def _create_state(adam: torch.optim.Optimizer) -> None:
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def _scheduler(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_optimizer_param_scheduler(optimizer: Any) -> Any:
+        from megatron.training import get_args
+
+        scheduler = original(optimizer)
+        packs, state_dict, load_state_dict = (
+            get_args().global_batch_size,
+            scheduler.state_dict,
+            scheduler.load_state_dict,
+        )
+
+        def in_steps() -> dict[str, Any]:
+            state = state_dict()
+            return state | {name: state[name] / packs for name in _COUNTED_IN_PACKS}
+
+        def load(state: dict[str, Any]) -> None:
+            own = state_dict()
+            counts = {name: state[name] * packs for name in _COUNTED_IN_PACKS}
+            # A share of the steps, as --lr-warmup-fraction makes it, is the same number but for its rounding.
+            counts = {name: own[name] if math.isclose(count, own[name]) else count for name, count in counts.items()}
+            load_state_dict(state | counts | {"num_steps": round(counts["num_steps"])})
+
+        scheduler.state_dict, scheduler.load_state_dict = in_steps, load
+        return scheduler
+
+    return get_optimizer_param_scheduler
+
+
+#: Of the learning rate's schedule in a checkpoint: there in optimizer steps.
+_COUNTED_IN_PACKS = ("num_steps", "lr_warmup_steps", "lr_decay_steps", "wd_incr_steps")
 
 
 def _setup(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:

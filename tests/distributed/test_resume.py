@@ -78,16 +78,19 @@ def test_both_reference_modes_train_the_same(ranks, tmp_path):
 
 
 def test_resume_in_another_layout_continues_at_the_same_pairs(ranks, tmp_path):
-    """The position is the step: two ranks take up what one rank has left."""
+    """The position is the step, also in the learning rate's schedule: two ranks take up what one rank has left."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = ranks(1)(train, [*STEPS, "--save", str(whole)])
-    resume = [*STEPS, "--save", str(parts), "--load", str(parts)]
+    # One rank has three packs a step, two ranks have four: Megatron counts in packs.
+    flags = [*STEPS, "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.3"]
+    expected = ranks(1)(train, [*flags, "--save", str(whole)])
+    resume = [*flags, "--save", str(parts), "--load", str(parts)]
     ranks(1)(train, [*resume, "--exit-interval", "2"])
     resumed = ranks(2)(train, resume)
     assert [step["iteration"] for step in last_stage(resumed).steps] == [3, 4]
     for step, expected_step in zip(last_stage(resumed).steps, last_stage(expected).steps[2:], strict=True):
         assert step["loss"] == pytest.approx(expected_step["loss"], rel=1e-5)
         assert step["logps/chosen"] == pytest.approx(expected_step["logps/chosen"], rel=1e-5)
+        assert step["learning_rate"] == expected_step["learning_rate"]
 
 
 def test_reference_comes_back_when_its_cache_is_lost(ranks, tmp_path):

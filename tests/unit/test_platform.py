@@ -162,6 +162,7 @@ def test_cuda_calls_are_answered_by_the_cpu(ranks):
 SEAMS = (
     "initialize_megatron",
     "load_checkpoint",
+    "get_optimizer_param_scheduler",
     "setup_model_and_optimizer",
     "train",
     "get_forward_backward_func",
