@@ -21,7 +21,7 @@ class Measured:
         losses: of each step.
         lengths: [steps, pairs, 3] tokens of prompt, chosen and rejected, as the steps have them.
         pairs: [steps][pairs] their tokens, in that order; only where they were asked for.
-        positions: positions of all packs of a step, padding included.
+        positions: positions of all packs of a step on average, padding included.
         fill: the share of them that holds a token.
         peak: memory above what the imports take, in bytes.
         reference: from the loaded policy until all its pairs were scored as the reference.
@@ -31,7 +31,7 @@ class Measured:
     losses: list[float] = field(default_factory=list)
     lengths: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 0, 3), np.int64))
     pairs: list[list[tuple[Any, Any, Any]]] = field(default_factory=list)
-    positions: int = 0
+    positions: float = 0.0
     fill: float = 0.0
     peak: float = 0.0
     reference: float = 0.0
@@ -131,7 +131,7 @@ def run(
     with distributed.process_groups(args):
         job = Timed(args)
         plan, pool = job.job.plan, job.job.pool
-        measured.fill, measured.positions = plan.fill, plan.packs_per_step * plan.pack_length
+        measured.fill, measured.positions = plan.fill, plan.positions.sum() / len(plan.steps)
         measured.lengths = pool.lengths[plan.steps].astype(np.int64)
         if keep_pairs:
             measured.pairs = [list(_tokens(pool, step)) for step in plan.steps]

@@ -65,6 +65,16 @@ def group_tokens(lengths: npt.NDArray[np.integer], *, share_prompts: bool) -> In
     return lengths[:, 0].astype(np.int64) * prompt_copies + lengths[:, 1] + lengths[:, 2]
 
 
+def causal_squares(lengths: npt.NDArray[np.integer], *, share_prompts: bool) -> IntArray:
+    """Attention of each pair: twice the keys that its queries see, which for a sequence of n tokens is n squared.
+
+    ``lengths`` as in :func:`group_tokens`; returns [P].
+    """
+    prompt, chosen, rejected = lengths.astype(np.int64).T
+    both = (prompt + chosen) ** 2 + (prompt + rejected) ** 2
+    return both - prompt**2 if share_prompts else both
+
+
 def lay_out(groups: Sequence[PairGroup], length: int, *, share_prompts: bool = True) -> Pack:
     """Lay pair groups out in one pack of ``length`` positions.
 

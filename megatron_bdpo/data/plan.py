@@ -1,7 +1,9 @@
 """Which pairs make up each optimizer step, and in which pack of which rank each pair sits.
 
-A step has *exactly* the number of pairs the user asked for. The packs of all steps have one length T and one number
-per rank M, so that Megatron sees a constant global batch size (in packs) and pipeline messages of one shape.
+A step has *exactly* the number of pairs the user asked for, and every rank has the same number of packs M in all
+steps, so that Megatron sees a constant global batch size (in packs). Packs are as long as what they hold: the m-th
+packs of all ranks have one length, which each of them knows from the plan, so that shapes need no communication. Where
+pipeline stages exchange messages, which Megatron sizes once a step, all packs of a step have one length.
 
 Three deterministic stages, each a pure function of the seed and the pairs' lengths, identical on every rank:
 
@@ -10,47 +12,64 @@ Three deterministic stages, each a pure function of the seed and the pairs' leng
 2. *Steps*: the stream is cut into windows of whole steps. Inside a window each step draws one pair from every length
    stratum and the rest is levelled by swaps, so that steps need nearly the same number of tokens. Which pairs make up
    step k depends neither on the parallel layout nor on how long the run is.
-3. *Packs*: the pairs of a step are spread over DP x M packs, longest first into the emptiest pack, and T and M are
-   chosen to waste least.
+3. *Packs*: the pairs of a step are put into DP x M packs that are as short as can be found (see ``packing``), and M is
+   chosen to waste least. Lengths are rounded up to a 64th of the longest, or to the kernels' multiple where that is
+   more. So a run has at most 64 of them, and a GPU's caching allocator finds blocks of the sizes that it asks for.
 """
 
 from __future__ import annotations
 
-import bisect
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.packing import per_pack, round_up, shortest
 from megatron_bdpo.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
 
 _MAX_WINDOW_STEPS = 256
 _PACK_CHOICES = 8  # pack counts tried beyond the smallest that fits
+_WORTH_MORE_PACKS = 0.005  # share of the positions that they must save: fewer and longer packs suit the kernels
+_LENGTHS = 64  # different lengths of packs, at most
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Steps x packs. Shapes: B steps, N pairs per step, K = DP x M packs per step."""
+    """Steps x packs. Shapes: B steps, N pairs per step, M packs per rank and step, K = DP x M packs per step."""
 
     steps: IntArray  # [B, N] pair ids
     pack_of: IntArray  # [B, N] in [0, K): which pack of its step holds each pair
-    pack_length: int  # T
-    microbatches: int  # M
+    lengths: IntArray  # [B, M] positions of every rank's m-th pack
     data_parallel: int  # DP
     real_tokens: IntArray  # [B] tokens of each step after sharing, before padding
 
     @property
+    def microbatches(self) -> int:
+        """M."""
+        return self.lengths.shape[1]
+
+    @property
     def packs_per_step(self) -> int:
+        """K."""
         return self.microbatches * self.data_parallel
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest pack of all steps."""
+        return int(self.lengths.max())
+
+    @property
+    def positions(self) -> IntArray:
+        """[B] positions of all packs of each step, padding included."""
+        return self.lengths.sum(axis=1) * self.data_parallel
 
     @property
     def fill(self) -> float:
         """Share of all pack positions that hold a token."""
-        return float(self.real_tokens.sum()) / (len(self.steps) * self.packs_per_step * self.pack_length)
+        return float(self.real_tokens.sum() / self.positions.sum())
 
     def packs(self, step: int, rank: int) -> list[IntArray]:
         """Pair ids of each of the M packs that data-parallel ``rank`` works on in ``step``."""
@@ -65,9 +84,9 @@ class PlanSettings:
     pairs_per_step: int
     data_parallel: int
     max_pack_length: int  # --seq-length
-    min_pack_length: int = 0  # longest pair that has to fit besides those drawn (held out, or beyond the last step)
     microbatch_multiple: int = 1  # M is a multiple of this (interleaved pipeline stages)
-    length_multiple: int = 8  # T is a multiple of this (sequence parallelism, FP8)
+    length_multiple: int = 8  # lengths are multiples of this (sequence parallelism, FP8)
+    one_length: bool = False  # all packs of a step have one length (pipeline stages)
     seed: int = 1234
     pack_pairs: bool = True  # False: one pair per pack, the oracle
 
@@ -117,66 +136,14 @@ def plan_steps(
         )
     steps = _draw_steps(sizes, settings, num_steps, pools)
     step_sizes = sizes[steps]
-    length, packs, pack_of = _choose_packs(step_sizes, settings)
-    pack_of = _deal_to_ranks(step_sizes, pack_of, packs, settings.data_parallel)
-    return StepPlan(
-        steps, pack_of, length, packs // settings.data_parallel, settings.data_parallel, step_sizes.sum(axis=1)
-    )
+    pack_of, packs = _choose_packs(step_sizes, settings)
+    pack_of, lengths = _deal_to_ranks(step_sizes, pack_of, packs, settings)
+    return StepPlan(steps, pack_of, lengths, settings.data_parallel, step_sizes.sum(axis=1))
 
 
 def epoch_pairs(pools: Sequence[tuple[IntArray, float]]) -> int:
     """Pairs drawn in one epoch."""
     return sum(_pool_draws(ids, weight) for ids, weight in pools)
-
-
-def pack_all(ids: IntArray, sizes: IntArray, length: int, multiple: int) -> list[IntArray]:
-    """Put every pair into as few packs of ``length`` as best-fit decreasing finds; the number of packs is a multiple.
-
-    Used where each pair is visited once and there are no steps: evaluation and reference scoring.
-
-    Args:
-        ids: [n] pair ids; sizes: [n] their sizes, none above ``length``.
-        multiple: pad the list with empty packs to a multiple of this (data-parallel ranks).
-    """
-    packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free positions, pack), sorted
-    for index in np.argsort(-sizes, kind="stable"):
-        size = int(sizes[index])
-        slot = bisect.bisect_left(room, (size, -1))
-        if slot == len(room):
-            free, pack = length, len(packs)
-            packs.append([])
-        else:
-            free, pack = room.pop(slot)
-        packs[pack].append(int(ids[index]))
-        bisect.insort(room, (free - size, pack))
-    packs += [[]] * (-len(packs) % multiple)
-    return [np.array(pack, np.int64) for pack in packs]
-
-
-def pack_evenly(ids: IntArray, sizes: IntArray, limit: int, multiple: int, unit: int) -> tuple[list[IntArray], int]:
-    """Put every pair into one of as many packs as :func:`pack_all` needs, and make these as short as they can be.
-
-    Args:
-        ids: [n] pair ids; sizes: [n] their sizes, none above ``limit``.
-        limit: greatest length of a pack, a multiple of ``unit``.
-        multiple: the number of packs is a multiple of this.
-        unit: the packs' length is a multiple of this.
-
-    Returns:
-        The packs, and the length they all have.
-    """
-    tight = pack_all(ids, sizes, limit, multiple)
-    even: list[list[int]] = [[] for _ in tight]
-    loads = [(0, pack) for pack in range(len(tight))]  # a heap
-    for index in np.argsort(-sizes, kind="stable"):
-        load, pack = loads[0]
-        even[pack].append(int(ids[index]))
-        heapq.heapreplace(loads, (load + int(sizes[index]), pack))
-    fullest = max((load for load, _ in loads), default=0)
-    if fullest <= limit:
-        return [np.array(pack, np.int64) for pack in even], _round_up(fullest, unit)
-    return tight, limit
 
 
 # 1. Order ------------------------------------------------------------------------------------------------------------
@@ -245,63 +212,63 @@ def _level_window(ids: IntArray, sizes: IntArray, window: int, seed: int, index:
 # 3. Packs ------------------------------------------------------------------------------------------------------------
 
 
-def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[int, int, IntArray]:
-    """Pack length, packs per step and the pack of each pair [B, N], wasting least; ties go to fewer packs."""
-    unit, limit = settings.length_multiple, settings.max_pack_length
-    group = settings.data_parallel * settings.microbatch_multiple
-
-    def length_for(fullest: int) -> int:
-        return _round_up(max(fullest, settings.min_pack_length), unit)
-
+def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[IntArray, int]:
+    """The pack of each pair [B, N], and the number of packs per step, wasting least; near ties go to fewer packs."""
     if not settings.pack_pairs:
-        own = np.broadcast_to(np.arange(step_sizes.shape[1]), step_sizes.shape)
-        return length_for(int(step_sizes.max())), step_sizes.shape[1], own
-    largest_step, longest_pair = int(step_sizes.sum(axis=1).max()), int(step_sizes.max())
-    fewest = -(-largest_step // limit)
-    first = _round_up(max(fewest, group), group)
-    best: tuple[int, int, IntArray] | None = None
+        return np.broadcast_to(np.arange(step_sizes.shape[1]), step_sizes.shape), step_sizes.shape[1]
+    group, limit = settings.data_parallel * settings.microbatch_multiple, settings.max_pack_length
+    tokens = step_sizes.sum(axis=1)
+    first = round_up(max(-(-int(tokens.max()) // limit), group), group)
+    best: tuple[IntArray, int] | None = None
+    least = 0
     for packs in range(first, step_sizes.shape[1] + group, group):
-        shortest = length_for(max(longest_pair, -(-largest_step // packs)))
-        if best is None or shortest * packs < best[0] * best[1]:  # else it cannot be better, and spreading takes time
-            pack_of, fullest = _spread(step_sizes, packs)
-            length = length_for(fullest)
-            if length <= limit and (best is None or length * packs < best[0] * best[1]):
-                best = (length, packs, pack_of)
+        at_least = np.maximum(tokens, step_sizes.max(axis=1) * (packs if settings.one_length else 1)).sum()
+        if best is None or at_least < least * (1 - _WORTH_MORE_PACKS):  # else it cannot be better, and takes time
+            grain = _grain(int(step_sizes.max()), settings)
+            pack_of = shortest(step_sizes, packs, limit, grain, settings.data_parallel)
+            load = per_pack(step_sizes, pack_of, packs)
+            positions = int(_lengths(load, settings).sum()) * settings.data_parallel
+            if load.max() <= limit and (best is None or positions < least * (1 - _WORTH_MORE_PACKS)):
+                best, least = (pack_of, packs), positions
         if best is not None and packs >= first + _PACK_CHOICES * group:
             break
     assert best is not None, "with a pack for each pair, every pair fits"
     return best
 
 
-def _spread(step_sizes: IntArray, packs: int) -> tuple[IntArray, int]:
-    """Longest pair first into the emptiest pack, for all steps at once. Returns packs [B, N] and the fullest size."""
-    rows = np.arange(len(step_sizes))
-    load = np.zeros((len(step_sizes), packs), np.int64)
-    pack_of = np.empty_like(step_sizes)
-    order = np.argsort(-step_sizes, axis=1, kind="stable")
-    for column in range(step_sizes.shape[1]):
-        pair = order[:, column]
-        emptiest = load.argmin(axis=1)
-        pack_of[rows, pair] = emptiest
-        load[rows, emptiest] += step_sizes[rows, pair]
-    return pack_of, int(load.max(initial=0))
+def _deal_to_ranks(
+    step_sizes: IntArray, pack_of: IntArray, packs: int, settings: PlanSettings
+) -> tuple[IntArray, IntArray]:
+    """Number the packs so that rank r's are [r M, (r+1) M). Returns the packs [B, N] and their lengths [B, M].
 
-
-def _deal_to_ranks(step_sizes: IntArray, pack_of: IntArray, packs: int, ranks: int) -> IntArray:
-    """Renumber packs so that rank r's are [r M, (r+1) M) and every rank's attention cost is about the same.
-
-    All packs have the same length, hence the same matrix multiplications; attention grows with the square of a pair.
+    The m-th packs of all ranks are of like length, and every rank's attention cost, which grows with the square of a
+    pair, is about the same.
     """
-    steps = len(step_sizes)
-    cost = np.zeros((steps, packs), np.int64)
-    np.add.at(cost, (np.arange(steps)[:, None], pack_of), step_sizes.astype(np.int64) ** 2)
-    there_and_back = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])
-    rank = np.resize(there_and_back, packs)
-    place = np.argsort(rank, kind="stable").argsort()  # k-th most expensive pack -> its new number
-    renumbered = np.empty((steps, packs), np.int64)
-    np.put_along_axis(renumbered, np.argsort(-cost, axis=1, kind="stable"), place[None, :], axis=1)
-    return np.take_along_axis(renumbered, pack_of, axis=1)
+    ranks = settings.data_parallel
+    load, cost = (per_pack(values, pack_of, packs) for values in (step_sizes, step_sizes.astype(np.int64) ** 2))
+    lengths = _lengths(load, settings)
+    own = np.full_like(load, lengths[:, :1]) if settings.one_length else _rounded(load, settings)
+    order = np.lexsort((-cost, -own), axis=1)  # longest first, of equal lengths the most expensive
+    microbatch, place = np.divmod(np.arange(packs), ranks)
+    there_and_back = np.where(microbatch % 2, ranks - 1 - place, place)
+    renumbered = np.empty_like(order)
+    np.put_along_axis(renumbered, order, (there_and_back * (packs // ranks) + microbatch)[None, :], axis=1)
+    return np.take_along_axis(renumbered, pack_of, axis=1), lengths
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _lengths(load: IntArray, settings: PlanSettings) -> IntArray:
+    """[B, M] lengths of packs that hold ``load`` [B, K] positions, those of like length on different ranks."""
+    longest_first = -np.sort(-_rounded(load, settings), axis=1)
+    lengths = longest_first[:, :: settings.data_parallel]
+    return np.broadcast_to(lengths[:, :1], lengths.shape) if settings.one_length else lengths
+
+
+def _rounded(load: IntArray, settings: PlanSettings) -> IntArray:
+    longest = round_up(int(load.max()), settings.length_multiple)
+    grain = _grain(longest, settings)
+    return np.clip(-(-load // grain) * grain, grain, longest)
+
+
+def _grain(longest: int, settings: PlanSettings) -> int:
+    """What lengths up to ``longest`` are multiples of."""
+    return round_up(-(-longest // _LENGTHS), settings.length_multiple)

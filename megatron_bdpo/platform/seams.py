@@ -12,6 +12,7 @@ and restored afterwards. Nothing is copied: each wrapper calls Megatron's own fu
 | `setup_model_and_optimizer` | the reference is scored or copied just after the policy is loaded                      |
 | `train`                     | an evaluation before the first step                                                    |
 | `get_forward_backward_func` | the resident reference scores the step's microbatches before the policy's pass         |
+| `consume_seqlen_stats_in_iteration` | packs differ in length, and their padding is no work: tokens to count      |
 | `training_log`              | Megatron's line leaves out negative values (log-probs, rewards) and knows no pairs     |
 | `evaluate`                  | the same for evaluation, and the before/after table                                    |
 | `get_signal_handler`        | a stop file asks for what a signal asks for: a checkpoint, then the end                |
@@ -46,6 +47,9 @@ class TrainerHooks(Protocol):
 
     def before_training(self, evaluate: Callable[[], Any]) -> None:
         """Training is about to begin. ``evaluate`` runs one evaluation."""
+
+    def work_of_step(self) -> tuple[float, float]:
+        """After a step's backward pass: its tokens, and the sum of squares of its sequences' lengths, of all ranks."""
 
     def after_update(self, grad_norm: float, iteration: int) -> None:
         """The optimizer has made step ``iteration``; ``grad_norm`` is of all ranks, before clipping."""
@@ -84,6 +88,7 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
         (trainer, "setup_model_and_optimizer", _setup(trainer.setup_model_and_optimizer, hooks)),
         (trainer, "train", _train(trainer.train, hooks)),
         (trainer, "get_forward_backward_func", _schedule(trainer.get_forward_backward_func, hooks)),
+        (trainer, "consume_seqlen_stats_in_iteration", lambda: hooks.work_of_step()),
         (trainer, "training_log", _log(trainer.training_log, hooks)),
         (trainer, "evaluate", _evaluate(trainer.evaluate, hooks)),
         (trainer, "get_signal_handler", lambda: hooks),

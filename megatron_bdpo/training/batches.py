@@ -44,6 +44,7 @@ class PackBatch:
     most_scored: int  # largest of scored_tokens
     sequence_tokens: Tensor  # [S] response tokens, here or on other ranks
     pack_length: int  # T
+    table_length: int  # of the rotary table, the same for all packs of a run
     unsafe: Tensor  # [P, 2]
     pair_ids: IntArray  # [P], on the host
     unconditional: PackBatch | None = None
@@ -56,8 +57,8 @@ class PackBatch:
     def attention_plan(self) -> AttentionPlan:
         return AttentionPlan(
             qkv_format="sbhd",
-            max_seqlen_q=self.pack_length,
-            max_seqlen_kv=self.pack_length,
+            max_seqlen_q=self.table_length,
+            max_seqlen_kv=self.table_length,
             positions=self.positions[0],
             key_index=self.key_index,
             query_starts=self.query_starts,
@@ -92,29 +93,34 @@ class PackBatch:
 
 @dataclass(frozen=True)
 class PackMaker:
-    """Turns pair ids into batches of one pack length, as one context-parallel rank sees them."""
+    """Turns pair ids into batches, as one context-parallel rank sees them.
+
+    Attributes:
+        limit: greatest length of a pack, so no position is beyond it. Megatron keeps a rotary table for each length
+            that it is asked for; all packs ask for this one.
+    """
 
     pool: PairPool
-    length: int
+    limit: int
     share_prompts: bool = True
     with_unconditional: bool = False
     context: ContextRank = ALONE
 
-    def __call__(self, ids: IntArray) -> PackBatch:
-        """The pack of these pairs."""
-        batch = self.mixed(ids, np.zeros(len(ids), bool))
+    def __call__(self, ids: IntArray, length: int) -> PackBatch:
+        """The pack of these pairs, of ``length`` positions."""
+        batch = self.mixed(ids, np.zeros(len(ids), bool), length)
         if self.with_unconditional:
-            batch.unconditional = self.mixed(ids, np.ones(len(ids), bool))
+            batch.unconditional = self.mixed(ids, np.ones(len(ids), bool), length)
         return batch
 
-    def mixed(self, ids: IntArray, unconditional: npt.NDArray[np.bool_]) -> PackBatch:
+    def mixed(self, ids: IntArray, unconditional: npt.NDArray[np.bool_], length: int) -> PackBatch:
         """A pack in which the answers of some pairs follow the empty prompt: those with True in ``unconditional``."""
         groups = [self.pool.group(pair, unconditional=empty) for pair, empty in zip(ids, unconditional, strict=True)]
-        pack = lay_out(groups, self.length, share_prompts=self.share_prompts)
-        return to_batch(context_part(pack, self.context), self.pool.unsafe[ids], self.length)
+        pack = lay_out(groups, length, share_prompts=self.share_prompts)
+        return to_batch(context_part(pack, self.context), self.pool.unsafe[ids], length, self.limit)
 
 
-def to_batch(pack: Pack, unsafe: np.ndarray[Any, Any], pack_length: int) -> PackBatch:
+def to_batch(pack: Pack, unsafe: np.ndarray[Any, Any], pack_length: int, table_length: int) -> PackBatch:
     """The arrays of a pack, or of one rank's part of a pack of ``pack_length`` positions, as tensors on the host."""
     scored_tokens = np.bincount(pack.scored_sequence, minlength=len(pack.sequence_tokens))
     return PackBatch(
@@ -132,6 +138,7 @@ def to_batch(pack: Pack, unsafe: np.ndarray[Any, Any], pack_length: int) -> Pack
         most_scored=int(scored_tokens.max(initial=0)),
         sequence_tokens=torch.from_numpy(pack.sequence_tokens),
         pack_length=pack_length,
+        table_length=table_length,
         unsafe=torch.from_numpy(unsafe.astype(np.int64)),
         pair_ids=pack.pair_ids,
     )
@@ -141,17 +148,21 @@ def _starts(lengths: IntArray) -> Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
+#: Pack number -> the ids of its pairs, and its length.
+Packs = Callable[[int], tuple[IntArray, int]]
+
+
 class _PackDataset(torch.utils.data.Dataset[PackBatch]):
-    def __init__(self, packs: Callable[[int], IntArray], make: PackMaker) -> None:
+    def __init__(self, packs: Packs, make: PackMaker) -> None:
         self.packs = packs
         self.make = make
 
     def __getitem__(self, index: int) -> PackBatch:
-        return self.make(self.packs(index))
+        return self.make(*self.packs(index))
 
 
 def iterate_packs(
-    packs: Callable[[int], IntArray], order: Iterator[int], make: PackMaker, *, workers: int, pin: bool
+    packs: Packs, order: Iterator[int], make: PackMaker, *, workers: int, pin: bool
 ) -> Iterator[PackBatch]:
     """Batches of ``packs(i)`` for i in ``order``, prepared by ``workers`` processes ahead of time (0: in place)."""
     loader = torch.utils.data.DataLoader(

@@ -10,10 +10,10 @@ import argparse
 import os
 from dataclasses import dataclass
 
-import numpy as np
 from megatron.training.theoretical_memory_usage import report_theoretical_memory
 from megatron.training.training import num_floating_point_operations
 
+from megatron_bdpo.data.layout import causal_squares
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning.memory import GB, fullest
 from megatron_bdpo.platform.seams import initialize_megatron
@@ -141,8 +141,9 @@ class Work:
     def of(cls, args: argparse.Namespace, job: PairJob) -> Work:
         """The work of a job whose plan is applied to ``args``."""
         plan = job.plan
-        positions = plan.packs_per_step * plan.pack_length
-        squares = float((job.sizes[plan.steps].astype(np.float64) ** 2).sum(axis=1).mean())  # no pair sees another
+        positions = plan.positions.sum() / len(plan.steps)
+        attention = causal_squares(job.pool.lengths, share_prompts=job.share_prompts)
+        squares = float(attention[plan.steps].sum() / len(plan.steps))
         step = float(num_floating_point_operations(args, plan.packs_per_step, squares, positions))
         needs = job.loss.requirements
         passes = int(needs.reference or needs.comprehension) + int(needs.comprehension)
@@ -156,7 +157,7 @@ class Work:
         return cls(
             steps,
             int(plan.real_tokens.sum()),
-            steps * positions,
+            int(plan.positions.sum()),
             steps * step,
             scoring,
             waits / (waits + plan.microbatches),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 from megatron_bdpo.data import pool as pools
 from megatron_bdpo.data.context import ContextRank, imbalance
 from megatron_bdpo.data.layout import lay_out
-from megatron_bdpo.data.plan import IntArray, PlanSettings, StepPlan, epoch_pairs, pack_all, plan_steps
+from megatron_bdpo.data.packing import pack_evenly, round_up
+from megatron_bdpo.data.plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.data.pool import PairPool, Selection
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
 from megatron_bdpo.data.sources import check_sources, parse_sources
@@ -34,9 +36,10 @@ class PairJob:
     Attributes:
         plan: the optimizer steps.
         eval_packs: packs of the held-out pairs, a multiple of the data-parallel ranks; empty without held-out pairs.
+        eval_length: the length that all of these have.
         sizes: [P] pack positions of every pair of the pool.
         cache_dir: where tokens and reference values are kept.
-        max_pack_length: the longest pack that the user allows; those of the plan may be shorter.
+        max_pack_length: the longest pack that the user allows; those of the plan may all be shorter.
     """
 
     loss: PairLossFunction
@@ -45,6 +48,7 @@ class PairJob:
     held_out: Selection
     plan: StepPlan
     eval_packs: list[IntArray]
+    eval_length: int
     sizes: IntArray
     cache_dir: Path
     share_prompts: bool
@@ -55,7 +59,7 @@ class PairJob:
     def pack_maker(self, context: ContextRank) -> PackMaker:
         """Makes the packs of training and evaluation, as a context-parallel rank sees them."""
         unconditional = self.resident and self.loss.requirements.comprehension
-        return PackMaker(self.pool, self.plan.pack_length, self.share_prompts, unconditional, context)
+        return PackMaker(self.pool, self.max_pack_length, self.share_prompts, unconditional, context)
 
     def describe(self) -> list[str]:
         """Loss, pairs and plan in a few lines."""
@@ -66,7 +70,7 @@ class PairJob:
             f"pairs: {len(self.train.ids)} to train on, {len(self.held_out.ids)} held out"
             + "".join(f"; {note}" for note in self.train.notes + self.held_out.notes),
             f"plan: {len(plan.steps)} steps of {plan.steps.shape[1]} pairs, each in {plan.data_parallel} ranks x "
-            f"{plan.microbatches} packs of {plan.pack_length} positions; fill {plan.fill:.1%}",
+            f"{plan.microbatches} packs of {_range(plan.lengths)} positions; fill {plan.fill:.1%}",
         ]
         if self.share_prompts:
             lines.append(f"shared prompts: {1 - shared / unshared:.1%} fewer tokens than one prompt per answer")
@@ -75,9 +79,11 @@ class PairJob:
         return lines
 
     def _describe_context(self) -> str:
-        packs = [pack for pack in self.plan.packs(0, rank=0) if len(pack)][:_PACKS_LOOKED_AT]
-        groups = [[self.pool.group(pair_id) for pair_id in pack] for pack in packs]
-        laid_out = [lay_out(pack, self.plan.pack_length, share_prompts=self.share_prompts) for pack in groups]
+        packs = zip(self.plan.packs(0, rank=0), self.plan.lengths[0].tolist(), strict=True)
+        laid_out = [
+            lay_out([self.pool.group(pair_id) for pair_id in pack], length, share_prompts=self.share_prompts)
+            for pack, length in itertools.islice(packs, _PACKS_LOOKED_AT)
+        ]
         balance = [imbalance(pack, self.context_parallel) for pack in laid_out]
         return (
             f"{self.context_parallel} ranks share a pack; attention cost max/mean {np.mean(balance):.3f}, "
@@ -86,6 +92,11 @@ class PairJob:
 
 
 _PACKS_LOOKED_AT = 16
+
+
+def _range(lengths: IntArray) -> str:
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    return str(longest) if shortest == longest else f"{shortest} to {longest}"
 
 
 def build_job(args: argparse.Namespace) -> PairJob:
@@ -103,7 +114,7 @@ def build_job(args: argparse.Namespace) -> PairJob:
                 "--reference resident knows no scores before the first step, and an option of the loss is to follow "
                 "from them (auto). Give it a value, or leave --reference out."
             )
-        _plan_settings(args, longest_pair=0)  # what is wrong with the plan whatever the pairs: before they are read
+        _plan_settings(args)  # what is wrong with the plan whatever the pairs: before they are read
     cache_dir = cache_dir_of(args)
     stores = open_stores(args, cache_dir)
     with all_ranks_agree():
@@ -190,13 +201,12 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, args.seq_length, drop=args.long_pairs == "drop")
     sources = pool.pools(0, train.ids)
-    # Every pair fits, also those that a short run never draws: the reference scores them all.
-    settings = _plan_settings(args, int(sizes[np.concatenate([train.ids, held_out.ids])].max(initial=0)))
+    settings = _plan_settings(args)
     steps = args.train_iters
     if steps is None:
         steps = max(1, round(args.pair_epochs * epoch_pairs(sources) / settings.pairs_per_step))
     plan = plan_steps(sizes, settings, steps, sources)
-    eval_packs = _eval_packs(held_out.ids, sizes, plan, _microbatch_multiple(args), pack_pairs=args.pack_pairs)
+    eval_packs, eval_length = _eval_packs(held_out.ids, sizes, plan, settings)
     return PairJob(
         loss,
         pool,
@@ -204,6 +214,7 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
         held_out,
         plan,
         eval_packs,
+        eval_length,
         sizes,
         cache_dir,
         args.share_prompts,
@@ -213,31 +224,30 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
     )
 
 
-def _plan_settings(args: argparse.Namespace, longest_pair: int) -> PlanSettings:
+def _plan_settings(args: argparse.Namespace) -> PlanSettings:
     model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     return PlanSettings(
         pairs_per_step=args.pairs_per_step,
         data_parallel=args.world_size // model_parallel,
         max_pack_length=args.seq_length,
-        min_pack_length=longest_pair,
         microbatch_multiple=_microbatch_multiple(args),
         length_multiple=length_unit(args),
+        one_length=args.pipeline_model_parallel_size > 1,
         seed=args.seed,
         pack_pairs=args.pack_pairs,
     )
 
 
-def _eval_packs(
-    ids: IntArray, sizes: IntArray, plan: StepPlan, microbatch_multiple: int, *, pack_pairs: bool
-) -> list[IntArray]:
-    """Held-out pairs in packs of the training packs' length, as many as the ranks and the schedule can share."""
+def _eval_packs(ids: IntArray, sizes: IntArray, plan: StepPlan, settings: PlanSettings) -> tuple[list[IntArray], int]:
+    """Held-out pairs in packs of one length, and it; as many as the ranks and the schedule can share."""
     if not len(ids):
-        return []
-    group = plan.data_parallel * microbatch_multiple
-    if pack_pairs:
-        return pack_all(ids, sizes[ids], plan.pack_length, group)
-    single = [np.array([pair_id]) for pair_id in ids]
-    return single + [np.zeros(0, np.int64)] * (-len(single) % group)
+        return [], plan.longest
+    group = settings.data_parallel * settings.microbatch_multiple
+    longest = round_up(int(sizes[ids].max()), settings.length_multiple)
+    if settings.pack_pairs:
+        # No longer than the packs of training, if the pairs allow it: they are what has been reckoned to fit.
+        return pack_evenly(ids, sizes[ids], max(longest, plan.longest), group, settings.length_multiple)
+    return [*ids[:, None], *[ids[:0]] * (-len(ids) % group)], longest
 
 
 def _microbatch_multiple(args: argparse.Namespace) -> int:
@@ -249,16 +259,10 @@ def _microbatch_multiple(args: argparse.Namespace) -> int:
 
 def made_up_plan(args: argparse.Namespace) -> StepPlan:
     """A plan of nothing in the shapes a real one could have, for Megatron to validate the other arguments against."""
-    settings = _plan_settings(args, longest_pair=0)
+    settings = _plan_settings(args)
     steps = np.zeros((args.train_iters or 10**6, 0), np.int64)
-    return StepPlan(
-        steps,
-        steps,
-        args.seq_length,
-        settings.microbatch_multiple,
-        settings.data_parallel,
-        np.zeros(len(steps), np.int64),
-    )
+    lengths = np.broadcast_to(args.seq_length, (len(steps), settings.microbatch_multiple))
+    return StepPlan(steps, steps, lengths, settings.data_parallel, np.zeros(len(steps), np.int64))
 
 
 def position_shares(args: argparse.Namespace) -> int:
@@ -272,10 +276,10 @@ def length_unit(args: argparse.Namespace) -> int:
 
 
 def apply_plan(args: argparse.Namespace, plan: StepPlan, eval_packs: int) -> None:
-    """Tell Megatron the shapes that the plan has chosen. To Megatron a sample is a pack."""
+    """Tell Megatron the shapes that the plan has chosen. To Megatron a sample is a pack, and all are as the longest."""
     evaluate = eval_packs > 0 and args.eval_iters != 0
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
-    args.seq_length = plan.pack_length
+    args.seq_length = plan.longest
     args.micro_batch_size = args.eval_micro_batch_size = 1
     args.global_batch_size = plan.packs_per_step
     args.train_iters = len(plan.steps)

@@ -62,7 +62,7 @@ def job_shape(args: argparse.Namespace, job: PairJob) -> JobShape:
             last_layers=args.decoder_last_pipeline_num_layers,
             expert_tensor=args.expert_tensor_parallel_size or 0,
         ),
-        pack_length=job.plan.pack_length,
+        pack_length=job.plan.longest,
         microbatches=job.plan.microbatches,
         precision=precision(args),
         sequence_parallel=args.sequence_parallel,

@@ -22,12 +22,12 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch import Tensor
 
-from megatron_bdpo.data.layout import group_tokens
+from megatron_bdpo.data.layout import causal_squares, group_tokens
 from megatron_bdpo.model.reference import weights_at_rest
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import checkpoints, identity
-from megatron_bdpo.training.batches import IntArray, PackBatch, iterate_packs
+from megatron_bdpo.training.batches import IntArray, PackBatch, Packs, iterate_packs
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
 from megatron_bdpo.training.finite import broken_gradient, gradients_named, reject_broken_weights
 from megatron_bdpo.training.flags import precision
@@ -145,9 +145,9 @@ class PreferenceRun:
     def _train_batches(self) -> Iterator[PackBatch]:
         plan, rank = self.job.plan, parallel_state.get_data_parallel_rank()
 
-        def packs(index: int) -> IntArray:
+        def packs(index: int) -> tuple[IntArray, int]:
             step, microbatch = divmod(index, plan.microbatches)
-            return plan.packs(step, rank)[microbatch]
+            return plan.packs(step, rank)[microbatch], int(plan.lengths[step, microbatch])
 
         # The position is the step, whatever the layout was when the checkpoint was written.
         first = self.args.iteration * plan.microbatches
@@ -155,9 +155,9 @@ class PreferenceRun:
 
     def _eval_batches(self) -> Iterator[PackBatch]:
         own = self.job.eval_packs[parallel_state.get_data_parallel_rank() :: self.job.plan.data_parallel]
-        return self._iterate(own.__getitem__, itertools.cycle(range(len(own))))
+        return self._iterate(lambda index: (own[index], self.job.eval_length), itertools.cycle(range(len(own))))
 
-    def _iterate(self, packs: Callable[[int], IntArray], order: Iterator[int]) -> Iterator[PackBatch]:
+    def _iterate(self, packs: Packs, order: Iterator[int]) -> Iterator[PackBatch]:
         make = self.job.pack_maker(context_rank())
         return iterate_packs(packs, order, make, workers=self.args.num_workers, pin=not cpu.is_active())
 
@@ -225,17 +225,26 @@ class PreferenceRun:
             self._step.gate = gate
 
     def wrap_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
-        """Time each training step, and let a resident reference score before it."""
+        """Give each step the length of its packs, time it, and let a resident reference score before it."""
         reference = self._step.reference
         inner = reference.wrap(schedule) if isinstance(reference, ResidentReference) else schedule
 
-        def run(*args: Any, forward_only: bool = False, **kwargs: Any) -> Any:
+        def run(*args: Any, seq_length: int, forward_only: bool = False, **kwargs: Any) -> Any:
             if not forward_only:
                 self._step_started = time.perf_counter()
+            # Megatron's own is that of the longest pack. Without pipeline stages nobody reads it; with them a step's
+            # packs have one length, of which every stage knows what it sends and receives.
+            seq_length = self.job.eval_length if forward_only else int(self.job.plan.lengths[self._iteration, 0])
             with gradients_named(self._iteration + 1, self._pairs_of_step, self.job.pool.describe):
-                return inner(*args, forward_only=forward_only, **kwargs)
+                return inner(*args, seq_length=seq_length, forward_only=forward_only, **kwargs)
 
         return run
+
+    def work_of_step(self) -> tuple[float, float]:
+        """What the step has in tokens and in squares of sequence lengths, for Megatron's count of operations."""
+        pairs = self.job.plan.steps[self._iteration]
+        tokens = float(self.job.plan.real_tokens[self._iteration])
+        return tokens, float(causal_squares(self.job.pool.lengths[pairs], share_prompts=self.job.share_prompts).sum())
 
     def after_step(self, losses: dict[str, Tensor], iteration: int, skipped: bool) -> None:
         """Report the step; after the first one, judge it."""

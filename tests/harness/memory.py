@@ -85,7 +85,7 @@ def count(flags: list[str], **overrides: Any) -> Held:
     held.optimizer = _optimizer_bytes(optimizer, saved.ignored)
     held.saved, held.tensors = saved.peak, saved.at_peak
     held.saved_by_attention = sum(tensor.bytes for tensor in saved.at_peak if tensor.by_attention)
-    held.pack_length, held.microbatches = run.job.plan.pack_length, run.job.plan.microbatches
+    held.pack_length, held.microbatches = run.job.plan.longest, run.job.plan.microbatches
     # The masks of SDPA and the plan's indexes are none of a GPU's flash attention.
     indexes = [tensor for tensor in saved.at_peak if tensor.by_attention and tensor.dtype == "torch.int64"]
     masks = [tensor for tensor in saved.at_peak if tensor.by_attention and len(tensor.shape) == 2]

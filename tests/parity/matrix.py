@@ -89,12 +89,13 @@ MODELS = {
         },
     ),
     # The load-balancing loss is a mean over a pack, not linear in its tokens: here packs are the same in every layout,
-    # 4 of them a step. Its coefficients are large, so that the routers' gradients are its.
+    # a pair each. Its coefficients are large, so that the routers' gradients are its.
     "experts": Model(
         MOE_LAYOUTS,
         {
             "max_pairs": 24,
             "seq_length": 512,
+            "pack_pairs": False,
             "num_experts": 4,
             "moe_router_topk": 2,
             "moe_aux_loss_coeff": 0.1,

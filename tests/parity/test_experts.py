@@ -23,7 +23,7 @@ EXPERTS, TOP_K, LAST = 4, 2, 3
 ROUTER = "decoder.layers.mlp.router.weight"
 
 #: One step of packs that differ in tokens and in padding.
-ONE_STEP = {"max_pairs": 7, "pairs_per_step": 7, "train_iters": 1}
+ONE_STEP = {"max_pairs": 7, "pairs_per_step": 7, "train_iters": 1, "pack_pairs": True}
 
 #: fp32, relative to the largest element of the difference of two gradients, which is a tenth of either.
 ALLOWED = 1e-4
@@ -128,6 +128,7 @@ def test_mistake_is_caught(gradient_of, name, mistake):
 def gradients_with_an_empty_pack(ranks, directory, mistake=None) -> dict[str, np.ndarray]:
     """Interleaved stages take microbatches in groups: 2 x 2 of them for 3 pairs."""
     job = MODELS["experts"].overrides | {"max_pairs": 3, "pairs_per_step": 3, "train_iters": 1, "seq_length": 2048}
+    job |= {"pack_pairs": True}
     flags = [*VPP2.split(), "--no-check-for-nan-in-loss-and-grad"]
     caches = {"pair_cache_dir": str(directory)}
     recordings = ranks(4)(train_and_record, flags, mistake=mistake, **(TINY_MODEL | job | caches))

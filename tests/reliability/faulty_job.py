@@ -25,7 +25,7 @@ def main() -> None:
     packs = 0
     original = batches.PackMaker.__call__
 
-    def make(self: batches.PackMaker, ids: batches.IntArray) -> batches.PackBatch:
+    def make(self: batches.PackMaker, ids: batches.IntArray, length: int) -> batches.PackBatch:
         nonlocal packs
         packs += 1
         if os.environ["RANK"] == rank and packs == 3:
@@ -35,7 +35,7 @@ def main() -> None:
             if fault == "bad data":
                 raise UserError("pairs.jsonl, line 17: THE FIRST CAUSE")
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, ids)
+        return original(self, ids, length)
 
     batches.PackMaker.__call__ = make  # type: ignore[method-assign]
     entry.main(flags)

@@ -49,7 +49,7 @@ def test_rewards_without_a_reference_are_no_log_ratios():
 
 def plan_with(fill: float) -> StepPlan:
     steps = np.zeros((1, 1), np.int64)
-    return StepPlan(steps, steps, 100, 1, 1, np.array([100 * fill]))
+    return StepPlan(steps, steps, np.array([[100]]), 1, np.array([100 * fill]))
 
 
 def test_about_data():

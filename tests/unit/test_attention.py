@@ -113,7 +113,7 @@ def attend(
     module.backend = backend
     moved = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
     query, key, value = (moved[name][:, None].clone().requires_grad_() for name in ("query", "key", "value"))
-    batch = to_batch(case.pack, np.zeros((len(case.pack.pair_ids), 2)), len(case.pack.tokens))
+    batch = to_batch(case.pack, np.zeros((len(case.pack.pair_ids), 2)), len(case.pack.tokens), len(case.pack.tokens))
     batch = batch.to_device() if device == "cuda" else batch
     out = module(query, key, value, None, packed_seq_params=batch.attention_plan())
     assert out.dtype == dtype

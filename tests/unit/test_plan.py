@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bdpo.data.plan import PlanSettings, StepPlan, epoch_pairs, pack_all, plan_steps
+from megatron_bdpo.data.plan import PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.errors import UserError
 
 PLAN = PlanSettings(pairs_per_step=4, data_parallel=1, max_pack_length=128)
@@ -39,9 +39,9 @@ def cases(draw) -> Case:
             pairs_per_step=pairs_per_step,
             data_parallel=draw(st.integers(1, min(4, pairs_per_step))),
             max_pack_length=multiple * draw(st.integers(shortest_limit, 3 * shortest_limit)),
-            min_pack_length=draw(st.integers(0, multiple * shortest_limit)),
             microbatch_multiple=draw(st.integers(1, 3)),
             length_multiple=multiple,
+            one_length=draw(st.booleans()),
             seed=draw(st.integers(0, 3)),
         ),
         steps=draw(st.integers(1, 12)),
@@ -107,7 +107,7 @@ def test_steps_do_not_depend_on_the_layout(case):
         {"data_parallel": 1},
         {"data_parallel": most},
         {"max_pack_length": case.settings.max_pack_length * 2},
-        {"min_pack_length": 0},
+        {"one_length": not case.settings.one_length},
         {"microbatch_multiple": 4},
         {"pack_pairs": False, "data_parallel": 1, "microbatch_multiple": 1},
     ):
@@ -180,10 +180,12 @@ def test_packs_hold_each_pair_once_and_never_overflow(case):
         packs = [pack for rank in range(limits.data_parallel) for pack in plan.packs(step, rank)]
         assert len(packs) == plan.packs_per_step == plan.microbatches * limits.data_parallel
         assert sorted(np.concatenate(packs)) == sorted(plan.steps[step])
-        assert max(case.sizes[pack].sum() for pack in packs) <= plan.pack_length
+        lengths = np.tile(plan.lengths[step], limits.data_parallel)  # every rank's m-th pack has the m-th length
+        assert all(case.sizes[pack].sum() <= length for pack, length in zip(packs, lengths, strict=True))
+        assert plan.positions[step] == lengths.sum()
         assert plan.real_tokens[step] == case.sizes[plan.steps[step]].sum()
-    assert limits.min_pack_length <= plan.pack_length <= limits.max_pack_length
-    assert plan.pack_length % limits.length_multiple == 0
+    assert 0 < plan.lengths.min() <= plan.longest <= limits.max_pack_length
+    assert (plan.lengths % limits.length_multiple == 0).all()
     assert plan.microbatches % limits.microbatch_multiple == 0
     assert 0 < plan.fill <= 1
 
@@ -201,14 +203,17 @@ def test_without_packing_every_pair_has_its_own_pack():
     sizes = some_sizes(24)
     plan = plan_steps(sizes, dataclasses.replace(PLAN, data_parallel=2, pack_pairs=False), 6)
     assert plan.microbatches == 2
-    assert plan.pack_length == -(-int(sizes.max()) // 8) * 8
+    assert plan.longest == -(-int(sizes.max()) // 8) * 8
     for step in range(6):
-        assert [len(pack) for rank in (0, 1) for pack in plan.packs(step, rank)] == [1, 1, 1, 1]
+        packs = [plan.packs(step, rank) for rank in (0, 1)]
+        assert [len(pack) for rank in packs for pack in rank] == [1, 1, 1, 1]
+        for microbatch, length in enumerate(plan.lengths[step]):
+            assert length == -(-max(sizes[rank[microbatch][0]] for rank in packs) // 8) * 8
 
 
 def test_fill_is_the_share_of_positions_that_hold_tokens():
     plan = plan_steps(np.full(4, 30), dataclasses.replace(PLAN, max_pack_length=64), 1)
-    assert (plan.pack_length, plan.packs_per_step) == (64, 2)
+    assert plan.lengths.tolist() == [[64, 64]]
     assert plan.fill == pytest.approx(120 / 128)
 
 
@@ -222,6 +227,42 @@ def test_pairs_as_in_hh_rlhf_fill_packs(seed):
     assert plan.fill >= 0.95
 
 
+def whole_hh_prompts(count: int, seed: int) -> np.ndarray:
+    """Pair sizes like those of HH-RLHF's harmless dialogues, prompts whole: median 173, 1% above 700."""
+    return np.random.default_rng(seed).lognormal(5.15, 0.62, count).astype(int).clip(16, 2000)
+
+
+@pytest.mark.parametrize(("pairs_per_step", "ranks"), [(8, 1), (64, 1), (64, 8), (512, 8)])
+@pytest.mark.parametrize("one_length", [True, False])
+def test_whole_prompts_fill_packs(pairs_per_step, ranks, one_length):
+    """One very long pair now and then makes the packs of its own step long, and no others."""
+    sizes = whole_hh_prompts(8 * 1024, seed=1)
+    plan = plan_steps(sizes, PlanSettings(pairs_per_step, ranks, 4096, one_length=one_length), len(sizes) // 512)
+    assert plan.fill >= 0.95
+
+
+def test_pipeline_stages_get_one_length_per_step():
+    sizes = whole_hh_prompts(640, seed=2)
+    plan = plan_steps(sizes, PlanSettings(64, 2, 2048, one_length=True), 10)
+    assert plan.microbatches > 1
+    assert (plan.lengths == plan.lengths[:, :1]).all()
+
+
+@pytest.mark.parametrize("multiple", [8, 128])
+def test_lengths_are_few_and_the_longest_is_not_rounded_beyond_need(multiple):
+    sizes = whole_hh_prompts(16_000, seed=3)
+    plan = plan_steps(sizes, PlanSettings(4, 1, 4096, length_multiple=multiple), 4000)
+    assert len(np.unique(plan.lengths)) <= 64
+    fullest = max(int(sizes[pack].sum()) for step in range(4000) for pack in plan.packs(step, 0))
+    assert plan.longest == -(-fullest // multiple) * multiple
+
+
+def test_more_packs_are_taken_only_where_they_save_something():
+    """Two packs of 500 hold no more padding than one of 1000, which suits the kernels better."""
+    plan = plan_steps(np.full(40, 100), PlanSettings(10, 1, 1000), 4)
+    assert plan.lengths.tolist() == [[1000]] * 4
+
+
 def test_attention_cost_is_spread_over_ranks():
     """Two packs of one long pair and two of eight short ones: attention is quadratic, so each rank gets one of each."""
     sizes = np.array([64, 64] + 16 * [8])
@@ -229,27 +270,6 @@ def test_attention_cost_is_spread_over_ranks():
     assert plan.fill == 1
     for rank in (0, 1):
         assert sorted(len(pack) for pack in plan.packs(0, rank)) == [1, 8]
-
-
-# Packs without steps
-
-
-@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 4), st.integers(50, 120))
-@settings(max_examples=80, deadline=None)
-def test_pack_all_places_every_pair_once(sizes, multiple, length):
-    ids = np.arange(len(sizes)) + 100
-    packs = pack_all(ids, np.array(sizes, np.int64), length, multiple)
-    assert len(packs) % multiple == 0
-    assert sorted(np.concatenate([*packs, []])) == list(ids)
-    assert all(sum(sizes[pair - 100] for pair in pack) <= length for pack in packs)
-    # Two packs at most half full would have been one.
-    half_empty = [pack for pack in packs if len(pack) and sum(sizes[pair - 100] for pair in pack) * 2 <= length]
-    assert len(half_empty) <= 1
-
-
-def test_pack_all_takes_the_tightest_room():
-    packs = pack_all(np.arange(4), np.array([60, 70, 30, 40]), 100, 1)
-    assert sorted(sorted(pack.tolist()) for pack in packs) == [[0, 3], [1, 2]]
 
 
 # Refusals

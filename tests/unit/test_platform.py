@@ -166,6 +166,7 @@ SEAMS = (
     "setup_model_and_optimizer",
     "train",
     "get_forward_backward_func",
+    "consume_seqlen_stats_in_iteration",
     "training_log",
     "evaluate",
 )

@@ -167,11 +167,8 @@ class ReferenceScores:
     def _scorer(self, seen: Callable[[int], object]) -> GroupScorer:
         if self._chunks is None:
             self._chunks = self.model()
-        limit = self.job.max_pack_length
-        make = PackMaker(self.job.pool, limit, self.job.share_prompts, context=context_rank())
-        return GroupScorer(
-            self._chunks, self.scoring, make, limit, length_unit(self.args), not self.args.pack_pairs, seen
-        )
+        make = PackMaker(self.job.pool, self.job.max_pack_length, self.job.share_prompts, context=context_rank())
+        return GroupScorer(self._chunks, self.scoring, make, length_unit(self.args), not self.args.pack_pairs, seen)
 
     def _groups(self, index: int, missing: dict[str, BoolArray], rows: slice) -> Groups:
         """The missing groups of some rows, those of the first kind first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_bdpo.data.layout import group_tokens
-from megatron_bdpo.data.plan import pack_evenly
+from megatron_bdpo.data.packing import pack_evenly, round_up
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import PairLogProbs, Requirements
 from megatron_bdpo.model.precision import quantisation_history_kept
@@ -186,9 +186,8 @@ class GroupScorer:
     """Scores groups with a frozen model, each once, packed as tightly as they go.
 
     Attributes:
-        make: makes packs of the pool's pairs; their length is chosen here.
-        limit: greatest length of a pack; a multiple of ``unit``.
-        unit: lengths are multiples of this.
+        make: makes packs of the pool's pairs; its limit is a multiple of ``unit``.
+        unit: the packs' lengths are multiples of this.
         alone: every group has a pack of its own.
         seen: told the number of pairs in each pack that is on its way.
     """
@@ -196,7 +195,6 @@ class GroupScorer:
     model: list[Any]
     scoring: TokenScoring
     make: PackMaker
-    limit: int
     unit: int
     alone: bool
     seen: Callable[[int], object]
@@ -212,8 +210,7 @@ class GroupScorer:
         multiple = ranks * stages  # interleaved stages take microbatches in groups
         packs, length = self._pack(self.sizes(groups), multiple)
         own = packs[parallel_state.get_data_parallel_rank() :: ranks]
-        make = replace(self.make, length=length, with_unconditional=False)
-        iterators = [self._packs(own, groups, make, first=chunk == 0) for chunk in range(len(self.model))]
+        iterators = [self._packs(own, groups, length, first=chunk == 0) for chunk in range(len(self.model))]
         scores = score_batches(self.model, iterators, len(own), length, self.scoring)
         result = np.zeros((len(groups), 2))
         if _is_one_of_each_replica():
@@ -224,9 +221,9 @@ class GroupScorer:
     def _pack(self, sizes: IntArray, multiple: int) -> tuple[list[IntArray], int]:
         ids = np.arange(len(sizes))
         if not self.alone:
-            return pack_evenly(ids, sizes, self.limit, multiple, self.unit)
+            return pack_evenly(ids, sizes, self.make.limit, multiple, self.unit)
         packs = [*ids[:, None], *[ids[:0]] * (-len(ids) % multiple)]
-        return packs, -(-int(sizes.max()) // self.unit) * self.unit
+        return packs, round_up(int(sizes.max()), self.unit)
 
     def sizes(self, groups: Groups) -> IntArray:
         """[n] pack positions that each group takes."""
@@ -237,11 +234,11 @@ class GroupScorer:
         lengths[:, 0] = np.where(groups.unconditional, empty[store], lengths[:, 0])
         return group_tokens(lengths, share_prompts=self.make.share_prompts)
 
-    def _packs(self, packs: list[IntArray], groups: Groups, make: PackMaker, first: bool) -> Iterator[PackBatch]:
+    def _packs(self, packs: list[IntArray], groups: Groups, length: int, first: bool) -> Iterator[PackBatch]:
         for pack in packs:
             if first:
                 self.seen(len(pack))
-            yield make.mixed(groups.pairs[pack], groups.unconditional[pack])
+            yield self.make.mixed(groups.pairs[pack], groups.unconditional[pack], length)
 
 
 def _is_one_of_each_replica() -> bool:
