@@ -3,20 +3,20 @@
 ``pretrain()`` has no call-backs for these moments, so its module-level names are wrapped for the length of one run
 and restored afterwards. Nothing is copied: each wrapper calls Megatron's own function.
 
-| name                        | why                                                                                   |
-|-----------------------------|---------------------------------------------------------------------------------------|
-| `initialize_megatron`       | without a GPU it must be told so (`allow_no_cuda`)                                     |
-| `compile_helpers`           | calls `make` where the wheel ships no Makefile, and exits; our data needs no helper    |
-| `load_checkpoint`           | torch's Adam (no TE, no Apex) needs a state to load into, and its own counters         |
-| `get_optimizer_param_scheduler` | it counts packs, of which another layout may have more or fewer to a step |
-| `setup_model_and_optimizer` | the reference is scored or copied just after the policy is loaded                      |
-| `train`                     | an evaluation before the first step                                                    |
-| `get_forward_backward_func` | the resident reference scores the step's microbatches before the policy's pass         |
-| `consume_seqlen_stats_in_iteration` | packs differ in length, and their padding is no work: tokens to count      |
-| `training_log`              | Megatron's line leaves out negative values (log-probs, rewards) and knows no pairs     |
-| `evaluate`                  | the same for evaluation, and the before/after table                                    |
-| `get_signal_handler`        | a stop file asks for what a signal asks for: a checkpoint, then the end                |
-| `dist_checkpointing.save`   | a checkpoint is complete, digests and all, before Megatron's tracker names it          |
+| name                                | why                                                                            |
+|-------------------------------------|--------------------------------------------------------------------------------|
+| `initialize_megatron`               | without a GPU it must be told so (`allow_no_cuda`)                             |
+| `compile_helpers`                   | calls `make` without a Makefile in the wheel, and exits; not needed here       |
+| `load_checkpoint`                   | torch's Adam (no TE, no Apex) needs a state to load into, and its own counters |
+| `get_optimizer_param_scheduler`     | it counts packs, of which another layout may have more or fewer a step         |
+| `setup_model_and_optimizer`         | the reference is scored or copied just after the policy is loaded              |
+| `train`                             | an evaluation before the first step                                            |
+| `get_forward_backward_func`         | the resident reference scores the step's packs before the policy's pass        |
+| `consume_seqlen_stats_in_iteration` | packs differ in length, and their padding is no work: tokens to count          |
+| `training_log`                      | Megatron's line leaves out negative values (log-probs), and knows no pairs     |
+| `evaluate`                          | the same for evaluation, and the before/after table                            |
+| `get_signal_handler`                | a stop file asks for what a signal asks for: a checkpoint, then the end        |
+| `dist_checkpointing.save`           | a checkpoint is complete, with digests, before Megatron's tracker names it     |
 """
 
 from __future__ import annotations
@@ -173,11 +173,8 @@ def _scheduler(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.training import get_args
 
         scheduler = original(optimizer)
-        packs, state_dict, load_state_dict = (
-            get_args().global_batch_size,
-            scheduler.state_dict,
-            scheduler.load_state_dict,
-        )
+        packs = get_args().global_batch_size
+        state_dict, load_state_dict = scheduler.state_dict, scheduler.load_state_dict
 
         def in_steps() -> dict[str, Any]:
             state = state_dict()
