@@ -58,6 +58,19 @@ class Pack:
         """Positions that hold a token."""
         return int(self.query_lengths.sum())
 
+    def attention_mask(self) -> npt.NDArray[np.bool_]:
+        """[T, T], True where a query (row) sees a key: for models that take a mask instead of runs.
+
+        Padding sees itself, so that no row is empty.
+        """
+        mask = np.eye(len(self.tokens), dtype=bool)
+        starts = np.cumsum(self.query_lengths) - self.query_lengths
+        ends = np.cumsum(self.key_lengths)
+        for start, queries, end, keys in zip(starts, self.query_lengths, ends, self.key_lengths, strict=True):
+            seen = np.arange(keys) <= np.arange(queries)[:, None] + (keys - queries)  # the last query sees all keys
+            mask[np.arange(start, start + queries)[:, None], self.key_index[end - keys : end]] = seen
+        return mask
+
 
 def group_tokens(lengths: npt.NDArray[np.integer], *, share_prompts: bool) -> IntArray:
     """Pack positions each pair takes. ``lengths`` [P, 3] are prompt, chosen and rejected tokens; returns [P]."""

@@ -1,6 +1,22 @@
-"""From hidden states to log-probs: scored positions only, vocabulary-parallel, explicit process groups."""
+"""From hidden states to log-probs: scored positions only, vocabulary-parallel, explicit process groups.
 
-from megatron_bdpo.logprobs.scored import ScoredPositions, TokenScores, sequence_log_probs
+    scored = ScoredPositions.of(pack.scored_hidden, pack.scored_target, pack.sequence_tokens)
+    tokens = fused_log_probs(hidden_states, output_layer.weight, None, scored).log_probs    # [N] float32, no logits
+    log_probs = sequence_log_probs(tokens, scored)                                          # [S] float64, nats
+
+On one process this needs torch and NumPy only; Megatron is loaded where a vocabulary, a sequence or a context is split.
+"""
+
+from megatron_bdpo.logprobs.fused_linear import token_log_probs as fused_log_probs
+from megatron_bdpo.logprobs.scored import OneRank, ScoredPositions, TokenScores, sequence_log_probs
 from megatron_bdpo.logprobs.scoring import KERNELS, TokenScoring
 
-__all__ = ["KERNELS", "ScoredPositions", "TokenScores", "TokenScoring", "sequence_log_probs"]
+__all__ = [
+    "KERNELS",
+    "OneRank",
+    "ScoredPositions",
+    "TokenScores",
+    "TokenScoring",
+    "fused_log_probs",
+    "sequence_log_probs",
+]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_bdpo.logprobs.scored import ScoredPositions, TokenScores, select_scored
+from megatron_bdpo.logprobs.scored import OneRank, ScoredPositions, TokenScores, select_scored
 
 #: Bound on one chunk's fp32 logits, [N, c]: small beside a model, and at N = 16k still 1024 rows to a matrix product.
 CHUNK_BYTES = 64 * 2**20
@@ -35,15 +35,18 @@ def default_chunk_size(positions: int) -> int:
     return max(1, CHUNK_BYTES // (4 * max(1, positions)))
 
 
+_ALONE = OneRank()
+
+
 def token_log_probs(
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     scored: ScoredPositions,
     *,
-    vocab_size: int,
-    tp_group: Any,
-    sequence_parallel: bool,
+    vocab_size: int | None = None,
+    tp_group: Any = _ALONE,
+    sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
     entropy: bool = False,
     chunk_size: int | None = None,
@@ -64,7 +67,9 @@ def token_log_probs(
         hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
         weight: [V/tp, H] rows of the output layer on this rank; ``bias`` [V/tp] or None.
         vocab_size: entries of the tokenizer. Rows beyond it are padding that depends on the layout: they take no part.
-        tp_group: process group of the vocabulary split.
+            None: there is no padding.
+        tp_group: process group of the vocabulary split; by default this process holds all of it. Of one rank, it is
+            asked for ``rank()`` and ``size()`` only, and torch.distributed need not be initialised.
         gradient_accumulation_fusion: add the weight's gradient into its ``main_grad``, as Megatron's own layers do.
         entropy: compute it, too; it carries no gradient.
         chunk_size: c, in vocabulary rows; from ``default_chunk_size`` when None.
@@ -76,7 +81,7 @@ def token_log_probs(
     first_row = tp_group.rank() * rows
     shard = _Shard(
         first_row=first_row,
-        real_rows=max(0, min(vocab_size - first_row, rows)),
+        real_rows=rows if vocab_size is None else max(0, min(vocab_size - first_row, rows)),
         chunk_size=default_chunk_size(scored.target.numel()) if chunk_size is None else chunk_size,
         tp_group=tp_group,
         reduce_hidden=tp_group.size() > 1 and not sequence_parallel,

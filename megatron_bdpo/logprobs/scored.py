@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,6 +26,47 @@ class ScoredPositions:
     sequence: Tensor  # [N] int64 in [0, S), non-decreasing
     sequence_tokens: Tensor  # [S] int64, scored tokens of each sequence on this rank
     longest: int  # largest of sequence_tokens, 0 without sequences; known to the host, so that no one waits for the GPU
+
+    @classmethod
+    def of(
+        cls,
+        hidden: npt.ArrayLike,
+        target: npt.ArrayLike,
+        sequence_tokens: npt.ArrayLike,
+        device: torch.device | str | None = None,
+    ) -> ScoredPositions:
+        """From arrays or lists on the host, such as those of a ``data.Pack``.
+
+        Args:
+            hidden: [N] position whose hidden state predicts the target; sequence after sequence.
+            target: [N] token ids.
+            sequence_tokens: [S] how many of them belong to each sequence; they sum to N.
+            device: where the tensors go; the default device when None.
+
+        Raises:
+            ValueError: the lengths do not fit.
+        """
+        tokens = np.asarray(sequence_tokens, np.int64)
+        sequence = np.repeat(np.arange(len(tokens)), tokens)
+        index, ids = (np.asarray(array, np.int64) for array in (hidden, target))
+        if not len(index) == len(ids) == len(sequence):
+            raise ValueError(f"{len(index)} positions, {len(ids)} targets, {len(sequence)} tokens of sequences")
+
+        def on_device(array: npt.NDArray[np.int64]) -> Tensor:
+            return torch.as_tensor(array, device=device)
+
+        longest = int(tokens.max(initial=0))
+        return cls(on_device(index), on_device(ids), on_device(sequence), on_device(tokens), longest)
+
+
+class OneRank:
+    """A process group of this process alone, for what asks a group only for its rank and its size."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
 
 
 class TokenScores(NamedTuple):

@@ -38,6 +38,38 @@ class PairLogProbs:
     rejected_unsafe: Tensor | None = None
     """h_l"""
 
+    @classmethod
+    def of_sequences(
+        cls,
+        tokens: Tensor,
+        policy: Tensor,
+        reference: Tensor | None = None,
+        unconditional: Tensor | None = None,
+        unsafe: Tensor | None = None,
+    ) -> PairLogProbs:
+        """From values of S = 2 P sequences, chosen and rejected alternating, as a pack has them.
+
+        Args:
+            tokens: [S] response tokens.
+            policy: [S] log-probs, in nats.
+            reference: [S], or None where the loss does not read it.
+            unconditional: [S], the reference's after the empty prompt, or None.
+            unsafe: [P, 2] of chosen and rejected, or None.
+        """
+
+        def pair(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            return (None, None) if values is None else (values[0::2], values[1::2])
+
+        return cls(
+            policy[0::2],
+            policy[1::2],
+            tokens[0::2],
+            tokens[1::2],
+            *pair(reference),
+            *pair(unconditional),
+            *((None, None) if unsafe is None else (unsafe[:, 0], unsafe[:, 1])),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class PairLosses:

@@ -56,26 +56,8 @@ class PairLossFunction:
         self, tokens: Tensor, unsafe: Tensor, policy: Tensor, reference: Tensor | None, unconditional: Tensor | None
     ) -> tuple[PairLogProbs, PairLosses]:
         """The same of any pairs: ``tokens`` is [S], ``unsafe`` [P, 2]."""
-        pairs = pair_log_probs(tokens, unsafe, policy, reference, unconditional)
+        pairs = PairLogProbs.of_sequences(tokens, policy, reference, unconditional, unsafe)
         return pairs, self.spec.function(pairs, self.options)
-
-
-def pair_log_probs(
-    tokens: Tensor, unsafe: Tensor, policy: Tensor, reference: Tensor | None, unconditional: Tensor | None
-) -> PairLogProbs:
-    """What a loss reads, from the values of sequences, [S], chosen and rejected alternating. ``unsafe`` is [P, 2]."""
-    return PairLogProbs(
-        policy_chosen=policy[0::2],
-        policy_rejected=policy[1::2],
-        chosen_tokens=tokens[0::2],
-        rejected_tokens=tokens[1::2],
-        reference_chosen=None if reference is None else reference[0::2],
-        reference_rejected=None if reference is None else reference[1::2],
-        unconditional_chosen=None if unconditional is None else unconditional[0::2],
-        unconditional_rejected=None if unconditional is None else unconditional[1::2],
-        chosen_unsafe=unsafe[:, 0],
-        rejected_unsafe=unsafe[:, 1],
-    )
 
 
 def score_pack(model: Any, batch: PackBatch, scoring: TokenScoring) -> Tensor:

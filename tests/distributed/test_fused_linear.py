@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_bdpo.logprobs import OneRank
 from tests.harness.jobs import DATA, last_stage, train, whole_weights
-from tests.harness.log_probs import PADDED_VOCABULARY, PROBLEMS, OneRank, tensor_parallel_group
+from tests.harness.log_probs import PADDED_VOCABULARY, PROBLEMS, tensor_parallel_group
 from tests.harness.parity import assert_same_steps, assert_same_weights
 
 MICROBATCHES = 2

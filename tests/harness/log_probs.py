@@ -102,16 +102,6 @@ def tensor_parallel_group(tp: int) -> Iterator[Any]:
         torch.distributed.destroy_process_group()
 
 
-class OneRank:
-    """A process group of one rank that can be asked nothing else: a kernel that needs more fails."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
-
-
 def assert_close(value: np.ndarray, expected: np.ndarray, relative: float, what: str, scale: float = 0) -> None:
     """Within ``relative`` of the largest expected element, or of ``scale`` if that is larger."""
     assert value.shape == expected.shape, what

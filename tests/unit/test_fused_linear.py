@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_bdpo.logprobs import ScoredPositions, TokenScores
+from megatron_bdpo.logprobs import OneRank, ScoredPositions, TokenScores
 from megatron_bdpo.logprobs.fused_linear import CHUNK_BYTES, default_chunk_size, token_log_probs
 from megatron_bdpo.planning import memory as planning
-from tests.harness.log_probs import OneRank
 
 N, V, H, CHUNK = 96, 160, 8, 20
 

@@ -24,7 +24,7 @@ from megatron_bdpo.model.precision import quantisation_history_kept
 from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import sum_over_ranks
-from megatron_bdpo.training.forward import ScoringStep, pair_log_probs
+from megatron_bdpo.training.forward import ScoringStep
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_edges
 
@@ -59,7 +59,7 @@ class ReferenceTable:
         conditional, tokens = _flat(self.conditional[ids]), _flat(job.pool.lengths[ids, 1:])
         unconditional = None if self.unconditional is None else _flat(self.unconditional[ids])
         unsafe = torch.from_numpy(job.pool.unsafe[ids])
-        return pair_log_probs(tokens, unsafe, conditional, conditional, unconditional)
+        return PairLogProbs.of_sequences(tokens, conditional, conditional, unconditional, unsafe)
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
         """See ``forward.ReferenceValues``."""
