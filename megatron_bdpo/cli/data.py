@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from megatron_bdpo import display
 from megatron_bdpo.cli.common import NOT_NEGATIVE, PATH, POSITIVE, example
 from megatron_bdpo.errors import UserError
 
@@ -66,7 +67,10 @@ def check(
             click.echo(f"{where}: {problem}")
 
     report = check_rows(parse_sources(pairs), show_problem, max_rows)
-    print(json.dumps(report.to_json(), indent=1) if as_json else report.format())
+    if as_json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        display.show(*report.blocks())
     problem = excess(report, max_malformed_share, max_dropped_share)
     if problem:
         raise UserError(f"{problem} Correct these rows, or allow them here and in the training with that flag.")
@@ -99,7 +103,7 @@ def prepare(**options: Any) -> None:
     if options["as_json"]:
         print(json.dumps({"directory": str(store.directory), "report": store.report.to_json()}, indent=1))
     else:
-        print(f"{store.report.format()}\n{store.directory}")
+        display.show(*store.report.blocks(), f"tokens: {store.directory}")
 
 
 @data.command("stats", epilog=example("megatron-bdpo data stats pairs.jsonl --hf-model MODEL"))
@@ -116,7 +120,7 @@ def stats(**options: Any) -> None:
     if options["as_json"]:
         print(json.dumps({"report": store.report.to_json(), "statistics": statistics.to_json()}, indent=1))
     else:
-        print(f"{store.report.format()}\n{statistics.format()}")
+        display.show(*store.report.blocks(), "", *statistics.blocks())
 
 
 _FLAGS = (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megatron_bdpo.cli.common import example
+from megatron_bdpo.display import Block, Facts, Table, show
 
 if TYPE_CHECKING:
     from megatron_bdpo.losses.base import AnyLossSpec
@@ -33,9 +34,9 @@ def losses(name: str | None, as_json: bool, markdown: bool) -> None:
     elif markdown:
         print("\n".join(_markdown(described)))
     elif name is None:
-        print("\n".join(line for loss in described for line in _lines(loss)))
+        show(_table(described), "All options of one, with their meaning: megatron-bdpo losses NAME")
     else:
-        print("\n".join([*_lines(described[0])[:-1], *_explained(described[0])]))
+        show(*_explained(described[0]))
 
 
 def describe(spec: AnyLossSpec) -> dict[str, Any]:
@@ -73,24 +74,34 @@ def _told(option: dict[str, Any]) -> str:
     return f"{told} (or {', '.join(others)})" if others else told
 
 
-def _lines(loss: dict[str, Any]) -> list[str]:
-    reads = ", ".join(loss["reads"]) or "nothing but the policy"
+def _reads(loss: dict[str, Any]) -> str:
+    return ", ".join(loss["reads"]) or "nothing but the policy"
+
+
+def _table(described: list[dict[str, Any]]) -> Table:
+    rows = [
+        [
+            loss["name"],
+            f"{loss['summary']}\nreads {_reads(loss)}\n{loss['source']}",
+            "\n".join(map(_told, loss["options"])),
+        ]
+        for loss in described
+    ]
+    return Table(["name", "what it is", "options (defaults)"], rows, left=range(3), whole=(0, 2))
+
+
+def _explained(loss: dict[str, Any]) -> list[Block]:
+    options = [[_told(option), _meaning(option)] for option in loss["options"]]
     return [
-        f"{loss['name']:<9}{loss['summary']}",
-        f"{'':<9}reads {reads}; {loss['source']}",
-        f"{'':<9}{', '.join(map(_told, loss['options']))}",
+        Facts([(loss["name"], loss["summary"]), ("reads", _reads(loss)), ("source", loss["source"])], indent=0),
+        "",
+        Table(["option (default)", "meaning"], options, left=(0, 1), whole=(0,)),
     ]
 
 
-def _explained(loss: dict[str, Any]) -> list[str]:
-    lines = []
-    for option in loss["options"]:
-        lines += [f"{'':<9}{_told(option)}", *_wrapped(option["help"])]
-    return lines
-
-
-def _wrapped(text: str) -> list[str]:
-    return click.wrap_text(text, 80, " " * 13, " " * 13).splitlines()
+def _meaning(option: dict[str, Any]) -> str:
+    """A switch that is on is shown as the flag that turns it off."""
+    return f"leave this out: {option['help']}" if option["default"] is True else option["help"]
 
 
 def _markdown(described: list[dict[str, Any]]) -> list[str]:

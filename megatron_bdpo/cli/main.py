@@ -12,6 +12,7 @@ import click
 
 from megatron_bdpo.cli import convert, data, losses, plan, report, score, train
 from megatron_bdpo.cli.common import example
+from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError
 
 _DEBUG = "MEGATRON_BDPO_DEBUG"  # as in training.entry, which takes seconds to import
@@ -19,9 +20,9 @@ _DEBUG = "MEGATRON_BDPO_DEBUG"  # as in training.entry, which takes seconds to i
 
 def _print_versions(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from megatron_bdpo.cli.versions import version_lines
+        from megatron_bdpo.cli.versions import versions
 
-        click.echo("\n".join(version_lines()))
+        show(versions())
         context.exit()
 
 

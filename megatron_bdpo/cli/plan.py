@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from megatron_bdpo.cli.common import POSITIVE, example, only_one
+from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning import tables
 from megatron_bdpo.planning.layout import Layout
@@ -23,6 +24,9 @@ _FIXED = {
     "expert": "--expert-model-parallel-size",
 }
 
+#: The search tries every way of dividing them.
+_GPUS = click.IntRange(min=1, max=100_000)
+
 _DEFAULTS = {"seq_length": 4096, "pairs_per_step": 128, "reference": "precomputed", "precision": "bf16"}
 
 
@@ -36,8 +40,8 @@ def _only_layouts_with(function: Any) -> Any:
 @click.command("plan", epilog=example("megatron-bdpo plan --hf-model MODEL --gpus 32 64 128 --seq-length 8192"))
 @click.option("--hf-model", metavar="PATH_OR_NAME", help="A directory or hub name; config.json is enough.")
 @click.option("--recipe", multiple=True, metavar="FILE", help="Model, packs, steps and precision of a recipe.")
-@click.option("--gpus", type=POSITIVE, multiple=True, required=True, metavar="N", help="Of the cluster.")
-@click.argument("more_gpus", type=POSITIVE, nargs=-1, metavar="[N]...")
+@click.option("--gpus", type=_GPUS, multiple=True, required=True, metavar="N", help="Of the cluster.")
+@click.argument("more_gpus", type=_GPUS, nargs=-1, metavar="[N]...")
 @click.option("--gpus-per-node", type=POSITIVE, default=8, show_default=True, metavar="N")
 @click.option("--gpu-memory", type=float, default=80, show_default=True, metavar="GB", help="Of 10^9 bytes.")
 @click.option("--seq-length", type=POSITIVE, metavar="N", help="Positions of a pack (4096, or the recipe's).")
@@ -71,7 +75,8 @@ def plan(**options: Any) -> None:
     elif options["markdown"]:
         print(tables.markdown([(question, answers) for question, answers, _ in found], options["rows"]))
     else:
-        print("\n\n".join(tables.describe(*each, options["rows"]) for each in found))
+        for place, each in enumerate(found):
+            show(*["", ""][: 2 * bool(place)], *tables.describe(*each, options["rows"]))
     for question, answers, _ in found:
         if not answers:
             raise UserError(f"no layout of this model fits {question.gpus} GPUs of {options['gpu_memory']:g} GB.")

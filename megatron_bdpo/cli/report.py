@@ -11,6 +11,7 @@ from typing import Literal
 import click
 
 from megatron_bdpo.cli.common import NOT_NEGATIVE, PATH, example
+from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError
 
 
@@ -55,9 +56,9 @@ def report(
     built = build_report(directory, settings, scores)
     files = [] if text_only else built.write(output or directory / "report")
     try:
-        print(built.as_text())
+        show(*built.blocks())
         if files:
-            print(f"\n{files[0]}\nand {len(files) - 1} pictures beside it", flush=True)
+            show("", f"{files[0]}\nand {len(files) - 1} pictures beside it")
     except BrokenPipeError:  # `... | head`: the reader has seen enough, and the files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

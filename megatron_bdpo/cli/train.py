@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import signal
+
 import click
 
 from megatron_bdpo.cli import common
@@ -40,11 +43,14 @@ def _launch(ranks: int, flags: tuple[str, ...]) -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # Of the ranks that it ends when one has failed; which one that is, stands in the error.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run.run(run.parse_args(["--nproc-per-node", str(ranks), "-m", "megatron_bdpo.train", *flags]))
     except ChildFailedError as error:
-        # 2 is ours: the ranks have said what is wrong. What torchrun adds to that is of no use.
-        if all(failure.exitcode == 2 for failure in error.failures.values()):
+        # 2 is ours: the ranks have said what is wrong, and what torchrun adds is of no use. Those that are slower to
+        # leave than the first have been sent SIGTERM by then.
+        if {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM} == {2}:
             raise SystemExit(2) from None
         click.echo(str(error), err=True)
         raise SystemExit(1) from None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import megatron_bdpo
+from megatron_bdpo.display import Table
 from megatron_bdpo.platform.versions import DECISIVE, installed_versions
 
 
-def version_lines() -> list[str]:
-    """A line per package, also for those that are not installed."""
+def versions() -> Table:
+    """A row per package, also for those that are not installed."""
     import torch
 
     found = installed_versions() | {"megatron_bdpo": megatron_bdpo.__version__}
     rows = {name: found.get(name, "not installed") for name in ("megatron_bdpo", "python", *DECISIVE)}
     rows["CUDA"] = torch.version.cuda or "torch is built without"
     rows["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
-    width = max(map(len, rows)) + 2
-    return [f"{name:<{width}}{version}" for name, version in rows.items()]
+    return Table(["", ""], list(rows.items()), left=(0, 1))

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bdpo.data.records import ProblemKind
+from megatron_bdpo.display import Block, Table, plain
 
 _MAX_EXAMPLES = 3
 _MAX_LINES = 20
@@ -103,6 +104,10 @@ class DataReport:
 
     def format(self) -> str:
         """The report as text, at most 20 lines."""
+        return plain(self.blocks())
+
+    def blocks(self) -> list[Block]:
+        """The same to be shown."""
         read, kept = sum(self.rows_read), sum(self.pairs_kept)
         lines = [f"pairs: {kept:,} kept of {read:,} rows ({self.dropped_rows:,} dropped, {self.dropped_share:.2%})"]
         if len(self.sources) > 1:
@@ -111,15 +116,18 @@ class DataReport:
         problems = sorted(self.problems, key=lambda problem: -problem.count)
         room = _MAX_LINES - len(lines) - len(_PARTS) - 2
         lines += _at_most(room, [self._describe(problem) for problem in problems])
+        blocks: list[Block] = ["\n".join(lines)]
         if self.tokens:
-            lines.append(f"{'tokens':<10}{'mean':>8}{'p50':>8}{'p95':>8}{'max':>8}")
-            for part, stats in self.tokens.items():
-                lines.append(f"  {part:<8}{stats.mean:>8.1f}{stats.p50:>8.0f}{stats.p95:>8.0f}{stats.max:>8,}")
-            lines.append(
+            rows = [
+                [part, f"{stats.mean:.1f}", f"{stats.p50:.0f}", f"{stats.p95:.0f}", f"{stats.max:,}"]
+                for part, stats in self.tokens.items()
+            ]
+            blocks.append(Table(["tokens", "mean", "median", "95 %", "max"], rows, gap=3))
+            blocks.append(
                 f"prompts are {self.prompt_token_share:.1%} of the tokens; truncated: {self.truncated_prompts:,} "
                 f"prompts, {self.truncated_responses:,} responses"
             )
-        return "\n".join(lines)
+        return blocks
 
     def _describe(self, problem: ProblemCount) -> str:
         where = f" of {self.sources[problem.source]}" if len(self.sources) > 1 else ""

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_bdpo.data.layout import group_tokens
 from megatron_bdpo.data.store import SAFE, UNKNOWN, UNSAFE, PairStore
+from megatron_bdpo.display import Block, Facts, Table
 
 _PACK_LENGTHS = tuple(2**exponent for exponent in range(9, 18))  # 512 to 131,072 positions
 _SHARES = (50, 95, 99, 100)
@@ -62,23 +63,32 @@ class PairStatistics:
             shared_prompt_saving=float(1 - positions.sum() / separate.sum()),
         )
 
-    def format(self) -> str:
-        """As text, a fact per line."""
+    def blocks(self) -> list[Block]:
+        """To be shown."""
         of = {50: "median", 95: "95 %", 99: "99 %", 100: "largest"}
-        lines = [
-            f"positions of a pair: mean {self.mean_positions:.1f}, "
-            + ", ".join(f"{of[share]} {value:,}" for share, value in self.positions.items()),
-            f"shared prompts: {self.shared_prompt_saving:.1%} fewer tokens than one prompt per answer",
-            f"chosen is the longer answer in {self.chosen_longer:.1%} of the pairs, by "
-            f"{self.length_difference:+.1f} tokens on average",
-            "pairs that do not fit a pack of --seq-length",
+        facts = [
+            (
+                "positions of a pair",
+                f"mean {self.mean_positions:.1f}, "
+                + ", ".join(f"{of[share]} {value:,}" for share, value in self.positions.items()),
+            ),
+            ("shared prompts", f"{self.shared_prompt_saving:.1%} fewer tokens than one prompt per answer"),
+            (
+                "chosen is longer",
+                f"in {self.chosen_longer:.1%} of the pairs, by {self.length_difference:+.1f} tokens on average",
+            ),
         ]
-        for length, count in self.too_long.items():
-            lines.append(f"  {length:>7,}  {count:>9,}  {count / self.pairs:>7.2%}")
+        too_long = [
+            [f"{length:,}", f"{count:,}", f"{count / self.pairs:.2%}"] for length, count in self.too_long.items()
+        ]
+        blocks: list[Block] = [
+            Facts(facts, indent=0),
+            Table(["--seq-length", "pairs", "share"], too_long, left=(), title="pairs that do not fit a pack"),
+        ]
         if self.labels:
-            lines.append("safety labels (chosen, rejected)")
-            lines += [f"  {words:<18} {count:>9,}" for words, count in self.labels.items()]
-        return "\n".join(lines)
+            labels = [[words, f"{count:,}"] for words, count in self.labels.items()]
+            blocks.append(Table(["chosen, rejected", "pairs"], labels, title="safety labels"))
+        return blocks
 
     def to_json(self) -> dict[str, Any]:
         """As an object for ``json.dump``."""

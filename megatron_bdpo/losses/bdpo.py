@@ -104,15 +104,15 @@ def _distribution(i_w: Tensor, i_l: Tensor, options: BdpoOptions) -> str:
         "I_w": [f"{value:.4f}" for value in torch.quantile(i_w.double(), shares)],
         "I_l": [f"{value:.4f}" for value in torch.quantile(i_l.double(), shares)],
         "|I_w - I_l|": [f"{value:.4f}" for value in imbalance],
-        "weights there": [f"{low:.2f} / {high:.2f}" for low, high in zip(smaller, larger, strict=True)],
+        "weights there": [f"{low:.2f}/{high:.2f}" for low, high in zip(smaller, larger, strict=True)],
         "scale there": [f"{value:.4f}" for value in gradient_scale(smaller, larger)],
     }
     unit = "nats per token" if options.bdpo_comprehension == "per-token" else "nats"
-    head = "".join(f"{name:>13}" for name in ("5 %", "25 %", "median", "75 %", "95 %", "largest"))
+    head = "".join(f"{name:>10}" for name in ("5 %", "25 %", "median", "75 %", "95 %", "largest"))
     lines = [f"comprehension of {len(i_w)} training pairs, {unit}; temperature {options.bdpo_temperature:.4g}"]
     lines.append(f"  {'':<14}{head}")
     for name, cells in rows.items():
-        lines.append(f"  {name:<14}{''.join(f'{cell:>13}' for cell in cells)}")
+        lines.append(f"  {name:<14}{''.join(f'{cell:>10}' for cell in cells)}")
     return "\n".join(lines)
 
 

@@ -5,27 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_bdpo.planning.memory import GB, Memory
+from megatron_bdpo.display import Block, Facts, Table
+from megatron_bdpo.planning.memory import GB
 from megatron_bdpo.planning.search import Answer, Question, Refused
 
 _TITLES = ("layout", "recompute", "microbatches", "bubble", "share", "state", "activations", "other", "GB")
+#: So that the table fits 80 columns.
+_NARROW_TITLES = ("layout", "recompute", "batches", "bubble", "share", "state", "activ.", "other", "GB")
 
 
-def describe(question: Question, answers: Sequence[Answer], refused: Sequence[Refused], rows: int) -> str:
+def describe(question: Question, answers: Sequence[Answer], refused: Sequence[Refused], rows: int) -> list[Block]:
     """What a user wants to see, in a terminal."""
-    lines = [_heading(question)]
+    blocks: list[Block] = [_heading(question)]
     if not answers:
-        lines.append("no layout fits; nearest:")
+        blocks.append("no layout fits; nearest:")
     else:
-        lines += _aligned([_TITLES, *(_row(each) for each in answers[:rows])])
+        blocks.append(Table(_NARROW_TITLES, [_row(each) for each in answers[:rows]], left=(0, 1), whole=(0, 1)))
         if len(answers) > rows:
-            lines.append(f"... and {len(answers) - rows} more (--rows)")
-        lines += ["", f"memory of the best one, {answers[0]}, fullest stage:", memory_table(answers[0].memory)]
-        lines += ["", "flags: " + flags(answers[0])]
-    lines += ["", "out:", *_reasons(refused, rows)]
-    lines.append("")
-    lines.append("The order is a rule of thumb, memory is arithmetic, neither is measured: see docs/layouts.md.")
-    return "\n".join(lines)
+            blocks.append(f"... and {len(answers) - rows} more (--rows)")
+        blocks += ["", *_best(answers[0])]
+    blocks += ["", "out:", Facts(_reasons(refused, rows)), ""]
+    blocks.append("The order is a rule of thumb, memory is arithmetic, neither is measured: see docs/layouts.md.")
+    return blocks
+
+
+def _best(answer: Answer) -> list[Block]:
+    memory = answer.memory
+    parts = [[part, f"{size / GB:.1f}"] for part, size in memory.parts.items() if size]
+    title = f"memory of the best one, {answer}, fullest stage, in GB"
+    return [
+        Table(["", ""], [*parts, ["together", f"{memory.total / GB:.1f}"]], title=title),
+        "",
+        Facts([("flags", flags(answer))], indent=0),
+    ]
 
 
 def markdown(found: Sequence[tuple[Question, Sequence[Answer]]], rows: int) -> str:
@@ -55,12 +67,6 @@ def to_json(question: Question, answers: Sequence[Answer], refused: Sequence[Ref
         ],
         "out": [{"layout": str(each.layout), "reason": each.reason} for each in refused],
     }
-
-
-def memory_table(memory: Memory) -> str:
-    """One line a part, in GB of 10^9 bytes."""
-    lines = [f"  {part:<14}{size / GB:7.1f}" for part, size in memory.parts.items() if size]
-    return "\n".join([*lines, f"  {'together':<14}{memory.total / GB:7.1f} GB"])
 
 
 def flags(each: Answer) -> str:
@@ -103,25 +109,14 @@ def _row(each: Answer) -> tuple[str, ...]:
     )
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _reasons(refused: Sequence[Refused], rows: int) -> list[str]:
+def _reasons(refused: Sequence[Refused], rows: int) -> list[tuple[str, str]]:
     """Those that lack memory, the nearest first; of the others how many there are for each kind of reason."""
-    lines = [f"  {_short(each)}: {each.reason}" for each in refused if each.needs < float("inf")][:rows]
+    reasons = [(_short(each), each.reason) for each in refused if each.needs < float("inf")][:rows]
     others = [each for each in refused if each.needs == float("inf")]
     if others:
-        lines.append(f"  and {len(others)} that the model or the job cannot be divided by, such as")
-        lines += [f"  {_short(each)}: {each.reason}" for each in _different(others)[: max(3, rows // 2)]]
-    return lines
+        reasons.append(("", f"and {len(others)} that the model or the job cannot be divided by, such as"))
+        reasons += [(_short(each), each.reason) for each in _different(others)[: max(3, rows // 2)]]
+    return reasons
 
 
 def _different(refused: Sequence[Refused]) -> list[Refused]:

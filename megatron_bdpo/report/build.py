@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_bdpo.data.scores import open_scores
+from megatron_bdpo.display import Block, Facts, plain
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.files import write_whole
 from megatron_bdpo.losses.bdpo import BdpoOptions
@@ -49,16 +50,20 @@ class Report:
     texts: dict[int, dict[str, Any]]
     settings: ReportSettings
 
-    def as_text(self) -> str:
+    def blocks(self) -> list[Block]:
         """For the terminal."""
-        parts = [self.title, text.facts(self.facts)]
+        parts: list[list[Block]] = [[self.title], [Facts(list(self.facts.items()), indent=0)]]
         if self.comprehension:
-            parts.append(text.comprehension_text(self.comprehension))
+            parts.append(text.comprehension_blocks(self.comprehension))
             if self.settings.pairs:
-                parts.append(text.largest_text(self.comprehension, self.settings.pairs, self.texts))
+                parts.append(text.largest_blocks(self.comprehension, self.settings.pairs, self.texts))
         if self.curves:
-            parts.append(text.curves_text(self.curves))
-        return "\n\n".join(parts)
+            parts.append(text.curves_blocks(self.curves))
+        return [block for part in parts for block in ("", *part)][1:]
+
+    def as_text(self) -> str:
+        """The same as lines of text."""
+        return plain(self.blocks())
 
     def write(self, directory: Path) -> list[Path]:
         """Write the page and the pictures; returns the files, the page first.

@@ -1,14 +1,14 @@
-"""A report for the terminal: 80 columns, no colour."""
+"""A report for the terminal."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.display import Block, Facts, Table
 from megatron_bdpo.report.comprehension import PERCENTILES, Comprehension, summary
 from megatron_bdpo.report.curves import QUARTILES, Curves, Series
 
@@ -17,49 +17,42 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 _CELLS = 46
 
 
-def facts(items: Mapping[str, str]) -> str:
-    """``name: value`` lines."""
-    return "\n".join(_wrapped(f"{name}: {value}") for name, value in items.items())
-
-
-def comprehension_text(pairs: Comprehension) -> str:
+def comprehension_blocks(pairs: Comprehension) -> list[Block]:
     """Tables of the distributions, and a histogram of the imbalance in characters."""
-    header = ["", "mean", "sd", *(f"p{percentile}" for percentile in (5, 25, 50, 75, 95))]
-    kept = [0, 1, *(2 + PERCENTILES.index(percentile) for percentile in (5, 25, 50, 75, 95))]
+    percentiles = (5, 25, 50, 75, 95)
+    kept = [0, 1, *(2 + PERCENTILES.index(percentile) for percentile in percentiles)]
     rows = [
         [label, *(f"{summary(values)[column]:.3f}" for column in kept)]
         for label, values in pairs.distributions().items()
     ]
     low, high = np.percentile(pairs.difference, [1, 99])
     counts, _ = np.histogram(pairs.difference, np.linspace(low, max(high, low + 1e-9), _CELLS + 1))
-    return "\n".join(
-        [
-            f"comprehension of {len(pairs.ids)} of {pairs.total} pairs, {pairs.unit}; weights and scale at tau "
-            f"{pairs.temperature:.4g}",
-            "",
-            _table([header, *rows], widths=[14, *([9] * (len(header) - 1))]),
-            "",
-            f"I_w - I_l {low:+.3f} {_blocks(counts)} {high:+.3f}",
-        ]
-    )
-
-
-def largest_text(pairs: Comprehension, count: int, texts: Mapping[int, Mapping[str, Any]]) -> str:
-    """The most imbalanced pairs; their texts where given."""
-    indices = pairs.largest(count)
-    lines = [
-        f"the {len(indices)} most imbalanced pairs",
-        _table([["pair", "I_w", "I_l", "I_w-I_l", "w_w", "scale", "  where"]], widths=[8, 8, 8, 9, 7, 7, 0]),
+    return [
+        f"comprehension of {len(pairs.ids)} of {pairs.total} pairs, {pairs.unit}; weights and scale at tau "
+        f"{pairs.temperature:.4g}",
+        "",
+        Table(["", "mean", "sd", *(f"p{percentile}" for percentile in percentiles)], rows, gap=3),
+        "",
+        f"I_w - I_l {low:+.3f} {_blocks(counts)} {high:+.3f}",
     ]
-    for index in map(int, indices):
+
+
+def largest_blocks(pairs: Comprehension, count: int, texts: Mapping[int, Mapping[str, Any]]) -> list[Block]:
+    """The most imbalanced pairs; their texts where given."""
+    titles = ["pair", "I_w", "I_l", "I_w-I_l", "w_w", "scale", "where"]
+    indices = [int(index) for index in pairs.largest(count)]
+    rows = []
+    for index in indices:
         numbers = [pairs.chosen[index], pairs.rejected[index], pairs.difference[index]]
         cells = [f"{pairs.ids[index]}", *(f"{number:+.3f}" for number in numbers)]
         cells += [f"{pairs.weights[index, 0]:.3f}", f"{pairs.scale[index]:.3f}"]
-        line = _table([cells], widths=[8, 8, 8, 9, 7, 7])
-        lines.append(f"{line}  {_end(pairs.place(index), COLUMNS - len(line) - 2)}")
-        for name, value in texts.get(index, {}).items():
-            lines.append(_wrapped(f"{name}: {shown_value(value)}", indent=10))
-    return "\n".join(lines)
+        rows.append([*cells, _end(pairs.place(index), COLUMNS - 52)])
+    blocks: list[Block] = [f"the {len(indices)} most imbalanced pairs", Table(titles, rows, left=(6,))]
+    for index in indices:
+        if index in texts:
+            shown = [(name, " ".join(shown_value(value).split())) for name, value in texts[index].items()]
+            blocks += ["", f"pair {pairs.ids[index]}", Facts(shown)]
+    return blocks
 
 
 _METRICS = (
@@ -79,9 +72,9 @@ _QUARTILE_METRICS = tuple(
 )
 
 
-def curves_text(curves: Curves) -> str:
+def curves_blocks(curves: Curves) -> list[Block]:
     """First value, course and last value of every metric."""
-    parts = []
+    blocks: list[Block] = []
     for title, found in (("training", curves.training), ("held out", curves.held_out)):
         rows = [
             _course(label, found[metric], form)
@@ -90,17 +83,25 @@ def curves_text(curves: Curves) -> str:
         ]
         if rows:
             some = next(iter(found.values()))
-            parts.append(f"{title}, steps {some.iterations[0]} to {some.iterations[-1]}\n" + "\n".join(rows))
-    return "\n\n".join(parts)
+            steps = f"{title}, steps {some.iterations[0]} to {some.iterations[-1]}"
+            blocks += [
+                *([""] if blocks else []),
+                _courses(rows, steps),
+            ]
+    return blocks
 
 
-def _course(label: str, series: Series, form: str) -> str:
-    groups = np.array_split(series.values, min(_CELLS - 8, len(series)))
+def _courses(rows: list[list[str]], title: str) -> Table:
+    return Table(["", "first", "course", "last"], rows, left=(0, 2), whole=(0, 2), title=title)
+
+
+def _course(label: str, series: Series, form: str) -> list[str]:
+    cells = min(_CELLS - 8, len(series))
+    groups = np.array_split(series.values, cells)
     means = np.array([np.nanmean(group) if np.isfinite(group).any() else np.nan for group in groups])
     low, high = np.nanmin(means, initial=np.inf), np.nanmax(means, initial=-np.inf)
     course = _blocks(np.nan_to_num(means - low, nan=0) + 0.02 * (high - low if high > low else 1))
-    first, last = form.format(series.values[0]), form.format(series.values[-1])
-    return f"  {label:<18}{first:>9} {course:<{_CELLS - 8}} {last:>9}"
+    return [label, form.format(series.values[0]), course, form.format(series.values[-1])]
 
 
 def _blocks(values: npt.ArrayLike) -> str:
@@ -118,22 +119,5 @@ def shown_value(value: Any) -> str:
     return str(value)
 
 
-def _table(rows: Iterable[Sequence[str]], widths: Sequence[int]) -> str:
-    """Columns that end at the sum of the widths; the first one is a label, to the left."""
-    return "\n".join(
-        "".join(
-            f"{cell:<{width}}" if place == 0 else f"{cell:>{width}}"
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
 def _end(text: str, width: int) -> str:
     return text if len(text) <= width else "…" + text[len(text) - width + 1 :]
-
-
-def _wrapped(text: str, indent: int = 2) -> str:
-    return textwrap.fill(
-        " ".join(text.split()), COLUMNS, initial_indent=" " * (indent - 2), subsequent_indent=" " * indent
-    )

@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 
 from megatron_bdpo.data.context import ContextRank
+from megatron_bdpo.display import Block
 from megatron_bdpo.errors import PassingError, UserError
 from megatron_bdpo.training.reporting.console import show
 
@@ -214,7 +215,7 @@ def context_rank() -> ContextRank:
     return ContextRank(parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank())
 
 
-def say(message: str) -> None:
+def say(*blocks: Block) -> None:
     """Print once, from rank 0."""
     if is_rank_zero():
-        show(message)
+        show(*blocks)

@@ -14,6 +14,7 @@ from megatron.training.theoretical_memory_usage import report_theoretical_memory
 from megatron.training.training import num_floating_point_operations
 
 from megatron_bdpo.data.layout import causal_squares
+from megatron_bdpo.display import Block, Facts
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning.memory import GB, fullest
 from megatron_bdpo.platform.seams import initialize_megatron
@@ -50,7 +51,7 @@ def make_up_ranks(args: argparse.Namespace) -> None:
         raise UserError(f"--dry-run {args.world_size}: these ranks do not fill nodes of --gpus-per-node {per_node}.")
 
 
-def dry_run(args: argparse.Namespace) -> str:
+def dry_run(args: argparse.Namespace) -> list[Block]:
     """Prepare the job as a run would, without weights, and report on it. Within ``process_groups``.
 
     Nothing is written but the tokenised pairs, in the cache where the run will find them.
@@ -63,7 +64,8 @@ def dry_run(args: argparse.Namespace) -> str:
         with refusals_of_megatron(), silence():
             initialize_megatron()
         resumed = identity.resumed_identity(args, identity.identity_of(args, job))
-        return "\n".join([summarize(args, job), *_report(args, job, resumes=resumed is not None)])
+        title, *lines = _report(args, job, resumes=resumed is not None)
+        return [summarize(args, job), title, Facts.of(line.removeprefix("  ") for line in lines)]
     finally:
         forget_global_state()
 

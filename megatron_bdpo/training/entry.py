@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_bdpo.display import Block, show
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.platform.prepare import prepare_platform
 
@@ -41,7 +42,7 @@ def train(argv: Sequence[str] | None = None) -> PreferenceRun:
 
     args = arguments.parse(argv)
     if args.dry_run is not None:
-        print(_dry_run(args), flush=True)
+        show(*_dry_run(args))
         raise SystemExit(0)
     with distributed.process_groups(args), _megatron_output(args):
         run = PreferenceRun(args)
@@ -50,7 +51,7 @@ def train(argv: Sequence[str] | None = None) -> PreferenceRun:
     return run
 
 
-def _dry_run(args: argparse.Namespace) -> str:
+def _dry_run(args: argparse.Namespace) -> list[Block]:
     from megatron_bdpo.training import distributed
     from megatron_bdpo.training.dry_run import dry_run, make_up_ranks
 

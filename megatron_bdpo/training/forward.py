@@ -7,6 +7,7 @@ ranks and microbatches, so a step is the exact mean over its pairs however they 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,11 @@ class PairLossFunction:
 
     spec: LossSpec[Any]
     options: Any
+
+    def describe(self) -> str:
+        """Name and options in a line."""
+        options = (f"{field.name} {getattr(self.options, field.name)}" for field in dataclasses.fields(self.options))
+        return ", ".join([self.spec.name, *options])
 
     @property
     def requirements(self) -> Requirements:

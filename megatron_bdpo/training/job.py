@@ -66,7 +66,7 @@ class PairJob:
         plan, lengths = self.plan, self.pool.lengths[self.train.ids].astype(np.int64)
         unshared, shared = int((lengths.sum(axis=1) + lengths[:, 0]).sum()), int(lengths.sum())
         lines = [
-            f"loss: {self.loss.spec.name} {self.loss.options}",
+            f"loss: {self.loss.describe()}",
             f"pairs: {len(self.train.ids)} to train on, {len(self.held_out.ids)} held out"
             + "".join(f"; {note}" for note in self.train.notes + self.held_out.notes),
             f"plan: {len(plan.steps)} steps of {plan.steps.shape[1]} pairs, each in {plan.data_parallel} ranks x "
@@ -128,7 +128,7 @@ def cache_dir_of(args: argparse.Namespace) -> Path:
     return Path(args.save) / "cache" if args.save else Path("runs") / "cache"
 
 
-def open_stores(args: argparse.Namespace, cache_dir: Path) -> list[PairStore]:
+def open_stores(args: argparse.Namespace, cache_dir: Path, *, report: bool = True) -> list[PairStore]:
     """The pairs of training and, where they have sources of their own, the held-out ones. Rank 0 reads. Collective.
 
     Raises:
@@ -152,8 +152,9 @@ def open_stores(args: argparse.Namespace, cache_dir: Path) -> list[PairStore]:
             PairStore.open(directory, sources=each.sources)
             for directory, each in zip(broadcast(directories), settings, strict=True)
         ]
-    for name, store in zip(("training pairs", "held-out pairs"), stores, strict=False):
-        say(f"{name}\n{store.report.format()}")
+    if report:
+        for name, store in zip(("training pairs", "held-out pairs"), stores, strict=False):
+            say(name, *store.report.blocks())
     return stores
 
 
@@ -179,12 +180,17 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
 
     try:
         return build(argparse.Namespace(**vars(args)))  # a copy: it writes the vocabulary size into its argument
-    except (ValueError, OSError, TypeError, NameError, ImportError) as error:  # NameError: its library is not installed
+    # NameError: its library is not installed; RuntimeError: sentencepiece's, for a file that is no model
+    except (ValueError, OSError, TypeError, NameError, ImportError, RuntimeError) as error:
         lacks_library = isinstance(error, ImportError | NameError)
-        advice = ". For Hugging Face tokenizers: pip install 'megatron_bdpo[hf]'." if lacks_library else ""
+        advice = (
+            "For Hugging Face tokenizers: pip install 'megatron_bdpo[hf]'."
+            if lacks_library
+            else "Name a tokenizer's file or directory, whole, and its type."
+        )
         raise UserError(
             f"the tokenizer cannot be built (--tokenizer-type {args.tokenizer_type}, --tokenizer-model "
-            f"{args.tokenizer_model}): {error}{advice}"
+            f"{args.tokenizer_model}). {advice} Its library says: {' '.join(str(error).split())}"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ def tokenized_pairs(flags: Sequence[str]) -> PairStore:
     """
     with contextlib.redirect_stdout(sys.stderr):
         prepare_platform()
+        logging.getLogger("megatron").setLevel(logging.WARNING)  # not the padding of a vocabulary
         from megatron_bdpo.model.hf.hub import model_directory
         from megatron_bdpo.training import job
         from megatron_bdpo.training.distributed import process_groups
@@ -32,5 +34,5 @@ def tokenized_pairs(flags: Sequence[str]) -> PairStore:
             if args.hf_model:
                 args.tokenizer_type = args.tokenizer_type or "HuggingFaceTokenizer"
                 args.tokenizer_model = args.tokenizer_model or str(model_directory(args.hf_model, weights=False))
-            (store,) = job.open_stores(args, job.cache_dir_of(args))
+            (store,) = job.open_stores(args, job.cache_dir_of(args), report=False)
         return store

@@ -129,7 +129,7 @@ class PreferenceRun:
         """Print held-out results before and after, from the last rank, where metrics live. After ``pretrain``."""
         table = self.progress.table()
         if table and self.args.rank == self.args.world_size - 1:
-            show(f"\n{table}")
+            show("", table)
 
     # Data ------------------------------------------------------------------------------------------------------------
 

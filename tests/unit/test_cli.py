@@ -168,7 +168,9 @@ def test_losses(capsys):
         given = {option["flag"][2:].replace("-", "_"): option["default"] for option in loss["options"]}
         assert registry.build_options(name, given) == registry.get(name).options()
     assert main(["losses"]) == 0
-    assert "--bdpo-temperature 1 (or auto), --no-bdpo-weights" in capsys.readouterr().out
+    assert "--bdpo-temperature 1 (or auto)\n" in capsys.readouterr().out
+    assert main(["losses", "bdpo"]) == 0
+    assert "leave this out: apply the balanced weights" in capsys.readouterr().out
 
 
 # data
@@ -225,7 +227,7 @@ def test_stats(ranks, tmp_path):
     assert found["too_long"]["512"] == (lengths.sum(1) > 512).sum()
     assert found["chosen_longer"] == pytest.approx((lengths[:, 1] > lengths[:, 2]).mean())
     ((code, output, errors),) = ranks(1)(run, "data", "stats", *words)
-    assert code == 0 and "pairs that do not fit a pack of --seq-length" in output
+    assert code == 0 and "pairs that do not fit a pack\n  --seq-length" in output
 
 
 # train, as a program of its own

@@ -18,13 +18,14 @@ OURS = "megatron_bdpo"
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
+    "display": set(),
     "comprehension": {"errors"},
     "losses": {"losses", "comprehension", "errors"},
-    "data": {"data", "files", "errors"},
+    "data": {"data", "display", "files", "errors"},
     "logprobs": {"logprobs", "errors"},
     "model": {"model", "logprobs", "errors"},
     "platform": {"platform", "errors"},
-    "planning": {"planning", "errors"},
+    "planning": {"planning", "display", "errors"},
     "training": {
         "training",
         "planning",
@@ -34,12 +35,13 @@ MAY_IMPORT = {
         "losses",
         "comprehension",
         "platform",
+        "display",
         "files",
         "errors",
     },
 }
 MAY_IMPORT["score"] = MAY_IMPORT["train"] = {"training"}
-MAY_IMPORT["report"] = {"report", "files", "training", "data", "losses", "comprehension", "errors"}
+MAY_IMPORT["report"] = {"report", "display", "files", "training", "data", "losses", "comprehension", "errors"}
 MAY_IMPORT["cli"] = {"cli", *MAY_IMPORT, ""}
 
 #: Where Megatron may be imported at all, and where its trainer.

@@ -134,13 +134,13 @@ def test_what_cannot_be_prepared_is_refused(prepare, tmp_path, capsys, rows, fla
 
 MODELS = {"qwen2_7b": QWEN2_7B, "mistral_7b": MISTRAL_7B, "vicuna_7b": LLAMA_2_7B}
 LOSSES = {
-    "dpo": "dpo DpoOptions(beta=0.1,",
-    "bw": "bdpo BdpoOptions(beta=0.1, bdpo_temperature='auto', bdpo_weights=True, bdpo_scale=False,",
-    "sf": "bdpo BdpoOptions(beta=0.1, bdpo_temperature='auto', bdpo_weights=False, bdpo_scale=True,",
-    "bdpo": "bdpo BdpoOptions(beta=0.1, bdpo_temperature='auto', bdpo_weights=True, bdpo_scale=True,",
-    "cpo": "cpo CpoOptions(beta=0.1, nll_weight=1.0)",
-    "simpo": "simpo SimpoOptions(beta=2.0, simpo_gamma=0.5,",
-    "safedpo": "safedpo SafeDpoOptions(beta=0.1, safedpo_delta=10.0,",
+    "dpo": "dpo, beta 0.1,",
+    "bw": "bdpo, beta 0.1, bdpo_temperature auto, bdpo_weights True, bdpo_scale False,",
+    "sf": "bdpo, beta 0.1, bdpo_temperature auto, bdpo_weights False, bdpo_scale True,",
+    "bdpo": "bdpo, beta 0.1, bdpo_temperature auto, bdpo_weights True, bdpo_scale True,",
+    "cpo": "cpo, beta 0.1, nll_weight 1.0",
+    "simpo": "simpo, beta 2.0, simpo_gamma 0.5,",
+    "safedpo": "safedpo, beta 0.1, safedpo_delta 10.0,",
 }
 
 

@@ -191,7 +191,7 @@ def test_run_without_scores(tmp_path, capsys):
     output = report(capsys, make_run(tmp_path / "run"), "--output", tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == CURVES | QUARTILE_CURVES
     assert "training, steps 1 to 90" in output and "held out, steps 30 to 90" in output
-    assert re.search(r"loss +0\.9753 █.*▁ +0\.1054\n", output)
+    assert re.search(r"loss +0\.9753  █.*▁ +0\.1054\n", output)
     assert max(map(len, output.splitlines())) <= 80
 
 

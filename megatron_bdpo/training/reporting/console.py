@@ -15,19 +15,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from megatron_bdpo import display
+
 #: Where lines for people go while ``sys.stdout`` is Megatron's; None for ``sys.stdout`` itself.
 _terminal: TextIO | None = None
 
 
-def show(line: str) -> None:
+def show(*blocks: display.Block) -> None:
     """Print for people, whoever has ``sys.stdout``."""
-    print(line, file=_terminal or sys.stdout, flush=True)
+    display.show(*blocks, stream=_terminal or sys.stdout)
 
 
 def width() -> int | None:
     """Columns of the terminal; None where the output is a file or a pipe, which can take any line."""
-    stream = _terminal or sys.stdout
-    return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else None
+    return display.width(_terminal or sys.stdout)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from megatron_bdpo.display import Table
 from megatron_bdpo.training.reporting.advice import Advisor
 from megatron_bdpo.training.reporting.console import show, width
 from megatron_bdpo.training.reporting.metrics_file import MetricsFile
@@ -118,10 +119,10 @@ class Progress:
                 self.file.append("evaluation", record)
             _print_last(_fitting(f"held out, after step {iteration} | {step_line(record)}"))
 
-    def table(self) -> str:
-        """The first and the last evaluation side by side; empty unless there are two."""
+    def table(self) -> Table | None:
+        """The first and the last evaluation side by side; None unless there are two."""
         if len(self.evaluations) < 2:
-            return ""
+            return None
         before, after = self.evaluations[0], self.evaluations[-1]
         title = ["held-out pairs", *(f"step {int(record['iteration'])}" for record in (before, after))]
         rows = [
@@ -133,8 +134,8 @@ class Progress:
             ("log-prob of chosen", "logps/chosen", "{:.2f}"),
             ("log-prob of rejected", "logps/rejected", "{:.2f}"),
         ]
-        cells = [title] + [[label, _shown(form, before[name]), _shown(form, after[name])] for label, name, form in rows]
-        return "\n".join(f"{label:<22}{first:>12}{last:>12}" for label, first, last in cells)
+        cells = [[label, _shown(form, before[name]), _shown(form, after[name])] for label, name, form in rows]
+        return Table(title, cells, gap=4)
 
 
 def _shown(form: str, value: float) -> str:

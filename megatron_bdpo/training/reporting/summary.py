@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from megatron_bdpo.display import Facts
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.memory import GB, fullest
@@ -14,11 +15,11 @@ from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.memory import job_shape, model_shape
 
 
-def summarize(args: argparse.Namespace, job: PairJob) -> str:
+def summarize(args: argparse.Namespace, job: PairJob) -> Facts:
     """All of it, of validated arguments; the same for a run and for its dry run."""
     lines = [f"model: {_model(args)}", f"layout: {layout(args)}", *job.describe(), *precision.describe(args)]
     lines += [*memory(args, job), *_places(args)]
-    return "\n".join(f"  {line}" for line in lines)
+    return Facts.of(lines)
 
 
 def _model(args: argparse.Namespace) -> str:
@@ -33,7 +34,7 @@ def _model(args: argparse.Namespace) -> str:
     )
 
 
-_UNITS = ((10**9, "billion"), (10**6, "million"), (1, ""))
+_UNITS = ((10**9, "billion"), (10**6, "million"), (10**3, "thousand"), (1, ""))
 
 
 def layout(args: argparse.Namespace) -> str:
