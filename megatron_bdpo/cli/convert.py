@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -41,7 +43,7 @@ def export(checkpoint: Path, hf_model: str | None, family: str | None, output: P
     from megatron_bdpo.training.distributed import process_groups
     from megatron_bdpo.training.hf import exporting as hf_export
 
-    with process_groups(_ONE_PROCESS):
+    with _written(output), process_groups(_ONE_PROCESS):
         if hf_model:
             original = model_directory(hf_model)
             config = read_json(original / CONFIG)
@@ -49,6 +51,15 @@ def export(checkpoint: Path, hf_model: str | None, family: str | None, output: P
             original, config = None, hf_export.config_of(checkpoint, family or "")
         hf_export.export_checkpoint(checkpoint, output, config, original)
     print(f"{output}: complete")
+
+
+@contextlib.contextmanager
+def _written(output: Path) -> Iterator[None]:
+    """In the block, what the operating system refuses about ``output`` is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror or error}.") from error
 
 
 _ONE_PROCESS = argparse.Namespace(
@@ -85,7 +96,7 @@ def import_(hf_model: str, output: Path, dtype: str) -> None:
     precision = [] if dtype == "fp32" else [f"--{dtype}"]
     args = arguments.parse(["--hf-model", hf_model, "--save", str(output), *precision])
     args.tensor_model_parallel_size = args.world_size
-    with process_groups(args):
+    with _written(output), process_groups(args):
         import_model(args)
     if args.rank == 0:
         print(f"{output}: complete")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from megatron_bdpo.cli import common
 from megatron_bdpo.cli.common import POSITIVE, example, only_one
 from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError
@@ -43,12 +44,12 @@ def _only_layouts_with(function: Any) -> Any:
 @click.option("--gpus", type=_GPUS, multiple=True, required=True, metavar="N", help="Of the cluster.")
 @click.argument("more_gpus", type=_GPUS, nargs=-1, metavar="[N]...")
 @click.option("--gpus-per-node", type=POSITIVE, default=8, show_default=True, metavar="N")
-@click.option("--gpu-memory", type=float, default=80, show_default=True, metavar="GB", help="Of 10^9 bytes.")
+@click.option("--gpu-memory", type=common.AMOUNT, default=80, show_default=True, metavar="GB", help="Of 10^9 bytes.")
 @click.option("--seq-length", type=POSITIVE, metavar="N", help="Positions of a pack (4096, or the recipe's).")
 @click.option("--pairs-per-step", type=POSITIVE, metavar="N", help="(128, or the recipe's)")
 @click.option(
     "--tokens-per-pair",
-    type=click.FloatRange(min=0, min_open=True),
+    type=common.AMOUNT,
     default=1000,
     show_default=True,
     metavar="N",
@@ -79,7 +80,10 @@ def plan(**options: Any) -> None:
             show(*["", ""][: 2 * bool(place)], *tables.describe(*each, options["rows"]))
     for question, answers, _ in found:
         if not answers:
-            raise UserError(f"no layout of this model fits {question.gpus} GPUs of {options['gpu_memory']:g} GB.")
+            raise UserError(
+                f"no layout of this model fits {question.gpus} GPUs of {options['gpu_memory']:g} GB. Take more or "
+                "larger GPUs, or a shorter --seq-length; what each layout lacks is listed above."
+            )
 
 
 def _questions(options: dict[str, Any]) -> list[Question]:

@@ -9,6 +9,7 @@ What is named here is of use without a training job, and needs NumPy only:
 """
 
 from megatron_bdpo.data.layout import Pack, PairGroup, group_tokens, lay_out
-from megatron_bdpo.data.plan import PlanSettings, StepPlan, pack_all, plan_steps
+from megatron_bdpo.data.packing import pack_all
+from megatron_bdpo.data.plan import PlanSettings, StepPlan, plan_steps
 
 __all__ = ["Pack", "PairGroup", "PlanSettings", "StepPlan", "group_tokens", "lay_out", "pack_all", "plan_steps"]

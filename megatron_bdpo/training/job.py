@@ -266,6 +266,8 @@ def _microbatch_multiple(args: argparse.Namespace) -> int:
 def made_up_plan(args: argparse.Namespace) -> StepPlan:
     """A plan of nothing in the shapes a real one could have, for Megatron to validate the other arguments against."""
     settings = _plan_settings(args)
+    if args.train_iters is not None and args.train_iters < 1:
+        raise UserError(f"--train-iters must be at least 1, not {args.train_iters}.")
     steps = np.zeros((args.train_iters or 10**6, 0), np.int64)
     lengths = np.broadcast_to(args.seq_length, (len(steps), settings.microbatch_multiple))
     return StepPlan(steps, steps, lengths, settings.data_parallel, np.zeros(len(steps), np.int64))

@@ -31,19 +31,33 @@ def commands(group: click.Group, *names: str) -> list[tuple[str, ...]]:
 
 ALL = commands(cli)
 
+TINY = ["--recipe", str(ROOT / "recipes" / "tiny.yaml")]
+
 #: Sub-command -> arguments that it cannot use, and a word of the reason.
 WRONG = {
     "data check": [(["nowhere.jsonl"], "no such file"), ([], "PAIRS"), (["a.jsonl", "--show", "-1"], "--show")],
     "data prepare": [([str(DATA / "train.jsonl")], "no tokenizer"), (["nowhere.jsonl", *TOKENIZER], "no such file")],
-    "data stats": [([str(DATA / "train.jsonl"), "--tokenizer-type", "Nonsense"], "tokenizer-type")],
+    "data stats": [
+        ([str(DATA / "train.jsonl"), "--tokenizer-type", "Nonsense"], "tokenizer-type"),
+        ([str(DATA / "train.jsonl"), *TOKENIZER[:3], str(DATA / "train.jsonl")], "tokenizer cannot be built"),
+        ([str(DATA / "train.jsonl"), "--recipe", str(DATA)], "cannot be read"),
+    ],
     "score": [(["--no-such-flag"], "--no-such-flag"), (["--pair-data", "nowhere.jsonl"], "")],
-    "train": [(["--no-such-flag"], "--no-such-flag"), (["--ranks", "0"], "--ranks"), ([], "")],
+    "train": [
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--ranks", "0"], "--ranks"),
+        ([], "missing"),
+        ([*TINY, "--train-iters", "-3"], "--train-iters must be"),
+    ],
     "convert export": [(["--checkpoint", "x", "--output", "y"], "--family"), ([], "--checkpoint")],
     "convert import": [(["--hf-model", "./nowhere", "--output", "y"], "nowhere"), (["--dtype", "fp8"], "--dtype")],
     "plan": [
         (["--hf-model", "./nowhere", "--gpus", "8"], "nowhere"),
         (["--gpus", "8"], "--hf-model, --recipe"),
         (["--hf-model", "x", "--gpus", "0"], "--gpus"),
+        (["--hf-model", "x", "--gpus", str(10**12)], "--gpus"),
+        (["--hf-model", "x", "--gpus", "8", "--gpu-memory", "nan"], "not a number"),
+        (["--hf-model", "x", "--gpus", "8", "--tokens-per-pair", "inf"], "--tokens-per-pair"),
     ],
     "report": [(["./nowhere", "--text-only"], "nowhere"), (["x", "--pairs", "-1"], "--pairs"), (["--nonsense"], "")],
     "losses": [(["nonsense"], "unknown loss"), (["--json", "--markdown"], "two forms of one output")],
