@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ class Measured:
         fill: the share of them that holds a token.
         peak: memory above what the imports take, in bytes.
         reference: from the loaded policy until all its pairs were scored as the reference.
+        step_zero: how far the first step is from policy == reference, (loss, log-ratio per token); NaN: not looked.
     """
 
     marks: list[Instant] = field(default_factory=list)
@@ -35,6 +37,7 @@ class Measured:
     fill: float = 0.0
     peak: float = 0.0
     reference: float = 0.0
+    step_zero: tuple[float, float] = (math.nan, math.nan)
 
     def figures(self, warm_up: int) -> dict[str, float]:
         """Of the steps after ``warm_up``: seconds, rates, tokens as without sharing and padding."""
@@ -83,7 +86,7 @@ def flags(
         *("--preference-loss", *loss),
         *("--lr", str(LEARNING_RATE), "--lr-decay-style", "constant", "--weight-decay", str(WEIGHT_DECAY)),
         *("--adam-beta1", "0.9", "--adam-beta2", "0.999", "--adam-eps", "1e-8", "--clip-grad", str(CLIP)),
-        *(["--bf16"] if dtype == "bf16" else []),
+        *([f"--{dtype}"] if dtype != "fp32" else []),
     ]
 
 
@@ -95,12 +98,14 @@ def run(
     device: str,
     *,
     keep_pairs: bool = False,
+    judge: bool = True,
     after_step: Callable[[int], object] = lambda steps: None,
 ) -> Measured:
     """Run a job to its end.
 
     Args:
         keep_pairs: note the tokens of its pairs.
+        judge: end at a first step that is too far from its reference.
         after_step: told the number of steps done.
     """
     from megatron_bdpo.platform.prepare import prepare_platform
@@ -124,6 +129,10 @@ def run(
             measured.marks.append(Instant.now())
 
         def after_step(self, *step: Any) -> None:
+            if self._step.gate is not None:
+                seen = self._step.gate.deviation()
+                measured.step_zero = (seen.loss, seen.log_ratio)
+                self._step.gate = self._step.gate if judge else None
             super().after_step(*step)
             measured.marks.append(Instant.now())
             after_step(len(measured.marks) - 1)

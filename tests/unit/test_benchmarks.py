@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -100,6 +101,37 @@ def test_scaling(tmp_path):
         parts = {name: float(value) for name, value in row.items() if name.endswith("_seconds_a_step")}
         assert sum(parts.values()) == pytest.approx(float(row["seconds"]), rel=0.05)
         assert all(parts[f"{name}_seconds_a_step"] > 0 for name in ("forward", "log-probs", "backward", "optimizer"))
+
+
+@pytest.mark.slow
+def test_fp8_on_a_cpu(tmp_path):
+    """The variants that a CPU has: the rows are complete, and the first step is as near as the gate wants it."""
+    flags = ["--variants", "bf16", "fp32", "--pairs-per-step=4", "--steps=4", "--warm-up=1"]
+    output, rows = measured("fp8.py", flags, tmp_path)
+    assert [row["contender"] for row in rows] == ["bf16", "fp32"]
+    for row, allowed in zip(rows, (1e-2, 1e-6), strict=True):
+        assert float(row["step_zero_loss"]) <= allowed
+        assert len(set(json.loads(row["losses"]))) == 4, "losses that do not move compare nothing"
+    assert "| bf16 |" in output
+    assert "| loss, step 4 |" in output
+
+
+@pytest.mark.slow
+def test_fp8_command_lines_are_accepted():
+    """Where no GPU is needed: by the dry run of every recipe's job."""
+    few = ["--pairs-per-step=4", "--steps=4", "--small"]
+    output = run(BENCHMARKS / "fp8.py", "--check", *few)
+    for variant in ("bf16", "delayed", "tensorwise", "blockwise", "mxfp8"):
+        assert f"# round 1, {variant}: command line accepted" in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_fp8_without_a_gpu_is_refused_in_two_lines():
+    result = subprocess.run([sys.executable, BENCHMARKS / "fp8.py"], capture_output=True, text=True)
+    assert result.returncode == 2
+    error, advice = result.stderr.splitlines()
+    assert error == "error: FP8 cannot run here: there is no GPU."
+    assert advice.startswith("advice: Use --variants bf16 fp32")
 
 
 def test_operations_are_those_of_a_count_by_hand():
