@@ -170,10 +170,10 @@ def _create_state(adam: torch.optim.Optimizer) -> None:
 
 def _scheduler(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_optimizer_param_scheduler(optimizer: Any) -> Any:
-        from megatron.training import get_args
+        from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
         scheduler = original(optimizer)
-        packs = get_args().global_batch_size
+        packs = get_current_global_batch_size()
         state_dict, load_state_dict = scheduler.state_dict, scheduler.load_state_dict
 
         def in_steps() -> dict[str, Any]:
