@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, sequence_log_probs
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.moe import with_pair_router
-from megatron_bdpo.model.norm import LocalNorm
+from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm
 
 
 class PairGPTModel(GPTModel):
@@ -65,6 +65,8 @@ class PairGPTBuilder(GPTModelBuilder):
         for module in model.modules():
             if isinstance(module, PairAttention):
                 module.backend = self._model_config.pair_attention
+            if isinstance(module, ZeroCenteredRMSNorm) and self._model_config.fuse_local_layers:
+                module.compile(dynamic=True)
         if model.post_process:
             model.output_layer.__class__ = ScoringOutputLayer
         return model
@@ -79,6 +81,9 @@ class PairGPTConfig(GPTModelConfig):
 
     pair_attention: str | None = None
     """A name of ``attention_backends.BACKENDS``; None for the default of device and precision."""
+
+    fuse_local_layers: bool = False
+    """Compile the norms of local layers that are not one kernel of torch's."""
 
     builder: ClassVar[str] = f"{__name__}.{PairGPTBuilder.__qualname__}"
 

@@ -22,6 +22,7 @@ def model_config(args: argparse.Namespace) -> PairGPTConfig:
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron leaves the flag's value behind
     config.scale_embeddings = args.scale_embeddings
     config.pair_attention = None if args.pair_attention == "auto" else args.pair_attention
+    config.fuse_local_layers = args.fuse_local_layers
     if args.geglu_tanh:
         if not args.swiglu:
             raise UserError("--geglu-tanh is the activation of gated layers: add --swiglu.")

@@ -9,8 +9,10 @@ from megatron.training.training import destroy_global_state
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
+from megatron_bdpo.platform.fusions import fuse_rotary_embedding
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.flags.arguments import log_to_wandb_too
+from megatron_bdpo.training.flags.fusions import settle_fusions
 from megatron_bdpo.training.flags.layout import check_layout
 from megatron_bdpo.training.flags.precision import check_precision
 from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
@@ -32,11 +34,13 @@ def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
         refuse_what_cannot_be_honoured(args)
         check_layout(args)
         check_precision(args)
+        settle_fusions(args)
     log_to_wandb_too(args)
     rehearse(args)
     check_directories(args)
     job = build_job(args)
     apply_plan(args, job.plan, len(job.eval_packs))
+    fuse_rotary_embedding(args.fuse_local_layers)
     args.exit_signal_handler = False  # Megatron is to set no handler of its own: we answer for it, see ``stopping``
     try:
         return job, set_up_megatron(args)

@@ -52,6 +52,15 @@ def test_fused_and_plain_log_probs_agree(ranks):
     assert fused == pytest.approx(plain, abs=1e-2)  # bf16
 
 
+def test_fused_and_plain_local_layers_agree(ranks):
+    flags = [*WIDE, "--transformer-impl", "local", "--train-iters", "5"]
+    fused, plain = (losses(ranks(1)(train, [*flags, switch])) for switch in FUSION)
+    assert fused == pytest.approx(plain, abs=1e-4)  # fp32
+
+
+FUSION = ("--fuse-local-layers", "--no-fuse-local-layers")
+
+
 def test_resumed_run_is_bit_identical_in_fp32(ranks, tmp_path):
     """fp32, where attention is deterministic."""
     assert_bit_identical(*run_in_two_parts(ranks, 1, tmp_path, WIDE))

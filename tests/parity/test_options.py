@@ -80,7 +80,10 @@ def test_option_works_in_the_layout(run, one_process, name):
 ALLOWED_BF16 = {"log-probs": 1e-3, "loss": 1e-2, "gradients": 2e-2}
 
 
-@pytest.mark.parametrize("flags", [TP2_SP, PP2, CP2, DISTRIBUTED])
+@pytest.mark.parametrize(
+    "flags",
+    [TP2_SP, PP2, CP2, DISTRIBUTED, f"{DISTRIBUTED} {FULL} --recompute-method uniform --recompute-num-layers 1"],
+)
 def test_bf16(run, one_process, flags):
     """Experts are left out: a token near a tie goes to another expert, and nothing is near then."""
     overrides = MODELS["dense"].overrides | {"bf16": True}

@@ -248,6 +248,12 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         help="what computes attention; auto: varlen on a GPU in half precision, else sdpa",
     )
     add(
+        "--fuse-local-layers",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the small functions of layers that are not Transformer Engine's: rotary embedding, SwiGLU, "
+        "dropout and residual. Default: on a GPU",
+    )
+    add(
         "--log-probs",
         choices=tuple(KERNELS),
         default="fused",

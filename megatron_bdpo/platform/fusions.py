@@ -1,0 +1,30 @@
+"""torch.compile for a small function of Megatron's local layers that it leaves to Transformer Engine to fuse.
+
+Rotary embedding is some eight kernels for the queries and as many for the keys of every layer, each of which reads and
+writes them whole. Compiled it is one. Megatron's own fused version exists in Transformer Engine alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def fuse_rotary_embedding(fused: bool) -> None:
+    """Have Megatron's local layers use a compiled version of its function, or its own again."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    eager, compiled = _versions()
+    rope_utils._apply_rotary_pos_emb_bshd = compiled if fused else eager
+
+
+@functools.cache
+def _versions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    eager = rope_utils._apply_rotary_pos_emb_bshd
+    # Packs differ in length, queries and keys in heads: compiled once for all sizes, not anew for some.
+    return eager, torch.compile(eager, dynamic=True)
