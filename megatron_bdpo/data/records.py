@@ -56,13 +56,19 @@ class ProblemKind(enum.Enum):
         return self in _MALFORMED
 
 
+_LONGEST_DETAIL = 500
+
 _MALFORMED = frozenset({ProblemKind.BAD_JSON, ProblemKind.MISSING_COLUMN, ProblemKind.WRONG_TYPE})
 
 
 class RowProblem(Exception):
-    """One row that gives no pair: its kind, which is counted, and a detail, which is shown for the first such row."""
+    """One row that gives no pair: its kind, which is counted, and a detail, which is shown for the first such row.
+
+    What the row itself brings into the detail may be anything: it is made fit for a terminal.
+    """
 
     def __init__(self, kind: ProblemKind, detail: str) -> None:
+        detail = printable(detail, _LONGEST_DETAIL)
         super().__init__(f"{kind.value}: {detail}")
         self.kind = kind
         self.detail = detail
@@ -223,7 +229,7 @@ def _message(value: Any, where: str) -> Message:
         raise RowProblem(ProblemKind.WRONG_TYPE, f"{where}: content is {found}; only text is supported")
     if value.get("tool_calls"):
         raise RowProblem(ProblemKind.WRONG_TYPE, f"{where}: tool_calls are not supported")
-    return {"role": value["role"], "content": _unicode(value["content"], where)}
+    return {"role": _unicode(value["role"], where), "content": _unicode(value["content"], where)}
 
 
 def _unicode(text: str, where: str) -> str:
@@ -233,6 +239,12 @@ def _unicode(text: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise RowProblem(ProblemKind.WRONG_TYPE, f"{where} is not valid Unicode: {error.reason}") from error
     return text
+
+
+def printable(text: str, longest: int) -> str:
+    """The text on one line, cut to a length, with escapes for what a terminal cannot show or would obey."""
+    shown = text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def _label(row: dict[str, Any], column: str) -> bool | None:

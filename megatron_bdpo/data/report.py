@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from megatron_bdpo.data.records import ProblemKind
 from megatron_bdpo.display import Block, Table, plain
+from megatron_bdpo.json_shape import Each, is_count, is_number, misshapen
 
 _MAX_EXAMPLES = 3
 _MAX_LINES = 20
@@ -144,11 +145,43 @@ class DataReport:
         """Inverse of `to_json`.
 
         Raises:
-            KeyError, TypeError: it is no report.
+            ValueError: it is no report.
         """
-        problems = [ProblemCount(**problem) for problem in fields["problems"]]
-        tokens = {part: LengthStats(**stats) for part, stats in fields["tokens"].items()}
-        return cls(**{**fields, "problems": problems, "tokens": tokens})
+        if wrong := misshapen(fields, _SHAPE):
+            raise ValueError(f"in its report, {wrong}")
+        sources = len(fields["sources"])
+        if any(len(fields[name]) != sources for name in ("rows_read", "pairs_kept")):
+            raise ValueError("its report counts the rows of other sources")
+        if any(problem["source"] >= sources or not problem["rows"] for problem in fields["problems"]):
+            raise ValueError("its report has problems of no source or row")
+        problems = [_only_fields(ProblemCount, problem) for problem in fields["problems"]]
+        tokens = {part: _only_fields(LengthStats, stats) for part, stats in fields["tokens"].items()}
+        return _only_fields(cls, {**fields, "problems": problems, "tokens": tokens})
+
+
+def _only_fields[Read](kind: type[Read], values: dict[str, Any]) -> Read:
+    """The dataclass of those values that it has."""
+    return kind(**{each.name: values[each.name] for each in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+_SHAPE = {
+    "sources": [str],
+    "rows_read": [is_count],
+    "pairs_kept": [is_count],
+    "problems": [
+        {
+            "kind": lambda name: isinstance(name, str) and name in ProblemKind.__members__,
+            "source": is_count,
+            "count": is_count,
+            "rows": [is_count],
+            "detail": str,
+        }
+    ],
+    "truncated_prompts": is_count,
+    "truncated_responses": is_count,
+    "tokens": Each({"mean": is_number, "p50": is_number, "p95": is_number, "max": is_count}),
+    "prompt_token_share": is_number,
+}
 
 
 def _at_most(count: int, lines: Sequence[str]) -> list[str]:

@@ -37,6 +37,7 @@ from safetensors.numpy import save
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.files import write_whole
+from megatron_bdpo.json_shape import Maybe, is_count, misshapen, parse_json
 
 FloatArray = npt.NDArray[np.float64]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -254,7 +255,7 @@ class ScoreCache:
             return _unknown(0)
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = json.loads((file.metadata() or {})[_METADATA])
+                metadata = parse_json((file.metadata() or {})[_METADATA])
                 arrays = {name: file.get_tensor(name) for name in _COLUMNS}
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise _DamagedError(str(error)) from error
@@ -310,7 +311,7 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest, checked to be of scores and of this version; None where there is none."""
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -322,7 +323,17 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
             f"the reference scores in {directory} have format version {manifest.get('version')}, this program reads "
             f"version {FORMAT_VERSION}. Delete the directory; it is made again."
         )
+    if wrong := misshapen(manifest, _MANIFEST_SHAPE):
+        raise UserError(f"{path} is damaged: {wrong}. Delete the directory; it is made again.")
     return manifest
+
+
+_MANIFEST_SHAPE = {
+    "identity": dict,
+    "shard_pairs": lambda count: is_count(count) and 0 < count < 2**31,
+    "complete": Maybe({"pairs": is_count, "scored": dict.fromkeys(KINDS, is_count)}),
+    "jobs": [dict],
+}
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import zlib
@@ -34,6 +35,7 @@ from megatron_bdpo.data.report import DataReport
 from megatron_bdpo.data.sources import SourceSpec, describe_row
 from megatron_bdpo.data.tokenization import PairTokens, TokenArray
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.json_shape import is_count, is_number, misshapen, parse_json
 
 FORMAT_NAME = "megatron_bdpo pair store"
 FORMAT_VERSION = 3
@@ -119,15 +121,13 @@ class PairStore:
                 fingerprint=meta["fingerprint"],
                 settings=meta["settings"],
                 empty_prompt=meta["empty_prompt"],
-                sources=sources or tuple(SourceSpec(**source) for source in meta["sources"]),
+                sources=sources or tuple(SourceSpec(each["path"], each["weight"]) for each in meta["sources"]),
                 report=DataReport.from_json(meta["report"]),
             )
-            arrays = {name: _open_array(directory, name, meta["arrays"][name]) for name in _ARRAYS}
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise _damaged(directory, f"{_META} lacks or garbles {error}") from error
-        _check_consistency(directory, arrays)
+        except ValueError as error:
+            raise _damaged(directory, f"{_META}: {error}") from error
+        arrays = {name: _open_array(directory, name, meta["arrays"][name]) for name in _ARRAYS}
+        _check_consistency(directory, info, arrays)
         return cls(directory, info, arrays)
 
     def __len__(self) -> int:
@@ -242,6 +242,15 @@ class PairStoreWriter:
         _write_durably(self._directory / _META, json.dumps(meta, indent=1).encode())
 
 
+_META_SHAPE = {
+    "fingerprint": str,
+    "settings": dict,
+    "empty_prompt": [lambda token: is_count(token) and token < 2**31],
+    "sources": [{"path": str, "weight": is_number}],
+    "report": dict,
+    "arrays": {name: {"rows": is_count, "crc32": is_count} for name in _ARRAYS},
+}
+
 # struct-like type codes of `array`, which is compact where a Python list is not.
 _TYPECODES = {"<i1": "b", "<i2": "h", "<i4": "i", "<i8": "q"}
 
@@ -269,7 +278,7 @@ def _read_meta(directory: Path) -> dict[str, Any]:
     """meta.json, checked to be of a store and of this version."""
     path = directory / _META
     try:
-        meta = json.loads(path.read_bytes())
+        meta = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{directory} is no pair store: it has no {_META}.") from error
     except OSError as error:
@@ -283,6 +292,8 @@ def _read_meta(directory: Path) -> dict[str, Any]:
             f"The pair store {directory} has format version {meta.get('version')}, this program reads version "
             f"{FORMAT_VERSION}. Delete the directory; it is built anew."
         )
+    if wrong := misshapen(meta, _META_SHAPE):
+        raise _damaged(directory, f"in {_META}, {wrong}")
     return meta
 
 
@@ -291,7 +302,7 @@ def _open_array(directory: Path, name: str, described: dict[str, int]) -> npt.ND
     dtype, columns = _ARRAYS[name]
     path = _array_path(directory, name)
     shape = (described["rows"],) if columns is None else (described["rows"], columns)
-    expected_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    expected_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     try:
         found_bytes = path.stat().st_size
         if found_bytes != expected_bytes or not expected_bytes:
@@ -305,13 +316,17 @@ def _open_array(directory: Path, name: str, described: dict[str, int]) -> npt.ND
     return mapped.view(np.ndarray)
 
 
-def _check_consistency(directory: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
-    """The arrays fit each other: one row per pair, and the lengths add up to the tokens."""
+def _check_consistency(directory: Path, info: StoreInfo, arrays: dict[str, npt.NDArray[Any]]) -> None:
+    """The arrays fit each other: one row per pair, and the lengths add up to the tokens. And they fit the sources."""
     pairs = len(arrays["lengths"])
     if any(len(values) != pairs for name, values in arrays.items() if name != _TOKENS):
         raise _damaged(directory, "its arrays are of different numbers of pairs")
     if int(arrays["lengths"].sum(dtype=np.int64)) != len(arrays[_TOKENS]):
         raise _damaged(directory, "the lengths do not add up to the number of tokens")
+    if not info.empty_prompt:
+        raise _damaged(directory, f"{_META} has no empty prompt")
+    if int(arrays["source"].max(initial=-1)) >= len(info.sources):
+        raise _damaged(directory, "pairs are of more sources than it names")
 
 
 def _crc32(values: npt.NDArray[Any]) -> int:

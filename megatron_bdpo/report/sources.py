@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_bdpo.data.scores import MANIFEST
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.json_shape import Each, misshapen, parse_json
 from megatron_bdpo.training.reporting.metrics_file import NAME as METRICS
 from megatron_bdpo.training.reporting.run_record import NAME as RECORD
 
@@ -57,12 +57,14 @@ def find_sources(directory: Path, scores: Path | None = None) -> ReportSources:
 def _record(run: Path) -> dict[str, Any]:
     path = run / RECORD
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}). Mend it, or move it away.") from error
-    return found if isinstance(found, dict) else {}
+    if wrong := misshapen(found, {"reference_scores": Each(str)}):
+        raise UserError(f"{path} is not what a run writes: {wrong}. Mend it, or move it away.")
+    return dict(found)
 
 
 def _scores_of_run(record: dict[str, Any]) -> Path | None:

@@ -27,6 +27,7 @@ from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
 from megatron_bdpo.errors import PassingError, UserError
 from megatron_bdpo.files import write_whole
+from megatron_bdpo.json_shape import Each, misshapen, parse_json
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, is_rank_zero, say
 
 _ALGORITHM = "sha256"
@@ -185,12 +186,14 @@ def _manifest(directory: Path) -> tuple[dict[str, str], list[str]]:
         if not path.is_file():
             whole = directory.is_dir() and ((directory / _COMPLETE).is_file() or not list(directory.glob("*.distcp")))
             return {}, [] if whole else [f"{directory} is not there, or was never finished"]
-        content = json.loads(path.read_bytes())
-        files = content["files"]
+        content = parse_json(path.read_bytes())
+        if wrong := misshapen(content, {"algorithm": str, "files": Each(str)}):
+            raise ValueError(wrong)
+        files: dict[str, str] = content["files"]
         if content["algorithm"] != _ALGORITHM or not all(Path(name).name == name for name in files):
             raise ValueError("not of this kind")
-        return {str(name): str(digest) for name, digest in files.items()}, []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return files, []
+    except (OSError, ValueError) as error:
         return {}, [f"{path} cannot be read ({error})"]
 
 

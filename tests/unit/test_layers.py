@@ -18,12 +18,13 @@ OURS = "megatron_bdpo"
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
+    "json_shape": set(),
     "display": set(),
     "comprehension": {"errors"},
     "losses": {"losses", "comprehension", "errors"},
-    "data": {"data", "display", "files", "errors"},
+    "data": {"data", "display", "files", "json_shape", "errors"},
     "logprobs": {"logprobs", "errors"},
-    "model": {"model", "logprobs", "errors"},
+    "model": {"model", "logprobs", "json_shape", "errors"},
     "platform": {"platform", "errors"},
     "planning": {"planning", "display", "errors"},
     "training": {
@@ -37,11 +38,22 @@ MAY_IMPORT = {
         "platform",
         "display",
         "files",
+        "json_shape",
         "errors",
     },
 }
 MAY_IMPORT["score"] = MAY_IMPORT["train"] = {"training"}
-MAY_IMPORT["report"] = {"report", "display", "files", "training", "data", "losses", "comprehension", "errors"}
+MAY_IMPORT["report"] = {
+    "report",
+    "display",
+    "files",
+    "json_shape",
+    "training",
+    "data",
+    "losses",
+    "comprehension",
+    "errors",
+}
 MAY_IMPORT["cli"] = {"cli", *MAY_IMPORT, ""}
 
 #: Where Megatron may be imported at all, and where its trainer.

@@ -388,13 +388,20 @@ def test_damaged_meta(settings: PairDataSettings, tokenizer: PairTokenizer, tmp_
         "[]": "written by something else",
         json.dumps({**meta, "format": "arrow"}): "written by something else",
         json.dumps({**meta, "version": 0}): "format version 0",
-        json.dumps({key: value for key, value in meta.items() if key != "report"}): "lacks or garbles 'report'",
-        json.dumps({**meta, "arrays": {**meta["arrays"], "row": 3}}): "lacks or garbles",
-        json.dumps({**meta, "arrays": {**meta["arrays"], "row": {"rows": -1, "crc32": 0}}}): "row.bin has",
+        json.dumps({key: value for key, value in meta.items() if key != "report"}): "report is missing",
+        json.dumps({**meta, "arrays": {**meta["arrays"], "row": 3}}): "arrays.row is 3",
+        json.dumps({**meta, "arrays": {**meta["arrays"], "row": {"rows": 9, "crc32": 0}}}): "row.bin has",
+        json.dumps({**meta, "empty_prompt": [2**31]}): r"empty_prompt.0 is 2147483648",
+        json.dumps({**meta, "empty_prompt": []}): "no empty prompt",
+        json.dumps({**meta, "report": {**meta["report"], "rows_read": [None]}}): "in its report, rows_read.0 is None",
+        "[" * 100_000: "nested too deeply",
         json.dumps({**meta, "fingerprint": "0" * 64}): "store of other data",
     }.items():
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             prepare_pairs(settings, tokenizer)
+    path.write_text(json.dumps({**meta, "sources": []}))
+    with pytest.raises(UserError, match="more sources than it names"):
+        PairStore.open(directory)
     with pytest.raises(UserError, match="no pair store"):
         PairStore.open(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.json_shape import Each, is_count, misshapen, parse_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: there is none.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = parse_json(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
@@ -125,10 +125,10 @@ class HuggingFaceCheckpoint:
 def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise UserError(f"{index} has no weight_map.")
-        return [directory / name for name in sorted(set(names.values()))]
+        content = read_json(index)
+        if wrong := misshapen(content, {"weight_map": Each(lambda name: isinstance(name, str) and "\0" not in name)}):
+            raise UserError(f"{index} names no files: {wrong}.")
+        return [directory / name for name in sorted(set(content["weight_map"].values()))]
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     others = sorted(path.name for path in [*directory.glob("*.safetensors"), *directory.glob("*.bin")])
@@ -142,14 +142,17 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             size = path.stat().st_size
-            header = json.loads(file.read(length)) if length <= size else None
+            header = parse_json(file.read(length)) if length <= size else None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (struct.error, ValueError) as error:
         raise UserError(f"{path} is no safetensors file: {error}.") from error
     if header is None:
         raise UserError(f"{path} is truncated, or no safetensors file: {size} bytes, and a header of {length}.")
-    header.pop("__metadata__", None)
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
+    if wrong := misshapen(header, _HEADER_SHAPE):
+        raise UserError(f"{path} is no safetensors file: in its header, {wrong}.")
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         raise UserError(f"{path} is truncated or damaged: {size} bytes instead of {end}. Fetch the file again.")
@@ -159,6 +162,13 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         if width and stop - begin != math.prod(entry["shape"]) * width:
             raise UserError(f"{path} is damaged: {name} has {stop - begin} bytes for the shape {entry['shape']}.")
     return {name: StoredTensor(path, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+_HEADER_SHAPE = Each({
+    "dtype": str,
+    "shape": [is_count],
+    "data_offsets": lambda places: not misshapen(places, [is_count]) and len(places) == 2,
+})  # fmt: skip
 
 
 def _listed(what: str, names: Iterable[str]) -> list[str]:

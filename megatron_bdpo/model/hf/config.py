@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.families import FAMILIES, OUTPUT_LAYER, REFUSED, Family
+from megatron_bdpo.model.hf.kinds import check_kinds, pop_number
 from megatron_bdpo.model.hf.tensors import Dimensions, WeightMap
 
 Config = Mapping[str, Any]
@@ -105,6 +106,7 @@ def read_config(config: Config) -> Architecture:
     family = _family(config)
     _refuse_unknown(config, family)
     values = {**DEFAULTS, **family.defaults, **config}
+    check_kinds(values)
     sizes = _sizes(values)
     arguments = (
         dict(SHARED_ARGUMENTS)
@@ -155,25 +157,18 @@ def _refuse_unknown(config: Config, family: Family) -> None:
 
 
 def _sizes(values: Config) -> Dimensions:
-    hidden, heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
     experts = values.get("num_local_experts") or values.get("num_experts") or 0
     return Dimensions(
-        layers=_whole(values, "num_hidden_layers"),
+        layers=values["num_hidden_layers"],
         hidden=hidden,
-        ffn=_whole(values, "moe_intermediate_size" if values.get("moe_intermediate_size") else "intermediate_size"),
+        ffn=values.get("moe_intermediate_size") or values["intermediate_size"],
         heads=heads,
         groups=values.get("num_key_value_heads") or heads,
         head=values.get("head_dim") or hidden // heads,
-        vocab=_whole(values, "vocab_size"),
+        vocab=values["vocab_size"],
         experts=experts,
     )
-
-
-def _whole(values: Config, key: str) -> int:
-    value = values.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"config.json: {key} must be a positive whole number, not {value!r}.")
-    return value
 
 
 def _size_arguments(sizes: Dimensions, values: Config) -> dict[str, Any]:
@@ -196,19 +191,19 @@ def _rope_arguments(values: Config) -> dict[str, Any]:
     rope = _rope_settings(values)
     kind = rope.pop("rope_type")
     arguments = {
-        "rotary_base": _as_whole(rope.pop("rope_theta")),
+        "rotary_base": _as_whole(pop_number(rope, "rope_theta")),
         "use_rope_scaling": kind == "llama3",
         "rotary_seq_len_interpolation_factor": None,
     }
     if kind == "llama3":
-        arguments["rope_scaling_factor"] = float(rope.pop("factor"))
+        arguments["rope_scaling_factor"] = pop_number(rope, "factor")
         constants = {key: rope.pop(key, None) for key in _LLAMA3_CONSTANTS}
         if constants != _LLAMA3_CONSTANTS:
             raise UserError(
                 f"config.json: Llama 3's rotary scaling with {constants}. Megatron's code has {_LLAMA3_CONSTANTS}."
             )
     elif kind == "linear":
-        arguments["rotary_seq_len_interpolation_factor"] = _as_whole(rope.pop("factor"))
+        arguments["rotary_seq_len_interpolation_factor"] = _as_whole(pop_number(rope, "factor"))
     elif kind != "default":
         raise UserError(f"config.json: rotary scaling of the kind '{kind}' is not mapped. Mapped: llama3, linear.")
     if rope:
@@ -260,10 +255,13 @@ def _window_arguments(values: Config, layers: int) -> dict[str, Any]:
 def _expert_arguments(values: Config, sizes: Dimensions) -> dict[str, Any]:
     if not sizes.experts:
         return {"num_experts": None}
+    chosen = values.get("num_experts_per_tok")
+    if not chosen or chosen > sizes.experts:
+        raise UserError(f"config.json: num_experts_per_tok must lie between 1 and {sizes.experts}, not {chosen}.")
     return {
         "num_experts": sizes.experts,
         "moe_ffn_hidden_size": sizes.ffn,
-        "moe_router_topk": _whole(values, "num_experts_per_tok"),
+        "moe_router_topk": chosen,
         # Softmax over all experts and then the largest, or over the largest only: Mixtral's, and with norm_topk_prob
         # Qwen's probabilities sum to one, which is the latter.
         "moe_router_pre_softmax": not values.get("norm_topk_prob", True),

@@ -89,10 +89,10 @@ def _read(source: str) -> Iterator[Setting]:
     """The settings of a file, or of a mapping that stands on the command line itself."""
     if source.lstrip().startswith("{"):
         return _parse(source, f"{FLAG} {source}", Path.cwd())
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # of its name too
         raise UserError(f"{FLAG} {source} cannot be read: {error}") from error
     return _parse(text, source, path.resolve().parent)
 
@@ -105,14 +105,16 @@ def _parse(text: str, name: str, directory: Path) -> Iterator[Setting]:
         raise UserError(f"{name}{line}: not YAML: {error.problem}.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{name}: not YAML: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{name}: not YAML that a recipe can be: it is nested too deeply.") from error
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{name}: a recipe is a mapping of flags without their dashes, such as `num-layers: 80`.")
     seen: dict[str, int] = {}
     for key, value in root.value:
         line = key.start_mark.line + 1
-        where = f"{name}, line {line}, {key.value}"
         if not isinstance(key, yaml.ScalarNode):
             raise UserError(f"{name}, line {line}: a key has to be a flag.")
+        where = f"{name}, line {line}, {key.value}"
         if key.value in seen:
             raise UserError(f"{where}: stands in line {seen[key.value]} too.")
         seen[key.value] = line
@@ -128,6 +130,8 @@ def _value(node: yaml.Node, where: str) -> Value:
     if isinstance(node, yaml.ScalarNode) and node.tag == _NULL:
         return None
     if isinstance(node, yaml.ScalarNode) and node.tag == _BOOL:
+        if node.value.lower() not in yaml.SafeLoader.bool_values:  # of a tag that is written out
+            raise UserError(f"{where}: {node.value!r} is neither true nor false.")
         return bool(yaml.SafeLoader.bool_values[node.value.lower()])
     return _text(node, where)
 

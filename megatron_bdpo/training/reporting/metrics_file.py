@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.files import write_whole
+from megatron_bdpo.json_shape import parse_json
 from megatron_bdpo.training.reporting.console import show
 
 NAME = "metrics.jsonl"
@@ -80,7 +81,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         record = None
     if not isinstance(record, dict) or "kind" not in record or not isinstance(record.get("iteration"), int):

@@ -1,0 +1,112 @@
+"""What kind of value each key of a ``config.json`` holds: a file of somebody else's may hold anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_bdpo.errors import UserError
+
+_MOST = 2**31 - 1
+#: No model has more, and a list is made of them.
+_MOST_LAYERS = 10_000
+
+
+def _is_whole(value: Any, least: int, most: int = _MOST) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_size(value: Any) -> bool:
+    return _is_whole(value, 1)
+
+
+def _is_layers(value: Any) -> bool:
+    return _is_whole(value, 1, _MOST_LAYERS)
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or _is_whole(value, 0)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_object(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and all(isinstance(key, str) for key in value))
+
+
+def _is_words(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(word, str) for word in value))
+
+
+_SIZE = (_is_size, "a positive whole number")
+_LAYERS = (_is_layers, f"a positive whole number up to {_MOST_LAYERS}")
+_COUNT = (_is_count, "a whole number")
+_NUMBER = (_is_number, "a positive number")
+_SWITCH = (_is_switch, "true or false")
+_OBJECT = (_is_object, "an object")
+_WORDS = (_is_words, "a list of words")
+
+_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "num_hidden_layers": _LAYERS,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"), _SIZE),
+    **dict.fromkeys(
+        ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers", "num_local_experts", "num_experts",
+         "num_experts_per_tok", "moe_intermediate_size"),
+        _COUNT,
+    ),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), _NUMBER),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "norm_topk_prob"), _SWITCH),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), _OBJECT),
+    "layer_types": _WORDS,
+}  # fmt: skip
+
+_REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+def check_kinds(values: Mapping[str, Any]) -> None:
+    """Refuse values that their keys cannot hold.
+
+    Args:
+        values: of a ``config.json``, with its family's defaults.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for key in {**dict.fromkeys(_REQUIRED), **values}:
+        if key in _KINDS:
+            holds, kind = _KINDS[key]
+            value = values.get(key)
+            if not holds(value):
+                raise UserError(f"config.json: {key} must be {kind}, not {_shown(value)}.")
+    heads, groups = values["num_attention_heads"], values.get("num_key_value_heads")
+    if not values.get("head_dim") and values["hidden_size"] % heads:
+        raise UserError(
+            f"config.json: hidden_size {values['hidden_size']} is no multiple of num_attention_heads {heads}, and "
+            "there is no head_dim."
+        )
+    if groups and heads % groups:
+        raise UserError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}.")
+
+
+def pop_number(values: dict[str, Any], key: str) -> float:
+    """Take out a number that has to be there.
+
+    Raises:
+        UserError: naming the key.
+    """
+    value = values.pop(key, None)
+    if not _is_number(value):
+        raise UserError(f"config.json: {key} must be a positive number, not {_shown(value)}.")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}..."
