@@ -13,14 +13,13 @@ import json
 import math
 import re
 import tempfile
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bdpo import hub
 from megatron_bdpo.data.records import ProblemKind, RowProblem
 from megatron_bdpo.errors import UserError
 
@@ -39,7 +38,6 @@ _ENDINGS = ", ".join(_BUILDERS)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SAVED_DATASET, _SAVED_DATASET_DICT = "state.json", "dataset_dict.json"  # what Dataset.save_to_disk leaves behind
 _HASH_CHUNK = 1 << 20
-_HUB_PROBE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -328,49 +326,16 @@ def _load_from_hub(location: _Location) -> Any:
     """A `Dataset` from the hub, or from `datasets`' cache when the hub cannot be reached."""
     import datasets
 
-    reachable = _hub_is_reachable()
+    reachable = hub.is_reachable()
     try:
-        with contextlib.nullcontext() if reachable else _offline():
+        with contextlib.nullcontext() if reachable else hub.offline():
             return datasets.load_dataset(location.hub_name, split=location.split)
     except Exception as error:
         if reachable:
             advice = "Check the name, the split and, for a gated data set, HF_TOKEN."
         else:
-            advice = (
-                "The hub cannot be reached from here, and the data set is not in the local cache. Load it once on a "
-                "node with network and the same HF_HOME, or save it with Dataset.save_to_disk and name the directory."
-            )
+            advice = f"{hub.ADVICE} Dataset.save_to_disk writes one."
         raise UserError(
             f"{location.name} is no local file or directory, and loading split {location.split!r} of the Hugging Face "
             f"data set {location.hub_name!r} failed ({type(error).__name__}: {error}). {advice}"
         ) from error
-
-
-def _hub_is_reachable() -> bool:
-    """One quick request, through the user's proxies. `datasets` itself tries for half a minute before it gives up."""
-    import huggingface_hub.constants as hub
-
-    if hub.HF_HUB_OFFLINE:
-        return False
-    try:
-        request = urllib.request.Request(hub.ENDPOINT, method="HEAD")
-        urllib.request.urlopen(request, timeout=_HUB_PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True  # it answered
-    except OSError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """`datasets` in its offline mode, in which it looks in its cache at once; its switch is read at import time."""
-    import datasets
-    import huggingface_hub.constants as hub
-
-    before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

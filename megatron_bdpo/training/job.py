@@ -22,6 +22,7 @@ from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import registry
+from megatron_bdpo.model.hf.hub import tokenizer_directory
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.flags.arguments import given_loss_options
@@ -146,6 +147,7 @@ def open_stores(args: argparse.Namespace, cache_dir: Path, *, report: bool = Tru
         if is_rank_zero():
             tokenizer = PairTokenizer(build_tokenizer(args))
             directories = [str(prepare_pairs(each, tokenizer).directory) for each in settings]
+    args.tokenizer_model = broadcast(args.tokenizer_model)  # for Megatron, which builds it on every rank
     with all_ranks_agree():
         # Every rank maps the files that rank 0 has written: ranks of one node share the pages.
         stores = [
@@ -171,23 +173,25 @@ def _data_settings(args: argparse.Namespace, tokens: list[str], limit: int | Non
 
 
 def build_tokenizer(args: argparse.Namespace) -> Any:
-    """Megatron's tokenizer of these arguments.
+    """Megatron's tokenizer of these arguments. A name on the hub becomes the directory that it has been fetched to.
 
     Raises:
         UserError: it cannot be built.
     """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
 
+    if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model:
+        args.tokenizer_model = str(tokenizer_directory(args.tokenizer_model))
     try:
         return build(argparse.Namespace(**vars(args)))  # a copy: it writes the vocabulary size into its argument
     # NameError: its library is not installed; RuntimeError: sentencepiece's, for a file that is no model
     except (ValueError, OSError, TypeError, NameError, ImportError, RuntimeError) as error:
-        lacks_library = isinstance(error, ImportError | NameError)
-        advice = (
-            "For Hugging Face tokenizers: pip install 'megatron_bdpo[hf]'."
-            if lacks_library
-            else "Name a tokenizer's file or directory, whole, and its type."
-        )
+        if isinstance(error, ImportError | NameError):
+            advice = "For Hugging Face tokenizers: pip install 'megatron_bdpo[hf]'."
+        elif "trust_remote_code" in str(error):
+            advice = "It brings code of its own, which is not run unless you trust it: --trust-remote-code."
+        else:
+            advice = "Name a tokenizer's file or directory, whole, and its type."
         raise UserError(
             f"the tokenizer cannot be built (--tokenizer-type {args.tokenizer_type}, --tokenizer-model "
             f"{args.tokenizer_model}). {advice} Its library says: {' '.join(str(error).split())}"

@@ -18,13 +18,14 @@ OURS = "megatron_bdpo"
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
+    "hub": set(),
     "json_shape": set(),
     "display": set(),
     "comprehension": {"errors"},
     "losses": {"losses", "comprehension", "errors"},
-    "data": {"data", "display", "files", "json_shape", "errors"},
+    "data": {"data", "display", "files", "hub", "json_shape", "errors"},
     "logprobs": {"logprobs", "errors"},
-    "model": {"model", "logprobs", "json_shape", "errors"},
+    "model": {"model", "logprobs", "hub", "json_shape", "errors"},
     "platform": {"platform", "errors"},
     "planning": {"planning", "display", "errors"},
     "training": {

@@ -166,7 +166,7 @@ def test_what_does_not_exist(tmp_path: Path) -> None:
 def test_hub_name_without_network_fails_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`datasets` by itself tries again for half a minute. Its own offline switch is left as it was."""
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(sources, "_hub_is_reachable", lambda: False)
+    monkeypatch.setattr(sources.hub, "is_reachable", lambda: False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     before = datasets.config.HF_HUB_OFFLINE
 
@@ -185,7 +185,7 @@ def test_hub_rows_and_digest(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((name, split))
         return datasets.Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(sources, "_hub_is_reachable", lambda: True)
+    monkeypatch.setattr(sources.hub, "is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
     assert read("org/set:test[:5]") == list(enumerate(ROWS, start=1))

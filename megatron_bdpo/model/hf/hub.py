@@ -1,9 +1,10 @@
-"""From what the user calls a model to the directory that holds it. The only file that reaches for the hub."""
+"""From what the user calls a model to the directory that holds it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_bdpo import hub
 from megatron_bdpo.errors import UserError
 
 #: Weights, configuration, tokenizer. Not the copies of the weights in other formats that many repositories hold.
@@ -30,17 +31,31 @@ def model_directory(path_or_name: str, *, weights: bool = True) -> Path:
         if not is_model_directory(path):
             raise UserError(f"--hf-model: {path} has no config.json, so it is no Hugging Face model.")
         return path.resolve()
-    if path.exists() or path_or_name.count("/") != 1 or path_or_name.startswith((".", "/", "~")):
-        raise UserError(f"--hf-model: there is no directory {path_or_name}, nor can this be a name on the hub.")
+    return _fetched("--hf-model", path_or_name, _DESCRIPTION + _WEIGHTS * weights, least_slashes=1)
+
+
+def tokenizer_directory(path_or_name: str) -> Path:
+    """The directory of a tokenizer: a path, or a name on the hub, which is downloaded or found in its cache.
+
+    Raises:
+        UserError: there is no such tokenizer.
+    """
+    path = Path(path_or_name)
+    return path.resolve() if path.is_dir() else _fetched("--tokenizer-model", path_or_name, _DESCRIPTION)
+
+
+def _fetched(flag: str, name: str, patterns: list[str], least_slashes: int = 0) -> Path:
+    if Path(name).exists() or not least_slashes <= name.count("/") <= 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{flag}: there is no directory {name}, nor can this be a name on the hub.")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UserError(
-            "--hf-model by name needs huggingface_hub: pip install 'megatron_bdpo[hf]', or give a directory."
+            f"{flag} by name needs huggingface_hub: pip install 'megatron_bdpo[hf]', or give a directory."
         ) from error
+    reachable = hub.is_reachable()
     try:
-        return Path(snapshot_download(path_or_name, allow_patterns=_DESCRIPTION + _WEIGHTS * weights))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not reachable))
     except Exception as error:  # of the hub, of HTTP, of the file system
-        raise UserError(
-            f"--hf-model: {path_or_name} is no directory and cannot be fetched: {type(error).__name__}: {error}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}" if reachable else hub.ADVICE
+        raise UserError(f"{flag}: {name} is no directory and cannot be fetched. {reason}") from error
