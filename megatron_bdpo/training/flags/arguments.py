@@ -20,6 +20,7 @@ from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import registry
 from megatron_bdpo.model.attention_backends import BACKENDS
 from megatron_bdpo.training.flags import recipe
+from megatron_bdpo.training.flags.secrets import refuse_secrets
 
 #: What Megatron's local (non-TE) layers need; chosen for the user where Transformer Engine is not installed.
 LOCAL_LAYER_DEFAULTS = {
@@ -72,7 +73,8 @@ def parse(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None 
         given as a recipe has it.
 
     Raises:
-        UserError: an unknown flag, a wrong type, a default that names no argument, a recipe that cannot be used.
+        UserError: an unknown flag, a wrong type, a secret, a default that names no argument, a recipe that cannot be
+            used.
         SystemExit: argparse's own, for ``--help``.
     """
     from megatron.training.arguments import parse_args
@@ -97,6 +99,7 @@ def parse(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None 
     try:
         args = parse_args(extra_args_provider=provide)
         args.recipe = recipe.given(parsers[0], sys.argv[1:])
+        refuse_secrets(args.recipe)
         args.given_flags = {parsers[0]._option_string_actions[f"--{key}"].dest: f"--{key}" for key in args.recipe}
         return args
     finally:

@@ -27,6 +27,7 @@ import yaml
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.files import write_whole
+from megatron_bdpo.training.flags.secrets import by_name
 
 FLAG = "--recipe"
 
@@ -286,17 +287,6 @@ def _node(value: Value) -> yaml.Node:
 
 def _scalar(text: str) -> yaml.ScalarNode:
     """Plain where YAML's reading does not matter to us, which is all but true, false and null."""
-    text = _without_secrets(text)
+    text = by_name(text)
     tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
     return yaml.ScalarNode("tag:yaml.org,2002:str" if tag in (_BOOL, _NULL) else tag, text)
-
-
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
-_SHORTEST_SECRET = 8
-
-
-def _without_secrets(text: str) -> str:
-    for name, value in os.environ.items():
-        if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, f"${{{name}}}")
-    return text
