@@ -6,6 +6,7 @@ import argparse
 import functools
 from dataclasses import dataclass
 
+from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
@@ -13,7 +14,7 @@ from megatron_bdpo.training import identity
 from megatron_bdpo.training.hf.start import weights_loader
 from megatron_bdpo.training.identity import RunIdentity
 from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.preparation import prepare
+from megatron_bdpo.training.preparation import forget_global_state, prepare
 
 
 @dataclass
@@ -55,5 +56,9 @@ def set_up(args: argparse.Namespace) -> RunSetup:
     job, config = prepare(args)
     scoring = TokenScoring(args.scored_vocab_size, kernel=args.log_probs, chunk_size=args.log_prob_chunk_size)
     current = identity.identity_of(args, job)
-    found = identity.resumed_identity(args, current)
+    try:
+        found = identity.resumed_identity(args, current)
+    except UserError:
+        forget_global_state()
+        raise
     return RunSetup(args, job, config, scoring, found or current, resumed=found is not None)

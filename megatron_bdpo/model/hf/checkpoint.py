@@ -133,7 +133,10 @@ def _files(directory: Path) -> list[Path]:
         return [directory / SINGLE]
     others = sorted(path.name for path in [*directory.glob("*.safetensors"), *directory.glob("*.bin")])
     found = f" There are {', '.join(others[:_SHOWN])}." if others else ""
-    raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}.{found} Weights are read from safetensors files.")
+    raise UserError(
+        f"{directory} has neither {SINGLE} nor {INDEX}.{found} Weights are read from safetensors files. Of others "
+        "that you trust, transformers' from_pretrained and save_pretrained make these."
+    )
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

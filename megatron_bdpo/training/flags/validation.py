@@ -21,9 +21,12 @@ from megatron_bdpo.training.checkpoints import settle_checkpoints
 from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
 from megatron_bdpo.training.flags import recipe
 from megatron_bdpo.training.hf.start import vocabulary_size
-from megatron_bdpo.training.identity import checkpoint_directory
+from megatron_bdpo.training.identity import checkpoint_directory, stored_arguments
 from megatron_bdpo.training.job import apply_plan, made_up_plan
 from megatron_bdpo.training.model_config import model_config
+
+#: Of a checkpoint in torch's distributed format.
+_METADATA = ".metadata"
 
 
 def set_up_megatron(args: argparse.Namespace) -> PairGPTConfig:
@@ -88,6 +91,12 @@ def check_directories(args: argparse.Namespace) -> None:
     start = [args.load, args.pretrained_checkpoint]
     if args.pretrained_checkpoint and not any(map(checkpoint_directory, start)):
         raise UserError(f"--pretrained-checkpoint {args.pretrained_checkpoint}: there is no checkpoint in it.")
+    for root in (args.pretrained_checkpoint, args.load if args.finetune else None):
+        directory = checkpoint_directory(root)
+        with all_ranks_agree():
+            # Megatron would read the same, but end in a traceback where it cannot.
+            if directory and is_rank_zero() and args.dry_run is None and (directory / _METADATA).is_file():
+                stored_arguments(directory)
     with all_ranks_agree():
         if args.save and is_rank_zero():
             try:

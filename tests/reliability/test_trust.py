@@ -1,0 +1,256 @@
+"""What a user's files are trusted with: nothing in them is run, unless the user asks for it by a flag."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+import megatron_bdpo
+from megatron_bdpo.data.scores import KINDS, ScoreCache, open_scores
+from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
+from tests.distributed.test_bad_input import refusal
+from tests.harness.jobs import train
+
+PACKAGE = Path(megatron_bdpo.__file__).parent
+
+#: Names that run what they read, and where one of them may stand.
+RUNS_WHAT_IT_READS = {
+    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "eval", "exec", "compile", "unsafe_load",
+    "full_load", "UnsafeLoader", "allow_pickle", "import_module", "os.system", "shell",
+}  # fmt: skip
+ALLOWED = {("platform/safe_pickles.py", "pickle")}
+
+
+def suspicious(tree: ast.AST) -> list[tuple[int, str]]:
+    """Line and name of whatever may run a file's content."""
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        match node:
+            case ast.Import() | ast.ImportFrom():
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            case ast.Name():
+                names = [node.id]
+            case ast.Attribute(value=ast.Name()) if node.attr in ("load", "save", "system", "compile"):
+                owner = f"{node.value.id}.{node.attr}"
+                names = {"torch.load": ["pickle"], "numpy.load": ["pickle"], "np.load": ["pickle"]}.get(owner, [owner])
+                names = [] if owner in ("re.compile", "torch.compile") else names
+            case ast.keyword(arg="trust_remote_code") if not is_false(node.value):
+                names = ["exec"]
+            case ast.keyword(arg="weights_only") if is_false(node.value):
+                names = ["pickle"]
+            case ast.keyword():
+                names = [node.arg or ""]
+        found += [(getattr(node, "lineno", 0), name) for name in names if name.split(".")[0] in RUNS_WHAT_IT_READS
+                  or name in RUNS_WHAT_IT_READS]  # fmt: skip
+    return found
+
+
+def is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+def test_no_code_that_runs_what_it_reads():
+    found = {
+        (path.relative_to(PACKAGE).as_posix(), name)
+        for path in PACKAGE.rglob("*.py")
+        for _, name in suspicious(ast.parse(path.read_text("utf-8")))
+    }
+    assert found == ALLOWED
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import pickle", "from pickle import loads", "torch.load(x)", "np.load(x, allow_pickle=True)", "eval(x)",
+     "f(trust_remote_code=True)", "f(trust_remote_code=given)", "f(weights_only=False)", "yaml.load(x, UnsafeLoader)",
+     "subprocess.run(x, shell=True)", "os.system(x)"],
+)  # fmt: skip
+def test_the_scan_sees(code):
+    assert suspicious(ast.parse(code))
+
+
+class Trap:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.mkdir, (self.mark,)
+
+
+@pytest.fixture
+def mark(tmp_path):
+    """What a trap leaves, which is not there at the end."""
+    place = tmp_path / "sprung"
+    yield place
+    assert not place.exists()
+
+
+@pytest.fixture
+def trap(mark):
+    """A malicious pickle."""
+    return pickle.dumps(Trap(mark))
+
+
+def test_the_trap_works(tmp_path):
+    pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokens.bin", "lengths.bin"])
+def test_a_pickle_in_a_token_store(ranks, tmp_path, trap, name):
+    train_once(ranks, tmp_path)
+    (store,) = (tmp_path / "cache").glob("*/meta.json")
+    (store.parent / name).write_bytes(trap)
+    with pytest.raises(UserError, match=rf"is damaged: .*{re.escape(name)}.*Delete the directory"):
+        PairStore.open(store.parent)
+
+
+def train_once(ranks, directory: Path) -> None:
+    flags = ["--num-layers", "1", "--train-iters", "1", "--preference-loss", "simpo"]
+    ranks(1)(train, flags, pair_cache_dir=str(directory / "cache"), max_pairs=8)
+
+
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "manifest.json"])
+def test_a_pickle_among_scores(tmp_path, trap, name):
+    cache = ScoreCache.open(tmp_path / "scores", {}, {})
+    cache.finish(1, dict.fromkeys(KINDS, 1), {})
+    (tmp_path / "scores" / name).write_bytes(trap)
+    with pytest.raises(UserError, match=rf"{name} (is damaged|cannot be read)"):
+        open_scores(tmp_path / "scores")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_pickle_for_weights(tmp_path, trap, name):
+    (tmp_path / name).write_bytes(trap)
+    expected = r"Weights are read from safetensors files\. .*save_pretrained" if name.endswith("bin") else "truncated"
+    with pytest.raises(UserError, match=expected):
+        HuggingFaceCheckpoint.open(tmp_path)
+
+
+# Megatron's checkpoints ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(ranks, tmp_path_factory):
+    """A run of one step with its checkpoint, without digests: those show accidents, not malice."""
+    run = tmp_path_factory.mktemp("trust") / "run"
+    ranks(1)(train, ["--num-layers", "1", "--train-iters", "1", "--save", str(run), "--save-interval", "1",
+                     "--no-checkpoint-checksums"], max_pairs=8)  # fmt: skip
+    return run
+
+
+@pytest.fixture
+def poisoned(checkpoint, tmp_path):
+    """A copy of the run, and the directory of its checkpoint."""
+    import shutil
+
+    shutil.copytree(checkpoint, tmp_path / "run")
+    return tmp_path / "run", tmp_path / "run" / "iter_0000001"
+
+
+def poison_metadata(directory: Path, trap: bytes) -> None:
+    (directory / ".metadata").write_bytes(trap)
+
+
+def poison_arguments(directory: Path, trap: bytes) -> None:
+    """Put the trap where Megatron's arguments are, in the middle of a file of tensors."""
+    metadata = filesystem.FileSystemReader(str(directory)).read_metadata()
+    poisoned = io.BytesIO()
+    torch.save(TrapIn(trap), poisoned)
+    for index, kept in metadata.state_dict_metadata.items():
+        if isinstance(kept, BytesStorageMetadata):
+            place = next(value for key, value in metadata.storage_data.items() if key.fqn == index)
+            file = directory / place.relative_path
+            place.offset, place.length = file.stat().st_size, len(poisoned.getvalue())
+            place.transform_descriptors = None
+            file.write_bytes(file.read_bytes() + poisoned.getvalue())
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+class TrapIn:
+    """Pickles as what another pickle has been made of: loading it loads that."""
+
+    def __init__(self, trap: bytes) -> None:
+        self.trap = trap
+
+    def __reduce__(self):
+        return pickle.loads, (self.trap,)
+
+
+@pytest.mark.parametrize(
+    ("poison", "expected"),
+    [(poison_metadata, r"\.metadata asks for pathlib\.Path\.mkdir|asks for builtins\.getattr"),
+     (poison_arguments, "weights_only|Unsupported global")],
+)  # fmt: skip
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+def test_a_pickle_in_a_megatron_checkpoint(ranks, poisoned, trap, mark, poison, expected, flag):
+    run, directory = poisoned
+    poison(directory, trap)
+    flags = ["--num-layers", "1", "--train-iters", "2", flag, str(run), "--no-checkpoint-checksums"]
+    (message,) = ranks(1)(refusal, flags, max_pairs=8)
+    assert re.search(expected, message, re.DOTALL), message
+
+
+@pytest.mark.parametrize("poison", [poison_metadata, poison_arguments])
+def test_what_an_export_reads_of_it(ranks, poisoned, trap, mark, poison, tmp_path):
+    _, directory = poisoned
+    poison(directory, trap)
+    (message,) = ranks(1)(refusal_to_read, directory)
+    assert re.search("asks for|weights_only|Unsupported global", message), message
+
+
+def refusal_to_read(directory: Path) -> str:
+    """What this rank says of a checkpoint's arguments."""
+    from megatron_bdpo.training.identity import stored_arguments
+
+    try:
+        stored_arguments(directory)
+    except UserError as error:
+        return str(error)
+    return "read"
+
+
+# Code that comes with a tokenizer ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenizer_with_code(tmp_path, mark):
+    directory = tmp_path / "tokenizer"
+    directory.mkdir()
+    (directory / "own.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).mkdir()\nclass Own: ...\n")
+    about = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(about))
+    (directory / "config.json").write_text('{"model_type": "own"}')
+    return directory
+
+
+def refusal_to_build(directory: str) -> str:
+    """What this rank says of a tokenizer."""
+    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.job import build_tokenizer
+
+    args = arguments.parse(["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", directory])
+    assert not args.trust_remote_code
+    try:
+        build_tokenizer(args)
+    except UserError as error:
+        return str(error)
+    return "built"
+
+
+def test_a_tokenizers_own_code_is_not_run(ranks, tokenizer_with_code):
+    (message,) = ranks(1)(refusal_to_build, str(tokenizer_with_code))
+    assert "code of its own, which is not run unless you trust it: --trust-remote-code" in message
