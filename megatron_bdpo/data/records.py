@@ -118,6 +118,8 @@ def parse_row(row: dict[str, Any]) -> PreferenceRecord:
     else:
         assert isinstance(chosen, list) and isinstance(rejected, list)
         parts = _from_messages(prompt, chosen, rejected)
+    if parts[1] == parts[2]:  # of two columns of which one repeats the prompt
+        raise RowProblem(ProblemKind.IDENTICAL_RESPONSES, "after the prompt, chosen and rejected are the same")
     for name, response in zip(("chosen", "rejected"), parts[1:], strict=True):
         text = response if isinstance(response, str) else response[-1]["content"]
         if not text.strip():

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ KINDS = ("conditional", "unconditional")
 
 MANIFEST = "manifest.json"
 DEFAULT_SHARD_PAIRS = 4096
+MOST_SHARD_PAIRS = 2**22
 _METADATA = "scores"
 
 # Name -> dtype, columns, and what stands for an unknown value.
@@ -116,10 +118,20 @@ def open_scores(directory: Path | str, *, unfinished: bool = False) -> Scores:
 
 def _pairs_in(cache: ScoreCache) -> int:
     complete = cache.manifest["complete"]
-    if complete:
-        return int(complete["pairs"])
-    shards = [int(path.stem.removeprefix("shard-")) for path in cache.directory.glob("shard-*.safetensors")]
-    return (max(shards, default=-1) + 1) * cache.shard_pairs
+    shards = [int(match[1]) for path in cache.directory.iterdir() if (match := _SHARD.fullmatch(path.name))]
+    there = (max(shards, default=-1) + 1) * cache.shard_pairs
+    if complete and complete["pairs"] > there + _MOST_EMPTY_SHARDS * cache.shard_pairs:
+        raise UserError(
+            f"{cache.directory / MANIFEST} is damaged: it speaks of {complete['pairs']} pairs, and the shards there "
+            f"end at {there}. Delete the directory; it is made again."
+        )
+    return int(complete["pairs"]) if complete else there
+
+
+_SHARD = re.compile(r"shard-(\d{5,9})\.safetensors")
+
+#: After the last shard there may be pairs of which none was asked for, and no more shards' worth than this.
+_MOST_EMPTY_SHARDS = 1000
 
 
 class ScoreCache:
@@ -330,7 +342,7 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 
 _MANIFEST_SHAPE = {
     "identity": dict,
-    "shard_pairs": lambda count: is_count(count) and 0 < count < 2**31,
+    "shard_pairs": lambda count: is_count(count) and 0 < count <= MOST_SHARD_PAIRS,
     "complete": Maybe({"pairs": is_count, "scored": dict.fromkeys(KINDS, is_count)}),
     "jobs": [dict],
 }

@@ -9,7 +9,7 @@ import struct
 import pytest
 
 from megatron_bdpo.data.records import RowProblem, parse_row
-from megatron_bdpo.data.scores import ScoreCache, open_scores
+from megatron_bdpo.data.scores import KINDS, ScoreCache, open_scores
 from megatron_bdpo.data.sources import SourceSpec, check_sources, read_rows
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Each, Maybe, is_count, misshapen
@@ -110,12 +110,16 @@ def test_an_index_that_names_no_files(tmp_path):
         ({"complete": {"pairs": 1}}, "complete.scored is missing"),
         ({"identity": None}, "identity is None"),
         ({"jobs": 7}, "jobs is 7"),
+        (
+            {"complete": {"pairs": 2**32, "scored": dict.fromkeys(KINDS, 0)}},
+            "it speaks of 4294967296 pairs, and the shards",
+        ),
     ],
 )
 def test_manifests_of_scores(tmp_path, changes, expected):
     cache = ScoreCache.open(tmp_path, {}, {})
     (tmp_path / "manifest.json").write_text(json.dumps(cache.manifest | changes))
-    with pytest.raises(UserError, match=rf"manifest.json is damaged: {expected}. Delete the directory"):
+    with pytest.raises(UserError, match=rf"manifest.json is damaged: {expected}.*Delete the directory"):
         open_scores(tmp_path)
 
 

@@ -144,6 +144,10 @@ WRONG = ProblemKind.WRONG_TYPE
             {"prompt": "p", "chosen": "a", "rejected": "a"}, ProblemKind.IDENTICAL_RESPONSES, "same", id="identical"
         ),
         pytest.param(
+            {"prompt": ASK, "chosen": [*ASK, assistant("a")], "rejected": [assistant("a")]},
+            ProblemKind.IDENTICAL_RESPONSES, "after the prompt", id="identical, one with the prompt before it",
+        ),
+        pytest.param(
             {"chosen": "X\n\nAssistant: a", "rejected": "Y\n\nAssistant: b"},
             ProblemKind.NO_COMMON_PROMPT, "first", id="other questions",
         ),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_bdpo.data.scores import MOST_SHARD_PAIRS
 from megatron_bdpo.errors import UserError
 
 #: Without these there is no run. What Megatron itself requires is named here too: it would say so much later.
@@ -227,8 +228,8 @@ _REFUSALS = (
         "dataloader is for loaders that pairs do not use. SIGTERM, --exit-signal and --stop-file save one first.",
     ),
     _Refusal(
-        lambda a: a.score_shard_pairs is not None and a.score_shard_pairs < 1,
-        "--score-shard-pairs must be at least 1.",
+        lambda a: a.score_shard_pairs is not None and not 1 <= a.score_shard_pairs <= MOST_SHARD_PAIRS,
+        f"--score-shard-pairs must be at least 1, and at most {MOST_SHARD_PAIRS}: a killed job loses one shard's work.",
     ),
     _Refusal(lambda a: a.seed < 1, "--seed: Megatron takes positive seeds only."),
     _Refusal(

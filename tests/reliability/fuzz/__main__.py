@@ -68,7 +68,8 @@ def keep(directory: Path, name: str, outcome: Outcome) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}-{hashlib.sha256(outcome.crash).hexdigest()[:8]}.bin"
     path.write_bytes(outcome.crash)
-    return f"{outcome.trace[-3000:]}\nkept: {path}"
+    shown = outcome.trace[max(0, outcome.trace.find("Traceback")) :]
+    return f"{shown[:2500]}\nkept: {path} (try it again with --replay)"
 
 
 if __name__ == "__main__":

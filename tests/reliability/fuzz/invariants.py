@@ -123,20 +123,25 @@ def steps_of_whole_epochs(pools: Pools, pairs_per_step: int, most: int) -> int |
 
 
 def check_plan(plan: StepPlan, sizes: np.ndarray, settings: PlanSettings, num_steps: int) -> None:
-    """Exact pairs per step, each in one pack of one rank, and no pack too full."""
+    """Exact pairs per step, each in one pack of one rank, some on every rank, and no pack too full."""
     assert plan.steps.shape == (num_steps, settings.pairs_per_step)
-    lengths = np.broadcast_to(np.asarray(plan.pack_length), (num_steps,))
-    assert (lengths <= settings.max_pack_length).all() and (lengths % settings.length_multiple == 0).all()
-    assert lengths.max() >= settings.min_pack_length
+    assert plan.lengths.shape == (num_steps, plan.microbatches)
+    assert (plan.lengths <= settings.max_pack_length).all() and (plan.lengths % settings.length_multiple == 0).all()
     assert plan.data_parallel == settings.data_parallel and plan.microbatches % settings.microbatch_multiple == 0
+    if settings.one_length:
+        assert (plan.lengths == plan.lengths[:, :1]).all()
     tokens = sizes[plan.steps].sum(axis=1)
     assert (plan.real_tokens == tokens).all()
-    assert math.isclose(plan.fill, tokens.sum() / (lengths.sum() * plan.packs_per_step)) and 0 < plan.fill <= 1
-    for step, length in enumerate(lengths.tolist()):
-        packs = [pack for rank in range(plan.data_parallel) for pack in plan.packs(step, rank)]
-        assert len(packs) == plan.packs_per_step == plan.data_parallel * plan.microbatches
-        assert all(int(sizes[pack].sum()) <= length for pack in packs)
-        assert sorted(np.concatenate(packs).tolist()) == sorted(plan.steps[step].tolist())
+    positions = plan.lengths.sum() * plan.data_parallel
+    assert math.isclose(plan.fill, tokens.sum() / positions) and 0 < plan.fill <= 1
+    for step, lengths in enumerate(plan.lengths.tolist()):
+        found: list[int] = []
+        for rank in range(plan.data_parallel):
+            packs = plan.packs(step, rank)
+            assert all(int(sizes[pack].sum()) <= length for pack, length in zip(packs, lengths, strict=True))
+            assert sum(map(len, packs)), "a rank without a pair"
+            found += np.concatenate(packs).tolist()
+        assert sorted(found) == sorted(plan.steps[step].tolist())
 
 
 def check_visits(plan: StepPlan, pools: Pools) -> None:

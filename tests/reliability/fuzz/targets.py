@@ -301,9 +301,9 @@ def plans() -> Check:
                 pairs_per_step=per_step,
                 data_parallel=draw.integer(1, 4),
                 max_pack_length=limit,
-                min_pack_length=draw.pick((0, 0, longest)),
                 microbatch_multiple=draw.integer(1, 3),
                 length_multiple=multiple,
+                one_length=draw.chance(3),
                 seed=draw.integer(0, 3),
                 pack_pairs=not draw.chance(8),
             )
@@ -340,7 +340,7 @@ def _pools(draw: Draw, count: int) -> list[tuple[Any, float]]:
 def packings() -> Check:
     import numpy as np
 
-    from megatron_bdpo.data.plan import pack_all, pack_evenly
+    from megatron_bdpo.data.packing import pack_all, pack_evenly
     from megatron_bdpo.data.pool import hold_out
     from megatron_bdpo.errors import UserError
 
