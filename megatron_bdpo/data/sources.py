@@ -162,7 +162,9 @@ def _locate(spec: SourceSpec) -> _Location:
     """Find out what ``spec.path`` stands for. A local file or directory wins over a hub name."""
     try:
         return _locate_any(spec)
-    except (OSError, RuntimeError) as error:  # not to be looked at, too long a name, no such home directory
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, too long a name, no such home directory
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{spec.path}: cannot be looked for ({reason}).") from error
 
