@@ -38,7 +38,9 @@ def test_what_a_row_brings_into_a_message_can_be_printed(row):
     assert caught.value.detail.isprintable() and len(caught.value.detail) < 1000
 
 
-@pytest.mark.parametrize("path", ["~nobody-of-this-name/pairs.jsonl", "x" * 5000 + ".jsonl", "a\0.jsonl", "~\0/a.jsonl"])
+@pytest.mark.parametrize(
+    "path", ["~nobody-of-this-name/pairs.jsonl", "x" * 5000 + ".jsonl", "a\0.jsonl", "~\0/a.jsonl"]
+)
 def test_names_that_cannot_be_looked_for(path):
     with pytest.raises(UserError, match=r"cannot be looked for|no such file"):
         check_sources([SourceSpec(path)])
