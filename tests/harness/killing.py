@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,6 +10,12 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+GRACE = 10.0
+"""Seconds that the launcher leaves ranks to end by themselves after one has failed; torchrun's default is 30."""
+
+ENDED_BY_LAUNCHER = 3
+"""The exit code of a job whose last ranks had to be ended."""
 
 
 class JobTree:
@@ -24,15 +31,15 @@ class JobTree:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
-            ranks = [_fork_rank(rank, world_size, port, job) for rank in range(world_size)]
-            failed = [status for _, status in (os.waitpid(pid, 0) for pid in ranks) if status]
-            os._exit(1 if failed else 0)
+            os._exit(_launch([_fork_rank(rank, world_size, port, job) for rank in range(world_size)]))
 
     def ended(self) -> bool:
         """Whether the job is over, killed or not."""
         if self._exit is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self._exit = os.waitstatus_to_exitcode(status) if pid else None
+            if pid:
+                self._exit = os.waitstatus_to_exitcode(status)
+                self._clean_up()
         return self._exit is not None
 
     def wait(self, timeout: float = 120) -> int:
@@ -49,9 +56,30 @@ class JobTree:
     def kill(self) -> None:
         """SIGKILL to all of the tree at once."""
         if not self.ended():
-            os.killpg(self.pid, signal.SIGKILL)
+            self._clean_up()
             _, status = os.waitpid(self.pid, 0)
             self._exit = os.waitstatus_to_exitcode(status)
+
+    def _clean_up(self) -> None:
+        """As a batch system does with a job's processes: Megatron's helpers of a killed rank would stay for ever."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def _launch(ranks: list[int]) -> int:
+    """Wait for the ranks as torchrun does: those that do not follow one that has failed are ended. The exit code."""
+    left, code, deadline = {*ranks}, 0, float("inf")
+    while left:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        left.discard(pid)
+        if status and not code:
+            code, deadline = 1, time.monotonic() + GRACE
+        if not pid and time.monotonic() > deadline:
+            code, deadline = ENDED_BY_LAUNCHER, float("inf")
+            for rank in left:
+                os.kill(rank, signal.SIGKILL)
+        time.sleep(0 if pid else 0.005)
+    return code
 
 
 def _fork_rank(rank: int, world_size: int, port: int, job: Callable[[], Any]) -> int:

@@ -1,11 +1,12 @@
-r"""Kill a whole job again and again, at random moments, and compare what it ends with to a run that nobody disturbed.
+r"""Kill a whole job again and again, in every phase, and compare what it ends with to a run that nobody disturbed.
 
     python -m tests.reliability.kill_matrix --kills 100
 
-The job goes through every phase: pairs are tokenised, the reference scored, a tiny model trained with evaluations and
-checkpoints, and exported as a Hugging Face model. Each kill is one of SIGTERM, SIGINT, SIGKILL, to one rank or to all;
-then the same command is started again. When a run has ended, its export is compared byte for byte, and the next run
-begins. Prints a table of phases and ways, and exits with 1 if anything differs.
+A kill is SIGTERM, SIGINT or SIGKILL, to one rank or to all, at a random moment of a phase; the phases and the ways take
+turns, so that each gets its share. Then the same command is started again. After every kill it is looked at whether the
+checkpoint that the tracker names is whole, and at every start whether it goes on from that one. When a run has ended,
+its export is compared byte for byte, and its metrics value by value, and the next run begins. Prints a table of phases
+and ways, and exits with 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -14,104 +15,64 @@ import argparse
 import collections
 import contextlib
 import itertools
-import json
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.harness.jobs import DATA
-from tests.harness.killing import JobTree
+from tests.harness.killing import ENDED_BY_LAUNCHER, JobTree
+from tests.harness.phases import PHASES, PhaseBoard
+from tests.reliability.killed_job import RANKS, Run
 
-RANKS = 2
 PATIENCE = 60.0
-"""Seconds for a job to end after a kill; what is left then has hung, and counts as lost."""
+"""Seconds for a job to end after a kill, its launcher included; what is left then has hung, and counts as lost."""
 
-WAYS = list(itertools.product((signal.SIGTERM, signal.SIGINT, signal.SIGKILL), ("one", "all")))
+WAYS = tuple(itertools.product((signal.SIGTERM, signal.SIGINT, signal.SIGKILL), ("one", "all")))
+MOST_KILLS = 8
+"""Of one run; then it is left alone, so that its end is compared."""
+
+Way = tuple[signal.Signals, str]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One job from its beginning to its end, in a directory of its own."""
-
-    directory: Path
-    model: Path
-    steps: int = 6
-
-    @property
-    def save(self) -> Path:
-        return self.directory / "run"
-
-    @property
-    def export(self) -> Path:
-        return self.directory / "export"
-
-    def flags(self) -> list[str]:
-        return [
-            *f"--hf-model {self.model} --save-hf {self.export} --save {self.save} --load {self.save}".split(),
-            *f"--pair-data {DATA / 'train.jsonl'} --max-pairs 40 --eval-share 0.2 --eval-interval 2".split(),
-            *f"--train-iters {self.steps} --save-interval 2 --pairs-per-step 8 --seq-length 2048 --lr 1e-3".split(),
-            *f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {DATA / 'tokenizer.model'}".split(),
-            *["--score-shard-pairs", "8", "--use-distributed-optimizer", "--lr-decay-style", "constant"],
-        ]
-
-    def start(self) -> JobTree:
-        return JobTree(RANKS, self._job)
-
-    def _job(self) -> None:
-        log = os.open(self.directory / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "MASTER_ADDR": "127.0.0.1"}
-        from megatron_bdpo.training.entry import main
-
-        main(self.flags())
-
-    def is_finished(self) -> bool:
-        """The export is there, which appears whole or not at all and is the last thing that a job does."""
-        return self.export.exists()
-
-    def phase(self) -> str:
-        """What the job is about to do, by what it has left on the disk."""
-        cache, tracker = self.save / "cache", self.save / "latest_checkpointed_iteration.txt"
-        if self.export.with_name("export.partial").exists():
-            return "export"
-        done = tracker.read_text() if tracker.exists() else "0"
-        newest = max((int(path.name[5:]) for path in self.save.glob("iter_*")), default=0)
-        if newest and str(newest) != done:
-            return "checkpoint"
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            last = (self.save / "metrics.jsonl").read_text().splitlines()[-1]
-            return "evaluation" if "step" in last and int(json.loads(last).get("step", 1)) % 2 == 0 else "training"
-        if list(cache.glob("reference-*")):
-            return "scoring"
-        return "data" if not list(cache.glob("*/meta.json")) else "start"
-
-    def result(self) -> dict[str, bytes]:
-        """What must not depend on kills: the exported weights, byte for byte."""
-        return {path.name: path.read_bytes() for path in sorted(self.export.glob("*.safetensors"))}
+def name_of(way: Way) -> str:
+    return f"{way[0].name} {way[1]}"
 
 
 @dataclass
 class Tally:
-    """Kills by phase and way; runs that ended, and what went wrong."""
+    """Kills by phase and way; runs that ended; what the kills have left behind; what went wrong."""
 
     kills: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
     runs: int = 0
+    unfinished: int = 0
+    cut_trackers: int = 0
+    ended_by_launcher: int = 0
     lost: list[str] = field(default_factory=list)
 
+    def next(self, phases: set[str], rng: random.Random) -> tuple[str, Way]:
+        """One of the phases and a way, of those that were tried least."""
+        cells = [(self.kills[phase, name_of(way)], rng.random(), phase, way) for phase in phases for way in WAYS]
+        _, _, phase, way = min(cells)
+        return phase, way
+
     def table(self) -> str:
-        names = [f"{number.name} {whom}" for number, whom in WAYS]
-        phases = sorted({phase for phase, _ in self.kills})
-        lines = ["phase".ljust(12) + "".join(name.rjust(13) for name in names)]
-        lines += [phase.ljust(12) + "".join(str(self.kills[phase, n]).rjust(13) for n in names) for phase in phases]
-        total = self.kills.total()
-        return "\n".join([*lines, f"{total} kills, {self.runs} runs ended as if undisturbed, {len(self.lost)} lost"])
+        names = [*map(name_of, WAYS)]
+        lines = ["phase".ljust(12) + "".join(name.rjust(13) for name in [*names, "all ways"])]
+        for phase in PHASES:
+            counts = [self.kills[phase, name] for name in names]
+            lines.append(phase.ljust(12) + "".join(str(count).rjust(13) for count in [*counts, sum(counts)]))
+        return "\n".join(
+            [
+                *lines,
+                f"{self.ended_by_launcher} times the launcher had to end a rank that waited for a killed one",
+                f"{self.unfinished} kills left an unfinished checkpoint, {self.cut_trackers} a tracker without a name",
+                f"{self.kills.total()} kills, {self.runs} runs ended as if undisturbed, {len(self.lost)} lost",
+            ]
+        )
 
 
 def ranks_of(launcher: int) -> list[int]:
@@ -124,48 +85,84 @@ def ranks_of(launcher: int) -> list[int]:
     return sorted(found)
 
 
-def wait_until(moment: float, job: JobTree) -> None:
-    while time.monotonic() < moment and not job.ended():
-        time.sleep(0.002)
+def time_in_phases(job: JobTree, board: PhaseBoard) -> dict[str, float]:
+    """Seconds that the first rank of a job spends in each phase. Returns when the job has ended."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+    before = time.monotonic()
+    while not job.ended():
+        time.sleep(0.001)
+        now = time.monotonic()
+        seconds[board.phase(0)] += now - before
+        before = now
+    return seconds
 
 
-def kill(job: JobTree, number: signal.Signals, whom: str, rng: random.Random) -> bool:
-    """Send a signal, and wait for the end as a launcher would. False: the job had to be ended by force."""
+def wait_inside(phase: str, seconds: float, job: JobTree, board: PhaseBoard) -> bool:
+    """Wait until the first rank has spent so long in a phase. False: the job has ended before."""
+    spent, before = 0.0, time.monotonic()
+    while not job.ended():
+        now = time.monotonic()
+        if board.phase(0) == phase:
+            spent += now - before
+            if spent >= seconds:
+                return True
+        before = now
+        time.sleep(0.0005)
+    return False
+
+
+def kill(job: JobTree, way: Way, rng: random.Random) -> int | None:
+    """Send a signal, and wait for the end. The launcher's exit code; None: it had to be ended by force itself."""
+    number, whom = way
     ranks = ranks_of(job.pid)
     for pid in ranks if whom == "all" else rng.sample(ranks, min(1, len(ranks))):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    deadline = time.monotonic() + PATIENCE
-    wait_until(deadline, job)
-    if job.ended():
-        return True
-    job.kill()
-    return False
+    with contextlib.suppress(TimeoutError):
+        return job.wait(PATIENCE)
+    return None
 
 
-def moments(rng: random.Random, life: float) -> Iterator[float]:
-    """When to kill, in seconds after the start."""
-    while True:
-        yield rng.uniform(0.1, 1.05) * life
+def check_start(run: Run, expected: int, tally: Tally) -> None:
+    found = run.board.resumed_from()
+    if found is not None and found != expected:
+        tally.lost.append(f"{run.directory}: went on from step {found}, not from {expected}")
 
 
-def disturb(run: Run, kills: int, life: float, rng: random.Random, tally: Tally) -> None:
-    """Kill a run until it ends, or until there were enough kills; then let it end."""
-    when = moments(rng, life)
-    while tally.kills.total() < kills and not run.is_finished():
-        job, start = run.start(), time.monotonic()
-        wait_until(start + next(when), job)
-        if job.ended():
-            continue
-        number, whom = rng.choice(WAYS)
-        phase = run.phase()
-        tally.kills[phase, f"{number.name} {whom}"] += 1
-        if not kill(job, number, whom, rng):
-            tally.lost.append(f"{run.directory}: hung after {number.name} to {whom} during {phase}")
+def check_left_behind(run: Run, tally: Tally) -> None:
+    """No killed checkpoint is taken for a good one: what the tracker names is whole."""
+    checkpoints, named = run.checkpoints(), run.named()
+    tally.unfinished += not all(checkpoints.values())
+    tally.cut_trackers += named is None and (run.save / "latest_checkpointed_iteration.txt").exists()
+    if named and not checkpoints.get(named):
+        tally.lost.append(f"{run.directory}: the tracker names step {named}, whose checkpoint is not whole")
+
+
+def disturb(run: Run, kills: int, seconds: dict[str, float], rng: random.Random, tally: Tally) -> None:
+    """Kill a run until it ends, or often enough; then let it end."""
+    left = min(kills - tally.kills.total(), rng.randint(1, MOST_KILLS))
+    while left and not run.is_finished():
+        target, way = tally.next(run.reachable(), rng)
+        expected = run.expected_start()
+        job = run.start()
+        # A phase may be entered several times; a run that was killed before has less of it ahead.
+        if wait_inside(target, rng.uniform(0, 0.5) * seconds[target], job, run.board):
+            left -= 1
+            phase = run.board.phase(0)
+            tally.kills[phase, name_of(way)] += 1
+            code = kill(job, way, rng)
+            tally.ended_by_launcher += code == ENDED_BY_LAUNCHER
+            if code is None:
+                tally.lost.append(f"{run.directory}: hung after {name_of(way)} during {phase}")
+            check_left_behind(run, tally)
+        check_start(run, expected, tally)
     for _ in range(3):  # a signal may have left a job that stopped in good order
         if run.is_finished():
             return
-        run.start().wait(PATIENCE * 4)
+        expected = run.expected_start()
+        with contextlib.suppress(TimeoutError):
+            run.start().wait(PATIENCE * 2)
+        check_start(run, expected, tally)
 
 
 def _made_model(directory: Path) -> Path:
@@ -187,24 +184,28 @@ def matrix(kills: int, seed: int, directory: Path) -> Tally:
     prepare_platform()
     import megatron_bdpo.training.run  # noqa: F401  # before the forks: this is what takes seconds
 
-    rng = random.Random(seed)
-    model = _made_model(directory)
-    undisturbed = Run(directory / "undisturbed", model)
-    undisturbed.directory.mkdir()
-    start = time.monotonic()
-    if undisturbed.start().wait(PATIENCE * 4) or not undisturbed.is_finished():
-        raise SystemExit((undisturbed.directory / "log").read_text()[-3000:])
-    life, expected = time.monotonic() - start, undisturbed.result()
-    print(f"undisturbed: {life:.1f} s, {sum(map(len, expected.values()))} bytes of weights", flush=True)
+    rng, board, model = random.Random(seed), PhaseBoard(RANKS), _made_model(directory)
+    first, undisturbed = (Run(directory / name, model, board) for name in ("first", "undisturbed"))
+    seconds = {}
+    for run in (first, undisturbed):
+        run.directory.mkdir()
+        seconds = time_in_phases(run.start(), board)
+        if not run.is_finished():
+            raise SystemExit((run.directory / "log").read_text()[-3000:])
+        run.import_all()
+    expected = undisturbed.result()
+    if first.result() != expected:
+        raise SystemExit("two undisturbed runs have ended differently: there is nothing to compare with")
+    print("undisturbed: " + ", ".join(f"{phase} {value:.2f} s" for phase, value in seconds.items()), flush=True)
     tally = Tally()
     while tally.kills.total() < kills:
-        run = Run(directory / f"run{tally.runs + len(tally.lost)}", model)
+        run = Run(directory / f"run{tally.runs + len(tally.lost)}", model, board)
         run.directory.mkdir()
-        disturb(run, kills, life, rng, tally)
+        disturb(run, kills, seconds, rng, tally)
         if not run.is_finished():
             tally.lost.append(f"{run.directory}: never ended")
-        elif run.result() != expected:
-            tally.lost.append(f"{run.directory}: other weights")
+        elif differing := [name for name, value in expected.items() if run.result().get(name) != value]:
+            tally.lost.append(f"{run.directory}: another {', '.join(differing)}")
         else:
             tally.runs += 1
         print(f"{tally.kills.total()} kills, {tally.runs} runs ended, {len(tally.lost)} lost", flush=True)
@@ -217,11 +218,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="where the runs are kept (default: a temporary one)")
     arguments = parser.parse_args()
+    start = time.monotonic()
     with contextlib.ExitStack() as stack:
         directory = arguments.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
         tally = matrix(arguments.kills, arguments.seed, directory)
     print(tally.table())
+    print(f"{time.monotonic() - start:.0f} s")
     for problem in tally.lost:
         print(f"  {problem}")
     sys.exit(bool(tally.lost))
