@@ -29,7 +29,15 @@ def convert() -> None:
 )
 @click.option("--family", help="For a model that never was one of Hugging Face's: llama, qwen2, ...")
 @click.option("--output", type=PATH, required=True, metavar="DIR", help="Must not be there yet.")
-def export(checkpoint: Path, hf_model: str | None, family: str | None, output: Path) -> None:
+@click.option(
+    "--checkpoint-checksums/--no-checkpoint-checksums",
+    default=True,
+    show_default=True,
+    help="Compare all of its files with its integrity.json first, the optimizer's too.",
+)
+def export(
+    checkpoint: Path, hf_model: str | None, family: str | None, output: Path, checkpoint_checksums: bool
+) -> None:
     """Write a torch_dist checkpoint as a Hugging Face model.
 
     Whatever layout it was trained in. One process; in memory are one layer and one file.
@@ -49,7 +57,7 @@ def export(checkpoint: Path, hf_model: str | None, family: str | None, output: P
             config = read_json(original / CONFIG)
         else:
             original, config = None, hf_export.config_of(checkpoint, family or "")
-        hf_export.export_checkpoint(checkpoint, output, config, original)
+        hf_export.export_checkpoint(checkpoint, output, config, original, compare_digests=checkpoint_checksums)
     print(f"{output}: complete")
 
 

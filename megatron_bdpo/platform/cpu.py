@@ -17,6 +17,7 @@ import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 _active: TorchFunctionMode | None = None
+_writer_on_gpu: Callable[..., None] | None = None
 
 _MEMORY_STATS = (
     "allocated_bytes.all.current",
@@ -50,6 +51,7 @@ def emulate_cuda_on_cpu() -> None:
     _patch_megatron_random()
     _patch_megatron_experts()
     _patch_megatron_uneven_collectives()
+    _patch_megatron_checkpoint_writer()
     # Megatron warms up torch.compile'd functions at start. On a CPU that takes a C++ compiler and minutes, and our
     # defaults use none of them.
     torch._dynamo.config.disable = True
@@ -191,3 +193,29 @@ def _patch_megatron_uneven_collectives() -> None:
         return total.split(list(input_split_sizes))[group.rank()].contiguous()
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
+
+
+def _patch_megatron_checkpoint_writer() -> None:
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    global _writer_on_gpu
+    _writer_on_gpu = PersistentAsyncCaller.async_loop
+    PersistentAsyncCaller.async_loop = staticmethod(_write_checkpoints)
+    FileSystemWriterAsync.preload_tensors = staticmethod(_copy_to_host)
+
+
+def _write_checkpoints(*args: Any) -> None:
+    """The process that writes for --async-save: it counts devices, and starts without the emulation."""
+    emulate_cuda_on_cpu()
+    assert _writer_on_gpu is not None
+    _writer_on_gpu(*args)
+
+
+def _copy_to_host(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+    """What training waits for before it goes on. On a GPU it is a copy to the host; a tensor that is there already is
+    not copied, and the writer would share it with the optimizer's next step."""
+    return [
+        (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+        for file, key, (data, tensors) in write_buckets
+    ]

@@ -36,7 +36,20 @@ from megatron_bdpo.platform.writing import written_by_this_process
 HOOKS_ONLY = "_"
 
 
-class TrainerHooks(Protocol):
+class SaveHooks(Protocol):
+    """What is to be done around the writing of a checkpoint. All ranks call every hook."""
+
+    def saving(self, directory: Path) -> contextlib.AbstractContextManager[None]:
+        """Around the writing of a checkpoint's files, or with ``--async-save`` the start of it."""
+
+    def finishing(self, directory: Path) -> contextlib.AbstractContextManager[None]:
+        """With ``--async-save``, around the end of a checkpoint whose files were written in the background."""
+
+    def after_files(self, directory: Path) -> None:
+        """All files of a checkpoint are written; the tracker does not name it yet."""
+
+
+class TrainerHooks(SaveHooks, Protocol):
     """What a run wants to do at the seams. All ranks call every hook, in the same order."""
 
     def wrap_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,12 +75,6 @@ class TrainerHooks(Protocol):
 
     def after_evaluation(self, metrics: dict[str, torch.Tensor]) -> None:
         """One pass over the held-out pairs is done. ``metrics`` is empty but on the last pipeline stage."""
-
-    def saving(self, directory: Path) -> contextlib.AbstractContextManager[None]:
-        """Around the writing of a checkpoint's files, or with ``--async-save`` the start of it."""
-
-    def after_files(self, directory: Path) -> None:
-        """All files of a checkpoint are written; the tracker does not name it yet."""
 
     def signals_received(self) -> list[bool]:
         """After each step, with ``args.exit_signal_handler``: any True ends the run after a checkpoint."""
@@ -95,6 +102,15 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
         (dist_checkpointing, "save", _save(dist_checkpointing.save, hooks)),
     ]
     with _replaced(replacements):
+        yield
+
+
+@contextlib.contextmanager
+def save_seam(hooks: SaveHooks) -> Iterator[None]:
+    """Outside of ``pretrain``: checkpoints saved in the ``with`` block are saved as within the trainer's seams."""
+    from megatron.core import dist_checkpointing
+
+    with _replaced([(dist_checkpointing, "save", _save(dist_checkpointing.save, hooks))]):
         yield
 
 
@@ -267,7 +283,7 @@ def _evaluate(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[...
     return evaluate
 
 
-def _save(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
+def _save(original: Callable[..., Any], hooks: SaveHooks) -> Callable[..., Any]:
     def save(state: Any, directory: Any, *args: Any, **kwargs: Any) -> Any:
         in_background = kwargs.get("async_sharded_save", False)
         writing = contextlib.nullcontext() if in_background else written_by_this_process()
@@ -276,7 +292,18 @@ def _save(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., An
             if request is None:
                 hooks.after_files(Path(directory))
             else:  # --async-save: run by every rank once all have written
+                request.finalize_fns[:] = [
+                    _finishing(finish, hooks, Path(directory)) for finish in request.finalize_fns
+                ]
                 request.finalize_fns.append(lambda: hooks.after_files(Path(directory)))
         return request
 
     return save
+
+
+def _finishing(finish: Callable[[], None], hooks: SaveHooks, directory: Path) -> Callable[[], None]:
+    def finish_or_tell() -> None:
+        with hooks.finishing(directory):
+            finish()
+
+    return finish_or_tell

@@ -151,6 +151,26 @@ def _directory(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
+class ChecksummedSave:
+    """``platform.seams.SaveHooks`` for a checkpoint of no run: failures as UserErrors, and a manifest."""
+
+    def saving(self, directory: Path) -> contextlib.AbstractContextManager[None]:
+        return failures_to_save(directory)
+
+    def finishing(self, directory: Path) -> contextlib.AbstractContextManager[None]:
+        return failures_to_save(directory)
+
+    def after_files(self, directory: Path) -> None:
+        write_manifest(directory)
+
+
+def refuse_damaged(directory: Path) -> None:
+    """Raise UserError, on every rank, if a checkpoint's files are not those of its manifest. Collective."""
+    if problems := damage(directory):
+        listed = "\n".join(f"  {line}" for line in problems)
+        raise UserError(f"the checkpoint {directory} cannot be used:\n{listed}\nRestore it, or name another one.")
+
+
 # Files ---------------------------------------------------------------------------------------------------------------
 
 

@@ -281,6 +281,10 @@ class PreferenceRun:
         reject_broken_weights(self.model, directory)
         return checkpoints.failures_to_save(directory)
 
+    def finishing(self, directory: Path) -> contextlib.AbstractContextManager[None]:
+        """What went wrong in the background is told as in :meth:`saving`."""
+        return checkpoints.failures_to_save(directory)
+
     def after_files(self, directory: Path) -> None:
         """Leave the digests of the checkpoint's files."""
         if self.args.checkpoint_checksums:

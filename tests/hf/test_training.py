@@ -226,9 +226,41 @@ def test_an_export_that_fails_leaves_nothing(ranks, trained, tmp_path):
     shutil.copytree(checkpoint, broken)
     for file in broken.glob("iter_*/*.distcp"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 20])
-    ((code, message),) = ranks(1)(convert, "export", "--checkpoint", broken, "--hf-model", original, "--output", output)
+    ((code, message),) = ranks(1)(
+        convert,
+        *("export", "--checkpoint", broken, "--hf-model", original, "--output", output),
+        "--no-checkpoint-checksums",
+    )
     assert code == 2 and str(broken) in message
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_damaged_checkpoint_is_not_exported(ranks, trained, tmp_path):
+    """One bit is enough; the files of before are not touched."""
+    original, _, checkpoint, _ = trained
+    damaged, output = tmp_path / "damaged", tmp_path / "exported"
+    shutil.copytree(checkpoint, damaged)
+    file = sorted(damaged.glob("iter_*/*.distcp"))[-1]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    ((code, message),) = ranks(1)(
+        convert, "export", "--checkpoint", damaged, "--hf-model", original, "--output", output
+    )
+    assert code == 2 and f"{file} is not what was written" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_an_imported_checkpoint_has_its_digests_and_is_refused_when_damaged(ranks, trained, tmp_path):
+    original, _, _, _ = trained
+    imported = tmp_path / "imported"
+    converted(ranks, "import", "--hf-model", original, "--output", imported, "--dtype", "fp32")
+    manifest = json.loads((imported / "release" / "integrity.json").read_bytes())
+    assert sorted([*manifest["files"], "integrity.json"]) == sorted(f.name for f in (imported / "release").iterdir())
+    (file,) = (imported / "release").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(RankFailure, match=r"its checkpoint is damaged:\s+.*distcp is not what was written"):
+        ranks(2)(train, ["--hf-model", str(original), "--load", str(imported), "--finetune"], **JOB)
 
 
 def test_what_is_there_is_not_overwritten(ranks, trained):

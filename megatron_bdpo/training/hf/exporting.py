@@ -25,6 +25,7 @@ from megatron_bdpo.model.hf.gather import gathered_weights
 from megatron_bdpo.model.hf.stored import stored_weights
 from megatron_bdpo.model.hf.tensors import Place
 from megatron_bdpo.training import identity
+from megatron_bdpo.training.checkpoints import refuse_damaged
 from megatron_bdpo.training.distributed import all_ranks_agree, gather, host_group, is_rank_zero, say
 
 #: What a reader of the model card wants to know of a run's arguments.
@@ -109,17 +110,22 @@ def write_model(
         write_companions(directory, config, writer.dtype, original, model_card(facts))
 
 
-def export_checkpoint(checkpoint: Path, target: Path, config: Mapping[str, Any], original: Path | None) -> None:
+def export_checkpoint(
+    checkpoint: Path, target: Path, config: Mapping[str, Any], original: Path | None, *, compare_digests: bool = True
+) -> None:
     """Write the policy of a torch_dist checkpoint. Needs the process group of this one process.
 
     Args:
         checkpoint: the directory of one iteration, or one that names its newest.
+        compare_digests: with its manifest, where it has one; this reads all of its files, the optimizer's too.
 
     Raises:
-        UserError: no such checkpoint, or one of another architecture than ``config``.
+        UserError: no such checkpoint, a damaged one, or one of another architecture than ``config``.
     """
     refuse_existing(target)
     directory = identity.checkpoint_directory(str(checkpoint)) or checkpoint
+    if compare_digests:
+        refuse_damaged(directory)
     arguments = vars(identity.stored_arguments(directory))
     architecture = read_config(config)
     check_architecture(architecture, arguments, directory)

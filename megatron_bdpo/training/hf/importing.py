@@ -13,8 +13,8 @@ from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import set_global_variables
 from megatron.training.training import destroy_global_state
 
-from megatron_bdpo.platform.seams import initialize_megatron
-from megatron_bdpo.platform.writing import written_by_this_process
+from megatron_bdpo.platform.seams import initialize_megatron, save_seam
+from megatron_bdpo.training.checkpoints import ChecksummedSave
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.flags.validation import refusals_of_megatron
 from megatron_bdpo.training.hf.start import apply_hf_model, weights_loader
@@ -22,14 +22,14 @@ from megatron_bdpo.training.model_config import model_config
 
 
 def import_model(args: argparse.Namespace) -> None:
-    """Write the model of ``--hf-model`` to ``--save``. Collective over all ranks, which share it.
+    """Write the model of ``--hf-model`` to ``--save``, digests and all. Collective over all ranks, which share it.
 
     Args:
         args: parsed, not validated yet.
     """
     args.save_interval = 1
     args.no_save_optim = args.no_save_rng = True
-    with model_in_memory(args) as model, written_by_this_process():
+    with model_in_memory(args) as model, save_seam(ChecksummedSave()):
         save_checkpoint(0, model, None, None, 0, release=True)
 
 

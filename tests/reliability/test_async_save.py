@@ -1,0 +1,53 @@
+"""Checkpoints that are written while training goes on: of one step, digests and all, before the tracker names them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import pytest
+
+from tests.distributed.test_bad_input import refusal
+from tests.distributed.test_resume import assert_bit_identical
+from tests.harness.jobs import train
+from tests.reliability.test_disk import disk, fill  # noqa: F401  # a fixture
+
+JOB = ["--train-iters", "4", "--save-interval", "2", "--num-layers", "2", "--tensor-model-parallel-size", "2"]
+ASYNC = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+
+
+def test_its_checkpoint_is_of_its_step_and_has_its_digests(ranks, tmp_path):
+    """Resumed from the second step, whose files were written during the third, the fourth is that of a run without."""
+    run = tmp_path / "run"
+    expected = ranks(2)(train, [*JOB, "--save", str(tmp_path / "expected")])
+    ranks(2)(train, [*JOB, *ASYNC, "--save", str(run)])
+    for checkpoint in (run / "iter_0000002", run / "iter_0000004"):
+        files = json.loads((checkpoint / "integrity.json").read_bytes())["files"]
+        assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json"} <= files.keys()
+        for name, digest in files.items():
+            assert hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() == digest, name
+    (run / "latest_checkpointed_iteration.txt").write_text("2")
+    assert_bit_identical(expected, ranks(2)(train, [*JOB, *ASYNC, "--save", str(run), "--load", str(run)]))
+
+
+def test_a_full_disk_is_told_of(ranks, disk):  # noqa: F811
+    run = disk / "run"
+    ranks(2)(train, [*JOB, *ASYNC, "--save", str(run), "--exit-interval", "2"])
+    fill(disk, leave=64 << 10)
+    messages = ranks(2)(refusal, [*JOB, *ASYNC, "--save", str(run), "--load", str(run)])
+    assert all("iter_0000004 cannot be written" in message for message in messages), messages
+    assert re.search(r"rank \d: .*The disk has 0\.\d MiB left", messages[0], re.DOTALL), messages[0]
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--async-save"], "without --use-persistent-ckpt-worker"),
+        (["--async-save", "--use-persistent-ckpt-worker"], "needs NVIDIA's nvidia-resiliency-ext"),
+        ([*ASYNC, "--optimizer-cpu-offload"], "a mixture of two steps"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(ranks, tmp_path, flags, expected):
+    assert re.search(expected, ranks(1)(refusal, [*JOB[:6], *flags, "--save", str(tmp_path)])[0])
