@@ -6,9 +6,13 @@ Everything here runs before Megatron is imported: several of these faults are cr
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
+import json
 import platform
+import subprocess
+from pathlib import Path
 
 from packaging.version import Version
 
@@ -61,13 +65,57 @@ def check_environment(*, has_gpu: bool) -> None:
 
 
 #: What decides a run's numbers. Not all of it is there everywhere.
-DECISIVE = ("megatron_bdpo", "megatron-core", "torch", "transformer-engine", "transformers", "datasets")
+DECISIVE = (
+    "megatron_bdpo", "megatron-core", "torch", "transformer-engine", "transformers", "datasets", "numpy", "safetensors",
+    "tokenizers", "sentencepiece", "tiktoken", "triton", "nvidia-resiliency-ext",
+)  # fmt: skip
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that decide a run's numbers, of those that are installed."""
+    """Versions of the packages that decide a run's numbers, of those that are installed; our commit if it is known."""
     found = {"python": platform.python_version()}
     for name in DECISIVE:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    if commit := source_commit():
+        found["megatron_bdpo commit"] = commit
     return found
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what computes beneath torch, and on which GPUs; without a usable GPU, that there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"GPU": "none"}
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    found = {
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(),
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None,
+        "GPU": ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)),
+    }
+    return {name: str(value) for name, value in found.items() if value}
+
+
+@functools.cache
+def source_commit() -> str:
+    """The commit that this package runs from, and whether its files differ from it; "" where nobody knows.
+
+    Of a checkout by its git; of an installation from a repository by what pip has noted.
+    """
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit and commit + (" and changes" if _git(root, "status", "--porcelain", "-uno") else "")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
+        noted = importlib.metadata.distribution("megatron_bdpo").read_text("direct_url.json")
+        return str(json.loads(noted or "")["vcs_info"]["commit_id"])
+    return ""
+
+
+def _git(root: Path, *arguments: str) -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        return asked.stdout.strip() if asked.returncode == 0 else ""
+    return ""

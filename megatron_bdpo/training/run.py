@@ -42,6 +42,7 @@ from megatron_bdpo.training.reporting.advice import Advisor, about_data
 from megatron_bdpo.training.reporting.console import show
 from megatron_bdpo.training.reporting.metrics_file import NAME, MetricsFile
 from megatron_bdpo.training.reporting.progress import Progress
+from megatron_bdpo.training.reporting.provenance import provenance
 from megatron_bdpo.training.reporting.run_record import write_record
 from megatron_bdpo.training.reporting.status import State, write_status
 from megatron_bdpo.training.reporting.summary import summarize
@@ -195,6 +196,7 @@ class PreferenceRun:
                 "pairs": {"train": len(self.job.train.ids), "heldout": len(self.job.held_out.ids)},
                 "reference_scores": reference.directories if isinstance(reference, ReferenceTable) else {},
                 "imbalance_quartiles": None if edges is None else edges.tolist(),
+                **provenance(self.args, self.job, self._identity),
             },
         )
         self.progress.file = MetricsFile(save / NAME, self._iteration)

@@ -197,3 +197,18 @@ def seams() -> dict[str, list[bool]]:
 def test_trainer_is_put_back_after_a_run(ranks):
     (replaced,) = ranks(1)(seams)
     assert replaced == {name: [True] * 4 for name in SEAMS}
+
+
+def _copied_by_the_writer() -> list[bool]:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    live = torch.ones(3)
+    ((_, _, (_, [(item, copied)])),) = FileSystemWriterAsync.preload_tensors([("file", "key", ([], [("item", live)]))])
+    live.zero_()
+    return [item == "item", bool((copied == 1).all())]
+
+
+@needs_emulation
+def test_the_checkpoint_writer_does_not_share_weights_with_the_next_step(ranks):
+    """On a GPU they are copied to the host."""
+    assert ranks(1)(_copied_by_the_writer) == [[True, True]]

@@ -16,7 +16,7 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
-from megatron_bdpo.platform.versions import installed_versions
+from megatron_bdpo.platform.versions import installed_versions, libraries
 from megatron_bdpo.training.checkpoints import settle_checkpoints
 from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
 from megatron_bdpo.training.flags import recipe
@@ -115,7 +115,7 @@ def keep_recipe(args: argparse.Namespace) -> None:
     """
     with all_ranks_agree():
         if args.save and is_rank_zero():
-            facts = {"ranks": args.world_size, "started in": Path.cwd(), **installed_versions()}
+            facts = {"ranks": args.world_size, "started in": Path.cwd(), **installed_versions(), **libraries()}
             try:
                 say(f"recipe: {recipe.keep(Path(args.save), args.recipe, facts)}")
             except OSError as error:
