@@ -40,6 +40,7 @@ def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
     check_directories(args)
     job = build_job(args)
     apply_plan(args, job.plan, len(job.eval_packs))
+    check_save_hf(args, last_step=args.train_iters)
     fuse_rotary_embedding(args.fuse_local_layers)
     args.exit_signal_handler = False  # Megatron is to set no handler of its own: we answer for it, see ``stopping``
     try:

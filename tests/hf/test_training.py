@@ -269,6 +269,23 @@ def test_what_is_there_is_not_overwritten(ranks, trained):
         ranks(1)(train, ["--hf-model", str(original), "--save-hf", str(saved)], **JOB)
 
 
+def test_a_finished_run_may_be_started_once_more(ranks, tmp_path):
+    """As after a kill at its very end: its export is left as it is. A longer run would write another one: refused."""
+    original, saved = make_model("llama", tmp_path), tmp_path / "saved"
+    save = ["--save", str(tmp_path / "run"), "--load", str(tmp_path / "run"), "--save-interval", "2"]
+    flags = ["--hf-model", str(original), "--save-hf", str(saved), *save]
+    ranks(1)(train, flags, **JOB)
+    expected = {path.name: path.stat().st_mtime_ns for path in saved.iterdir()}
+    assert ranks(1)(train, flags, **JOB)[0].steps == []
+    assert {path.name: path.stat().st_mtime_ns for path in saved.iterdir()} == expected
+    with pytest.raises(RankFailure, match=r"UserError: .*saved is there already"):
+        ranks(1)(train, flags, **(JOB | {"train_iters": 4}))
+    shutil.move(saved, tmp_path / "elsewhere")
+    shutil.copytree(tmp_path / "elsewhere", saved)
+    with pytest.raises(RankFailure, match=r"UserError: .*saved is there already"):
+        ranks(1)(train, flags, **JOB)
+
+
 # The reference of a resumed run ---------------------------------------------------------------------------------------
 
 

@@ -156,13 +156,18 @@ def disturb(run: Run, kills: int, seconds: dict[str, float], rng: random.Random,
                 tally.lost.append(f"{run.directory}: hung after {name_of(way)} during {phase}")
             check_left_behind(run, tally)
         check_start(run, expected, tally)
+    was_finished = run.is_finished()
     for _ in range(3):  # a signal may have left a job that stopped in good order
-        if run.is_finished():
-            return
         expected = run.expected_start()
+        job = run.start()
+        code = -1
         with contextlib.suppress(TimeoutError):
-            run.start().wait(PATIENCE * 2)
+            code = job.wait(PATIENCE * 2)
         check_start(run, expected, tally)
+        if run.is_finished():
+            break
+    if was_finished and code:
+        tally.lost.append(f"{run.directory}: was finished, and its command has failed when it was started once more")
 
 
 def _made_model(directory: Path) -> Path:

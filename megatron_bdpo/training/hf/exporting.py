@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.files import write_whole
 from megatron_bdpo.model.hf.card import TrainingFacts, model_card
 from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
 from megatron_bdpo.model.hf.config import Architecture, differences, read_config, write_config
@@ -26,7 +29,7 @@ from megatron_bdpo.model.hf.stored import stored_weights
 from megatron_bdpo.model.hf.tensors import Place
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.checkpoints import refuse_damaged
-from megatron_bdpo.training.distributed import all_ranks_agree, gather, host_group, is_rank_zero, say
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, host_group, is_rank_zero, say
 
 #: What a reader of the model card wants to know of a run's arguments.
 _SETTINGS = (
@@ -37,16 +40,49 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def check_save_hf(args: argparse.Namespace) -> None:
-    """Refuse what would fail after the training: called before it. Collective."""
+#: In --save: which export is this run's. Written before the export gets its name.
+_RECORD = "export.json"
+
+
+def check_save_hf(args: argparse.Namespace, last_step: int | None = None) -> None:
+    """Refuse what would fail after the training: called before it. Collective.
+
+    What this run has written itself is no obstacle: its end may have been killed, or it is started once more.
+
+    Args:
+        last_step: of the training, once it is known.
+    """
     with all_ranks_agree():
         if args.save_hf and not args.hf_model:
             raise UserError(
                 "--save-hf writes the configuration of --hf-model, which is not given. Export from a checkpoint "
                 "instead: megatron-bdpo convert export."
             )
-        if args.save_hf and is_rank_zero():
+        if args.save_hf and is_rank_zero() and not _is_own_export(args, last_step):
             refuse_existing(Path(args.save_hf))
+
+
+def _is_own_export(args: argparse.Namespace, last_step: int | None) -> bool:
+    """Whether the run that is resumed has written what is at --save-hf, after its step ``last_step``."""
+    if not args.save or args.finetune or not args.load or Path(args.load).resolve() != Path(args.save).resolve():
+        return False
+    try:
+        record = json.loads((Path(args.save) / _RECORD).read_bytes())
+        is_same = record["directory"] == _number(Path(args.save_hf))
+        return is_same and last_step in (None, record["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _keep_record(args: argparse.Namespace, directory: Path) -> None:
+    if args.save:
+        record = {"step": args.train_iters, "directory": _number(directory), "name": str(args.save_hf)}
+        write_whole(Path(args.save) / _RECORD, json.dumps(record) + "\n")
+
+
+def _number(directory: Path) -> int:
+    """What a directory keeps when it is renamed, and shares with no other one on its disk."""
+    return directory.stat().st_ino
 
 
 def save_live(args: argparse.Namespace, model: list[Any], metrics: Mapping[str, float]) -> None:
@@ -56,6 +92,8 @@ def save_live(args: argparse.Namespace, model: list[Any], metrics: Mapping[str, 
         model: the chunks, perhaps in DDP.
         metrics: of the last evaluation, where this rank has them.
     """
+    if broadcast(is_rank_zero() and _is_own_export(args, args.train_iters)):
+        return say(f"policy written to {args.save_hf} before")
     known = [each for each in gather(dict(metrics)) if each]
     done = {**vars(args), "iteration": args.train_iters}  # Megatron leaves there where the run began
     facts = training_facts(done, known[0] if known else {})
@@ -64,7 +102,8 @@ def save_live(args: argparse.Namespace, model: list[Any], metrics: Mapping[str, 
     source = gathered_weights(unwrap_model(model), host_group())
     with all_ranks_agree():
         if is_rank_zero():
-            _write_and_drain(source, Path(args.save_hf), config, original, facts)
+            keep = functools.partial(_keep_record, args)
+            _write_and_drain(source, Path(args.save_hf), config, original, facts, keep)
         else:
             for _ in source:
                 pass
@@ -77,11 +116,12 @@ def _write_and_drain(
     config: Mapping[str, Any],
     original: Path,
     facts: TrainingFacts,
+    before_naming: Callable[[Path], None],
 ) -> None:
     """Whatever happens while writing, the other ranks send their tensors to the last one."""
     try:
         here = ((place, whole) for place, whole in source if whole is not None)
-        write_model(here, target, config, original, facts)
+        write_model(here, target, config, original, facts, before_naming)
     except OSError as error:
         raise UserError(f"--save-hf {target}: {error}") from error
     finally:
@@ -95,8 +135,12 @@ def write_model(
     config: Mapping[str, Any],
     original: Path | None,
     facts: TrainingFacts,
+    before_naming: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write a Hugging Face model from whole Megatron tensors.
+
+    Args:
+        before_naming: called with the finished directory before it is renamed to ``target``.
 
     Raises:
         UserError: ``target`` is there already, or tensors are missing; nothing is left at ``target`` then.
@@ -108,6 +152,7 @@ def write_model(
             writer.add(split(place, whole, weights))
         writer.finish(weights.shapes())
         write_companions(directory, config, writer.dtype, original, model_card(facts))
+        before_naming(directory)
 
 
 def export_checkpoint(
