@@ -112,7 +112,7 @@ class Run:
 
     def checkpoints(self) -> dict[int, bool]:
         """Iterations that have left something on the disk, and whether their files are those of their manifest."""
-        return {int(path.name[5:]): _is_whole(path) for path in sorted(self.save.glob("iter_*"))}
+        return {int(path.name[5:]): is_whole(path) for path in sorted(self.save.glob("iter_*"))}
 
     def expected_start(self) -> int:
         """Where the next start must go on: at what the tracker names; where it was cut, at the newest that is whole."""
@@ -122,8 +122,8 @@ class Run:
         return max(whole, default=0) if (self.save / TRACKER).exists() else 0
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """By its manifest, read and compared here on its own, without the code that is under test."""
+def is_whole(checkpoint: Path) -> bool:
+    """A checkpoint, by its manifest, read and compared here on its own, without the code that is under test."""
     try:
         files = json.loads((checkpoint / "integrity.json").read_bytes())["files"]
         return all(hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() == d for name, d in files.items())
