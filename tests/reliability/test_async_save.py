@@ -6,8 +6,6 @@ import hashlib
 import json
 import re
 
-import pytest
-
 from tests.distributed.test_bad_input import refusal
 from tests.distributed.test_resume import assert_bit_identical
 from tests.harness.jobs import train
@@ -39,15 +37,3 @@ def test_a_full_disk_is_told_of(ranks, disk):  # noqa: F811
     assert all("iter_0000004 cannot be written" in message for message in messages), messages
     assert re.search(r"rank \d: .*The disk has 0\.\d MiB left", messages[0], re.DOTALL), messages[0]
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "2"
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--async-save"], "without --use-persistent-ckpt-worker"),
-        (["--async-save", "--use-persistent-ckpt-worker"], "needs NVIDIA's nvidia-resiliency-ext"),
-        ([*ASYNC, "--optimizer-cpu-offload"], "a mixture of two steps"),
-    ],
-)
-def test_what_it_cannot_do_is_refused(ranks, tmp_path, flags, expected):
-    assert re.search(expected, ranks(1)(refusal, [*JOB[:6], *flags, "--save", str(tmp_path)])[0])

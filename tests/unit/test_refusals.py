@@ -6,6 +6,8 @@ import pytest
 
 from tests.harness.jobs import TINY_JOB, TINY_MODEL
 
+ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
+
 # Flags -> how the reason begins that they are refused with.
 REFUSED = {
     "--pair-epochs 2": "give one of --train-iters",
@@ -14,6 +16,9 @@ REFUSED = {
     "--eval-pair-data held.jsonl --eval-share 0.1": "--eval-pair-data and --eval-share",
     "--save run": "--save DIR and --save-interval STEPS",
     "--save-interval 5": "--save DIR and --save-interval STEPS",
+    "--async-save": "--async-save needs --use-persistent-ckpt-worker",
+    "--async-save --use-persistent-ckpt-worker": "--async-save needs --use-persistent-ckpt-worker",
+    f"{ASYNC} --optimizer-cpu-offload": "--async-save needs --use-persistent-ckpt-worker",
     "--wandb-project p": "--wandb-project needs wandb",
     "--gpu-memory 80": "--gpus-per-node, --gpu-memory",
     "--fake-process-group": "--fake-process-group",
@@ -132,6 +137,7 @@ ALLOWED = [
     "--stop-file a b",
     "--fp8-format hybrid --fp8-recipe tensorwise --bf16",
     "--pair-attention sdpa",
+    ASYNC,
 ]
 
 

@@ -46,21 +46,17 @@ _REFUSALS = (
         "--save DIR and --save-interval STEPS go together: where a checkpoint is written, and how often.",
     ),
     _Refusal(
-        lambda a: a.async_save and not a.use_persistent_ckpt_worker,
-        "--async-save without --use-persistent-ckpt-worker: Megatron would save while training waits all the same. "
-        "Give both, or neither.",
-    ),
-    _Refusal(
         lambda a: (
-            a.async_save and a.async_strategy == "nvrx" and importlib.util.find_spec("nvidia_resiliency_ext") is None
+            a.async_save
+            and (
+                not a.use_persistent_ckpt_worker
+                or (a.async_strategy == "nvrx" and importlib.util.find_spec("nvidia_resiliency_ext") is None)
+                or a.optimizer_cpu_offload
+            )
         ),
-        "--async-save --async-strategy nvrx (the default) needs NVIDIA's nvidia-resiliency-ext, which is not installed "
-        "here. Install it, or take Megatron's own writer: --async-strategy mcore.",
-    ),
-    _Refusal(
-        lambda a: a.async_save and a.optimizer_cpu_offload,
-        "--async-save with --optimizer-cpu-offload: the writer would share the optimizer's state on the host with the "
-        "next step, and write a mixture of two steps.",
+        "--async-save needs --use-persistent-ckpt-worker (without it Megatron lets training wait all the same), and "
+        "--async-strategy mcore or, for nvrx, NVIDIA's nvidia-resiliency-ext. Not with --optimizer-cpu-offload: the "
+        "writer would share the state on the host with the next step.",
     ),
     _Refusal(
         lambda a: (
