@@ -51,6 +51,8 @@ EXTRAS_REQUIRE = {
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
     # For a torch build without CUDA, which does not bring triton.
     "cpu": ["triton; sys_platform == 'linux'"],
+    # The coverage-guided engine of `python -m tests.reliability.fuzz`; Hypothesis is the other.
+    "fuzz": ["atheris>=3"],
     # Linters are held to one line of releases, so that a new rule does not turn an unchanged commit red.
     "test": [
         *HF,
