@@ -90,6 +90,32 @@ def test_lists_from_the_source():
     assert text.count("\n- ") > 120
 
 
+def test_every_message_is_listed():
+    """Troubleshooting by message: whatever part of the package raises it, an error for users is on the page."""
+    module = hooks()
+    listed = module.on_page_markdown((DOCS / "troubleshooting.md").read_text("utf-8"))
+    raised = {message for file in (ROOT / "megatron_bdpo").rglob("*.py") for message in module.messages(file)}
+    assert [message for message in raised if module._escaped(message) not in listed] == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_trls_settings_are_trls():
+    """The left side of the table of TRL: what no line says is of older versions, its configurations have."""
+    pytest.importorskip("trl")
+    from trl import DPOConfig
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+
+    text = (DOCS / "migrating.md").read_text("utf-8")
+    section = text[text.index("## TRL") : text.index("## ms-swift")]
+    known = {name for config in (DPOConfig, CPOConfig, ORPOConfig) for name in config.__dataclass_fields__}
+    arguments_of_the_trainer = {"model", "ref_model"}
+    for theirs, _ in re.findall(r"^\| (.*) \| (.*) \|$", section, re.M):
+        if "older versions" not in theirs:
+            names = set(re.findall(r"`([a-z_0-9]+)(?:=[^`]*)?`", theirs))
+            assert names <= known | arguments_of_the_trainer, theirs
+
+
 def test_example_of_an_own_loss(tmp_path):
     """Installed as a package, it is in the registry, with its option as a flag and the value of its formula."""
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path]
