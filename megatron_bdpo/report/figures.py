@@ -101,6 +101,7 @@ def _histogram(
     if outside:
         x += f"  ({outside} outside of the picture)"
     with panel(title, x, "pairs") as (figure, axes):
+        style.whole_numbers(axes.yaxis)
         for label, (values, color) in of.items():
             axes.hist(values, edges, histtype="stepfilled", color=color, alpha=0.22)
             axes.hist(values, edges, histtype="step", color=color, linewidth=1.5, label=label or None)
@@ -235,7 +236,7 @@ def _draw_held_out(axes: Any, series: Series | None, color: str, label: str) -> 
 def _finish(figure: Any, axes: Any, mark: float | None, *, wide: bool = False) -> None:
     if mark is not None:
         axes.axhline(mark, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    style.whole_numbers(axes.xaxis)
     if wide:
         style.logarithmic_if_wide(axes)
     show_legend(figure, axes)

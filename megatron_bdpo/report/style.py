@@ -11,6 +11,7 @@ from megatron_bdpo.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with every kind of colour vision, and in grey.
@@ -86,6 +87,13 @@ def show_legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
         figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(handles) > 2 else len(handles))
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers only: steps, counts."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
 
 
 def logarithmic_if_wide(axes: Axes) -> None:
