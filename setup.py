@@ -32,7 +32,7 @@ INSTALL_REQUIRES = [
     "tqdm",
     "click>=8.2",  # the program megatron-bdpo
     "pyyaml",  # recipes
-    "rich>=13",  # tables in a terminal; datasets brings it along, through huggingface_hub
+    "rich>=13",  # tables in a terminal; pure Python, and transformers brings it along
     "psutil",  # megatron-core imports it if it can, and fails on saving a checkpoint if it cannot
 ]
 

@@ -14,6 +14,7 @@ import re
 import runpy
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -323,3 +324,16 @@ def test_command(command, request):
     elif not beginning(command, NOT_HERE):
         assert command.program in CHECKS, "say in NOT_HERE why it cannot be run, or how it is checked"
         CHECKS[command.program](command, request.getfixturevalue("ranks"), request.getfixturevalue("place"))
+
+
+def test_python_of_the_documents(ranks, place):
+    """Blocks that import from the package run, beside the quick start's scores."""
+    blocks = [
+        (page.name, textwrap.dedent(block).strip())
+        for page in sorted((ROOT / "docs").glob("*.md"))
+        for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", page.read_text("utf-8"), re.M)
+        if block.strip().startswith("from megatron_bdpo")
+    ]
+    assert [name for name, _ in blocks] == ["comprehension.md"]
+    for _, block in blocks:
+        ranks(1)(in_directory, place, exec, block, {})
