@@ -27,6 +27,18 @@ def test_planning():
 
 
 @pytest.mark.slow
+def test_fill(tmp_path):
+    few = ["--pairs=2000", "--steps=20", "--pairs-per-step", 8, 64, "--ranks", 1, "--seq-length=4096", "--multiples=8"]
+    run(BENCHMARKS / "fill.py", *few, "--csv", tmp_path / "plans.csv")
+    with (tmp_path / "plans.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 2  # data, pairs per step, pipeline stages
+    for row in rows:
+        assert 0.95 <= float(row["fill"]) <= 1
+        assert float(row["fill_of_one_length"]) <= float(row["fill"])
+
+
+@pytest.mark.slow
 def test_scoring():
     size = ["--pairs", 16, "--layers", 1, "--hidden", 64, "--seq-length", 512, "--pairs-per-step", 4]
     output = run(BENCHMARKS / "scoring.py", BENCHMARKS.parent / "examples" / "data" / "train.jsonl", *size)
