@@ -3,7 +3,7 @@ r"""The share of pack positions that hold a token, over pairs per step, ranks, p
     python benchmarks/fill.py --pair-data hh_harmless_dev.jsonl.gz
 
 Plans alone: nothing is trained. Lengths are those of a file's pairs, whole, under a tokenizer trained on them, repeated
-to as many pairs as there are of the others; and log-normal ones, prompts of 110 tokens and answers of 245 in the median,
+to as many pairs as there are of the others; and log-normal ones: prompts of 110 tokens, answers of 245 in the median,
 nine tenths of them below about three times that.
 """
 
