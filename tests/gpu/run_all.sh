@@ -18,7 +18,7 @@ benchmark() {
     printf '\n== benchmarks/%s %s\n' "$name" "$*"
     timeout "$limit" "$python" "benchmarks/$name" "$@" || ended=$?
     case $ended in
-        0) ended=done ;;
+        0) ended="done" ;;
         2) ended=refused ;;
         124) ended="cut off" code=1 ;;
         *) ended=failed code=1 ;;
