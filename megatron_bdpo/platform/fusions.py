@@ -17,14 +17,18 @@ def fuse_rotary_embedding(fused: bool) -> None:
     """Have Megatron's local layers use a compiled version of its function, or its own again."""
     from megatron.core.models.common.embeddings import rope_utils
 
-    eager, compiled = _versions()
-    rope_utils._apply_rotary_pos_emb_bshd = compiled if fused else eager
+    rope_utils._apply_rotary_pos_emb_bshd = _compiled() if fused else _eager()
+
+
+@functools.cache  # Megatron's own, which the first call finds
+def _eager() -> Callable[..., Any]:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    original: Callable[..., Any] = rope_utils._apply_rotary_pos_emb_bshd
+    return original
 
 
 @functools.cache
-def _versions() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from megatron.core.models.common.embeddings import rope_utils
-
-    eager = rope_utils._apply_rotary_pos_emb_bshd
+def _compiled() -> Callable[..., Any]:
     # Packs differ in length, queries and keys in heads: compiled once for all sizes, not anew for some.
-    return eager, torch.compile(eager, dynamic=True)
+    return torch.compile(_eager(), dynamic=True)
