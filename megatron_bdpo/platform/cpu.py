@@ -8,6 +8,7 @@ real schedules and collectives. It is never active when a GPU is usable.
 from __future__ import annotations
 
 import contextlib
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,7 @@ def emulate_cuda_on_cpu() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("the CPU emulation must not be installed where a GPU is usable")
+    _leave_out_gpu_packages()
     _patch_torch_cuda()
     _patch_megatron_random()
     _patch_megatron_experts()
@@ -57,6 +59,16 @@ def emulate_cuda_on_cpu() -> None:
     torch._dynamo.config.disable = True
     _active = _CudaNamesCpu()
     _active.__enter__()  # stays: the mode lasts as long as the process
+
+
+def _leave_out_gpu_packages() -> None:
+    """Importing them says that they are not installed, to Megatron and to us, which both then do without.
+
+    They compute on GPUs only, and Transformer Engine may not even load without the CUDA libraries. A cluster's login
+    node has the environment of its GPU nodes, and there a job is checked, planned or converted.
+    """
+    for name in ("transformer_engine", "apex"):
+        sys.modules[name] = None  # type: ignore[assignment]  # how Python marks what cannot be imported
 
 
 def _to_cpu(device: Any) -> Any:

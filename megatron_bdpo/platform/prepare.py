@@ -20,7 +20,7 @@ def prepare_platform() -> None:
     """
     has_gpu = torch.cuda.is_available()
     _leave_out_known_warnings(has_gpu)
-    versions.check_environment(has_gpu=has_gpu)
+    versions.check_environment()
     safe_pickles.restrict_pickles()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it with tensor parallelism
     if not has_gpu and not cpu.is_active():

@@ -33,11 +33,8 @@ def megatron_version() -> Version:
         ) from error
 
 
-def check_environment(*, has_gpu: bool) -> None:
+def check_environment() -> None:
     """Refuse an environment in which Megatron crashes or our seams do not fit.
-
-    Args:
-        has_gpu: whether CUDA is usable here.
 
     Raises:
         UserError: with the offending package and what to do about it.
@@ -48,13 +45,6 @@ def check_environment(*, has_gpu: bool) -> None:
             f"megatron-core {found} is installed, but megatron_bdpo is written for >={MEGATRON_MINIMUM},"
             f"<{MEGATRON_BELOW}: it replaces functions of megatron.training by name. "
             f"Install: pip install 'megatron-core>={MEGATRON_MINIMUM},<{MEGATRON_BELOW}'."
-        )
-    has_te = importlib.util.find_spec("transformer_engine") is not None
-    if has_te and not has_gpu:
-        raise UserError(
-            "transformer-engine is installed but no GPU is usable here: megatron.core crashes when it imports it "
-            "without the CUDA libraries. Use an environment without transformer-engine on CPU, or make the GPU "
-            "visible (check nvidia-smi and CUDA_VISIBLE_DEVICES)."
         )
     if importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is None:
         raise UserError(
