@@ -290,7 +290,8 @@ def _guarded(name: str, rows: Iterable[Row]) -> Iterator[Row]:
     try:
         yield from rows
     except Exception as error:  # pyarrow, fsspec and datasets have no common base class
-        raise UserError(f"{name} cannot be read ({type(error).__name__}: {error}). Is the file whole?") from error
+        told = " ".join(str(error).split())
+        raise UserError(f"{name} cannot be read. Is the file whole? {type(error).__name__}: {told}") from error
 
 
 def _stream_table(path: Path) -> Iterator[Row]:
