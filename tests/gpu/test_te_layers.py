@@ -1,0 +1,39 @@
+"""Hugging Face models in Transformer Engine's layers: every family is filled, computes, and comes back unchanged."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness.jobs import last_stage, train
+from tests.harness.tiny_models import MODELS, make_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
+    ),
+]  # fmt: skip
+
+
+def stored(directory: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_comes_back_unchanged(ranks, tmp_path, name):
+    """After a step at rate 0, which is at the reference too."""
+    original, exported = make_model(name, tmp_path), tmp_path / "exported"
+    flags = f"--hf-model {original} --save-hf {exported} --transformer-impl transformer_engine --train-iters 1 --lr 0"
+    outcomes = ranks(1)(train, flags.split(), min_lr=0.0, weight_decay=0.0)
+    assert len(last_stage(outcomes).steps) == 1
+    found, expected = stored(exported), stored(original)
+    assert found.keys() == expected.keys()
+    for weight, expected_value in expected.items():
+        assert torch.equal(found[weight], expected_value), weight
