@@ -41,10 +41,12 @@ class Table:
 
     def plain(self) -> str:
         """Aligned columns. Long texts are wrapped, between words."""
-        left = set(self.left)
+        left, whole = set(self.left), set(self.whole)
         lines: list[list[str]] = [list(self.titles)] if any(self.titles) else []
         for row in self.rows:
-            cells = [_wrapped(cell) if place in left else [cell] for place, cell in enumerate(row)]
+            cells = [
+                _wrapped(cell) if place in left - whole else cell.splitlines() or [""] for place, cell in enumerate(row)
+            ]
             lines += map(list, zip_longest(*cells, fillvalue=""))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [

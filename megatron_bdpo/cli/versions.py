@@ -16,4 +16,4 @@ def versions() -> Table:
     rows["commit"] = source_commit() or "not known"
     rows["CUDA"] = torch.version.cuda or "torch is built without"
     rows["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
-    return Table(["", ""], list(rows.items()), left=(0, 1))
+    return Table(["", ""], list(rows.items()), left=(0, 1), whole=(0, 1))

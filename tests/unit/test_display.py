@@ -36,6 +36,11 @@ def test_plain_table():
     assert " ".join([first[8:-2].strip(), *map(str.strip, more)]) == TABLE.rows[0][1].strip()
 
 
+def test_a_whole_column_is_not_wrapped():
+    commit = "0123456789" * 4 + " and changes"
+    assert Table(["", ""], [["commit", commit]], left=(0, 1), whole=(1,)).plain() == f"commit  {commit}"
+
+
 def test_a_path_stays_whole():
     path = "/a" * 60
     assert path in Table(["where"], [[path]]).plain()
