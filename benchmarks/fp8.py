@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import math
 import statistics
 import sys
 import tempfile
@@ -155,8 +156,9 @@ def table(records: list[rounds.Record]) -> str:
 
 
 def around(losses: list[float], moment: int, width: int = 10) -> float:
-    """Mean of the steps that end at this one: a step's own loss is of few pairs."""
-    return statistics.fmean(losses[max(0, moment - width) : moment])
+    """Mean of the steps that end at this one, of which some may be skipped: a step's own loss is of few pairs."""
+    taken = [loss for loss in losses[max(0, moment - width) : moment] if not math.isnan(loss)]
+    return statistics.fmean(taken) if taken else math.nan
 
 
 def parse() -> argparse.Namespace:

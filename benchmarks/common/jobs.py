@@ -19,7 +19,7 @@ class Measured:
 
     Attributes:
         marks: before the first step, and after each.
-        losses: of each step.
+        losses: of each step; NaN where it was skipped, as fp16 does until its loss scale is low enough.
         lengths: [steps, pairs, 3] tokens of prompt, chosen and rejected, as the steps have them.
         pairs: [steps][pairs] their tokens, in that order; only where they were asked for.
         positions: positions of all packs of a step on average, padding included.
@@ -145,7 +145,9 @@ def run(
         if keep_pairs:
             measured.pairs = [list(_tokens(pool, step)) for step in plan.steps]
         job.pretrain()
-    measured.losses = [step["loss"] for step in job.progress.steps]
+    measured.losses = [math.nan] * len(job.job.plan.steps)
+    for step in job.progress.steps:
+        measured.losses[int(step["iteration"]) - 1] = step["loss"]
     measured.peak = memory.read()
     return measured
 

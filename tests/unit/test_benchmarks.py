@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,14 @@ def test_fp8_on_a_cpu(tmp_path):
         assert len(set(json.loads(row["losses"]))) == 4, "losses that do not move compare nothing"
     assert "| bf16 |" in output
     assert "| loss, step 4 |" in output
+
+
+def test_losses_along_the_way_leave_out_skipped_steps():
+    from benchmarks.fp8 import around
+
+    assert around([math.nan, 4.0, 2.0, 9.0], 3, width=2) == 3.0
+    assert around([math.nan, 4.0, 2.0], 2) == 4.0
+    assert math.isnan(around([math.nan, 4.0], 1))
 
 
 @pytest.mark.slow
