@@ -17,6 +17,8 @@ from megatron_bdpo.training.flags.secrets import refuse_secrets
 from tests.harness.jobs import DATA
 from tests.harness.tiny_models import make_model, save_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdefdeadbeef",

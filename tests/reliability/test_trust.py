@@ -19,6 +19,7 @@ from megatron_bdpo.data.scores import KINDS, ScoreCache, open_scores
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
+from megatron_bdpo.platform.safe_pickles import restrict_pickles
 from tests.distributed.test_bad_input import refusal
 from tests.harness.jobs import train
 
@@ -221,6 +222,12 @@ def refusal_to_read(directory: Path) -> str:
     except UserError as error:
         return str(error)
     return "read"
+
+
+def test_torchs_switch_that_opens_all_pickles_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(UserError, match=r"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: .* Unset it"):
+        restrict_pickles()
 
 
 # Code that comes with a tokenizer ------------------------------------------------------------------------------------
