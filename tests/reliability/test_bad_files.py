@@ -149,6 +149,20 @@ def test_recipes(tmp_path, text, expected):
             recipe.expand(parser, ["--recipe", name])
 
 
+def test_a_value_that_looks_like_a_flag(tmp_path):
+    """What has been given as one value is kept as a list, and read again."""
+    import argparse
+
+    from megatron_bdpo.training.flags import recipe
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pair-data", nargs="+")
+    path = tmp_path / "recipe.yaml"
+    for text in ("pair-data: -.inf\n", "pair-data: [-.inf]\n"):
+        path.write_text(text)
+        assert parser.parse_args(recipe.expand(parser, ["--recipe", str(path)])).pair_data == ["-.inf"]
+
+
 def test_shapes():
     shape = {"a": [is_count], "b": Maybe(str), "c": Each({"d": int})}
     good = {"a": [1, 2], "b": None, "c": {"x": {"d": 1}}, "more": 0}

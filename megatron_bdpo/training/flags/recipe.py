@@ -197,6 +197,8 @@ def _tokens(parser: argparse.ArgumentParser, setting: Setting) -> list[str]:
         return _switch(parser, action, setting)
     if isinstance(value, list) and action.nargs is None:
         raise UserError(f"{setting.where}: --{setting.key} takes one value, not a list.")
+    if isinstance(value, list) and len(value) == 1 and value[0].startswith("-"):
+        value = value[0]  # which argparse would take for a flag where it stands alone
     tokens = [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
     try:
         parser.parse_known_args(tokens)
