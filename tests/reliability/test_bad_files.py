@@ -161,6 +161,9 @@ def test_a_value_that_looks_like_a_flag(tmp_path):
     for text in ("pair-data: -.inf\n", "pair-data: [-.inf]\n"):
         path.write_text(text)
         assert parser.parse_args(recipe.expand(parser, ["--recipe", str(path)])).pair_data == ["-.inf"]
+    path.write_text("pair-data: [a, -x-y, b]")
+    with pytest.raises(UserError, match="'-x-y' looks like a flag and cannot be one of several values"):
+        recipe.expand(parser, ["--recipe", str(path)])
 
 
 def test_shapes():

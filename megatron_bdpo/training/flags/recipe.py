@@ -201,9 +201,11 @@ def _tokens(parser: argparse.ArgumentParser, setting: Setting) -> list[str]:
         value = value[0]  # which argparse would take for a flag where it stands alone
     tokens = [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
     try:
-        parser.parse_known_args(tokens)
+        unknown = parser.parse_known_args(tokens)[1]
     except UserError as error:
         raise UserError(f"{setting.where}: {error}") from error
+    if unknown:
+        raise UserError(f"{setting.where}: {unknown[0]!r} looks like a flag and cannot be one of several values.")
     return tokens
 
 
