@@ -15,7 +15,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Each, Maybe, is_count, misshapen
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
 from megatron_bdpo.model.hf.config import read_config
-from tests.reliability.fuzz.targets import CONFIGS
+from tests.reliability.fuzz.files import CONFIGS
 
 LLAMA = CONFIGS[0]
 

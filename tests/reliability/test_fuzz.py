@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.fuzz import targets
 from tests.reliability.fuzz.engines import with_hypothesis
-from tests.reliability.fuzz.targets import TARGETS, Target
+from tests.reliability.fuzz.registry import Target
+from tests.reliability.fuzz.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def test_a_failure_is_found_kept_and_made_small(monkeypatch, tmp_path):
         assert 200 not in data
         return True
 
-    monkeypatch.setitem(targets.TARGETS, "planted", Target("planted", "", lambda: check, 1.0))
+    monkeypatch.setitem(TARGETS, "planted", Target("planted", "", lambda: check, 1.0))
     outcome = with_hypothesis("planted", 1000, seed=1)
     assert outcome.crash == bytes(23) + b"\xc8", "the smallest input that has this byte"
     assert "AssertionError" in outcome.trace

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.reliability.fuzz.targets import TARGETS, Check
+from tests.reliability.fuzz.registry import Check
+from tests.reliability.fuzz.targets import TARGETS
 
 LONGEST_INPUT = 400
 _AT_A_TIME = 20_000  # Hypothesis remembers what it has tried: memory
