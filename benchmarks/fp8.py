@@ -173,9 +173,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pack", type=int, default=4096, help="greatest length of a pack")
     parser.add_argument("--max-prompt-length", type=int, default=2048, help="tokens; of longer ones the end is kept")
     models.add_shape_flags(parser, **(SMALL if "--small" in sys.argv else BILLION))
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on a CPU")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--csv", type=Path, help="write one line per run here")
+    rounds.add_flags(parser)
     return parser.parse_args()
 
 
@@ -194,11 +192,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         records = compare(options, variants, Path(directory))
     if not options.check:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         print(
             f"\n{models.shape_of(options)}; {options.pair_data.name}, {options.pairs_per_step} pairs a step, "
             f"{options.steps} steps of which {options.steps - options.warm_up} timed, {options.rounds} round(s);\n"
-            f"{rounds.machine(device, options.threads, 'megatron-core')}\n\n{table(records)}"
+            f"{rounds.machine(options.threads, 'megatron-core')}\n\n{table(records)}"
         )
     for variant, reason in missing.items():
         print(f"\n{variant}: did not run, {reason}.")

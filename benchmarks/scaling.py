@@ -187,9 +187,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=1, help="steps that are not timed")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     models.add_shape_flags(parser)
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on a CPU")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--csv", type=Path, help="write one line per run here")
+    rounds.add_flags(parser)
     return parser.parse_args()
 
 
@@ -209,7 +207,7 @@ def main() -> None:
         f"\n{models.shape_of(options)}, {options.dtype}; prompts of {options.prompt} and answers of {options.response} "
         f"tokens, {options.pairs_per_step} pairs a step, {options.rounds} round(s); products of large matrices: "
         f"{rate:.0f} GFLOP/s;\n"
-        f"{rounds.machine('cuda' if torch.cuda.is_available() else 'cpu', options.threads, 'megatron-core')}\n"
+        f"{rounds.machine(options.threads, 'megatron-core')}\n"
     )
     print(rounds.markdown(TITLE, [row(name, records) for name in dict.fromkeys(r["contender"] for r in records)]))
 

@@ -135,9 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-prompt-length", type=int, default=256, help="tokens; of longer prompts the end is kept")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     models.add_shape_flags(parser, vocab=4096)
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on a CPU")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--csv", type=Path, help="write one line per run here")
+    rounds.add_flags(parser, rounds=3)
     return parser.parse_args()
 
 
@@ -150,7 +148,7 @@ def main() -> None:
     print(
         f"\n{models.shape_of(options)}, {options.dtype}; {options.pairs_per_step} pairs a step, {options.steps} steps "
         f"of which {options.steps - options.warm_up} timed, {options.rounds} round(s);\n"
-        f"{rounds.machine('cuda' if torch.cuda.is_available() else 'cpu', options.threads, 'megatron-core')}\n"
+        f"{rounds.machine(options.threads, 'megatron-core')}\n"
     )
     print(rounds.markdown(TITLE, [row(case, records) for case in dict.fromkeys(r["case"] for r in records)]))
 

@@ -212,8 +212,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-prompt-length", type=int, default=256, help="tokens; of longer prompts the end is kept")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     models.add_shape_flags(parser)
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on a CPU, for every contender")
-    parser.add_argument("--rounds", type=int, default=3)
+    rounds.add_flags(parser, rounds=3)
     all_contenders = CONTENDERS | (LIGER if torch.cuda.is_available() else {})
     parser.add_argument("--contenders", nargs="+", choices=tuple(all_contenders), default=list(all_contenders))
     parser.add_argument(
@@ -221,7 +220,6 @@ def parse() -> argparse.Namespace:
         default=sys.executable,
         help="the Python of an environment whose TRL has padding_free, where this one's has not",
     )
-    parser.add_argument("--csv", type=Path, help="write one line per run here")
     options = parser.parse_args()
     options.contenders = [OURS, *(name for name in options.contenders if name != OURS)]  # whose pairs the others take
     return options
@@ -236,7 +234,7 @@ def main() -> None:
     print(
         f"\n{models.shape_of(options)}, {options.dtype}; {options.pair_data.name}, {options.pairs_per_step} pairs a "
         f"step, {options.steps} steps of which {options.steps - options.warm_up} timed, {options.rounds} round(s);\n"
-        f"{rounds.machine('cuda' if torch.cuda.is_available() else 'cpu', options.threads, *PACKAGES)}\n"
+        f"{rounds.machine(options.threads, *PACKAGES)}\n"
     )
     print(table(records))
     for name, reason in missing.items():

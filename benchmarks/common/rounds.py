@@ -6,6 +6,7 @@ What is compared is the ratio of two contenders within a round. A script that us
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import importlib.metadata
@@ -25,6 +26,13 @@ import torch
 Record = dict[str, Any]
 
 CHILD = "--child"
+
+
+def add_flags(parser: argparse.ArgumentParser, *, rounds: int = 1) -> None:
+    """How often, with what, and where to: the same of every benchmark that has rounds."""
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on a CPU, for every contender")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--csv", type=Path, help="write one line per run here")
 
 
 def answer_as_child(measure: Callable[..., Record]) -> bool:
@@ -89,9 +97,9 @@ def write_csv(path: Path | None, records: Sequence[Record]) -> None:
         writer.writerows(records)
 
 
-def machine(device: str, threads: int, *packages: str) -> str:
+def machine(threads: int, *packages: str) -> str:
     """Device, versions and date, for the head of a table."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{processor_name()}, {threads} thread(s)"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor_name()}, {threads} thread(s)"
     installed = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", *packages))
     return f"{name}; Python {platform.python_version()}, {installed}; {datetime.date.today()}"
 
