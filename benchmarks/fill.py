@@ -79,11 +79,11 @@ def records(options: argparse.Namespace) -> list[rounds.Record]:
     }
     grid = itertools.product(data, options.pairs_per_step, options.ranks, options.seq_length, options.multiples)
     found = []
-    for (name, per_step, ranks, limit, multiple), one_length in itertools.product(grid, (False, True)):
+    for (name, per_step, ranks, limit, multiple), stages in itertools.product(grid, (1, 4)):
         where: dict[str, Any] = {"data": name, "pairs per step": per_step, "ranks": ranks, "--seq-length": limit}
-        where |= {"multiple": multiple, "pipeline": one_length}
+        where |= {"multiple": multiple, "pipeline": stages}
         try:
-            settings = PlanSettings(per_step, ranks, limit, length_multiple=multiple, one_length=one_length)
+            settings = PlanSettings(per_step, ranks, limit, length_multiple=multiple, pipeline_wait=stages - 1.0)
             found.append(where | plan_fill(data[name], options.steps, settings))
         except UserError:  # fewer pairs than ranks
             continue

@@ -13,8 +13,9 @@ Three deterministic stages, each a pure function of the seed and the pairs' leng
    stratum and the rest is levelled by swaps, so that steps need nearly the same number of tokens. Which pairs make up
    step k depends neither on the parallel layout nor on how long the run is.
 3. *Packs*: the pairs of a step are put into DP x M packs that are as short as can be found (see ``packing``), and M is
-   chosen to waste least. Lengths are rounded up to a 64th of the longest, or to the kernels' multiple where that is
-   more. So a run has at most 64 of them, and a GPU's caching allocator finds blocks of the sizes that it asks for.
+   chosen to waste least: positions on padding and, with pipeline stages, time on waiting, which more and shorter packs
+   make less. Lengths are rounded up to a 64th of the longest, or to the kernels' multiple where that is more. So a run
+   has at most 64 of them, and a GPU's caching allocator finds blocks of the sizes that it asks for.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _MAX_WINDOW_STEPS = 256
 _PACK_CHOICES = 8  # pack counts tried beyond the smallest that fits
 _WORTH_MORE_PACKS = 0.005  # share of the positions that they must save: fewer and longer packs suit the kernels
 _LENGTHS = 64  # different lengths of packs, at most
+_LONG_ENOUGH = 2048  # positions: packs are not made shorter than this to have more of them in a pipeline
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,14 @@ class PlanSettings:
     max_pack_length: int  # --seq-length
     microbatch_multiple: int = 1  # M is a multiple of this (interleaved pipeline stages)
     length_multiple: int = 8  # lengths are multiples of this (sequence parallelism, FP8)
-    one_length: bool = False  # all packs of a step have one length (pipeline stages)
+    pipeline_wait: float = 0.0  # packs' worth of time that a pipeline stage stands still in a step: (p - 1) / v
     seed: int = 1234
     pack_pairs: bool = True  # False: one pair per pack, the oracle
+
+    @property
+    def one_length(self) -> bool:
+        """All packs of a step have one length, because pipeline stages exchange them."""
+        return self.pipeline_wait > 0
 
     def __post_init__(self) -> None:
         if self.pairs_per_step < 1:
@@ -214,24 +221,29 @@ def _level_window(ids: IntArray, sizes: IntArray, window: int, seed: int, index:
 
 def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[IntArray, int]:
     """The pack of each pair [B, N], and the number of packs per step, wasting least; near ties go to fewer packs."""
+    pairs, limit = step_sizes.shape[1], settings.max_pack_length
     if not settings.pack_pairs:
-        return np.broadcast_to(np.arange(step_sizes.shape[1]), step_sizes.shape), step_sizes.shape[1]
-    group, limit = settings.data_parallel * settings.microbatch_multiple, settings.max_pack_length
-    tokens = step_sizes.sum(axis=1)
-    first = round_up(max(-(-int(tokens.max()) // limit), group), group)
+        return np.broadcast_to(np.arange(pairs), step_sizes.shape), pairs
+    group = settings.data_parallel * settings.microbatch_multiple
+    tokens, longest = step_sizes.sum(axis=1), step_sizes.max(axis=1)
+    grain = _grain(int(longest.max()), settings)
+    packs = first = round_up(max(-(-int(tokens.max()) // limit), group), group)
+    few = first + _PACK_CHOICES * group
+    useful = max(first, tokens.mean() / _LONG_ENOUGH)
     best: tuple[IntArray, int] | None = None
-    least = 0
-    for packs in range(first, step_sizes.shape[1] + group, group):
-        at_least = np.maximum(tokens, step_sizes.max(axis=1) * (packs if settings.one_length else 1)).sum()
+    least = 0.0
+    while best is None or packs <= (max(few, useful) if settings.one_length else few):
+        waiting = 1 + settings.pipeline_wait * settings.data_parallel / min(packs, useful)
+        at_least = waiting * np.maximum(tokens, longest * (packs if settings.one_length else 1)).sum()
         if best is None or at_least < least * (1 - _WORTH_MORE_PACKS):  # else it cannot be better, and takes time
-            grain = _grain(int(step_sizes.max()), settings)
             pack_of = shortest(step_sizes, packs, limit, grain, settings.data_parallel)
             load = per_pack(step_sizes, pack_of, packs)
-            positions = int(_lengths(load, settings).sum()) * settings.data_parallel
-            if load.max() <= limit and (best is None or positions < least * (1 - _WORTH_MORE_PACKS)):
-                best, least = (pack_of, packs), positions
-        if best is not None and packs >= first + _PACK_CHOICES * group:
+            cost = waiting * _lengths(load, settings).sum() * settings.data_parallel
+            if load.max() <= limit and (best is None or cost < least * (1 - _WORTH_MORE_PACKS)):
+                best, least = (pack_of, packs), cost
+        if packs >= pairs:  # each has its own
             break
+        packs += group if best is None or packs < few else round_up(packs // _PACK_CHOICES, group)
     assert best is not None, "with a pack for each pair, every pair fits"
     return best
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_bdpo.data import pool as pools
 from megatron_bdpo.data.context import ContextRank, imbalance
@@ -242,7 +243,7 @@ def _plan_settings(args: argparse.Namespace) -> PlanSettings:
         max_pack_length=args.seq_length,
         microbatch_multiple=_microbatch_multiple(args),
         length_multiple=length_unit(args),
-        one_length=args.pipeline_model_parallel_size > 1,
+        pipeline_wait=(args.pipeline_model_parallel_size - 1) / _virtual_stages(args),
         seed=args.seed,
         pack_pairs=args.pack_pairs,
     )
@@ -262,9 +263,20 @@ def _eval_packs(ids: IntArray, sizes: IntArray, plan: StepPlan, settings: PlanSe
 
 def _microbatch_multiple(args: argparse.Namespace) -> int:
     """Megatron's interleaved schedule takes microbatches in groups of the pipeline's size."""
-    interleaved = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
-    interleaved = interleaved or args.pipeline_model_parallel_layout
-    return int(args.pipeline_model_parallel_size) if interleaved else 1
+    return int(args.pipeline_model_parallel_size) if _virtual_stages(args) > 1 else 1
+
+
+def _virtual_stages(args: argparse.Namespace) -> int:
+    """Stages that each pipeline rank has, as Megatron's validation will find."""
+    pipeline = args.pipeline_model_parallel_size
+    if args.pipeline_model_parallel_layout:
+        return PipelineParallelLayerLayout.get_num_stages_from_str(args.pipeline_model_parallel_layout) // pipeline
+    if args.num_layers_per_virtual_pipeline_stage and not args.num_virtual_stages_per_pipeline_rank:
+        layers = (
+            args.num_layers + args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+        )
+        return int(layers // pipeline // args.num_layers_per_virtual_pipeline_stage)
+    return int(args.num_virtual_stages_per_pipeline_rank or 1)
 
 
 def made_up_plan(args: argparse.Namespace) -> StepPlan:

@@ -41,7 +41,7 @@ def cases(draw) -> Case:
             max_pack_length=multiple * draw(st.integers(shortest_limit, 3 * shortest_limit)),
             microbatch_multiple=draw(st.integers(1, 3)),
             length_multiple=multiple,
-            one_length=draw(st.booleans()),
+            pipeline_wait=draw(st.sampled_from([0.0, 0.5, 3.0])),
             seed=draw(st.integers(0, 3)),
         ),
         steps=draw(st.integers(1, 12)),
@@ -107,7 +107,7 @@ def test_steps_do_not_depend_on_the_layout(case):
         {"data_parallel": 1},
         {"data_parallel": most},
         {"max_pack_length": case.settings.max_pack_length * 2},
-        {"one_length": not case.settings.one_length},
+        {"pipeline_wait": 0.0 if case.settings.pipeline_wait else 1.0},
         {"microbatch_multiple": 4},
         {"pack_pairs": False, "data_parallel": 1, "microbatch_multiple": 1},
     ):
@@ -233,19 +233,32 @@ def whole_hh_prompts(count: int, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("pairs_per_step", "ranks"), [(8, 1), (64, 1), (64, 8), (512, 8)])
-@pytest.mark.parametrize("one_length", [True, False])
-def test_whole_prompts_fill_packs(pairs_per_step, ranks, one_length):
+@pytest.mark.parametrize("pipeline_wait", [3.0, 0.0])
+def test_whole_prompts_fill_packs(pairs_per_step, ranks, pipeline_wait):
     """One very long pair now and then makes the packs of its own step long, and no others."""
     sizes = whole_hh_prompts(8 * 1024, seed=1)
-    plan = plan_steps(sizes, PlanSettings(pairs_per_step, ranks, 4096, one_length=one_length), len(sizes) // 512)
+    plan = plan_steps(sizes, PlanSettings(pairs_per_step, ranks, 4096, pipeline_wait=pipeline_wait), len(sizes) // 512)
     assert plan.fill >= 0.95
 
 
 def test_pipeline_stages_get_one_length_per_step():
     sizes = whole_hh_prompts(640, seed=2)
-    plan = plan_steps(sizes, PlanSettings(64, 2, 2048, one_length=True), 10)
+    plan = plan_steps(sizes, PlanSettings(64, 2, 2048, pipeline_wait=3.0), 10)
     assert plan.microbatches > 1
     assert (plan.lengths == plan.lengths[:, :1]).all()
+
+
+@pytest.mark.parametrize(("waits", "packs", "length"), [(0.0, 13, 3840), (0.5, 16, 3072), (7.0, 22, 2304)])
+def test_the_more_pipeline_stages_wait_the_more_packs(waits, packs, length):
+    """Of 64 pairs of 768 positions 13 packs hold five each, 16 four, 22 three, and two would be packs below 2048."""
+    plan = plan_steps(np.full(640, 768), PlanSettings(64, 1, 4096, pipeline_wait=waits), 10)
+    assert (plan.microbatches, plan.longest) == (packs, length)
+
+
+def test_packs_are_not_made_shorter_for_the_pipeline_than_kernels_like():
+    sizes = np.full(640, 100)
+    alone, waiting = (plan_steps(sizes, PlanSettings(64, 1, 2048, pipeline_wait=waits), 10) for waits in (0.1, 7.0))
+    assert waiting.microbatches == alone.microbatches
 
 
 @pytest.mark.parametrize("multiple", [8, 128])

@@ -68,7 +68,7 @@ def plans() -> Check:
                 max_pack_length=limit,
                 microbatch_multiple=draw.integer(1, 3),
                 length_multiple=multiple,
-                one_length=draw.chance(3),
+                pipeline_wait=3.0 * draw.chance(3),
                 seed=draw.integer(0, 3),
                 pack_pairs=not draw.chance(8),
             )
