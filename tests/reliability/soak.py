@@ -31,8 +31,8 @@ RANKS = 2
 ALLOWED_GROWTH = 0.02
 """Of the resident memory, from after the warm-up to the end."""
 
-WARM_UP = 0.1
-"""Share of the steps after which everything that is kept has been made: caches, buffers, the allocator's arenas."""
+WINDOW = 0.1
+"""Share of the steps that are looked at after the warm-up, and again at the end."""
 
 MODEL = (
     "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --normalization RMSNorm --swiglu "
@@ -147,16 +147,21 @@ class Growth:
         return found
 
 
-def growth(rank: int, samples: Sequence[Sequence[int]]) -> Growth:
-    """From the samples of one process: the tenth after the warm-up against the last tenth."""
-    window = max(1, int(len(samples) * WARM_UP))
-    early, late = ([*zip(*part, strict=True)] for part in (samples[window : 2 * window], samples[-window:]))
+def growth(rank: int, samples: Sequence[Sequence[int]], warm_up: int) -> Growth:
+    """From the samples of one process: a tenth of them after the warm-up, against the last tenth.
+
+    The warm-up lasts until the first checkpoint has been written: by then everything that is kept has been made, caches,
+    buffers, connections, the allocator's arenas.
+    """
+    window = max(1, int(len(samples) * WINDOW))
+    early, late = ([*zip(*part, strict=True)] for part in (samples[warm_up : warm_up + window], samples[-window:]))
     _, memory, files, threads = zip(early, late, strict=True)
+    # Medians: TensorBoard's thread, for one, opens its file for a moment now and then.
     return Growth(
         rank,
         (statistics.median(memory[0]), statistics.median(memory[1])),
-        (max(files[0]), max(files[1])),
-        (max(threads[0]), max(threads[1])),
+        (statistics.median_low(files[0]), statistics.median_low(files[1])),
+        (statistics.median_low(threads[0]), statistics.median_low(threads[1])),
     )
 
 
@@ -173,7 +178,7 @@ def soak(steps: int, interval: int, directory: Path) -> list[str]:
         start = time.monotonic()
         run.run()
         print(f"{run.directory.name}: {steps} steps in {time.monotonic() - start:.0f} s", flush=True)
-    grown = [growth(rank, whole.samples(rank)) for rank in range(RANKS)]
+    grown = [growth(rank, whole.samples(rank), interval) for rank in range(RANKS)]
     print(f"{'rank':<6}{'resident MiB':>20}{'growth':>9}{'open files':>14}{'threads':>12}")
     for each in grown:
         before, after = each.memory
