@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.harness.jobs import last_stage, train
+from tests.harness.jobs import flags_of, last_stage, train
 from tests.harness.tiny_models import MODELS, make_model
 
 pytestmark = [
@@ -30,8 +30,8 @@ def stored(directory: Path) -> dict[str, Any]:
 def test_a_model_comes_back_unchanged(ranks, tmp_path, name):
     """After a step at rate 0, which is at the reference too."""
     original, exported = make_model(name, tmp_path), tmp_path / "exported"
-    flags = f"--hf-model {original} --save-hf {exported} --transformer-impl transformer_engine --train-iters 1 --lr 0"
-    outcomes = ranks(1)(train, flags.split(), min_lr=0.0, weight_decay=0.0)
+    flags = {"hf-model": original, "save-hf": exported, "transformer-impl": "transformer_engine", "train-iters": 1}
+    outcomes = ranks(1)(train, flags_of(flags), lr=0.0, min_lr=0.0, weight_decay=0.0)
     assert len(last_stage(outcomes).steps) == 1
     found, expected = stored(exported), stored(original)
     assert found.keys() == expected.keys()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,11 @@ TINY_JOB = {
 
 #: A rank's pieces of whole tensors: (name, whole shape, place, values).
 Shards = list[tuple[str, tuple[int, ...], tuple[Any, ...], np.ndarray]]
+
+
+def flags_of(values: Mapping[str, object]) -> list[str]:
+    """Flags by name, without dashes, and their values: paths above all, which may hold spaces."""
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.harness.jobs import DATA
+from tests.harness.jobs import DATA, flags_of
 from tests.harness.killing import JobTree
 from tests.harness.phases import PhaseBoard, show_phases
 
@@ -21,6 +21,12 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 #: Of a record of metrics, what a clock has made.
 _TIMES = "throughput"
+
+SETTINGS = (
+    "--tokenizer-type SentencePieceTokenizer --seq-length 2048 --max-pairs 40 --pairs-per-step 8 --eval-share 0.2 "
+    "--eval-interval 2 --save-interval 2 --score-shard-pairs 8 --lr 1e-3 --lr-decay-style constant "
+    "--use-distributed-optimizer"
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,11 @@ class Run:
         return self.directory / "export"
 
     def flags(self) -> list[str]:
+        places = {"hf-model": self.model, "save-hf": self.export, "save": self.save, "load": self.save}
+        data = {"pair-data": DATA / "train.jsonl", "tokenizer-model": DATA / "tokenizer.model"}
         return [
-            *f"--hf-model {self.model} --save-hf {self.export} --save {self.save} --load {self.save}".split(),
-            *f"--pair-data {DATA / 'train.jsonl'} --max-pairs 40 --eval-share 0.2 --eval-interval 2".split(),
-            *f"--train-iters {self.steps} --save-interval 2 --pairs-per-step 8 --seq-length 2048 --lr 1e-3".split(),
-            *f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {DATA / 'tokenizer.model'}".split(),
-            *["--score-shard-pairs", "8", "--use-distributed-optimizer", "--lr-decay-style", "constant"],
+            *flags_of(places | data),
+            *f"--train-iters {self.steps} {SETTINGS}".split(),
         ]
 
     def start(self) -> JobTree:

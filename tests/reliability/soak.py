@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.harness.jobs import DATA
+from tests.harness.jobs import DATA, flags_of
 from tests.harness.killing import JobTree
 
 RANKS = 2
@@ -37,6 +37,11 @@ WINDOW = 0.1
 MODEL = (
     "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --normalization RMSNorm --swiglu "
     "--position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights"
+)
+
+SETTINGS = (
+    "--tokenizer-type SentencePieceTokenizer --seq-length 512 --max-pairs 120 --pairs-per-step 4 --eval-share 0.1 "
+    "--seed 5 --lr 1e-4 --lr-decay-style constant --use-distributed-optimizer"
 )
 
 
@@ -55,13 +60,12 @@ class Soak:
         return self.directory / "run"
 
     def flags(self) -> list[str]:
+        places = {"save": self.save, "load": self.save, "tensorboard-dir": self.directory / "tensorboard"}
+        data = {"pair-data": DATA / "train.jsonl", "tokenizer-model": DATA / "tokenizer.model"}
         return [
-            *f"{MODEL} --seq-length 512 --pairs-per-step 4 --max-pairs 120 --eval-share 0.1 --seed 5".split(),
-            *f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {DATA / 'tokenizer.model'}".split(),
-            *f"--pair-data {DATA / 'train.jsonl'} --lr 1e-4 --lr-decay-style constant".split(),
-            *f"--train-iters {self.steps} --save {self.save} --load {self.save}".split(),
+            *flags_of(places | data),
+            *f"{MODEL} {SETTINGS} --train-iters {self.steps}".split(),
             *f"--save-interval {self.interval} --eval-interval {max(1, self.interval // 4)}".split(),
-            *f"--tensorboard-dir {self.directory / 'tensorboard'} --use-distributed-optimizer".split(),
             *(["--exit-interval", str(self.interval)] if self.in_pieces else []),
         ]
 
@@ -150,8 +154,8 @@ class Growth:
 def growth(rank: int, samples: Sequence[Sequence[int]], warm_up: int) -> Growth:
     """From the samples of one process: a tenth of them after the warm-up, against the last tenth.
 
-    The warm-up lasts until the first checkpoint has been written: by then everything that is kept has been made, caches,
-    buffers, connections, the allocator's arenas.
+    The warm-up lasts until the first checkpoint has been written: by then everything that is kept has been made,
+    caches, buffers, connections, the allocator's arenas.
     """
     window = max(1, int(len(samples) * WINDOW))
     early, late = ([*zip(*part, strict=True)] for part in (samples[warm_up : warm_up + window], samples[-window:]))
