@@ -51,4 +51,4 @@ def skip_gpu_tests_without_a_gpu(items: list[pytest.Item]) -> None:
 
     if not torch.cuda.is_available():
         for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: see tests/gpu/run_all.sh"))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_bdpo.data import pool as pools
 from megatron_bdpo.data.context import ContextRank, imbalance
@@ -236,14 +235,16 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
 
 
 def _plan_settings(args: argparse.Namespace) -> PlanSettings:
-    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    pipeline = args.pipeline_model_parallel_size
+    virtual_stages = getattr(args, "virtual_pipeline_model_parallel_size", None) or 1  # Megatron's, once it has looked
     return PlanSettings(
         pairs_per_step=args.pairs_per_step,
-        data_parallel=args.world_size // model_parallel,
+        data_parallel=args.world_size // (args.tensor_model_parallel_size * pipeline * args.context_parallel_size),
         max_pack_length=args.seq_length,
-        microbatch_multiple=_microbatch_multiple(args),
+        # Megatron's interleaved schedule takes microbatches in groups of the pipeline's size.
+        microbatch_multiple=pipeline if virtual_stages > 1 else 1,
         length_multiple=length_unit(args),
-        pipeline_wait=(args.pipeline_model_parallel_size - 1) / _virtual_stages(args),
+        pipeline_wait=(pipeline - 1) / virtual_stages,
         seed=args.seed,
         pack_pairs=args.pack_pairs,
     )
@@ -261,31 +262,16 @@ def _eval_packs(ids: IntArray, sizes: IntArray, plan: StepPlan, settings: PlanSe
     return [*ids[:, None], *[ids[:0]] * (-len(ids) % group)], longest
 
 
-def _microbatch_multiple(args: argparse.Namespace) -> int:
-    """Megatron's interleaved schedule takes microbatches in groups of the pipeline's size."""
-    return int(args.pipeline_model_parallel_size) if _virtual_stages(args) > 1 else 1
-
-
-def _virtual_stages(args: argparse.Namespace) -> int:
-    """Stages that each pipeline rank has, as Megatron's validation will find."""
-    pipeline = args.pipeline_model_parallel_size
-    if args.pipeline_model_parallel_layout:
-        return PipelineParallelLayerLayout.get_num_stages_from_str(args.pipeline_model_parallel_layout) // pipeline
-    if args.num_layers_per_virtual_pipeline_stage and not args.num_virtual_stages_per_pipeline_rank:
-        layers = (
-            args.num_layers + args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
-        )
-        return int(layers // pipeline // args.num_layers_per_virtual_pipeline_stage)
-    return int(args.num_virtual_stages_per_pipeline_rank or 1)
-
-
 def made_up_plan(args: argparse.Namespace) -> StepPlan:
-    """A plan of nothing in the shapes a real one could have, for Megatron to validate the other arguments against."""
+    """A plan of nothing in the shapes a real one could have, for Megatron to validate the other arguments against.
+
+    Whether stages are interleaved is not known yet: the number of packs suits both.
+    """
     settings = _plan_settings(args)
     if args.train_iters is not None and args.train_iters < 1:
         raise UserError(f"--train-iters must be at least 1, not {args.train_iters}.")
     steps = np.zeros((args.train_iters or 10**6, 0), np.int64)
-    lengths = np.broadcast_to(args.seq_length, (len(steps), settings.microbatch_multiple))
+    lengths = np.broadcast_to(args.seq_length, (len(steps), args.pipeline_model_parallel_size))
     return StepPlan(steps, steps, lengths, settings.data_parallel, np.zeros(len(steps), np.int64))
 
 

@@ -71,6 +71,14 @@ FLAG_CASES = {
         ["--tensor-model-parallel-size", "4"],
         "2 ranks cannot be split into model replicas of 4",
     ),
+    "fewer stages by layout than ranks": (
+        ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "EttttL"],
+        "pipeline_model_parallel_layout must be divisible by pipeline_model_parallel_size",
+    ),
+    "no layout of stages": (
+        ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "E((t*"],
+        r"Invalid layer character: \(",
+    ),
     "layers that fit no layout": (
         ["--num-layers", "3", "--pipeline-model-parallel-size", "2"],
         "3 layers cannot be split",

@@ -151,11 +151,6 @@ def test_what_was_given_comes_back_as_a_recipe(expand):
     assert make_parser().parse_args(expand(text)) == make_parser().parse_args(EVERYTHING)
 
 
-def test_secrets_of_the_environment_are_written_by_name(expand, monkeypatch):
-    monkeypatch.setenv("HUB_TOKEN", "hf_abcdefgh")
-    assert recipe.to_yaml({"save": "https://user:hf_abcdefgh@host"}) == "save: https://user:${HUB_TOKEN}@host\n"
-
-
 def test_each_start_that_differs_is_kept(tmp_path):
     first = recipe.keep(tmp_path, {"lr": "1"}, {"ranks": 8})
     again = recipe.keep(tmp_path, {"lr": "1"}, {"ranks": 8})

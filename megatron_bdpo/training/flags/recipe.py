@@ -27,7 +27,6 @@ import yaml
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.files import write_whole
-from megatron_bdpo.training.flags.secrets import by_name
 
 FLAG = "--recipe"
 
@@ -291,6 +290,5 @@ def _node(value: Value) -> yaml.Node:
 
 def _scalar(text: str) -> yaml.ScalarNode:
     """Plain where YAML's reading does not matter to us, which is all but true, false and null."""
-    text = by_name(text)
     tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
     return yaml.ScalarNode("tag:yaml.org,2002:str" if tag in (_BOOL, _NULL) else tag, text)

@@ -38,13 +38,6 @@ def refuse_secrets(settings: Mapping[str, object]) -> None:
                 )
 
 
-def by_name(text: str) -> str:
-    """The text with the values of secrets replaced by the names of their variables."""
-    for name, value in _secrets():
-        text = text.replace(value, f"${{{name}}}")
-    return text
-
-
 def _secrets() -> Iterator[tuple[str, str]]:
     """Names and values in the environment."""
     return ((name, value) for name, value in os.environ.items() if _NAME.search(name) and len(value) >= _SHORTEST)

@@ -50,6 +50,8 @@ def set_up_megatron(args: argparse.Namespace) -> PairGPTConfig:
 def rehearse(args: argparse.Namespace) -> None:
     """Have Megatron validate a copy, with a plan that is made up. Collective.
 
+    What the plan depends on of what it derives is kept: the number of virtual pipeline stages.
+
     Raises:
         UserError: on every rank, with Megatron's reason.
     """
@@ -61,6 +63,7 @@ def rehearse(args: argparse.Namespace) -> None:
     with all_ranks_agree(), refusals_of_megatron(), silence():
         validate_args(trial)
         model_config(trial)
+    args.virtual_pipeline_model_parallel_size = trial.virtual_pipeline_model_parallel_size
 
 
 def silence() -> contextlib.AbstractContextManager[object]:

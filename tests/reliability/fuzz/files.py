@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from tests.reliability.fuzz.draw import Draw
@@ -157,6 +160,17 @@ def recipes() -> Check:
     return check
 
 
+@contextlib.contextmanager
+def _damaged(files: Mapping[Path, bytes], path: Path, content: bytes) -> Iterator[None]:
+    """One file has another content inside the block. After it all are as they were, for the next input."""
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        for each, before in files.items():
+            each.write_bytes(before)
+
+
 @target("token stores", share=0.02)
 def stores() -> Check:
     import numpy as np
@@ -187,16 +201,14 @@ def stores() -> Check:
         content = draw.damaged(files[damaged])
         if damaged is meta or draw.chance(2):
             damaged, content = meta, draw.damaged(json.dumps(draw.changed(good)).encode())
-        damaged.write_bytes(content)
         try:
-            store = PairStore.open(directory)
-            store.verify()
-            pool = PairPool([store])
+            with _damaged(files, damaged, content):
+                store = PairStore.open(directory)
+                store.verify()
+                pool = PairPool([store])
         except UserError as error:
             error.as_text()
             return False
-        finally:
-            damaged.write_bytes(files[damaged])
         store.report.format()
         assert len(store) == 2 and store.pair(1).rejected.tolist() == parts[2].tolist()
         pool.describe(1), pool.group(1, unconditional=True), pool.sizes(share_prompts=True)
@@ -232,16 +244,14 @@ def scores() -> Check:
         content = draw.damaged(files[damaged])
         if damaged == manifest:
             content = draw.damaged(json.dumps(draw.changed(good)).encode())
-        damaged.write_bytes(content)
         try:
-            found = open_scores(directory, unfinished=draw.chance(2))
-            assert found.conditional.tolist() == arrays["conditional"].tolist() or damaged == manifest
-            ScoreCache.open(directory, identity, {}).finish(2, {"conditional": 2}, {})
+            with _damaged(files, damaged, content):
+                found = open_scores(directory, unfinished=draw.chance(2))
+                assert found.conditional.tolist() == arrays["conditional"].tolist() or damaged == manifest
+                ScoreCache.open(directory, identity, {}).finish(2, {"conditional": 2}, {})
         except UserError as error:
             error.as_text()
             return False
-        finally:
-            damaged.write_bytes(files[damaged])
         return True
 
     return check
