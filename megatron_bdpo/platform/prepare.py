@@ -34,6 +34,7 @@ def _leave_out_known_warnings(has_gpu: bool) -> None:
     """What Megatron and torch say at each import and each collective, of what we know and have dealt with."""
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine).*", category=UserWarning)
     warnings.filterwarnings("ignore", message=".*is experimental and still under active development.*")
+    warnings.filterwarnings("ignore", message="absl.logging is not installed.*")
     warnings.filterwarnings("ignore", message="`torch.distributed.*", category=FutureWarning)
     if not has_gpu:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is none: we say so
