@@ -102,7 +102,10 @@ srun_nodes() {
     --container-mounts="$BDPO_HOME:$BDPO_HOME,$RUN_DIR:$RUN_DIR${BDPO_CONTAINER_MOUNTS:+,$BDPO_CONTAINER_MOUNTS}")
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}    # srun no longer takes it from the job
   in_background srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --output="$LOGS/$log" "${srun_options[@]}" \
-    ${container[0]+"${container[@]}"} bash "$BDPO_HOME/slurm/lib.sh" "$@"
+    ${container[0]+"${container[@]}"} bash "$BDPO_HOME/slurm/lib.sh" "$@" 2> "$LOGS/srun.log"
+  local code=$?
+  cat "$LOGS/srun.log" >&2
+  return $code
 }
 
 # Each node is looked at by itself; those that do not say they are well are left out of the next attempt.
@@ -154,9 +157,16 @@ cause() {
   if [ "${code:-1}" -gt 0 ]; then
     words=$(grep -hsE "^(\[rank${rank:-[0-9]+}\]: )?([A-Za-z_.]*(Error|Exception)|error): ?" "$LOGS"/*.log | head -n 1)
   fi
-  local where="srun ended with $1"
+  local where
+  where=$(first_torchrun)
   [ -z "$code" ] || where="rank $rank on $host ended with $code"
+  where=${where:-srun ended with $1}
   echo "$where${words:+: $words}"
+}
+
+# The torchrun that ended first, where none told of a rank. srun's own code is the highest of all: those it killed then count.
+first_torchrun() {
+  sed -nE 's/^srun: error: ([^ :]+): tasks? [^:]*: (Exited with exit code |)(.*)/torchrun on \1 ended with \3/p' "$LOGS/srun.log" | head -n 1
 }
 
 # again WHY: requeue, unless too many attempts in a row have gained nothing.

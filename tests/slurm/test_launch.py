@@ -145,16 +145,18 @@ def test_crash_that_repeats(cluster):
     python = cluster.directory / "broken_python"
     python.write_text(
         "#!/bin/sh\n"
-        'case "$*" in *distributed.run*) echo "RuntimeError: broken for the test" >&2; exit 3 ;; esac\n'
+        'case "$*" in *distributed.run*) [ "$(hostname)" = node2 ] || exec sleep 300\n'
+        'echo "RuntimeError: broken for the test" >&2; exit 3 ;; esac\n'
         'exit 0\n'
     )  # fmt: skip
     python.chmod(0o755)
     job = cluster.submit("crashing", *FLAGS, BDPO_PYTHON=str(python), BDPO_MAX_STALLED="2")
     job.wait("FAILED")
     assert job.log.count("attempt 0: crashed") == 1
+    # The other nodes were terminated for it: their 143, which srun ends with, is not the cause.
     assert last_line(job) == (
         f"bdpo: job {job.id}, attempt 1: gave up after 2 attempts without progress: crashed, "
-        "last checkpoint of step 0: srun ended with 3: RuntimeError: broken for the test"
+        "last checkpoint of step 0: torchrun on node2 ended with 3: RuntimeError: broken for the test"
     )
 
 
