@@ -158,10 +158,8 @@ cause() {
     words=$(grep -hsE "^(\[rank${rank:-[0-9]+}\]: )?([A-Za-z_.]*(Error|Exception)|error): ?" "$LOGS"/*.log | head -n 1)
   fi
   local where
-  where=$(first_torchrun)
-  [ -z "$code" ] || where="rank $rank on $host ended with $code"
-  where=${where:-srun ended with $1}
-  echo "$where${words:+: $words}"
+  if [ -n "$code" ]; then where="rank $rank on $host ended with $code"; else where=$(first_torchrun); fi
+  echo "${where:-srun ended with $1}${words:+: $words}"
 }
 
 # The torchrun that ended first, where none told of a rank. srun's own code is the highest of all: those it killed then count.

@@ -43,7 +43,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def skip_gpu_tests_without_a_gpu(items: list[pytest.Item]) -> None:
-    """torch is imported only if there is such a test."""
+    """What is marked gpu runs CUDA kernels, for which a CPU has no stand-in: ``tests/gpu/run_all.sh`` runs all of it.
+
+    torch is imported only if there is such a test.
+    """
     gpu_items = [item for item in items if "gpu" in item.keywords]
     if not gpu_items:
         return
