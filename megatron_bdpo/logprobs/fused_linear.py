@@ -6,10 +6,13 @@
     entropy_n   = lse_n - sum_v exp(z_nv - lse_n) z_nv
     d log pi(y_n) / d z_nv = [v = y_n] - exp(z_nv - lse_n)
 
-A chunk is some rows of the vocabulary, for all positions: maximum and sums are carried from chunk to chunk (the online
-softmax), as they are combined over ranks in the end. Only lse_n is kept for the backward pass, which makes each chunk's
-logits a second time. Chunks are of rows rather than of positions because a row's gradient is then complete after one
-matrix product: what is added up over chunks is the hidden gradient, which is the smaller one.
+A chunk is some rows of the vocabulary, for all positions: its maximum m and its sums are combined with those of the
+other chunks (the online softmax), and then of the other ranks. Chunks are of rows rather than of positions because a
+row's gradient is then complete after one matrix product: what is added up is the hidden gradient, the smaller one.
+
+Backward needs the softmax once more. Forward keeps exp(z - m) of all chunks, in the inputs' type: that is as exact as a
+softmax in this type, whatever the logits' size. Backward is then two matrix products. Where it is more than
+``kept_bytes``, only lse_n is kept, and backward makes each chunk's logits a second time: three products.
 
 Shapes: N scored positions, V padded vocabulary, c of its rows in a chunk, H hidden, tp ranks of the vocabulary split.
 """
@@ -25,14 +28,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_bdpo.logprobs.scored import OneRank, ScoredPositions, TokenScores, select_scored
+from megatron_bdpo.logprobs.softmax_passes import ChunkSums, Targets, passes_for
 
 #: Bound on one chunk's fp32 logits, [N, c]: small beside a model, and at N = 16k still 1024 rows to a matrix product.
 CHUNK_BYTES = 64 * 2**20
 
+#: Matrix products are slow where rows do not begin at multiples of 16 bytes, and fastest on whole tiles.
+_ROW_MULTIPLE = 128
+
+#: Bound on what is kept of the softmax, [N, V/tp]: 8192 positions of a vocabulary of 152k fit in half precision.
+KEPT_BYTES = 5 * 2**29
+
 
 def default_chunk_size(positions: int) -> int:
-    """Vocabulary rows whose fp32 logits at ``positions`` positions fill ``CHUNK_BYTES``; at least one."""
-    return max(1, CHUNK_BYTES // (4 * max(1, positions)))
+    """Vocabulary rows whose fp32 logits at ``positions`` positions fill ``CHUNK_BYTES``, whole tiles; one at least."""
+    return max(1, CHUNK_BYTES // (4 * max(1, positions)) // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 _ALONE = OneRank()
@@ -50,6 +60,7 @@ def token_log_probs(
     gradient_accumulation_fusion: bool = False,
     entropy: bool = False,
     chunk_size: int | None = None,
+    kept_bytes: int = KEPT_BYTES,
 ) -> TokenScores:
     """log pi(target | prefix) of every scored position, in nats, and on request the entropy of the distribution.
 
@@ -58,10 +69,11 @@ def token_log_probs(
     hidden gradient. Under sequence parallelism an all-gather of the hidden states comes first and a reduce-scatter of
     their gradient takes the place of that all-reduce.
 
-    Memory: [N, H] selected hidden states and [N] log-sum-exps are kept for backward; the gathered hidden states are
-    not. Beside them one chunk's logits [N, c] in fp32 (twice that with the entropy; half as much again in backward for
-    half precision), and in backward the gradients: of the hidden states [N, H] in fp32, and of the weight, unless there
-    is a ``main_grad`` to add it to.
+    Memory: kept for backward are [N, H] selected hidden states, a few [N], and the softmax [N, V/tp] in their type, if
+    it is no more than ``kept_bytes``; the gathered hidden states are not. Beside them one chunk's logits [N, c] in fp32
+    (twice that with the entropy on a CPU; where they are made again in half precision, half as much again in backward),
+    and in backward the gradients: of the hidden states [N, H] in fp32, and of the weight, unless there is a
+    ``main_grad`` to add it to.
 
     Args:
         hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
@@ -73,6 +85,7 @@ def token_log_probs(
         gradient_accumulation_fusion: add the weight's gradient into its ``main_grad``, as Megatron's own layers do.
         entropy: compute it, too; it carries no gradient.
         chunk_size: c, in vocabulary rows; from ``default_chunk_size`` when None.
+        kept_bytes: largest softmax to keep for backward; 0 keeps none.
 
     Returns:
         Log-probs [N] float32, and the entropy [N] float32 or None.
@@ -89,7 +102,10 @@ def token_log_probs(
         entropy=entropy,
     )
     selected = select_scored(hidden_states, scored, tp_group=tp_group, sequence_parallel=sequence_parallel)
-    return TokenScores(*_FusedLogProbs.apply(selected, weight, bias, scored.target, shard))
+    # Inside a Function nobody can tell whether there will be a backward pass.
+    has_backward = torch.is_grad_enabled() and (selected.requires_grad or weight.requires_grad)
+    keeps = has_backward and selected.shape[0] * shard.real_rows * selected.element_size() <= kept_bytes
+    return TokenScores(*_FusedLogProbs.apply(selected, weight, bias, scored.target.contiguous(), shard, keeps))
 
 
 @dataclass(frozen=True)
@@ -108,36 +124,41 @@ class _Shard:
         for start in range(0, self.real_rows, self.chunk_size):
             yield slice(start, min(start + self.chunk_size, self.real_rows))
 
-    def buffer(self, hidden: Tensor) -> Tensor:
-        """[N c] float32 for the logits of one chunk after the other; fresh pages for each cost a CPU 6% more time."""
-        return hidden.new_empty(len(hidden) * min(self.chunk_size, self.real_rows), dtype=torch.float32)
+    def buffer(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """[N, c] for one chunk after the other; fresh pages for each cost a CPU 6% more time."""
+        return hidden.new_empty(len(hidden), _aligned(min(self.chunk_size, self.real_rows)), dtype=dtype)
 
-    def targets_in(self, rows: slice, target: Tensor) -> tuple[Tensor, Tensor]:
-        """[N] column of each target among the chunk's rows, 0 where it is not there; [N] whether it is."""
-        column = target - (self.first_row + rows.start)
-        here = (column >= 0) & (column < rows.stop - rows.start)
-        return column.where(here, 0)[:, None], here
+    def targets(self, rows: slice, target: Tensor) -> Targets:
+        return Targets(target, self.first_row + rows.start)
+
+
+def _aligned(columns: int) -> int:
+    """At least as many, so that every row of a matrix begins at a multiple of 16 bytes."""
+    return -(-columns // 8) * 8
 
 
 class _FusedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, shard: _Shard
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, shard: _Shard, keeps: bool
     ) -> tuple[Tensor, Tensor | None]:
         """[N, H], [V/tp, H], [V/tp], [N] -> [N] log-probs, [N] entropy or None."""
-        n = target.numel()
-        maximum = hidden.new_full((n,), torch.finfo(torch.float32).min, dtype=torch.float32)
-        sums = hidden.new_zeros((3 if shard.entropy else 2, n), dtype=torch.float32)
-        buffer = shard.buffer(hidden)
-        for rows in shard.chunks():
+        passes, buffer = passes_for(hidden.device), shard.buffer(hidden, torch.float32)
+        kept = hidden.new_empty(len(hidden), _aligned(shard.real_rows)) if keeps else None
+        chunks = list(shard.chunks())
+        maxima, totals, moments = hidden.new_empty((3, len(chunks), len(hidden)), dtype=torch.float32)
+        target_logit = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        for index, rows in enumerate(chunks):
+            sums = ChunkSums(maxima[index], totals[index], moments[index] if shard.entropy else None)
+            own = None if kept is None else kept[:, rows]
             logits = _logits(hidden, weight, bias, rows, buffer)
-            chunk_maximum, chunk_sums = _chunk_sums(logits, rows, target, shard)
-            larger = torch.maximum(maximum, chunk_maximum)
-            sums = _shifted(sums, maximum - larger) + _shifted(chunk_sums, chunk_maximum - larger)
-            maximum = larger
-        log_probs, log_sum_exp, entropy = _over_ranks(maximum, sums, shard)
+            passes.exponentials(logits, shard.targets(rows, target), sums, target_logit, own)
+        maximum, sums_of_all = _over_chunks(maxima, totals, moments if shard.entropy else None)
+        log_sum_exp, target_logit, entropy = _over_ranks(maximum, sums_of_all, target_logit, shard)
+        log_probs = target_logit - log_sum_exp
         ctx.shard = shard
-        ctx.save_for_backward(hidden, weight, bias, target, log_sum_exp)
+        softmax = [] if kept is None else [kept, maxima]
+        ctx.save_for_backward(hidden, weight, bias, target, log_probs, log_sum_exp, *softmax)
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
@@ -146,21 +167,17 @@ class _FusedLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """[N] gradient of the log-probs -> gradients of hidden states, weight and bias, where they are wanted."""
-        hidden, weight, bias, target, log_sum_exp = ctx.saved_tensors
         shard: _Shard = ctx.shard
+        hidden, weight, bias = ctx.saved_tensors[:3]
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         grad_weight = None
         if wants_weight:
             grad_weight = torch.zeros_like(weight) if shard.main_grad is None else shard.main_grad
         grad_bias = torch.zeros_like(bias) if wants_bias else None
-        buffer = shard.buffer(hidden)
-        for rows in shard.chunks():
-            logits = _logits(hidden, weight, bias, rows, buffer)
-            grad_logits = _into_grad_logits(logits, rows, log_sum_exp, target, incoming, shard)
+        for rows, grad_logits in _grad_logits(ctx.saved_tensors, incoming, shard):
             if grad_bias is not None:
                 grad_bias[rows] = grad_logits.sum(0)
-            grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 _add_product(grad_hidden, grad_logits, weight[rows])
             if grad_weight is not None:
@@ -171,7 +188,7 @@ class _FusedLogProbs(torch.autograd.Function):
                 torch.distributed.all_reduce(grad_hidden, group=shard.tp_group)
         if grad_weight is not None and grad_weight is shard.main_grad:
             grad_weight = _stand_in(weight)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 # Forward -------------------------------------------------------------------------------------------------------------
@@ -180,8 +197,7 @@ class _FusedLogProbs(torch.autograd.Function):
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, buffer: Tensor) -> Tensor:
     """[N, H], [V/tp, H] -> [N, c] float32 in the buffer, to be overwritten."""
     columns = weight[rows].t()
-    n, c = len(hidden), columns.shape[1]
-    logits = buffer[: n * c].view(n, c)
+    logits = buffer[:, : columns.shape[1]]
     if hidden.dtype == torch.float32:
         torch.mm(hidden, columns, out=logits)
     elif hidden.is_cuda:
@@ -191,66 +207,81 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, bu
     return logits if bias is None else logits.add_(bias[rows])
 
 
-def _chunk_sums(logits: Tensor, rows: slice, target: Tensor, shard: _Shard) -> tuple[Tensor, Tensor]:
-    """What a chunk of the vocabulary says about every position. Overwrites ``logits``.
+def _over_chunks(maxima: Tensor, totals: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Chunks' sums, [chunks, N] each -> [N] maximum m of all of them; [1 or 2, N] their sums about it.
 
-    Returns:
-        [N] maximum m, and [2 or 3, N]: sum of exp(z - m); the target's logit, 0 where it is elsewhere; and for the
-        entropy the sum of exp(z - m) (z - m).
+    A rank that has only rows of padding has no chunks: nothing, about the lowest number there is.
     """
-    column, here = shard.targets_in(rows, target)
-    target_logit = logits.gather(1, column).squeeze(1).where(here, 0)
-    maximum = logits.amax(1)
-    exponentials = logits.sub_(maximum[:, None]).exp_()
-    sums = [exponentials.sum(1), target_logit]
-    if shard.entropy:
-        sums.append(torch.special.xlogy(exponentials, exponentials).sum(1))  # 0 log 0 = 0
-    return maximum, torch.stack(sums)
+    if not len(maxima):
+        empty = maxima.new_zeros((1 if moments is None else 2, maxima.shape[1]))
+        return torch.full_like(empty[0], torch.finfo(torch.float32).min), empty
+    maximum = maxima.amax(0)
+    return maximum, _shifted(torch.stack([totals] if moments is None else [totals, moments]), maxima - maximum).sum(1)
 
 
 def _shifted(sums: Tensor, shift: Tensor) -> Tensor:
-    """The sums of ``_chunk_sums`` about another maximum: ``shift`` is m minus that one, [N]."""
-    total, target_logit, *moment = sums
-    shifted = [total * shift.exp(), target_logit]
-    shifted += [(each + total * shift) * shift.exp() for each in moment]
-    return torch.stack(shifted)
+    """Sums of exp(z - m) and perhaps of exp(z - m) (z - m), [1 or 2, ...], about m - ``shift`` instead of m."""
+    total, *moment = sums
+    return torch.stack([total * shift.exp(), *((each + total * shift) * shift.exp() for each in moment)])
 
 
-def _over_ranks(own_maximum: Tensor, sums: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Combine what the ranks have found: log-probs, log-sum-exps and entropy (or None), [N] each. Two all-reduces."""
-    maximum = own_maximum.clone()
+def _over_ranks(
+    maximum: Tensor, sums: Tensor, target_logit: Tensor, shard: _Shard
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Combine what the ranks have found: log-sum-exps, targets' logits, entropy (or None), [N]. Two all-reduces."""
     if shard.tp_group.size() > 1:
+        own_maximum, maximum = maximum, maximum.clone()
         torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX, group=shard.tp_group)
-        sums = _shifted(sums, own_maximum - maximum)
-        torch.distributed.all_reduce(sums, group=shard.tp_group)
-    total, target_logit, *moment = sums
+        combined = torch.cat([_shifted(sums, own_maximum - maximum), target_logit[None]])
+        torch.distributed.all_reduce(combined, group=shard.tp_group)
+        sums, target_logit = combined[:-1], combined[-1]
+    total, *moment = sums
     log_total = total.log()
     entropy = log_total - moment[0] / total if moment else None
-    return target_logit - maximum - log_total, maximum + log_total, entropy
+    return maximum + log_total, target_logit, entropy
 
 
 # Backward ------------------------------------------------------------------------------------------------------------
 
 
-def _into_grad_logits(
-    logits: Tensor, rows: slice, log_sum_exp: Tensor, target: Tensor, incoming: Tensor, shard: _Shard
-) -> Tensor:
-    """incoming_n ([v = y_n] - exp(z_nv - lse_n)), [N, c], in the place of the logits."""
-    grad = logits.sub_(log_sum_exp[:, None]).exp_().mul_(-incoming[:, None])
-    column, here = shard.targets_in(rows, target)
-    return grad.scatter_add_(1, column, incoming.where(here, 0)[:, None])
+def _grad_logits(saved: tuple[Tensor, ...], incoming: Tensor, shard: _Shard) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the vocabulary, and incoming_n ([v = y_n] - exp(z_nv - lse_n)) for them, [N, rows] in the inputs' type.
+
+    At the target, 1 - exp(log pi(y_n)) is taken from the log-prob: where that is near 0, one minus a rounded softmax
+    would be noise.
+    """
+    hidden, weight, bias, target, log_probs, log_sum_exp, *softmax = saved
+    passes, incoming = passes_for(hidden.device), incoming.contiguous()
+    at_target = -incoming * torch.expm1(log_probs)
+    if softmax:  # all rows at once, in its place: autograd refuses to come here a second time
+        kept, maxima = softmax
+        for index, rows in enumerate(shard.chunks()):
+            own, shift = kept[:, rows], maxima[index] - log_sum_exp
+            passes.gradient(own, shift, incoming, at_target, shard.targets(rows, target), out=own, exponentiated=True)
+        if shard.real_rows:
+            yield slice(0, shard.real_rows), kept[:, : shard.real_rows]
+        return
+    buffer = shard.buffer(hidden, torch.float32)
+    rounded = buffer if hidden.dtype == torch.float32 else shard.buffer(hidden, hidden.dtype)
+    for rows in shard.chunks():
+        logits = _logits(hidden, weight, bias, rows, buffer)
+        grad = rounded[:, : logits.shape[1]]
+        passes.gradient(
+            logits, -log_sum_exp, incoming, at_target, shard.targets(rows, target), out=grad, exponentiated=False
+        )
+        yield rows, grad
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left right, added up in fp32 whatever the types."""
-    if total.dtype != torch.float32:
-        product = torch.zeros_like(total, dtype=torch.float32)
-        _add_product(product, left, right)
-        total += product
-    elif right.is_cuda and right.dtype != torch.float32:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
+    if not total.is_cuda and total.dtype != torch.float32:
+        total += left.float() @ right.float()
+    elif not total.is_cuda:
         total.addmm_(left.float(), right.float())
+    elif total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 def _stand_in(weight: Tensor) -> Tensor | None:

@@ -29,12 +29,15 @@ class TokenScoring:
     """Vocabulary rows whose logits exist at once; the fused kernel's choice when None. Other kernels have no chunks."""
     entropy: bool = False
     """Compute the entropy of every scored position, too."""
+    kept_bytes: int | None = None
+    """Largest softmax that the fused kernel keeps for backward instead of making it again; its bound when None."""
 
     def __call__(
         self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, scored: ScoredPositions, **layout: Any
     ) -> TokenScores:
         """Score. ``layout`` holds the kernels' arguments about process group and parallelism."""
-        chunks = {} if self.chunk_size is None else {"chunk_size": self.chunk_size}
+        given = {"chunk_size": self.chunk_size, "kept_bytes": self.kept_bytes}
+        given = {name: value for name, value in given.items() if value is not None}
         return KERNELS[self.kernel](
-            hidden_states, weight, bias, scored, vocab_size=self.vocab_size, entropy=self.entropy, **chunks, **layout
+            hidden_states, weight, bias, scored, vocab_size=self.vocab_size, entropy=self.entropy, **given, **layout
         )

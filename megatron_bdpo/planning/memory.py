@@ -29,8 +29,9 @@ FIXED_RESERVE = 3 * GB
 #: Assumed, of everything else: what the allocator cannot use.
 FRAGMENTATION = 0.05
 
-#: Of one chunk of the fused log-probs' logits, see logprobs.fused_linear; in backward half as much again.
+#: Of one chunk of the fused log-probs' logits, and the largest softmax they keep: see logprobs.fused_linear.
 CHUNK_BYTES = 64 * 2**20
+KEPT_BYTES = 5 * 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ class JobShape:
     recompute: Recompute = field(default_factory=Recompute)
     resident: bool = False
     fused_log_probs: bool = True
+    kept_softmax_bytes: float = KEPT_BYTES
+    """The largest softmax that the fused log-probs keep for backward."""
     fused_layers: bool = True
     """Transformer Engine's layers, or Megatron's local ones."""
     keys: float = 1.5
@@ -142,7 +145,13 @@ def kept_of_output(model: ModelShape, job: JobShape) -> float:
     """What the last stage keeps beside its layers of the one microbatch that is there."""
     layer = layer_bytes(model, job.split, job.pack(), has_experts=False)
     final_norm = layer.norms / 2 - layer.input  # of its output, the scored positions
-    return final_norm + _scored(job) * model.hidden * job.weight_bytes
+    return final_norm + _scored(job) * model.hidden * job.weight_bytes + _kept_softmax(model, job)
+
+
+def _kept_softmax(model: ModelShape, job: JobShape) -> float:
+    tensor = job.split.layout.tensor
+    size = _scored(job) * model.padded_vocab(tensor) / tensor * job.weight_bytes
+    return size if job.fused_log_probs and size <= job.kept_softmax_bytes else 0.0
 
 
 def _scored(job: JobShape) -> float:
@@ -156,7 +165,9 @@ def _log_probs(model: ModelShape, job: JobShape) -> float:
     if job.fused_log_probs:
         hidden_gradient = 4 * scored * model.hidden
         weight_gradient = 0 if job.fused_layers else rows * model.hidden * job.weight_bytes
-        return kept + hidden_gradient + 1.5 * min(CHUNK_BYTES, 4 * scored * rows) + weight_gradient
+        chunk = min(CHUNK_BYTES, 4 * scored * rows)
+        made_again = 0 if _kept_softmax(model, job) else chunk / 2  # its gradient, in half precision
+        return kept + hidden_gradient + chunk + made_again + weight_gradient
     # Logits, their softmax in fp32 for the backward pass, and the gradient of both.
     return kept + scored * rows * (job.weight_bytes + 4 + 4 + job.weight_bytes)
 

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning.activations import Recompute
 from megatron_bdpo.planning.layout import Layout
-from megatron_bdpo.planning.memory import JobShape
+from megatron_bdpo.planning.memory import KEPT_BYTES, JobShape
 from megatron_bdpo.planning.model import ModelShape, Split
 from megatron_bdpo.training.flags.precision import precision_of
 from megatron_bdpo.training.job import PairJob, build_tokenizer
@@ -71,6 +71,7 @@ def job_shape(args: argparse.Namespace, job: PairJob) -> JobShape:
         recompute=_recompute(args),
         resident=job.resident,
         fused_log_probs=args.log_probs == "fused",
+        kept_softmax_bytes=KEPT_BYTES if args.log_prob_kept_mib is None else args.log_prob_kept_mib * 2**20,
         # Without a GPU local layers are chosen for the user; the job is to run on one.
         fused_layers=not (args.transformer_impl == "local" and "transformer_impl" in args.given_flags),
         keys=fill * ((3 * prompts + sum(answers)) / tokens if job.share_prompts else 1.0),

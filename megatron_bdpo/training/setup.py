@@ -54,7 +54,12 @@ def set_up(args: argparse.Namespace) -> RunSetup:
         UserError: on every rank.
     """
     job, config = prepare(args)
-    scoring = TokenScoring(args.scored_vocab_size, kernel=args.log_probs, chunk_size=args.log_prob_chunk_size)
+    scoring = TokenScoring(
+        args.scored_vocab_size,
+        kernel=args.log_probs,
+        chunk_size=args.log_prob_chunk_size,
+        kept_bytes=None if args.log_prob_kept_mib is None else args.log_prob_kept_mib * 2**20,
+    )
     current = identity.identity_of(args, job)
     try:
         found = identity.resumed_identity(args, current)

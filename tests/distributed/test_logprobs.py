@@ -33,8 +33,16 @@ LAYOUTS = {
     "2 x TP2 SP": (4, 2, True),
 }
 
-# Kernel and chunk size in vocabulary rows: all of a rank's 16, 32 or 64 in one chunk, one in each, some left over.
-KERNELS = {"plain": ("plain", None), "fused": ("fused", None), "chunks of 1": ("fused", 1), "chunks of 7": ("fused", 7)}
+# Chunks in vocabulary rows: all of a rank's 16, 32 or 64 in one, one in each, some left over. Backward reads the
+# softmax that forward has kept; where it may keep nothing, it makes the logits again.
+KERNELS: dict[str, dict[str, Any]] = {
+    "plain": {"kernel": "plain"},
+    "fused": {},
+    "chunks of 1": {"chunk_size": 1},
+    "chunks of 7": {"chunk_size": 7},
+    "made again": {"kept_bytes": 0},
+    "made again in chunks of 7": {"kept_bytes": 0, "chunk_size": 7},
+}
 
 # fp32 inputs: products of 16 terms and a log-sum-exp, each good to a few 6e-8.
 FP32 = 1e-5
@@ -62,7 +70,7 @@ def score(p: Problem, group: Any, sequence_parallel: bool, kernel: Any, dtype: t
     weight = torch.tensor(p.weight, dtype=dtype).chunk(tp)[rank].clone().requires_grad_()
     bias = None if p.bias is None else torch.tensor(p.bias, dtype=dtype).chunk(tp)[rank].clone().requires_grad_()
     scored = p.scored()
-    scoring = TokenScoring(p.vocab_size, *kernel, entropy=True)
+    scoring = TokenScoring(p.vocab_size, **kernel, entropy=True)
     tokens, entropy = scoring(hidden, weight, bias, scored, tp_group=group, sequence_parallel=sequence_parallel)
     assert not entropy.requires_grad
     sequences = sequence_log_probs(tokens, scored)
@@ -141,7 +149,7 @@ def test_inputs_are_left_as_they_were(ranks, kernel):
         assert np.array_equal(after[name], expected), name
 
 
-def inputs_before_and_after(kernel: tuple[str, int | None]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def inputs_before_and_after(kernel: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     from megatron_bdpo.logprobs import TokenScoring
 
     p = PROBLEMS["bias"]
@@ -156,7 +164,7 @@ def inputs_before_and_after(kernel: tuple[str, int | None]) -> tuple[dict[str, n
 
     before = values()
     with tensor_parallel_group(1) as group:
-        scoring = TokenScoring(p.vocab_size, *kernel, entropy=True)
+        scoring = TokenScoring(p.vocab_size, **kernel, entropy=True)
         scores = scoring(hidden[:, None], weight, bias, scored, tp_group=group, sequence_parallel=False)
         scores.log_probs.backward(incoming)
     return before, values()

@@ -72,13 +72,21 @@ def test_a_resident_reference_is_a_second_copy_of_the_weights():
     assert with_reference.total - without.total == pytest.approx(1.05 * own)  # and its share of the reserve
 
 
-def test_plain_log_probs_hold_the_logits():
+#: Bound of the kept softmax -> bytes of it, and of a chunk's logits; where they are made again, their gradient too.
+LOGITS = 8192 * 128256 / 2
+FUSED = {"kept": (2 * LOGITS, 2 * LOGITS + 64 * 2**20), "made again": (2 * LOGITS - 1, 1.5 * 64 * 2**20)}
+
+
+@pytest.mark.parametrize("softmax", FUSED)
+def test_plain_log_probs_hold_the_logits(softmax):
     """[N, V] in the weights' type and in fp32, and both gradients: 12 bytes; split over tensor-parallel ranks."""
-    plain, fused = (stage_memory(LLAMA_8B, job(2, 1, ranks=8, fused_log_probs=kind), 0) for kind in (False, True))
-    logits = 12 * 8192 * 128256 / 2
-    assert plain.parts["log-probs"] - fused.parts["log-probs"] == pytest.approx(
-        logits - 4 * 8192 * 4096 - 1.5 * 64 * 2**20
+    bound, expected = FUSED[softmax]
+    plain, fused = (
+        stage_memory(LLAMA_8B, job(2, 1, ranks=8, fused_log_probs=kind, kept_softmax_bytes=bound), 0)
+        for kind in (False, True)
     )
+    difference = plain.parts["log-probs"] - fused.parts["log-probs"]
+    assert difference == pytest.approx(12 * LOGITS - 4 * 8192 * 4096 - expected)
 
 
 def test_microbatches_in_flight():

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bdpo.logprobs import OneRank, ScoredPositions, TokenScores
-from megatron_bdpo.logprobs.fused_linear import CHUNK_BYTES, default_chunk_size, token_log_probs
+from megatron_bdpo.logprobs.fused_linear import CHUNK_BYTES, KEPT_BYTES, default_chunk_size, token_log_probs
 from megatron_bdpo.planning import memory as planning
 
-N, V, H, CHUNK = 96, 160, 8, 20
+N, V, H, CHUNK = 96, 160, 8, 32
 
 
 @dataclass
@@ -88,17 +88,40 @@ def saved_elements(run: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-def test_no_tensor_holds_the_logits_of_more_than_a_chunk(entropy):
+def test_no_tensor_holds_the_logits_of_more_than_a_chunk_if_none_may_be_kept(entropy):
     inputs = make_inputs()
     with Recorder() as recorder:
-        inputs.score(entropy=entropy).log_probs.backward(inputs.incoming)
+        inputs.score(entropy=entropy, kept_bytes=0).log_probs.backward(inputs.incoming)
     assert recorder.largest == N * CHUNK
-    assert recorder.operations["amax"] == V // CHUNK
+    assert recorder.operations["mm"] == 2 * V // CHUNK  # logits, forward and backward
 
 
-def test_only_log_sum_exps_are_kept_for_backward():
-    kept = saved_elements(make_inputs().score)
-    assert sorted(kept) == sorted([N, N * H, V * H, N, N])  # index; hidden, weight, target, log-sum-exp
+def test_logits_are_made_once_where_their_softmax_is_kept():
+    inputs = make_inputs()
+    with Recorder() as recorder:
+        inputs.score().log_probs.backward(inputs.incoming)
+    assert recorder.operations["mm"] == V // CHUNK
+    assert recorder.operations["addmm_"] == 2  # the gradients, of all chunks at once
+
+
+#: By ``kept_bytes``: index; hidden, weight, target, log-probs, log-sum-exp; the softmax and its chunks' maxima.
+KEPT = {0: [N, N * H, V * H, N, N, N], N * V * 4: [N, N * H, V * H, N, N, N, N * V, N * (V // CHUNK)]}
+
+
+@pytest.mark.parametrize("bound", KEPT)
+def test_what_is_kept_for_backward(bound):
+    inputs = make_inputs()
+    assert sorted(saved_elements(lambda: inputs.score(kept_bytes=bound))) == sorted(KEPT[bound])
+    assert sorted(saved_elements(lambda: inputs.score(kept_bytes=bound - 1))) == sorted(KEPT[0])
+
+
+def test_a_kept_softmax_is_used_once():
+    """It becomes the gradient, in its place: a second backward pass is refused, not wrong."""
+    inputs = make_inputs()
+    log_probs = inputs.score().log_probs
+    log_probs.backward(inputs.incoming, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_probs.backward(inputs.incoming)
 
 
 def test_nothing_is_kept_when_scoring_a_reference():
@@ -111,28 +134,46 @@ def test_nothing_is_kept_when_scoring_a_reference():
     assert saved_elements(score) == []
 
 
-def test_frozen_weight_costs_no_gradient():
-    inputs = make_inputs()
-    inputs.weight.requires_grad_(False)
-    with Recorder() as recorder:
-        inputs.score().log_probs.backward(inputs.incoming)
-    assert recorder.operations["addmm_"] == V // CHUNK  # the hidden states' gradient
-    assert inputs.hidden.grad is not None and inputs.weight.grad is None
+#: By ``kept_bytes``: products that add to a gradient.
+PRODUCTS = {0: V // CHUNK, KEPT_BYTES: 1}
 
 
-def test_hidden_states_without_gradient_cost_none():
+@pytest.mark.parametrize("bound", PRODUCTS)
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_costs_no_gradient(frozen, bound):
     inputs = make_inputs()
-    inputs.hidden.requires_grad_(False)
+    getattr(inputs, frozen).requires_grad_(False)
     with Recorder() as recorder:
-        inputs.score().log_probs.backward(inputs.incoming)
-    assert recorder.operations["addmm_"] == V // CHUNK  # the weight's gradient
-    assert inputs.hidden.grad is None and inputs.weight.grad is not None
+        inputs.score(kept_bytes=bound).log_probs.backward(inputs.incoming)
+    assert recorder.operations["addmm_"] == PRODUCTS[bound]
+    assert (inputs.hidden.grad is None) == (frozen == "hidden")
+    assert (inputs.weight.grad is None) == (frozen == "weight")
 
 
 @pytest.mark.parametrize("positions", [1, 1000, 16_384])
-def test_default_chunk_is_as_large_as_its_bound_allows(positions):
+def test_default_chunk_is_as_large_as_its_bound_allows_in_whole_tiles(positions):
     size = default_chunk_size(positions)
-    assert size * positions * 4 <= CHUNK_BYTES < (size + 1) * positions * 4
+    assert size % 128 == 0
+    assert size * positions * 4 <= CHUNK_BYTES < (size + 128) * positions * 4
+
+
+@pytest.mark.parametrize("vocab", [50_257, 151_936, 130])
+def test_rows_begin_at_multiples_of_8_elements(vocab):
+    """Of what products read and write, 16 bytes in half precision: otherwise a GPU does them at half its speed."""
+    inputs, seen = make_inputs(37, vocab, 8), []
+
+    class Strides(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in ("mm", "addmm_"):
+                seen.extend(each for each in [*args, *(kwargs or {}).values()] if isinstance(each, Tensor))
+            return func(*args, **(kwargs or {}))
+
+    for bound in (0, KEPT_BYTES):
+        with Strides():
+            inputs.score(chunk_size=None, kept_bytes=bound).log_probs.backward(inputs.incoming)
+    assert len(seen) >= 12
+    for each in seen:
+        assert max(each.stride()) % 8 == 0 and each.storage_offset() % 8 == 0, (each.shape, each.stride())
 
 
 @pytest.mark.parametrize("positions", [0, CHUNK_BYTES])
@@ -143,33 +184,49 @@ def test_default_chunk_is_never_empty(positions):
 # Half precision
 
 
-def test_hidden_gradient_adds_up_in_fp32_over_chunks():
+@pytest.mark.parametrize("bound", [0, KEPT_BYTES])
+def test_hidden_gradient_adds_up_in_fp32_over_chunks(bound):
     """4096 tokens of probability 1/4096, a chunk each: a bf16 sum of their weights stands still at 1/16 of it."""
     inputs = make_inputs(4, 4096, H, torch.bfloat16)
     with torch.no_grad():
         inputs.hidden.zero_()  # every token is as likely
         inputs.weight.fill_(1)
         inputs.weight[inputs.target] = 3
-    inputs.score(chunk_size=1).log_probs.backward(inputs.incoming)
+    inputs.score(chunk_size=1, kept_bytes=bound).log_probs.backward(inputs.incoming)
     _, expected, _ = inputs.dense()
     # Probabilities and the result are rounded to 8 bits.
     assert (inputs.hidden.grad.double() - expected).abs().max() <= 1e-2 * expected.abs().max()
 
 
+@pytest.mark.parametrize("bound", [0, KEPT_BYTES])
 @pytest.mark.parametrize("where", ["returned", "main_grad"])
-def test_weight_gradient_adds_up_in_fp32_over_positions(where):
+def test_weight_gradient_adds_up_in_fp32_over_positions(where, bound):
     """4096 equal contributions: a bf16 sum stands still at 256 of them."""
     inputs = make_inputs(1, 16, H, torch.bfloat16)
     inputs = Inputs(inputs.hidden, inputs.weight, inputs.target.expand(4096), torch.ones(4096))
     inputs.hidden = inputs.hidden.detach().expand(4096, H)
     fused = where == "main_grad"
     inputs.weight.main_grad = torch.zeros(16, H)
-    inputs.score(chunk_size=5, gradient_accumulation_fusion=fused).log_probs.backward(inputs.incoming)
+    inputs.score(chunk_size=5, kept_bytes=bound, gradient_accumulation_fusion=fused).log_probs.backward(inputs.incoming)
     _, _, expected = inputs.dense()
     found = inputs.weight.main_grad if fused else inputs.weight.grad
     assert found.dtype == (torch.float32 if fused else torch.bfloat16)
     # The logits are rounded to 8 bits, and a returned gradient once more.
     assert (found.double() - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("bound", [0, KEPT_BYTES])
+def test_gradient_at_a_nearly_certain_target_is_not_noise(bound):
+    """1 - p is 0.0003 there, a tenth of what bf16 can tell 1 from."""
+    inputs = make_inputs(1, 16, H, torch.bfloat16)
+    with torch.no_grad():
+        inputs.hidden.fill_(1)
+        inputs.weight.zero_()
+        inputs.weight[inputs.target] = 11 / H  # ln(15 / 0.0003) = 10.8
+    inputs.score(kept_bytes=bound).log_probs.backward(inputs.incoming)
+    _, _, expected = inputs.dense()
+    row = inputs.target.item()
+    torch.testing.assert_close(inputs.weight.grad[row].double(), expected[row], rtol=1e-2, atol=0)
 
 
 # main_grad
@@ -211,8 +268,9 @@ def test_main_grad_is_left_alone_without_fusion():
 
 
 def test_planning_reckons_with_this_chunk():
-    """It has a number of its own: planning imports no torch."""
+    """It has numbers of its own: planning imports no torch."""
     assert planning.CHUNK_BYTES == CHUNK_BYTES
+    assert planning.KEPT_BYTES == KEPT_BYTES
 
 
 # On a GPU

@@ -270,6 +270,13 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         help="vocabulary rows in a chunk of the fused log-probs (default: as many as fill 64 MiB of fp32 logits)",
     )
     add(
+        "--log-prob-kept-mib",
+        type=int,
+        metavar="N",
+        help="most memory for the softmax of a pack's scored positions, in the model's precision, that the fused "
+        "log-probs keep for the backward pass; where it is more, the logits are made a second time (default: 2560)",
+    )
+    add(
         "--log-entropy",
         action="store_true",
         help="report the policy's entropy per response token, of chosen and rejected",

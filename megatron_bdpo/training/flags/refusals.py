@@ -223,6 +223,10 @@ _REFUSALS = (
         "--log-prob-chunk-size: a positive number of vocabulary rows, and only the fused log-probs work in chunks.",
     ),
     _Refusal(
+        lambda a: a.log_prob_kept_mib is not None and (a.log_probs != "fused" or a.log_prob_kept_mib < 0),
+        "--log-prob-kept-mib: MiB, 0 or more, and only the fused log-probs have the choice.",
+    ),
+    _Refusal(
         lambda a: a.cuda_graph_impl != "none" or a.enable_cuda_graph or a.external_cuda_graph,
         "CUDA graphs: every pack has another attention plan.",
     ),
