@@ -26,7 +26,7 @@ from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm
 class PairGPTModel(GPTModel):
     """GPTModel whose rotary embedding follows the plan's positions, and whose experts know the plan's padding."""
 
-    scale_embeddings: bool
+    embedding_scale: float | None
 
     def _preprocess(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         plan = packed_seq_params
@@ -36,8 +36,8 @@ class PairGPTModel(GPTModel):
         for_whole_table = copy.copy(plan)
         for_whole_table.qkv_format = "thd"
         outputs = list(super()._preprocess(*args, packed_seq_params=for_whole_table, **kwargs))
-        if self.scale_embeddings and outputs[0] is not None:
-            outputs[0] = outputs[0] * outputs[0].new_tensor(self.config.hidden_size**0.5)
+        if self.embedding_scale is not None and outputs[0] is not None:
+            outputs[0] = outputs[0] * self.embedding_scale
         if outputs[1] is not None:
             outputs[1] = outputs[1][plan.positions]
         if self.config.num_moe_experts:
@@ -61,7 +61,7 @@ class PairGPTBuilder(GPTModelBuilder):
         # GPTModelBuilder names GPTModel, which names its output layer. The subclasses add methods and no weights, so
         # re-classing the instances says the same as copying their builders' code, and stays right when that changes.
         model.__class__ = PairGPTModel
-        model.scale_embeddings = self._model_config.scale_embeddings
+        model.embedding_scale = self._embedding_scale()
         for module in model.modules():
             if isinstance(module, PairAttention):
                 module.backend = self._model_config.pair_attention
@@ -70,6 +70,13 @@ class PairGPTBuilder(GPTModelBuilder):
         if model.post_process:
             model.output_layer.__class__ = ScoringOutputLayer
         return model
+
+    def _embedding_scale(self) -> float | None:
+        """Rounded to the embeddings' type, as models are trained with it."""
+        if not self._model_config.scale_embeddings:
+            return None
+        transformer = self._model_config.transformer
+        return torch.tensor(transformer.hidden_size**0.5, dtype=transformer.params_dtype).item()
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,8 @@ so nothing is broadcast and no pipeline stage waits for another's data.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron_bdpo.data.context import ALONE, ContextRank, context_part
 from megatron_bdpo.data.layout import IntArray, Pack, lay_out
+from megatron_bdpo.data.packing import round_up
 from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.logprobs import ScoredPositions
 from megatron_bdpo.model.attention import AttentionPlan
@@ -27,8 +29,11 @@ from megatron_bdpo.model.attention import AttentionPlan
 class PackBatch:
     """One microbatch: a pack as tensors, or this context-parallel rank's part of one. Shapes as in ``data.layout``.
 
-    A part has T / C positions, but all S sequences and P pairs of the pack (see ``data.context``).
+    A part has T / C positions, but all S sequences and P pairs of the pack (see ``data.context``). All tensors are
+    views of one piece of memory, which is pinned and sent to the device as a whole.
     """
+
+    whole: Tensor  # [bytes] uint8
 
     tokens: Tensor  # [1, T]
     positions: Tensor  # [1, T]
@@ -74,21 +79,44 @@ class PackBatch:
 
     def to_device(self) -> PackBatch:
         """This batch on the current CUDA device (the CPU where there is none)."""
-        return self._map(lambda tensor: tensor.cuda(non_blocking=True))
+        return self._moved(lambda whole: whole.cuda(non_blocking=True))
 
     def pin_memory(self) -> PackBatch:
         """Called by the data loader."""
-        return self._map(Tensor.pin_memory)
+        return self._moved(Tensor.pin_memory)
 
-    def _map(self, move: Callable[[Tensor], Tensor]) -> PackBatch:
-        changes: dict[str, Any] = {}
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> PackBatch:
+        whole = move(self.whole)
+        changes: dict[str, Any] = {"whole": whole}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changes[field.name] = move(value)
+            if isinstance(value, Tensor) and field.name != "whole":
+                changes[field.name] = _view(whole, int(value.storage_offset()) * value.element_size(), value)
             elif isinstance(value, PackBatch):
-                changes[field.name] = value._map(move)
+                changes[field.name] = value._moved(move)
         return dataclasses.replace(self, **changes)
+
+
+def _view(whole: Tensor, start: int, like: Tensor) -> Tensor:
+    """What ``like`` is, at byte ``start`` of ``whole``."""
+    return whole[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+_ALIGNMENT = 16  # bytes, of each tensor: enough for any type, and for vector loads
+
+
+def _in_one_piece(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Arrays, copied into one piece of memory: that, and its views by name."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    ends = list(itertools.accumulate(round_up(tensor.nbytes, _ALIGNMENT) for tensor in tensors.values()))
+    whole = torch.zeros(ends[-1], dtype=torch.uint8)
+    views = {
+        name: _view(whole, start, tensor)
+        for (name, tensor), start in zip(tensors.items(), [0, *ends], strict=False)
+    }
+    for name, view in views.items():
+        view.copy_(tensors[name])
+    return whole, views
 
 
 @dataclass(frozen=True)
@@ -123,29 +151,36 @@ class PackMaker:
 def to_batch(pack: Pack, unsafe: np.ndarray[Any, Any], pack_length: int, table_length: int) -> PackBatch:
     """The arrays of a pack, or of one rank's part of a pack of ``pack_length`` positions, as tensors on the host."""
     scored_tokens = np.bincount(pack.scored_sequence, minlength=len(pack.sequence_tokens))
+    whole, tensors = _in_one_piece(
+        {
+            "tokens": pack.tokens[None],
+            "positions": pack.positions[None],
+            "key_index": pack.key_index,
+            "query_starts": _starts(pack.query_lengths),
+            "key_starts": _starts(pack.key_lengths),
+            "scored_hidden": pack.scored_hidden,
+            "scored_target": pack.scored_target,
+            "scored_sequence": pack.scored_sequence,
+            "scored_tokens": scored_tokens,
+            "sequence_tokens": pack.sequence_tokens,
+            "unsafe": unsafe.astype(np.int64),
+        }
+    )
     return PackBatch(
-        tokens=torch.from_numpy(pack.tokens)[None],
-        positions=torch.from_numpy(pack.positions)[None],
-        key_index=torch.from_numpy(pack.key_index),
-        query_starts=_starts(pack.query_lengths),
-        key_starts=_starts(pack.key_lengths),
+        whole=whole,
+        **tensors,
         query_lengths=tuple(pack.query_lengths.tolist()),
         key_lengths=tuple(pack.key_lengths.tolist()),
-        scored_hidden=torch.from_numpy(pack.scored_hidden),
-        scored_target=torch.from_numpy(pack.scored_target),
-        scored_sequence=torch.from_numpy(pack.scored_sequence),
-        scored_tokens=torch.from_numpy(scored_tokens),
         most_scored=int(scored_tokens.max(initial=0)),
-        sequence_tokens=torch.from_numpy(pack.sequence_tokens),
         pack_length=pack_length,
         table_length=table_length,
-        unsafe=torch.from_numpy(unsafe.astype(np.int64)),
         pair_ids=pack.pair_ids,
+        unconditional=None,
     )
 
 
-def _starts(lengths: IntArray) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+def _starts(lengths: IntArray) -> npt.NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 #: Pack number -> the ids of its pairs, and its length.

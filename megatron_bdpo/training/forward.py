@@ -94,7 +94,7 @@ class PreferenceStep:
     gate: StepZeroGate | None = None
     """During the first step: told how far each pair's loss is from its value at policy == reference."""
     imbalance_edges: Tensor | None = None
-    """[3]: between the quartiles of the training pairs' imbalance; None where it is not known beforehand."""
+    """[3] on the device, between the quartiles of the training pairs' imbalance; None: not known beforehand."""
 
     def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(data_iterator).to_device()
@@ -116,7 +116,7 @@ class PreferenceStep:
             report |= entropy_report(entropy, batch.sequence_tokens)
         # Megatron adds the counts of all data- and context-parallel ranks; those of one context have the same pairs.
         pairs_counted_here = batch.pairs if parallel_state.get_context_parallel_rank() == 0 else 0
-        count = torch.tensor(pairs_counted_here, dtype=torch.int, device=loss_sum.device)
+        count = torch.full((), pairs_counted_here, dtype=torch.int, device=loss_sum.device)
         return loss_sum, count, report
 
 
@@ -157,10 +157,10 @@ def _wins(margin: Tensor) -> Tensor:
 
 
 def _sums(values: dict[str, Tensor]) -> Report:
-    return {
-        name: torch.stack([value.detach().sum(), value.new_tensor(value.numel())]).float()
-        for name, value in values.items()
-    }
+    """[P] each; added up together, and the number of pairs filled in on the device: nothing waits for the host."""
+    sums = torch.stack([value.detach().double() for value in values.values()]).sum(dim=1)
+    pairs = next(iter(values.values())).numel()
+    return dict(zip(values, torch.stack([sums, torch.full_like(sums, pairs)], dim=1).float(), strict=True))
 
 
 @dataclass

@@ -175,7 +175,8 @@ class PreferenceRun:
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
         if isinstance(self._step.reference, ReferenceTable):
             self._settle_loss(self._step.reference, resumed=resumed)
-            self._step.imbalance_edges = self._step.reference.imbalance_edges(self.job)
+            edges = self._step.reference.imbalance_edges(self.job)
+            self._step.imbalance_edges = None if edges is None else edges.cuda()
         identity.keep(self.args, self._identity)
         with all_ranks_agree():
             if self.args.save and self.args.rank == self.args.world_size - 1:

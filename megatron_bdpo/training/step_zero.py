@@ -57,7 +57,7 @@ class StepZeroGate:
 
     def observe(self, loss: Tensor, at_reference: Tensor, log_ratio_per_token: Tensor) -> None:
         """Record the pairs of a microbatch. All arguments are [P]."""
-        count = loss.new_tensor(loss.numel())
+        count = loss.new_full((), loss.numel())
         self._sums.append(
             torch.stack([(loss - at_reference).detach().sum(), log_ratio_per_token.detach().sum(), count])
         )

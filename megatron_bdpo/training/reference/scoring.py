@@ -63,11 +63,12 @@ class ReferenceTable:
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
         """See ``forward.ReferenceValues``."""
-        device = batch.sequence_tokens.device
-        return tuple(  # type: ignore[return-value]
-            None if values is None else torch.from_numpy(values[batch.pair_ids]).flatten().to(device)
-            for values in (self.conditional, self.unconditional)
-        )
+        found = [None if each is None else each[batch.pair_ids] for each in (self.conditional, self.unconditional)]
+        # In one piece, pinned: the host does not wait until the device has it.
+        sent = torch.from_numpy(np.stack([each for each in found if each is not None])).pin_memory()
+        values = iter(sent.cuda(non_blocking=True).flatten(1))
+        conditional, unconditional = (None if each is None else next(values) for each in found)
+        return conditional, unconditional
 
 
 def _flat(values: npt.NDArray[Any]) -> Tensor:

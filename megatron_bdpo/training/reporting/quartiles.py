@@ -38,12 +38,13 @@ def quartile_report(values: Mapping[str, Tensor], imbalance: Tensor, edges: Tens
     Args:
         values: by name, [P] each.
         imbalance: [P]; a pair on an edge belongs to the lower quartile.
+        edges: [3], on the same device.
     """
-    quartile = torch.bucketize(imbalance.detach(), edges.to(imbalance.device, imbalance.dtype))
-    member = torch.nn.functional.one_hot(quartile, QUARTILES).to(imbalance.dtype)
+    quartile = torch.bucketize(imbalance.detach(), edges.to(imbalance.dtype))
+    member = (quartile[:, None] == torch.arange(QUARTILES, device=imbalance.device)).to(imbalance.dtype)
     named = {_SHARE: torch.ones_like(imbalance), **values}
     sums = torch.stack([value.detach().to(imbalance.dtype) for value in named.values()]) @ member
-    pairs = sums.new_tensor(imbalance.numel())
+    pairs = sums.new_full((), imbalance.numel())
     return {
         f"{HOOKS_ONLY}{name}/imbalance_q{q + 1}": torch.stack([sums[row, q], pairs]).float()
         for row, name in enumerate(named)
