@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
-from megatron_bdpo.model.attention_backends import BACKENDS
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.attention_backends import BACKENDS, Layer, check_backend
 from tests.unit.test_attention import CASES, Case, attend
 
 pytestmark = pytest.mark.gpu
@@ -20,12 +19,14 @@ UNITS = 8
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "sdpa"])
 def test_equals_sdpa(backend, name, dtype):
-    if backend == "te" and importlib.util.find_spec("transformer_engine") is None:
-        pytest.skip("needs Transformer Engine")
+    case = Case(**{**vars(CASES[name]), "head_size": 64})
+    try:
+        check_backend(backend, True, dtype, Layer(case.head_size, case.scale, case.window))
+    except UserError as refusal:
+        pytest.skip(str(refusal))
     from megatron_bdpo.platform.prepare import prepare_platform
 
     prepare_platform()
-    case = Case(**{**vars(CASES[name]), "head_size": 64})
     inputs = {name: tensor.to(dtype).double() for name, tensor in case.inputs().items()}
     expected = attend(case, inputs, dtype, device="cuda", backend="sdpa")
     for what, value in attend(case, inputs, dtype, device="cuda", backend=backend).items():
