@@ -180,8 +180,9 @@ def why_slow(name: str, on_gpu: bool, dtype: torch.dtype, layer: Layer) -> str:
     """A warning where ``default_backend`` has found nothing better than a call for each run, though there is a GPU."""
     if name != "sdpa" or not on_gpu or dtype not in _HALF:
         return ""
+    why = varlen.why_not(*layer)
     return (
-        f"warning: {varlen.why_not(*layer)}, and Transformer Engine is not installed. Attention is a call for each "
-        "run, many of them with a mask of queries x keys: slower, and more memory. Install torch 2.11 or newer, or "
-        "Transformer Engine (pip install '.[gpu]')."
+        f"warning: {why}, and Transformer Engine is not installed: attention is a call for each run, many of them with "
+        "a mask of queries x keys, which is slower and takes more memory. Install Transformer Engine "
+        "(pip install '.[gpu]') or a torch whose varlen attention fits."
     )

@@ -45,11 +45,13 @@ class Varlen:
         return "enable_gqa" in self.takes
 
     def cannot(self, head_size: int, scale: float, window: int | None) -> str:
-        """Why it cannot attend so; "" if it can."""
+        """Why it cannot attend so, said of it; "" if it can."""
+        if head_size % 8 or head_size > 256:
+            return f"takes head sizes of 8, 16, ... 256, not {head_size}"
         if window is not None and "window_size" not in self.takes:
-            return "its varlen attention has no windows"
+            return "has no windows (2.11's has)"
         if "scale" not in self.takes and _power_of_two(scale * math.sqrt(head_size)) is None:
-            return "its varlen attention has one scale, 1 / sqrt(head size)"
+            return "scales scores by 1 / sqrt(head size) only (2.11's by any number)"
         return ""
 
     def __call__(
@@ -99,8 +101,10 @@ def installed() -> Varlen | None:
 def why_not(head_size: int, scale: float, window: int | None) -> str:
     """Why the installed torch's varlen attention cannot attend so, as a clause; "" if it can."""
     varlen = installed()
-    reason = "it has no varlen attention" if varlen is None else varlen.cannot(head_size, scale, window)
-    return reason and f"torch {torch.__version__} is too old: {reason} (2.11 has)"
+    if varlen is None:
+        return f"torch {torch.__version__} has no varlen attention (2.11 has)"
+    reason = varlen.cannot(head_size, scale, window)
+    return reason and f"the varlen attention of torch {torch.__version__} {reason}"
 
 
 def expand_heads(tensor: Tensor, heads: int) -> Tensor:

@@ -137,13 +137,20 @@ def test_every_release_attends_as_run_by_run(torch_with, release, name, groups):
 @pytest.mark.parametrize(("release", "name"), CANNOT)
 def test_what_a_release_cannot_do_is_left_to_others(torch_with, monkeypatch, release, name):
     torch_with(SIGNATURES[release])
-    others_are_taken(monkeypatch, LAYERS[name], r"is too old: its varlen attention has (no windows|one scale).*2\.11")
+    others_are_taken(monkeypatch, LAYERS[name], r"(has no windows|scales scores by .* only) \(2\.11's ")
 
 
 @pytest.mark.parametrize("release", WITHOUT)
 def test_a_release_without_it(torch_with, monkeypatch, release):
     torch_with(None)
-    others_are_taken(monkeypatch, LAYERS["usual"], r"is too old: it has no varlen attention \(2\.11 has\)")
+    others_are_taken(monkeypatch, LAYERS["usual"], r"has no varlen attention \(2\.11 has\)")
+
+
+@pytest.mark.parametrize("size", [20, 264])
+@pytest.mark.parametrize("release", SIGNATURES)
+def test_head_sizes_that_the_kernel_refuses(torch_with, monkeypatch, release, size):
+    torch_with(SIGNATURES[release])
+    others_are_taken(monkeypatch, Layer(size, size**-0.5, None), f"takes head sizes of 8, 16, ... 256, not {size}")
 
 
 def test_one_that_cannot_be_causal_is_not_used():
@@ -156,8 +163,8 @@ def others_are_taken(monkeypatch, layer: Layer, reason: str) -> None:
         assert attention_backends.default_backend(True, torch.bfloat16, layer) == expected
         warning = attention_backends.why_slow(expected, True, torch.bfloat16, layer)
         assert bool(warning) is (expected == "sdpa")
-    assert "Install torch 2.11 or newer, or Transformer Engine" in warning
-    with pytest.raises(UserError, match=rf"--pair-attention varlen: torch .* {reason}"):
+    assert "Install Transformer Engine (pip install '.[gpu]') or a torch whose varlen attention fits" in warning
+    with pytest.raises(UserError, match=rf"--pair-attention varlen: .*torch .* {reason}"):
         attention_backends.check_backend("varlen", True, torch.bfloat16, layer)
 
 
