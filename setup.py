@@ -13,6 +13,7 @@ _readme = ROOT / "README.md"
 
 # Only what the package and the parts of Megatron it drives need. No upper bound on torch: the user's build of it
 # (a container's, a cluster's) has to stay as it is, and pip keeps an installed torch that satisfies the lower bound.
+# The bounds of torch and megatron-core are those of megatron_bdpo/platform/versions.py, which says why.
 #
 # Deliberately absent:
 # - `apex`: that name on PyPI is an unrelated package. NVIDIA Apex is installed from its source, and Megatron falls
@@ -22,7 +23,7 @@ _readme = ROOT / "README.md"
 # - flask-restful, accelerate, omegaconf, tiktoken, wandb, transformers of megatron-core's extra `training`: neither
 #   `import megatron.training.training` nor pretraining on SentencePiece tokens loads them.
 INSTALL_REQUIRES = [
-    "torch>=2.6",  # megatron-core's own lower bound; newer parts (torch.nn.attention.varlen) are imported where used
+    "torch>=2.8.0a0",
     "megatron-core>=0.19.2,<0.20",  # the first with megatron.training in the wheel; internals move between minors
     "numpy",
     "packaging",

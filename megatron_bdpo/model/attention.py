@@ -21,7 +21,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_bdpo.model.attention_backends import BACKENDS, default_backend
+from megatron_bdpo.model.attention_backends import BACKENDS, Layer, default_backend
 
 
 @dataclass
@@ -43,6 +43,12 @@ class AttentionPlan(PackedSeqParams):
         """[T] bool: positions that hold no token. They come last."""
         used = sum(self.query_lengths)
         return torch.arange(self.positions.numel(), device=self.positions.device) >= used
+
+
+def window_of(config: Any, layer_number: int) -> int | None:
+    """How many keys back a layer sees; None: all. ``config``: Megatron's, or its arguments."""
+    windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+    return config.window_size[0] if windowed and config.window_size[0] >= 0 else None
 
 
 class PairAttention(MegatronModule):
@@ -72,9 +78,8 @@ class PairAttention(MegatronModule):
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         # Nothing to do for config.apply_query_key_layer_scaling: Megatron divides the scores by the layer's number and
         # multiplies them again within its fp32 softmax, to spare fp16 large scores; these kernels hold them in fp32.
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.context_group = None if pg_collection is None else pg_collection.cp
-        self.window: int | None = config.window_size[0] if windowed and config.window_size[0] >= 0 else None
+        self.window = window_of(config, layer_number)
 
     def forward(
         self,
@@ -106,7 +111,8 @@ class PairAttention(MegatronModule):
         query = query.squeeze(1)
         keys, values = (part.index_select(0, plan.key_index) for part in self._of_all_ranks(key, value))
         if used:
-            attend = BACKENDS[self.backend or default_backend(query.is_cuda, query.dtype)]
+            layer = Layer(query.shape[2], self.softmax_scale, self.window)
+            attend = BACKENDS[self.backend or default_backend(query.is_cuda, query.dtype, layer)]
             out = attend(query[:used], keys, values, plan, self.softmax_scale, self.window)
         else:
             # Nothing to attend, yet keys and values stay in the graph: their backward is a collective.

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.model import varlen
 
 
 class Runs(Protocol):
@@ -75,21 +76,10 @@ def _bottom_right_mask(queries: int, keys: int, window: int | None, device: torc
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: Runs, scale: float, window: int | None) -> Tensor:
     """One flash-attention call for all runs."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    out: Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only if return_aux is asked for
-        query,
-        key,
-        value,
-        plan.query_starts,
-        plan.key_starts,
-        max(plan.query_lengths),
-        max(plan.key_lengths),
-        scale=scale,
-        window_size=(-1 if window is None else window, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out
+    attend = varlen.installed()
+    assert attend is not None, "check_backend or default_backend comes first"
+    starts, longest = (plan.query_starts, plan.key_starts), (max(plan.query_lengths), max(plan.key_lengths))
+    return attend(query, key, value, starts, longest, scale, window)
 
 
 def _transformer_engine(
@@ -131,27 +121,33 @@ def _te_module(heads: int, groups: int, head_size: int, scale: float) -> Any:
 #: By the name that --pair-attention takes.
 BACKENDS: dict[str, Backend] = {"varlen": _varlen, "te": _transformer_engine, "sdpa": _sdpa_per_run}
 
-DESCRIPTIONS = {
-    "varlen": "torch's varlen flash attention, one call for all runs of a pack",
-    "te": "Transformer Engine's, one call for all runs of a pack",
-    "sdpa": "torch's scaled_dot_product_attention, a call for each run",
-}
+
+class Layer(NamedTuple):
+    """What the choice of a backend asks of a layer."""
+
+    head_size: int
+    scale: float  # of the scores
+    window: int | None
 
 
-def default_backend(on_gpu: bool, dtype: torch.dtype) -> str:
-    """The fastest that is known to be there."""
-    return "varlen" if on_gpu and dtype in _HALF and _has_varlen() else "sdpa"
+def default_backend(on_gpu: bool, dtype: torch.dtype, layer: Layer) -> str:
+    """The fastest that is known to work for this layer."""
+    if not on_gpu or dtype not in _HALF:
+        return "sdpa"
+    if not varlen.why_not(*layer):
+        return "varlen"
+    return "te" if _has_transformer_engine() else "sdpa"
 
 
 _HALF = (torch.bfloat16, torch.float16)  # all that flash kernels take
 
 
 @functools.cache
-def _has_varlen() -> bool:
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+def _has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
-def check_backend(name: str, on_gpu: bool, dtype: torch.dtype) -> None:
+def check_backend(name: str, on_gpu: bool, dtype: torch.dtype, layer: Layer) -> None:
     """Refuse a backend that cannot work here.
 
     Raises:
@@ -160,9 +156,33 @@ def check_backend(name: str, on_gpu: bool, dtype: torch.dtype) -> None:
     reason = ""
     if name != "sdpa" and not (on_gpu and dtype in _HALF):
         reason = "its kernels need a GPU, and --bf16 or --fp16"
-    elif name == "varlen" and not _has_varlen():
-        reason = f"torch {torch.__version__} has no torch.nn.attention.varlen (2.11 has)"
-    elif name == "te" and importlib.util.find_spec("transformer_engine") is None:
+    elif name == "varlen":
+        reason = varlen.why_not(*layer)
+    elif name == "te" and not _has_transformer_engine():
         reason = "Transformer Engine is not installed"
     if reason:
         raise UserError(f"--pair-attention {name}: {reason}. Leave it out: the best that works here is taken.")
+
+
+def describe_backend(name: str, grouped: bool) -> str:
+    """What computes, in a clause. ``grouped``: whether several query heads share a key head."""
+    if name == "te":
+        return "Transformer Engine's, one call for all runs of a pack"
+    if name == "sdpa":
+        return "torch's scaled_dot_product_attention, a call for each run"
+    described = "torch's varlen flash attention, one call for all runs of a pack"
+    if (attend := varlen.installed()) and grouped and not attend.groups_heads:
+        described += "; keys and values repeated for each query head, as this torch's takes no groups (2.12's does)"
+    return described
+
+
+def why_slow(name: str, on_gpu: bool, dtype: torch.dtype, layer: Layer) -> str:
+    """A warning where ``default_backend`` has found nothing better than a call for each run, though there is a GPU."""
+    if name != "sdpa" or not on_gpu or dtype not in _HALF:
+        return ""
+    why = varlen.why_not(*layer)
+    return (
+        f"warning: {why}, and Transformer Engine is not installed: attention is a call for each run, many of them with "
+        "a mask of queries x keys, which is slower and takes more memory. Install Transformer Engine "
+        "(pip install '.[gpu]') or a torch whose varlen attention fits."
+    )

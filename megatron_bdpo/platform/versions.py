@@ -21,6 +21,11 @@ from megatron_bdpo.errors import UserError
 MEGATRON_MINIMUM = Version("0.19.2")
 MEGATRON_BELOW = Version("0.20")
 
+#: The first with ``torch.mm(out_dtype=)``: on a GPU, log-probs are fp32 sums of half-precision products. Megatron's own
+#: bound is lower (2.6). "a0": NVIDIA's containers have builds from before a release. No upper bound: a newer torch is
+#: the user's to choose, and what it takes is asked of it where releases differ (``model/varlen.py``).
+TORCH_MINIMUM = Version("2.8.0a0")
+
 
 def megatron_version() -> Version:
     """Version of the installed megatron-core; ``UserError`` when there is none."""
@@ -39,6 +44,14 @@ def check_environment() -> None:
     Raises:
         UserError: with the offending package and what to do about it.
     """
+    import torch
+
+    if Version(torch.__version__) < TORCH_MINIMUM:
+        least = TORCH_MINIMUM.base_version
+        raise UserError(
+            f"torch {torch.__version__} is installed, but megatron_bdpo needs {least} or newer: torch.mm returns fp32 "
+            f"products of half-precision matrices since then. Install: pip install 'torch>={least}'."
+        )
     found = megatron_version()
     if not MEGATRON_MINIMUM <= found < MEGATRON_BELOW:
         raise UserError(

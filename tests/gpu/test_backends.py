@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
-from megatron_bdpo.model.attention_backends import BACKENDS
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model import varlen
+from megatron_bdpo.model.attention_backends import BACKENDS, Layer, check_backend
 from tests.unit.test_attention import CASES, Case, attend
 
 pytestmark = pytest.mark.gpu
@@ -20,15 +20,32 @@ UNITS = 8
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "sdpa"])
 def test_equals_sdpa(backend, name, dtype):
-    if backend == "te" and importlib.util.find_spec("transformer_engine") is None:
-        pytest.skip("needs Transformer Engine")
+    case = Case(**{**vars(CASES[name]), "head_size": 64})
+    try:
+        check_backend(backend, True, dtype, Layer(case.head_size, case.scale, case.window))
+    except UserError as refusal:
+        pytest.skip(str(refusal))
+    assert_equals_sdpa(case, backend, dtype)
+
+
+def assert_equals_sdpa(case: Case, backend: str, dtype: torch.dtype) -> None:
     from megatron_bdpo.platform.prepare import prepare_platform
 
     prepare_platform()
-    case = Case(**{**vars(CASES[name]), "head_size": 64})
     inputs = {name: tensor.to(dtype).double() for name, tensor in case.inputs().items()}
     expected = attend(case, inputs, dtype, device="cuda", backend="sdpa")
     for what, value in attend(case, inputs, dtype, device="cuda", backend=backend).items():
         scale = max(expected[what].abs().max().item(), 1.0) if expected[what].numel() else 1.0
         tolerance = UNITS * torch.finfo(dtype).eps * scale
         torch.testing.assert_close(value, expected[what], rtol=0, atol=tolerance, msg=what)
+
+
+@pytest.mark.parametrize("groups", [2, 1])
+def test_the_kernel_shares_keys_where_its_function_has_no_flag_for_it(monkeypatch, groups):
+    """torch 2.10 and 2.11: grouped heads as they are, which would spare the repeated keys and values."""
+    function = varlen.installed()
+    if function is None or function.groups_heads:
+        pytest.skip("this torch's varlen attention has none, or takes enable_gqa")
+    monkeypatch.setattr(varlen, "expand_heads", lambda tensor, heads: tensor)
+    case = Case(**{**vars(CASES["grouped queries"]), "head_size": 64, "groups": groups})
+    assert_equals_sdpa(case, "varlen", torch.bfloat16)

@@ -24,9 +24,9 @@ needs_emulation = pytest.mark.skipif(torch.cuda.is_available(), reason="there is
 
 @pytest.fixture
 def installed(monkeypatch):
-    """``installed(megatron="0.19.2", apex=False, ...)``: pretend that these are the packages of this environment."""
+    """``installed(megatron="0.19.2", pytorch="2.13.0", ...)``: pretend that these packages are here."""
 
-    def pretend(megatron: str | None = "0.19.2", modules: tuple[str, ...] = ()) -> None:
+    def pretend(megatron: str | None = "0.19.2", modules: tuple[str, ...] = (), pytorch: str = "2.13.0") -> None:
         def version(name: str) -> str:
             assert name == "megatron-core"
             if megatron is None:
@@ -34,6 +34,7 @@ def installed(monkeypatch):
             return megatron
 
         monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(torch, "__version__", pytorch)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in modules else None)
 
     return pretend
@@ -58,6 +59,20 @@ def test_missing_megatron_is_refused_with_what_to_install(installed):
     installed(megatron=None)
     with pytest.raises(UserError, match=r"megatron-core is not installed. Install it with: pip install 'megatron-core"):
         versions.check_environment()
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.8.0a0+34c6371d24.nv25.08", "2.11.0+cu130", "2.15.0+cpu", "3.0"])
+def test_supported_torch(installed, version):
+    installed(pytorch=version)
+    versions.check_environment()
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.7.1+cu128", "2.7.0a0+79aa17489c.nv25.04"])
+def test_an_older_torch_is_refused_with_what_to_install(installed, version):
+    installed(pytorch=version)
+    with pytest.raises(UserError, match=r"needs 2\.8\.0 or newer.*pip install 'torch>=2\.8\.0'") as refusal:
+        versions.check_environment()
+    assert f"torch {version} is installed" in str(refusal.value)
 
 
 def test_apex_that_is_not_nvidias_is_refused(installed):

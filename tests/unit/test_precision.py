@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bdpo.errors import UserError
 from megatron_bdpo.model import attention_backends
 from megatron_bdpo.model.precision import FP8_MULTIPLES, Precision, quantisation_history_kept
 from tests.harness.jobs import TINY_JOB, TINY_MODEL, refusals
@@ -138,14 +137,56 @@ def test_scoring_before_the_first_step_leaves_fresh_scales():
     [(False, torch.bfloat16, "sdpa"), (True, torch.bfloat16, "varlen"), (True, torch.float32, "sdpa")],
 )
 def test_default_backend(on_gpu, dtype, expected):
-    assert attention_backends.default_backend(on_gpu, dtype) == expected
+    assert attention_backends.default_backend(on_gpu, dtype, USUAL) == expected
+    assert attention_backends.why_slow(expected, on_gpu, dtype, USUAL) == ""
 
 
-def test_torch_without_varlen(monkeypatch):
-    monkeypatch.setattr(attention_backends, "_has_varlen", lambda: False)
-    assert attention_backends.default_backend(True, torch.bfloat16) == "sdpa"
-    with pytest.raises(UserError, match=r"has no torch\.nn\.attention\.varlen"):
-        attention_backends.check_backend("varlen", True, torch.bfloat16)
+USUAL = attention_backends.Layer(head_size=64, scale=0.125, window=None)
+
+
+def described(cases: list[tuple[str, str]]) -> list[list[str]]:
+    """What the log says of attention on a pretended GPU: flags, and a release of torch."""
+    from megatron_bdpo.model import varlen
+    from megatron_bdpo.platform import cpu
+    from megatron_bdpo.training.flags import arguments, precision
+    from tests.unit.test_varlen import SIGNATURES, as_in
+
+    told = []
+    for flags, release in cases:
+        args = arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)
+        attend = varlen.Varlen.of(as_in(SIGNATURES[release])) if release in SIGNATURES else None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "is_active", lambda: False)
+            patch.setattr(varlen, "installed", lambda attend=attend: attend)
+            told.append(list(precision.describe(args))[1:])
+    return told
+
+
+VARLEN = "torch's varlen flash attention, one call for all runs of a pack"
+REPEATED = "; keys and values repeated for each query head, as this torch's takes no groups (2.12's does)"
+RUN_BY_RUN = "torch's scaled_dot_product_attention, a call for each run"
+WINDOWS = "--window-size 4,0 --window-attn-skip-freq 2"
+
+#: Flags and release -> what computes attention, and whether there is a warning. The model has 2 query groups.
+TOLD = {
+    ("--bf16", "2.12.0"): (VARLEN, False),
+    (f"--bf16 {WINDOWS}", "2.12.0"): (VARLEN, False),
+    ("--bf16", "2.11.0"): (VARLEN + REPEATED, False),
+    ("--bf16 --num-query-groups 4", "2.11.0"): (VARLEN, False),
+    (f"--bf16 {WINDOWS}", "2.10.0"): (f"{VARLEN}{REPEATED}; in layers with a window {RUN_BY_RUN}", True),
+    ("--bf16", "2.9.1"): (RUN_BY_RUN, True),
+    (f"--bf16 {WINDOWS}", "2.9.1"): (RUN_BY_RUN, True),
+    ("--bf16 --pair-attention sdpa", "2.9.1"): (RUN_BY_RUN, False),
+    ("", "2.9.1"): (RUN_BY_RUN, False),
+}
+
+
+def test_the_log_says_what_computes_attention(ranks):
+    for case, (attention, *warning) in zip(TOLD, ranks(1)(described, list(TOLD))[0], strict=True):
+        expected_attention, is_slow = TOLD[case]
+        assert attention == f"attention: {expected_attention}", case
+        assert len(warning) == is_slow, case
+        assert all(each.startswith("warning: ") and "Install Transformer Engine" in each for each in warning)
 
 
 def backends_in_a_model(flags: list[str]) -> set[str | None]:

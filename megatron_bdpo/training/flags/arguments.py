@@ -248,7 +248,7 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         "--pair-attention",
         choices=("auto", *BACKENDS),
         default="auto",
-        help="what computes attention; auto: varlen on a GPU in half precision, else sdpa",
+        help="what computes attention; auto: on a GPU in half precision varlen, te where torch has none; else sdpa",
     )
     add(
         "--fuse-local-layers",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.attention_backends import DESCRIPTIONS, check_backend, default_backend
+from megatron_bdpo.model.attention_backends import Layer, check_backend, default_backend, describe_backend, why_slow
 from megatron_bdpo.model.precision import FP8_CAPABILITIES, FP8_MULTIPLES, Precision
 from megatron_bdpo.platform import cpu
 
@@ -31,18 +31,35 @@ def check_precision(args: argparse.Namespace) -> None:
     if problems:
         raise UserError("\n".join(["FP8 cannot work here:", *(f"  {problem}" for problem in problems)]))
     if args.pair_attention != "auto" and args.dry_run is None:
-        check_backend(args.pair_attention, on_gpu=not cpu.is_active(), dtype=precision.dtype)
+        for layer in _attention_layers(args):
+            check_backend(args.pair_attention, not cpu.is_active(), precision.dtype, layer)
 
 
 def describe(args: argparse.Namespace) -> Iterator[str]:
-    """Precision and attention, a line each."""
+    """Precision and attention, a line each, and what is slow about it."""
     precision = precision_of(args)
     chosen = args.pair_attention
     if args.dry_run is not None and chosen == "auto":
         return  # the job is to run elsewhere
-    backend = default_backend(not cpu.is_active(), precision.dtype) if chosen == "auto" else chosen
     yield f"precision: {precision}"
-    yield f"attention: {DESCRIPTIONS[backend]}"
+    here = (not cpu.is_active(), precision.dtype)
+    layers = _attention_layers(args)
+    backends = {layer: default_backend(*here, layer) if chosen == "auto" else chosen for layer in layers}
+    grouped = bool(args.group_query_attention) and args.num_query_groups != args.num_attention_heads
+    yield "attention: " + "; in layers with a window ".join(
+        describe_backend(name, grouped) for name in dict.fromkeys(backends.values())
+    )
+    if chosen == "auto":
+        yield from filter(None, dict.fromkeys(why_slow(backends[layer], *here, layer) for layer in layers))
+
+
+def _attention_layers(args: argparse.Namespace) -> list[Layer]:
+    """The kinds of layer that the model has, those without a window first."""
+    from megatron_bdpo.model.attention import window_of  # here, as it imports Megatron
+
+    head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
+    windows = {window_of(args, number) for number in range(1, args.num_layers + 1)}
+    return [Layer(head_size, head_size**-0.5, window) for window in sorted(windows, key=lambda window: window or -1)]
 
 
 def _problems(args: argparse.Namespace, precision: Precision) -> Iterator[str]:

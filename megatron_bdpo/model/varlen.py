@@ -1,0 +1,129 @@
+"""Torch's varlen flash attention, as whatever release is installed has it.
+
+It came with torch 2.10 and its parameters have changed since (all are in ``tests/unit/torch_releases.json``):
+
+    2.10        is_causal
+    2.11        scale, window_size
+    2.12 to 15  scale, window_size, enable_gqa
+
+So what it takes is asked of the function itself: builds between releases, NVIDIA's containers for one, have either. In
+all of them the causal mask is bottom-right: the kernel is FlashAttention 2.1 or newer, and torch's own
+``attention.bias.causal_lower_right`` calls it for that.
+
+Shapes: Q queries and K keys of all runs, n query heads, g key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Varlen:
+    """A release's ``varlen_attn``, and the names of its parameters."""
+
+    function: Callable[..., Any]
+    takes: frozenset[str]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Varlen | None:
+        """None where it can have no causal mask."""
+        takes = frozenset(inspect.signature(function).parameters)
+        return cls(function, takes) if takes & {"window_size", "is_causal"} else None
+
+    @property
+    def groups_heads(self) -> bool:
+        """Whether several query heads can share a key head as it is."""
+        return "enable_gqa" in self.takes
+
+    def cannot(self, head_size: int, scale: float, window: int | None) -> str:
+        """Why it cannot attend so, said of it; "" if it can."""
+        if head_size % 8 or head_size > 256:
+            return f"takes head sizes of 8, 16, ... 256, not {head_size}"
+        if window is not None and "window_size" not in self.takes:
+            return "has no windows (2.11's has)"
+        if "scale" not in self.takes and _power_of_two(scale * math.sqrt(head_size)) is None:
+            return "scales scores by 1 / sqrt(head size) only (2.11's by any number)"
+        return ""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        starts: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """[Q, n, d], [K, g, d], [K, g, d] -> [Q, n, d], in one kernel for all runs.
+
+        Args:
+            starts: [R + 1] int32 each, where the queries and the keys of each of R runs begin.
+            longest: of the runs, in queries and in keys.
+        """
+        more: dict[str, Any] = {}
+        if "window_size" in self.takes:
+            more["window_size"] = (-1 if window is None else window, 0)
+        else:
+            more["is_causal"] = True
+        if "scale" in self.takes:
+            more["scale"] = scale
+        else:
+            query = _times_power_of_two(query, scale * math.sqrt(query.shape[2]))
+        if query.shape[1] != key.shape[1]:
+            if self.groups_heads:
+                more["enable_gqa"] = True
+            else:
+                key, value = expand_heads(key, query.shape[1]), expand_heads(value, query.shape[1])
+        out: Tensor = self.function(query, key, value, *starts, *longest, **more)
+        return out
+
+
+@functools.cache
+def installed() -> Varlen | None:
+    """Of the installed torch; None before 2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return Varlen.of(varlen_attn)
+
+
+def why_not(head_size: int, scale: float, window: int | None) -> str:
+    """Why the installed torch's varlen attention cannot attend so, as a clause; "" if it can."""
+    varlen = installed()
+    if varlen is None:
+        return f"torch {torch.__version__} has no varlen attention (2.11 has)"
+    reason = varlen.cannot(head_size, scale, window)
+    return reason and f"the varlen attention of torch {torch.__version__} {reason}"
+
+
+def expand_heads(tensor: Tensor, heads: int) -> Tensor:
+    """[K, g, d] -> [K, heads, d]: each head as often as query heads share it. Backward adds their gradients up."""
+    length, groups, size = tensor.shape
+    return tensor[:, :, None].expand(-1, -1, heads // groups, -1).reshape(length, heads, size)
+
+
+def _power_of_two(factor: float) -> int | None:
+    """The exponent, if the factor is a power of two but for the rounding of a square root."""
+    if factor <= 0:
+        return None
+    exponent = round(math.log2(factor))
+    return exponent if math.isclose(factor, 2.0**exponent, rel_tol=1e-6) else None
+
+
+def _times_power_of_two(query: Tensor, factor: float) -> Tensor:
+    """Exact in every floating-point type, as no mantissa changes. That it is one, ``cannot`` has made sure."""
+    exponent = _power_of_two(factor)
+    if exponent is None:
+        raise ValueError(f"{factor} is no power of two: scaling the queries by it would round them")
+    return query * 2.0**exponent if exponent else query
