@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Measured:
         fill: the share of them that holds a token.
         peak: memory above what the imports take, in bytes.
         reference: from the loaded policy until all its pairs were scored as the reference.
-        step_zero: how far the first step is from policy == reference, (loss, log-ratio per token); NaN: not looked.
+        step_zero: how far the first step is from policy == reference, as ``step_zero.Deviation``; empty: not looked.
     """
 
     marks: list[Instant] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Measured:
     fill: float = 0.0
     peak: float = 0.0
     reference: float = 0.0
-    step_zero: tuple[float, float] = (math.nan, math.nan)
+    step_zero: dict[str, float] = field(default_factory=dict)
 
     def figures(self, warm_up: int) -> dict[str, float]:
         """Of the steps after ``warm_up``: seconds, rates, tokens as without sharing and padding."""
@@ -130,8 +130,7 @@ def run(
 
         def after_step(self, *step: Any) -> None:
             if self._step.gate is not None:
-                seen = self._step.gate.deviation()
-                measured.step_zero = (seen.loss, seen.log_ratio)
+                measured.step_zero = asdict(self._step.gate.deviation())
                 self._step.gate = self._step.gate if judge else None
             super().after_step(*step)
             measured.marks.append(Instant.now())

@@ -21,6 +21,7 @@ from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, sequence_log_p
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.moe import with_pair_router
 from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm
+from megatron_bdpo.model.precision import forget_quantisation_state
 
 
 class PairGPTModel(GPTModel):
@@ -62,6 +63,7 @@ class PairGPTBuilder(GPTModelBuilder):
         # re-classing the instances says the same as copying their builders' code, and stays right when that changes.
         model.__class__ = PairGPTModel
         model.embedding_scale = self._embedding_scale()
+        forget_quantisation_state(model)
         for module in model.modules():
             if isinstance(module, PairAttention):
                 module.backend = self._model_config.pair_attention

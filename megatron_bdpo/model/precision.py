@@ -6,19 +6,19 @@ output layer stay in half precision; log-probs, loss, gradients and master weigh
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-#: FP8 recipe -> multiple that the sides of its matrices must be. The first two and mxfp8's as Megatron's
-#: ``fp8_utils.get_fp8_align_size``; blockwise scales tiles of 128 x 128.
-FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+#: FP8 recipe -> multiple that the sides of its matrices must be: the first two as Megatron's
+#: ``fp8_utils.get_fp8_align_size``; blockwise scales tiles of 128 x 128. Their scales follow from the tensor at hand.
+FP8_MULTIPLES = {"tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 
 #: FP8 recipe -> the least compute capability that has it: Ada and Hopper, Hopper, Blackwell.
-FP8_CAPABILITIES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+FP8_CAPABILITIES = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 @dataclass(frozen=True)
@@ -50,30 +50,20 @@ class Precision:
         return f"{name}, linear layers in FP8 ({self.fp8_recipe})" if self.fp8_recipe else name
 
 
-@contextlib.contextmanager
-def quantisation_history_kept(chunks: list[Any]) -> Iterator[None]:
-    """Whatever runs forward inside the block leaves no trace in the scales of delayed scaling.
+def forget_quantisation_state(model: torch.nn.Module) -> None:
+    """Have ``model`` load no ``_extra_state``, whatever a checkpoint holds of it.
 
-    Transformer Engine records the largest value of each tensor in every forward pass, with gradients or without, and
-    derives the next scales from that history. A pass that scores the reference is not a step of the policy: with its
-    values in the history, the first step would quantise otherwise than the reference was scored.
+    That is where Transformer Engine keeps delayed scaling's history, as a pickle: it runs what the pickle names (before
+    2.16.1, and 2.17.0) or refuses the checkpoint. The recipes here follow from the tensors at hand and have no history,
+    and a model that was pretrained with one is a model all the same.
     """
-    before = {id(tensor): (tensor, tensor.clone()) for tensor in _history(chunks)}
-    try:
-        yield
-    finally:
-        for tensor in _history(chunks):
-            if id(tensor) in before:
-                tensor.copy_(before[id(tensor)][1])
-            else:  # made by the first pass of all, as Transformer Engine makes them: no maxima, a scale of one
-                tensor.fill_(1.0 if tensor.ndim == 1 else 0.0)
+
+    def forget(module: Any, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        for name in state_dict:
+            if _EXTRA_STATE.search(name):
+                state_dict[name] = torch.empty(0, dtype=torch.uint8)  # Transformer Engine's own word for none
+
+    model.register_load_state_dict_pre_hook(forget)
 
 
-def _history(chunks: list[Any]) -> Iterator[torch.Tensor]:
-    """[modules' tensors]: scales [n] and histories of maxima [steps, n] of all modules that keep them."""
-    for chunk in chunks:
-        for module in chunk.modules():
-            for name, meta in getattr(module, "fp8_meta", {}).items():
-                if name.startswith("scaling_") and hasattr(meta, "amax_history"):
-                    yield meta.scale
-                    yield meta.amax_history
+_EXTRA_STATE = re.compile(r"(^|\.)_extra_state\d*$")  # Megatron numbers those of grouped experts

@@ -7,7 +7,8 @@ torch's distributed checkpoints have two kinds of them:
 - What is no tensor (random states, Megatron's arguments) is read by ``torch.load``, in torch's own planner with
   ``weights_only=False``. torch's own switch makes that ``True`` everywhere; Megatron has registered its classes.
 
-Both hold for the whole process: nothing in it needs more.
+Both hold for the whole process: nothing in it needs more. The third kind, Transformer Engine's ``_extra_state``, is a
+pickle within a tensor; no model loads it (see ``model.precision``).
 """
 
 from __future__ import annotations

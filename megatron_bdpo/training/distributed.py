@@ -45,8 +45,9 @@ def process_groups(args: argparse.Namespace) -> Iterator[None]:
         backend = host_backend = "fake"
         kwargs["store"] = FakeStore()
     elif backend == "nccl":
+        # No device_id, as in Megatron: with it torch splits every later group off this one's communicator, and what is
+        # meant to overlap (tensor, pipeline and data parallelism) waits for one another.
         torch.cuda.set_device(args.local_rank)
-        kwargs["device_id"] = torch.device("cuda", args.local_rank)
     if args.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))

@@ -108,9 +108,12 @@ class PreferenceStep:
         if self.check_nan:
             check_losses(losses.loss, pairs, batch.pair_ids, self.describe)
         if self.gate is not None and reference is not None:
-            _, at_reference = self.loss(batch, reference, reference, unconditional)
-            drift = ((policy - reference) / batch.sequence_tokens).abs().reshape(-1, 2).amax(dim=1)
-            self.gate.observe(losses.loss, at_reference.loss, drift)
+            self.gate.observe(
+                lambda others: self.loss(batch, others, reference, unconditional)[1].loss,
+                policy,
+                reference,
+                batch.sequence_tokens,
+            )
         report = pair_report(pairs, losses, self.imbalance_edges)
         if entropy is not None:
             report |= entropy_report(entropy, batch.sequence_tokens)

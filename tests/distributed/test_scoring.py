@@ -103,7 +103,7 @@ def test_half_precision_scores_serve_the_training(ranks, tmp_path):
     before = stamps(tmp_path)
     (outcome,) = ranks(1)(train, ["--bf16"], pair_cache_dir=str(tmp_path))
     assert stamps(tmp_path) == before
-    assert outcome.steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-2)  # what the step-zero check allows bf16
+    assert outcome.steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-2)  # bf16
 
 
 def test_what_only_training_needs_may_be_left_out(ranks, tmp_path):

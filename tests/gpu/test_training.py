@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from megatron_bdpo.model.precision import Precision
 from tests.distributed.test_resume import assert_bit_identical, run_in_two_parts
 from tests.harness.jobs import last_stage, train
 
@@ -19,21 +18,19 @@ LN_2 = math.log(2)
 #: Wide enough for FP8's tiles of 128.
 WIDE = ["--hidden-size", "256", "--ffn-hidden-size", "512", "--num-attention-heads", "4", "--seq-length", "1024"]
 
-#: What the gate of the first step allows is looked up by these.
-DTYPES = {"": torch.float32, "--bf16": torch.bfloat16, "--fp16": torch.float16}
+#: What the first loss may be off by: beta / 2 for each answer of up to 64 tokens, times the gate's tolerance.
+OFF_BY = {"": 4e-5, "--bf16": 8e-2, "--fp16": 1.6e-2}
 
 
 def losses(outcomes) -> list[float]:
     return [step["loss"] for step in last_stage(outcomes).steps]
 
 
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("precision", OFF_BY)
 @pytest.mark.parametrize("reference", ["precomputed", "resident"])
 def test_first_step_is_at_the_reference(ranks, precision, reference):
-    from megatron_bdpo.training.step_zero import tolerance
-
     found = losses(ranks(1)(train, [*WIDE, *precision.split(), "--reference", reference, "--preference-loss", "dpo"]))
-    assert found[0] == pytest.approx(LN_2, abs=tolerance(Precision(DTYPES[precision])).loss)
+    assert found[0] == pytest.approx(LN_2, abs=OFF_BY[precision])
 
 
 def test_it_learns(ranks):
@@ -66,7 +63,7 @@ def test_resumed_run_is_bit_identical_in_fp32(ranks, tmp_path):
     assert_bit_identical(*run_in_two_parts(ranks, 1, tmp_path, WIDE))
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
 def test_fp8_passes_the_gate_and_learns(ranks, recipe):
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("needs Transformer Engine")

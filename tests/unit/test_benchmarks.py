@@ -122,8 +122,8 @@ def test_fp8_on_a_cpu(tmp_path):
     flags = ["--variants", "bf16", "fp32", "--pairs-per-step=4", "--steps=4", "--warm-up=1"]
     output, rows = measured("fp8.py", flags, tmp_path)
     assert [row["contender"] for row in rows] == ["bf16", "fp32"]
-    for row, allowed in zip(rows, (1e-2, 1e-6), strict=True):
-        assert float(row["step_zero_loss"]) <= allowed
+    for row in rows:
+        assert float(row["step_zero_loss_share"]) <= 1 and float(row["step_zero_log_ratio_share"]) <= 1
         assert len(set(json.loads(row["losses"]))) == 4, "losses that do not move compare nothing"
     assert "| bf16 |" in output
     assert "| loss, step 4 |" in output
@@ -142,7 +142,7 @@ def test_fp8_command_lines_are_accepted():
     """Where no GPU is needed: by the dry run of every recipe's job."""
     few = ["--pairs-per-step=4", "--steps=4", "--small"]
     output = run(BENCHMARKS / "fp8.py", "--check", *few)
-    for variant in ("bf16", "delayed", "tensorwise", "blockwise", "mxfp8"):
+    for variant in ("bf16", "tensorwise", "blockwise", "mxfp8"):
         assert f"# round 1, {variant}: command line accepted" in output
 
 

@@ -1,33 +1,35 @@
-"""FP8: what it asks of shapes and machines, what it may not leave behind, and the attention that goes with it.
+"""FP8: what it asks of shapes and machines, and the attention that goes with it.
 
 That the kernels compute what they should is seen on a GPU only: ``tests/gpu``.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
 from megatron_bdpo.model import attention_backends
-from megatron_bdpo.model.precision import FP8_MULTIPLES, Precision, quantisation_history_kept
+from megatron_bdpo.model.precision import FP8_MULTIPLES, Precision
 from tests.harness.jobs import TINY_JOB, TINY_MODEL, refusals
 
 FP8 = "--bf16 --fp8-format hybrid --fp8-recipe"
 
 #: Flags -> what is said of them. The model: hidden size 32, 4 heads of 8, 2 query groups, MLP 64.
 REFUSED = {
-    f"{FP8} delayed": "there is no GPU",
+    f"{FP8} tensorwise ": "there is no GPU",
+    f"{FP8} delayed": "Use tensorwise or blockwise",
+    "--bf16 --fp8-format hybrid": "--fp8-recipe delayed (Megatron's default): its scales are a history",
+    f"--dry-run 4 {FP8} delayed": "Use tensorwise or blockwise",
     f"{FP8} tensorwise": "Transformer Engine is not installed",
     f"{FP8} blockwise": "hidden size 32 (not a multiple of 128)",
     f"{FP8} mxfp8 --tensor-model-parallel-size 4": "MLP 16 (not a multiple of 32)",
     f"{FP8} mxfp8 --tensor-model-parallel-size 2": "attention output 16 (not a multiple of 32)",
-    "--fp8-format e4m3 --fp8-recipe delayed": "add --bf16",
+    "--fp8-format e4m3 --fp8-recipe tensorwise": "add --bf16",
     f"{FP8} custom": "what it asks of shapes is not known",
-    f"{FP8} delayed --fp8-param-gather --reference resident": "Use --reference precomputed",
+    f"{FP8} tensorwise --fp8-param-gather --reference resident": "Use --reference precomputed",
     f"{FP8} mxfp8 --num-experts 4 --moe-ffn-hidden-size 48": "expert MLP 48 (not a multiple of 32)",
+    f"{FP8} blockwise --tp-comm-overlap": "Transformer Engine's buffers know no blockwise tensors",
+    f"{FP8} mxfp8 --tp-comm-overlap --tensor-model-parallel-size 8": "that is a multiple of 1024",
     "--pair-attention varlen --bf16": "--pair-attention varlen: its kernels need a GPU",
     "--pair-attention te": "--pair-attention te: its kernels need a GPU",
 }
@@ -35,7 +37,7 @@ ALLOWED = [
     "",
     "--bf16",
     "--pair-attention sdpa",
-    f"--dry-run 4 {FP8} delayed",
+    f"--dry-run 4 {FP8} tensorwise",
     "--dry-run 4 --pair-attention te --bf16",
 ]
 
@@ -85,51 +87,12 @@ def test_multiples_are_at_least_megatrons(ranks):
     (megatron,) = ranks(1)(alignment_of_megatron)
     for recipe, multiple in FP8_MULTIPLES.items():
         assert multiple % megatron[recipe] == 0
-    assert (FP8_MULTIPLES["delayed"], FP8_MULTIPLES["mxfp8"]) == (megatron["delayed"], megatron["mxfp8"])
+    assert (FP8_MULTIPLES["tensorwise"], FP8_MULTIPLES["mxfp8"]) == (megatron["tensorwise"], megatron["mxfp8"])
 
 
 def test_names():
     assert str(Precision(torch.bfloat16)) == "bf16"
-    assert str(Precision(torch.bfloat16, "delayed")) == "bf16, linear layers in FP8 (delayed)"
-
-
-class QuantisedLinear(torch.nn.Linear):
-    """Keeps maxima and scales where Transformer Engine's modules keep them, and as they do: from its first pass on."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size, size)
-        self.fp8_meta: dict[str, Any] = {"recipe": object()}
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        meta = self.fp8_meta.setdefault(
-            "scaling_fwd", SimpleNamespace(scale=torch.ones(3), amax_history=torch.zeros(4, 3))
-        )
-        meta.amax_history[0, 0] = max(meta.amax_history[0, 0], hidden.abs().max())
-        meta.scale[0] = 448 / meta.amax_history.max()
-        return super().forward(hidden)
-
-
-def state(model: torch.nn.Module) -> list[torch.Tensor]:
-    metas = [module.fp8_meta["scaling_fwd"] for module in model.modules() if hasattr(module, "fp8_meta")]
-    return [tensor.clone() for meta in metas for tensor in (meta.scale, meta.amax_history)]
-
-
-def test_scoring_leaves_no_trace_in_the_scales():
-    model = torch.nn.Sequential(QuantisedLinear(4), torch.nn.ReLU(), QuantisedLinear(4))
-    model(torch.ones(2, 4))
-    expected = state(model)
-    with quantisation_history_kept([model]):
-        model(100 * torch.ones(2, 4))
-        assert not all(map(torch.equal, state(model), expected)), "the stand-in records"
-    assert all(map(torch.equal, state(model), expected))
-
-
-def test_scoring_before_the_first_step_leaves_fresh_scales():
-    model = torch.nn.Sequential(QuantisedLinear(4))
-    with quantisation_history_kept([model]):
-        model(100 * torch.ones(2, 4))
-    scale, history = state(model)
-    assert torch.equal(scale, torch.ones(3)) and not history.any()
+    assert str(Precision(torch.bfloat16, "tensorwise")) == "bf16, linear layers in FP8 (tensorwise)"
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def _attention_layers(args: argparse.Namespace) -> list[Layer]:
 
 def _problems(args: argparse.Namespace, precision: Precision) -> Iterator[str]:
     recipe = str(precision.fp8_recipe)
+    if recipe == "delayed":
+        # Transformer Engine updates the scales of all modules of the process, and only where gradients are enabled.
+        yield (
+            "--fp8-recipe delayed (Megatron's default): its scales are a history of training steps, which a frozen "
+            "reference has not, and which Transformer Engine does not load from a checkpoint. Use tensorwise or "
+            "blockwise."
+        )
+        return
     if recipe not in FP8_MULTIPLES:
         yield f"--fp8-recipe {recipe}: what it asks of shapes is not known. Use {', '.join(FP8_MULTIPLES)}."
         return
@@ -71,10 +79,24 @@ def _problems(args: argparse.Namespace, precision: Precision) -> Iterator[str]:
         yield "add --bf16: it is the precision of everything that is not FP8."
     if args.fp8_param_gather and args.reference == "resident":
         yield "--fp8-param-gather: a resident reference copies half-precision weights. Use --reference precomputed."
+    if args.tp_comm_overlap:
+        yield from _problems_of_overlap(args, recipe)
     if misfits := precision.misfits(matrix_sides(args)):
         yield f"--fp8-recipe {recipe}: these sides of a rank's weight matrices do not fit it: {', '.join(misfits)}."
     if args.dry_run is None:
         yield from _problems_of_this_machine(recipe)
+
+
+def _problems_of_overlap(args: argparse.Namespace, recipe: str) -> Iterator[str]:
+    """What ``fill_userbuffers_buffer_for_all_gather`` of Transformer Engine (2.14 to 2.20) raises in the first step."""
+    shares = args.tensor_model_parallel_size * args.context_parallel_size
+    if recipe == "blockwise":
+        yield "--tp-comm-overlap: Transformer Engine's buffers know no blockwise tensors. Use --fp8-recipe tensorwise."
+    if recipe == "mxfp8" and args.seq_length % (128 * shares):
+        yield (
+            f"--tp-comm-overlap: with mxfp8 each rank's part of a pack has to be a multiple of 128. Use a --seq-length "
+            f"that is a multiple of {128 * shares}."
+        )
 
 
 def _problems_of_this_machine(recipe: str) -> Iterator[str]:

@@ -20,7 +20,6 @@ from megatron_bdpo.data.layout import group_tokens
 from megatron_bdpo.data.packing import pack_evenly, round_up
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import PairLogProbs, Requirements
-from megatron_bdpo.model.precision import quantisation_history_kept
 from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import sum_over_ranks
@@ -154,7 +153,7 @@ def score_batches(
     """
     chunks = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in model]
     schedule = get_forward_backward_func()
-    with evaluating(chunks), weights_at_rest(model), quantisation_history_kept(chunks):
+    with evaluating(chunks), weights_at_rest(model):
         scores: list[Tensor] = schedule(
             forward_step_func=ScoringStep(scoring),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],

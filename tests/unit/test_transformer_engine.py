@@ -1,0 +1,163 @@
+"""What we take for granted of Transformer Engine, against its released Python sources: it does not run here.
+
+Read in the wheels ``transformer-engine`` from PyPI (``transformer_engine/pytorch``), and recorded below by release. A
+release that is not among them: compare its sources, and add it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+#: ``module/base.py``, ``set_extra_state``: whether a pickle that is not empty is refused, or run whatever it names.
+PICKLES_ARE_REFUSED = {
+    "2.14.0": False,
+    "2.14.1": False,
+    "2.15.0": False,
+    "2.16.0": False,
+    "2.16.1": True,
+    "2.17.0": False,
+    "2.17.1": True,
+    "2.18.0": True,
+    "2.19.0": True,
+    "2.20.2": True,
+}
+
+#: ``attention/dot_product_attention/dot_product_attention.py``: parameters that all of these releases have. The first
+#: two of the constructor have no default.
+DOT_PRODUCT_ATTENTION = (
+    "num_attention_heads kv_channels num_gqa_groups attention_dropout qkv_format attn_mask_type window_size "
+    "bottom_right_diagonal sequence_parallel tp_size get_rng_state_tracker tp_group layer_number attention_type "
+    "cp_group cp_global_ranks cp_stream cp_comm_type softmax_scale softmax_type return_max_logit"
+)
+ITS_FORWARD = (
+    "query_layer key_layer value_layer attention_mask qkv_format cu_seqlens_q cu_seqlens_kv cu_seqlens_q_padded "
+    "cu_seqlens_kv_padded max_seqlen_q max_seqlen_kv attn_mask_type window_size bottom_right_diagonal "
+    "checkpoint_core_attention core_attention_bias_type core_attention_bias alibi_slopes fast_zero_fill "
+    "inference_params pad_between_seqs fp8_output num_splits"
+)
+
+
+def bound(parameters: str, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, as Python would bind them."""
+    names = parameters.split()
+    assert named.keys() <= set(names[len(given) :]), named.keys() - set(names)
+    return dict(zip(names, given, strict=False)) | named
+
+
+class DotProductAttention:
+    """Takes what the real one takes, and asserts what it asserts of 'thd' inputs (2.14.0 to 2.20.2)."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        self.made = bound(DOT_PRODUCT_ATTENTION, given, named)
+
+    def __call__(self, *given: Any, **named: Any) -> torch.Tensor:
+        call = self.made | bound(ITS_FORWARD, given, named)
+        query, key = call["query_layer"], call["key_layer"]
+        assert call["qkv_format"] == "thd" and "padding" in call["attn_mask_type"]
+        assert query.ndim == key.ndim == 3
+        assert query.shape[1:] == (call["num_attention_heads"], call["kv_channels"])
+        assert key.shape[1:] == (call["num_gqa_groups"], call["kv_channels"])
+        starts = call["cu_seqlens_q"], call["cu_seqlens_kv"]
+        assert starts[0].shape == starts[1].shape and {each.dtype for each in starts} == {torch.int32}
+        # check_set_window_size, of a bottom-right causal mask: a causal window ends at the query itself.
+        assert call["window_size"][0] >= -1 and call["window_size"][1] == 0
+        return query.flatten(1)  # [tokens, heads * head size]
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_attention_is_called_as_transformer_engine_takes_it(monkeypatch, window):
+    from megatron_bdpo.model import attention_backends
+
+    engine = types.SimpleNamespace(DotProductAttention=DotProductAttention)
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.SimpleNamespace(pytorch=engine))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
+    starts = torch.tensor([0, 3, 5], dtype=torch.int32)
+    plan = types.SimpleNamespace(query_starts=starts, key_starts=starts, query_lengths=(3, 2), key_lengths=(3, 2))
+    query, key = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
+    attention_backends._te_module.cache_clear()
+    try:
+        found = attention_backends.BACKENDS["te"](query, key, key, plan, 0.25, window)
+        assert found.shape == query.shape
+    finally:
+        attention_backends._te_module.cache_clear()
+
+
+class Ran(Exception):
+    """Something that a pickle names has been called."""
+
+
+def run() -> None:
+    raise Ran
+
+
+class Stranger:
+    """Pickled, it is a call of :func:`run`."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return run, ()
+
+
+class QuantisedLayer(torch.nn.Linear):
+    """Has extra state as a module of Transformer Engine's: a pickle in a tensor of bytes, empty where there is none."""
+
+    refuses: bool
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor | None) -> None:
+        if state is None or state.numel() == 0:
+            return
+        if self.refuses:
+            raise RuntimeError("Refusing to load pickled Transformer Engine extra state")
+        pickle.loads(state.numpy().tobytes())
+
+
+def states_loaded(releases: dict[str, bool]) -> dict[str, bool]:
+    """By release: whether the tiny policy, with such a layer, takes a checkpoint that holds a stranger's pickle."""
+    from megatron.core.utils import unwrap_model
+
+    from tests.harness.jobs import last_weights_kept, run_job
+
+    found = {}
+
+    class Loading(last_weights_kept()):
+        def after_load(self, model):
+            super().after_load(model)
+            (chunk,) = unwrap_model(model)
+            inner = chunk.decoder.layers[0].add_module
+            inner("quantised", QuantisedLayer(2, 2))
+            layer = chunk.decoder.layers[0].quantised
+            state = chunk.state_dict()
+            for number in ("", "1"):  # and one of Megatron's grouped experts
+                name = f"decoder.layers.0.quantised._extra_state{number}"
+                state[name] = torch.frombuffer(bytearray(pickle.dumps(Stranger())), dtype=torch.uint8)
+            state["decoder.layers.0.quantised.weight"] = torch.full((2, 2), 7.0)
+            for release, refuses in releases.items():
+                layer.refuses = refuses
+                torch.nn.init.zeros_(layer.weight)
+                chunk.load_state_dict(state, strict=False)
+                found[release] = bool((layer.weight == 7).all())
+            del chunk.decoder.layers[0].quantised
+
+    run_job(Loading, ["--train-iters", "1"], {})
+    return found
+
+
+def test_no_release_is_given_a_pickle_of_a_checkpoint(ranks):
+    assert ranks(1)(states_loaded, PICKLES_ARE_REFUSED)[0] == dict.fromkeys(PICKLES_ARE_REFUSED, True)
+
+
+@pytest.mark.parametrize(("refuses", "expected"), [(False, Ran), (True, RuntimeError)])
+def test_the_stand_in_does_what_transformer_engine_does(refuses, expected):
+    layer = QuantisedLayer(2, 2)
+    layer.refuses = refuses
+    with pytest.raises(expected):
+        layer.set_extra_state(torch.frombuffer(bytearray(pickle.dumps(Stranger())), dtype=torch.uint8))
