@@ -205,6 +205,9 @@ def iterate_packs(
         batch_size=None,
         sampler=_Order(order),
         num_workers=workers,
+        # Workers share the pairs' memory with this process, whatever Python's way to start processes is (3.14 changed
+        # it); they touch no GPU.
+        multiprocessing_context="fork" if workers else None,
         pin_memory=pin,
         persistent_workers=workers > 0,
     )

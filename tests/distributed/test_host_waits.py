@@ -9,7 +9,9 @@ import pytest
 from tests.harness.jobs import DATA, last_weights_kept, run_job
 
 #: Whether a pair's loss is finite, before its gradient reaches other stages.
-MOST_PER_MICROBATCH = 1
+OURS = 1
+#: Megatron's vocabulary-parallel cross entropy writes through two masks.
+PLAIN = 2
 
 JOBS = {
     "dpo": ["--preference-loss", "dpo"],
@@ -29,7 +31,7 @@ def test_a_microbatch_waits_once(ranks, name):
     assert more >= 2
     waits = {place: count - few["places"].get(place, 0) for place, count in many["places"].items()}
     told = "\n".join(f"{count / more:.2f} {place}" for place, count in sorted(waits.items(), key=lambda each: -each[1]))
-    assert sum(waits.values()) <= MOST_PER_MICROBATCH * more, told
+    assert sum(waits.values()) <= (OURS + PLAIN * (name == "plain log-probs")) * more, told
 
 
 def waits_of_a_step(flags: list[str], length: int) -> dict[str, Any]:

@@ -277,20 +277,23 @@ def test_planning_reckons_with_this_chunk():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("bound", [0, KEPT_BYTES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpu_agrees_with_fp64_and_keeps_to_its_chunk(dtype):
-    inputs = make_inputs(16384, 4096, 256, dtype, "cuda")
-    inputs.weight.main_grad = torch.zeros(4096, 256, device="cuda")
+def test_gpu_agrees_with_fp64_and_keeps_to_its_bounds(dtype, bound):
+    n, v = 16384, 4096
+    inputs = make_inputs(n, v, 256, dtype, "cuda")
+    inputs.weight.main_grad = torch.zeros(v, 256, device="cuda")
     expected = inputs.dense()
     inputs.weight.grad_added_to_main_grad = False
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    log_probs = inputs.score(chunk_size=256, gradient_accumulation_fusion=True).log_probs
+    log_probs = inputs.score(chunk_size=256, gradient_accumulation_fusion=True, kept_bytes=bound).log_probs
     log_probs.backward(inputs.incoming)
     above = torch.cuda.max_memory_allocated() - before
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]  # the factors of products are rounded
     found = log_probs.detach(), inputs.hidden.grad, inputs.weight.main_grad
     for value, expected_value in zip(found, expected, strict=True):
         assert (value.double() - expected_value).abs().max() <= tolerance * expected_value.abs().max()
-    assert above < 16384 * 4096 * 4 / 2  # half of the logits of all positions in fp32
+    kept = n * v * dtype.itemsize if bound else 0
+    assert above < kept + 4 * n * v / 2  # half of the logits of all positions in fp32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -117,6 +118,32 @@ def graphs() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
+
+
+def test_rotary_embedding_compiles_no_kernel_for_the_cpu():
+    """Its graphs take tensors and sizes: a number would be a tensor on the CPU, with a C++ kernel of its own."""
+    code = "from tests.unit import test_fusions as t; import json; print(json.dumps(t.inputs_without_dimensions()))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1]) == [0, 0]
+
+
+def inputs_without_dimensions() -> list[int]:
+    """Tensors of no dimension that each compiled graph of the rotary embedding takes."""
+    found = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append(sum(isinstance(each, Tensor) and each.ndim == 0 for each in inputs))
+        return graph
+
+    compile_counted = functools.partial(torch.compile, backend=count)
+    with mock.patch.object(torch, "compile", compile_counted):
+        function = rotary(True)
+    for gradient in (False, True):
+        function(torch.randn(8, 1, 4, 16, requires_grad=gradient), torch.randn(8, 1, 1, 16), mscale=1.1)
+    return found
 
 
 def settled(flags: str) -> dict[str, Any]:
