@@ -3,7 +3,8 @@
 A step has *exactly* the number of pairs the user asked for, and every rank has the same number of packs M in all
 steps, so that Megatron sees a constant global batch size (in packs). Packs are as long as what they hold: the m-th
 packs of all ranks have one length, which each of them knows from the plan, so that shapes need no communication. Where
-pipeline stages exchange messages, which Megatron sizes once a step, all packs of a step have one length.
+pipeline stages exchange messages, which Megatron sizes once a step, all packs of a step have one length. Kernels whose
+buffers are of one size for all time need packs of one length for all time: then it is --seq-length.
 
 Three deterministic stages, each a pure function of the seed and the pairs' lengths, identical on every rank:
 
@@ -91,11 +92,12 @@ class PlanSettings:
     pipeline_wait: float = 0.0  # packs' worth of time that a pipeline stage stands still in a step: (p - 1) / v
     seed: int = 1234
     pack_pairs: bool = True  # False: one pair per pack, the oracle
+    fixed_length: bool = False  # all packs are as long as they may be
 
     @property
     def one_length(self) -> bool:
-        """All packs of a step have one length, because pipeline stages exchange them."""
-        return self.pipeline_wait > 0
+        """All packs of a step have one length, because pipeline stages exchange them, or because all packs have."""
+        return self.pipeline_wait > 0 or self.fixed_length
 
     def __post_init__(self) -> None:
         if self.pairs_per_step < 1:
@@ -226,6 +228,8 @@ def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[IntArra
         return np.broadcast_to(np.arange(pairs), step_sizes.shape), pairs
     group = settings.data_parallel * settings.microbatch_multiple
     tokens, longest = step_sizes.sum(axis=1), step_sizes.max(axis=1)
+    if settings.fixed_length:
+        longest = np.full_like(longest, limit)
     grain = _grain(int(longest.max()), settings)
     packs = first = round_up(max(-(-int(tokens.max()) // limit), group), group)
     few = first + _PACK_CHOICES * group
@@ -270,6 +274,8 @@ def _deal_to_ranks(
 
 def _lengths(load: IntArray, settings: PlanSettings) -> IntArray:
     """[B, M] lengths of packs that hold ``load`` [B, K] positions, those of like length on different ranks."""
+    if settings.fixed_length:
+        return np.full((len(load), load.shape[1] // settings.data_parallel), settings.max_pack_length, load.dtype)
     longest_first = -np.sort(-_rounded(load, settings), axis=1)
     lengths = longest_first[:, :: settings.data_parallel]
     return np.broadcast_to(lengths[:, :1], lengths.shape) if settings.one_length else lengths

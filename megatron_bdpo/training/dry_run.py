@@ -60,6 +60,7 @@ def dry_run(args: argparse.Namespace) -> list[Block]:
         UserError: the job cannot run.
     """
     job, _ = prepare(args)
+    args.tp_comm_overlap = False  # its buffers are shared by real ranks
     try:
         with refusals_of_megatron(), silence():
             initialize_megatron()

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_bdpo.data import pool as pools
 from megatron_bdpo.data.context import ContextRank, imbalance
 from megatron_bdpo.data.layout import lay_out
-from megatron_bdpo.data.packing import pack_evenly, round_up
+from megatron_bdpo.data.packing import pack_evenly, per_pack, round_up
 from megatron_bdpo.data.plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.data.pool import PairPool, Selection
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
@@ -41,6 +41,7 @@ class PairJob:
         sizes: [P] pack positions of every pair of the pool.
         cache_dir: where tokens and reference values are kept.
         max_pack_length: the longest pack that the user allows; those of the plan may all be shorter.
+        fixed_length: no pack is, also where the reference is scored.
     """
 
     loss: PairLossFunction
@@ -56,6 +57,7 @@ class PairJob:
     resident: bool
     context_parallel: int
     max_pack_length: int
+    fixed_length: bool
 
     def pack_maker(self, context: ContextRank) -> PackMaker:
         """Makes the packs of training and evaluation, as a context-parallel rank sees them."""
@@ -73,6 +75,9 @@ class PairJob:
             f"plan: {len(plan.steps)} steps of {plan.steps.shape[1]} pairs, each in {plan.data_parallel} ranks x "
             f"{plan.microbatches} packs of {_range(plan.lengths)} positions; fill {plan.fill:.1%}",
         ]
+        if self.fixed_length:
+            fullest = per_pack(self.sizes[plan.steps], plan.pack_of, plan.packs_per_step).max()
+            lines.append(f"fixed length of packs: the fullest one of the plan holds {fullest} tokens")
         if self.share_prompts:
             lines.append(f"shared prompts: {1 - shared / unshared:.1%} fewer tokens than one prompt per answer")
         if self.context_parallel > 1:
@@ -231,6 +236,7 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
         args.reference == "resident",
         args.context_parallel_size,
         args.seq_length,
+        args.fixed_pack_length,
     )
 
 
@@ -247,6 +253,7 @@ def _plan_settings(args: argparse.Namespace) -> PlanSettings:
         pipeline_wait=(pipeline - 1) / virtual_stages,
         seed=args.seed,
         pack_pairs=args.pack_pairs,
+        fixed_length=args.fixed_pack_length,
     )
 
 
@@ -256,10 +263,11 @@ def _eval_packs(ids: IntArray, sizes: IntArray, plan: StepPlan, settings: PlanSe
         return [], plan.longest
     group = settings.data_parallel * settings.microbatch_multiple
     longest = round_up(int(sizes[ids].max()), settings.length_multiple)
+    packs = [*ids[:, None], *[ids[:0]] * (-len(ids) % group)]
     if settings.pack_pairs:
         # No longer than the packs of training, if the pairs allow it: they are what has been reckoned to fit.
-        return pack_evenly(ids, sizes[ids], max(longest, plan.longest), group, settings.length_multiple)
-    return [*ids[:, None], *[ids[:0]] * (-len(ids) % group)], longest
+        packs, longest = pack_evenly(ids, sizes[ids], max(longest, plan.longest), group, settings.length_multiple)
+    return packs, settings.max_pack_length if settings.fixed_length else longest
 
 
 def made_up_plan(args: argparse.Namespace) -> StepPlan:

@@ -164,6 +164,11 @@ def test_jobs_that_cannot_run_are_refused(dry_run, flags, expected_reason):
     assert expected_reason in printed.rpartition("ended: ")[2]
 
 
+def test_overlap_of_tensor_parallelism_is_planned_without_its_buffers(dry_run):
+    flags = ["--dry-run", "64", "--tp-comm-overlap", "--fixed-pack-length"]
+    assert "fixed length of packs: the fullest one" in dry_run("llama3_70b.yaml", *flags, config=LLAMA_70B)
+
+
 def test_tensor_parallelism_across_nodes_is_noted(dry_run):
     flags = ["--dry-run", "64", "--gpus-per-node", "8", "--tensor-model-parallel-size", "16", "--pairs-per-step", "256"]
     assert "16 tensor-parallel ranks cross nodes of 8" in dry_run("llama3_70b.yaml", *flags, config=LLAMA_70B)

@@ -43,6 +43,7 @@ def cases(draw) -> Case:
             length_multiple=multiple,
             pipeline_wait=draw(st.sampled_from([0.0, 0.5, 3.0])),
             seed=draw(st.integers(0, 3)),
+            fixed_length=draw(st.booleans()),
         ),
         steps=draw(st.integers(1, 12)),
     )
@@ -246,6 +247,15 @@ def test_pipeline_stages_get_one_length_per_step():
     plan = plan_steps(sizes, PlanSettings(64, 2, 2048, pipeline_wait=3.0), 10)
     assert plan.microbatches > 1
     assert (plan.lengths == plan.lengths[:, :1]).all()
+
+
+@pytest.mark.parametrize("pack_pairs", [True, False])
+def test_packs_of_fixed_length_are_as_long_as_they_may_be_and_as_few_as_hold_the_pairs(pack_pairs):
+    sizes = some_sizes(320)
+    plan = plan_steps(sizes, PlanSettings(64, 2, 2048, fixed_length=True, pack_pairs=pack_pairs), 10)
+    assert (plan.lengths == 2048).all()
+    expected = -(-int(plan.real_tokens.max()) // 2048) if pack_pairs else 64
+    assert plan.packs_per_step == expected + expected % 2
 
 
 @pytest.mark.parametrize(("waits", "packs", "length"), [(0.0, 13, 3840), (0.5, 16, 3072), (7.0, 22, 2304)])

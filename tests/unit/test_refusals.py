@@ -105,6 +105,9 @@ REFUSED = {
     "--perform-rl-step": "--perform-rl-step",
     "--reference resident --reference-cache d": "--reference-cache",
     "--reference resident --score-shard-pairs 8": "--reference-cache",
+    "--tp-comm-overlap": "--tp-comm-overlap",
+    "--tp-comm-overlap --dry-run 2": "--tp-comm-overlap",
+    "--tp-comm-overlap --fixed-pack-length": "--tp-comm-overlap",
     "--fp8-output-proj": "--fp8-output-proj",
     "--fp4-format e2m1": "--fp4-format",
     "--exit-signal-handler-for-training": "--exit-signal-handler-for-training",
@@ -140,6 +143,8 @@ ALLOWED = [
     "--stop-file a b",
     "--fp8-format hybrid --fp8-recipe tensorwise --bf16",
     "--pair-attention sdpa",
+    "--fixed-pack-length",
+    "--dry-run 2 --tp-comm-overlap --fixed-pack-length",
     ASYNC,
 ]
 

@@ -11,9 +11,11 @@ import sys
 import types
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from packaging.version import Version
 
 #: ``module/base.py``, ``set_extra_state``: whether a pickle that is not empty is refused, or run whatever it names.
 PICKLES_ARE_REFUSED = {
@@ -89,6 +91,78 @@ def test_attention_is_called_as_transformer_engine_takes_it(monkeypatch, window)
         attention_backends._te_module.cache_clear()
 
 
+#: ``module/base.py``: keywords of ``initialize_ub`` that Megatron gives it, in all of these releases.
+INITIALIZE_UB = {"shape", "tp_size", "quantization_modes", "ub_cfgs", "bootstrap_backend"}
+
+
+def buffers_and_packs(flags: list[str], cache: str) -> tuple[list[int], set[int]]:
+    """Rows of the buffers that Megatron asks Transformer Engine for, and of what this rank's layers are given of packs.
+
+    The copy into a buffer checks that it has as many elements (``CommOverlap::copy_into_buffer``, 2.20.2).
+    """
+    from megatron.training import initialize
+
+    from megatron_bdpo.training import forward
+    from tests.harness.jobs import last_weights_kept, run_job
+
+    shapes: list[list[int]] = []
+    rows: set[int] = set()
+    score_pack = forward.score_pack
+
+    def seen(model: Any, batch: Any, scoring: Any) -> torch.Tensor:
+        rows.add(batch.tokens.shape[1])
+        return score_pack(model, batch, scoring)
+
+    def initialize_ub(**keywords: Any) -> None:
+        assert keywords.keys() == INITIALIZE_UB
+        shapes.append(keywords["shape"])
+
+    base = types.SimpleNamespace(
+        initialize_ub=initialize_ub, UserBufferQuantizationMode=types.SimpleNamespace(FP8="fp8", NONE="none")
+    )
+    module = types.SimpleNamespace(base=base)
+    engine = types.SimpleNamespace(pytorch=types.SimpleNamespace(module=module))
+    modules = {"transformer_engine": engine, "transformer_engine.pytorch": engine.pytorch}
+
+    class Looking(last_weights_kept()):
+        def after_load(self, model):
+            with (
+                mock.patch.dict(sys.modules, modules),
+                mock.patch.object(initialize, "is_te_min_version", lambda version: Version(version) <= NEWEST),
+            ):
+                initialize._initialize_tp_communicators()
+            super().after_load(model)
+
+    with mock.patch.object(forward, "score_pack", seen):
+        run_job(Looking, flags, {"pair_cache_dir": cache})
+    return [shape[0] for shape in shapes], rows
+
+
+NEWEST = Version("2.20.2")
+
+#: The held-out pairs would be in packs of another length than the others.
+PARALLEL = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--eval-share", "0.2", "--eval-interval", "1"]
+
+
+#: Seven pairs do not fill packs of scoring.
+@pytest.mark.parametrize("reference", [["--score-shard-pairs", "7"], ["--reference", "resident"]])
+def test_buffers_have_the_size_of_every_pack_of_fixed_length(ranks, tmp_path, reference):
+    flags = [*PARALLEL, *reference, "--fixed-pack-length"]
+    for buffers, rows in ranks(2)(buffers_and_packs, flags, str(tmp_path)):
+        assert buffers == [512] and rows == {512}
+
+
+def test_buffers_have_the_size_of_a_context_parallel_part(ranks, tmp_path):
+    flags = ["--context-parallel-size", "2", "--fixed-pack-length"]
+    for buffers, rows in ranks(2)(buffers_and_packs, flags, str(tmp_path)):
+        assert buffers == [256] and rows == {256}
+
+
+def test_without_a_fixed_length_they_have_not(ranks, tmp_path):
+    for _, rows in ranks(2)(buffers_and_packs, PARALLEL, str(tmp_path)):
+        assert len(rows) > 1
+
+
 class Ran(Exception):
     """Something that a pickle names has been called."""
 
@@ -120,7 +194,7 @@ class QuantisedLayer(torch.nn.Linear):
         pickle.loads(state.numpy().tobytes())
 
 
-def states_loaded(releases: dict[str, bool]) -> dict[str, bool]:
+def states_loaded(releases: dict[str, bool], cache: str) -> dict[str, bool]:
     """By release: whether the tiny policy, with such a layer, takes a checkpoint that holds a stranger's pickle."""
     from megatron.core.utils import unwrap_model
 
@@ -147,12 +221,12 @@ def states_loaded(releases: dict[str, bool]) -> dict[str, bool]:
                 found[release] = bool((layer.weight == 7).all())
             del chunk.decoder.layers[0].quantised
 
-    run_job(Loading, ["--train-iters", "1"], {})
+    run_job(Loading, ["--train-iters", "1"], {"pair_cache_dir": cache})
     return found
 
 
-def test_no_release_is_given_a_pickle_of_a_checkpoint(ranks):
-    assert ranks(1)(states_loaded, PICKLES_ARE_REFUSED)[0] == dict.fromkeys(PICKLES_ARE_REFUSED, True)
+def test_no_release_is_given_a_pickle_of_a_checkpoint(ranks, tmp_path):
+    assert ranks(1)(states_loaded, PICKLES_ARE_REFUSED, str(tmp_path))[0] == dict.fromkeys(PICKLES_ARE_REFUSED, True)
 
 
 @pytest.mark.parametrize(("refuses", "expected"), [(False, Ran), (True, RuntimeError)])

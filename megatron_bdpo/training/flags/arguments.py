@@ -190,6 +190,11 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pair-epochs", type=_finite, help="train for this many passes over the pairs instead of --train-iters")
     add("--pack-pairs", action=argparse.BooleanOptionalAction, default=True, help="several pairs in one pack")
     add(
+        "--fixed-pack-length",
+        action="store_true",
+        help="pad every pack to --seq-length, in scoring and evaluation too; --tp-comm-overlap needs it",
+    )
+    add(
         "--share-prompts",
         action=argparse.BooleanOptionalAction,
         default=True,

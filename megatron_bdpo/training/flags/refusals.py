@@ -172,6 +172,16 @@ _REFUSALS = (
         lambda a: a.hybrid_context_parallel,
         "--hybrid-context-parallel: every pack is split over all context-parallel ranks.",
     ),
+    _Refusal(
+        lambda a: (
+            a.tp_comm_overlap
+            and not (
+                a.fixed_pack_length and (a.dry_run is not None or importlib.util.find_spec("transformer_engine"))
+            )
+        ),
+        "--tp-comm-overlap: its buffers, Transformer Engine's, are of one size, and packs are not. Add "
+        "--fixed-pack-length, and have Transformer Engine installed.",
+    ),
     # What our attention or log-probs replace.
     _Refusal(
         lambda a: a.attention_backend.name not in ("auto", "flash") or a.use_kitchen_attention,

@@ -168,7 +168,8 @@ class ReferenceScores:
         if self._chunks is None:
             self._chunks = self.model()
         make = PackMaker(self.job.pool, self.job.max_pack_length, self.job.share_prompts, context=context_rank())
-        return GroupScorer(self._chunks, self.scoring, make, length_unit(self.args), not self.args.pack_pairs, seen)
+        alone, fixed_length = not self.args.pack_pairs, self.job.fixed_length
+        return GroupScorer(self._chunks, self.scoring, make, length_unit(self.args), alone, fixed_length, seen)
 
     def _groups(self, index: int, missing: dict[str, BoolArray], rows: slice) -> Groups:
         """The missing groups of some rows, those of the first kind first."""

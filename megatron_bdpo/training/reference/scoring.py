@@ -189,6 +189,7 @@ class GroupScorer:
         make: makes packs of the pool's pairs; its limit is a multiple of ``unit``.
         unit: the packs' lengths are multiples of this.
         alone: every group has a pack of its own.
+        fixed_length: packs are as long as they may be.
         seen: told the number of pairs in each pack that is on its way.
     """
 
@@ -197,6 +198,7 @@ class GroupScorer:
     make: PackMaker
     unit: int
     alone: bool
+    fixed_length: bool
     seen: Callable[[int], object]
 
     def __call__(self, groups: Groups) -> FloatArray:
@@ -209,6 +211,8 @@ class GroupScorer:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         multiple = ranks * stages  # interleaved stages take microbatches in groups
         packs, length = self._pack(self.sizes(groups), multiple)
+        if self.fixed_length:
+            length = self.make.limit
         own = packs[parallel_state.get_data_parallel_rank() :: ranks]
         iterators = [self._packs(own, groups, length, first=chunk == 0) for chunk in range(len(self.model))]
         scores = score_batches(self.model, iterators, len(own), length, self.scoring)

@@ -130,6 +130,8 @@ def check_plan(plan: StepPlan, sizes: np.ndarray, settings: PlanSettings, num_st
     assert plan.data_parallel == settings.data_parallel and plan.microbatches % settings.microbatch_multiple == 0
     if settings.one_length:
         assert (plan.lengths == plan.lengths[:, :1]).all()
+    if settings.fixed_length:
+        assert (plan.lengths == settings.max_pack_length).all()
     tokens = sizes[plan.steps].sum(axis=1)
     assert (plan.real_tokens == tokens).all()
     positions = plan.lengths.sum() * plan.data_parallel

@@ -71,6 +71,7 @@ def plans() -> Check:
                 pipeline_wait=3.0 * draw.chance(3),
                 seed=draw.integer(0, 3),
                 pack_pairs=not draw.chance(8),
+                fixed_length=draw.chance(4),
             )
 
         per_step = draw.integer(1, 8)
