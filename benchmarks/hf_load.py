@@ -29,19 +29,24 @@ LLAMA_3 = {
 
 
 def write(size: str, directory: Path) -> None:
-    """A random checkpoint in files of 2 GiB, a tensor at a time."""
+    """A random checkpoint in files of some 2 GiB."""
     import torch
 
     from megatron_bdpo.model.hf.config import read_config
-    from megatron_bdpo.model.hf.export import SafetensorsWriter, write_json
+    from megatron_bdpo.model.hf.export import write_file, write_json
+    from megatron_bdpo.model.hf.files import FILE_BYTES
 
     config = LLAMA_3 | SIZES[size]
     shapes = read_config(config).weights.shapes()
     directory.mkdir(parents=True)
-    writer = SafetensorsWriter(directory)
-    for name, shape in shapes.items():
-        writer.add({name: torch.randint(15_000, 16_000, shape, dtype=torch.int16).view(torch.bfloat16)})
-    writer.finish(shapes)
+    places, file, waiting = {}, "model-00001.safetensors", {}
+    for number, (name, shape) in enumerate(shapes.items(), 1):
+        waiting[name] = torch.randint(15_000, 16_000, shape, dtype=torch.int16).view(torch.bfloat16)
+        places[name] = file
+        if number == len(shapes) or sum(tensor.nbytes for tensor in waiting.values()) > 0.9 * FILE_BYTES:
+            write_file(directory / file, waiting)
+            file, waiting = f"model-{number + 1:05d}.safetensors", {}
+    write_json(directory / "model.safetensors.index.json", {"weight_map": places})
     write_json(directory / "config.json", config)
 
 

@@ -40,7 +40,7 @@ def export(
 ) -> None:
     """Write a torch_dist checkpoint as a Hugging Face model.
 
-    Whatever layout it was trained in. One process; in memory are one layer and one file.
+    Whatever layout it was trained in. One process; in memory are one file and one tensor.
     """
     only_one(hf_model=hf_model, family=family)
     from megatron_bdpo.platform.prepare import prepare_platform

@@ -205,8 +205,7 @@ def iterate_packs(
         batch_size=None,
         sampler=_Order(order),
         num_workers=workers,
-        # Workers share the pairs' memory with this process, whatever Python's way to start processes is (3.14 changed
-        # it); they touch no GPU.
+        # Workers share the plan and the tokens' maps with this process; Python 3.14 would pickle them by default.
         multiprocessing_context="fork" if workers else None,
         pin_memory=pin,
         persistent_workers=workers > 0,

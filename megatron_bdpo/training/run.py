@@ -135,10 +135,21 @@ class PreferenceRun:
     # Data ------------------------------------------------------------------------------------------------------------
 
     def _dataset_provider(self) -> Callable[..., Any]:
-        """What Megatron calls for its data: here, iterators on every rank, each for its own data-parallel part."""
+        """What Megatron calls for its data: here, iterators on every rank, each for its own data-parallel part.
+
+        It calls once for each virtual stage of the rank. All stages take the same packs, so they share what makes them:
+        a pack is kept until the last stage has taken it.
+        """
+        stages = self.args.virtual_pipeline_model_parallel_size or 1
+
+        @functools.cache  # made at the first call: then Megatron has its groups
+        def iterators() -> list[tuple[Any, Any]]:
+            train = itertools.tee(self._train_batches(), stages)
+            held_out = itertools.tee(self._eval_batches(), stages) if self.args.eval_iters else [None] * stages
+            return list(zip(train, held_out, strict=True))
 
         def provide(num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
-            return self._train_batches(), self._eval_batches() if self.args.eval_iters else None, None
+            return *iterators()[vp_stage or 0], None
 
         provide.is_distributed = True  # type: ignore[attr-defined]
         return provide
@@ -152,15 +163,18 @@ class PreferenceRun:
 
         # The position is the step, whatever the layout was when the checkpoint was written.
         first = self.args.iteration * plan.microbatches
-        return self._iterate(packs, iter(range(first, len(plan.steps) * plan.microbatches)))
+        order = iter(range(first, len(plan.steps) * plan.microbatches))
+        return self._iterate(packs, order, workers=self.args.num_workers)
 
     def _eval_batches(self) -> Iterator[PackBatch]:
         own = self.job.eval_packs[parallel_state.get_data_parallel_rank() :: self.job.plan.data_parallel]
-        return self._iterate(lambda index: (own[index], self.job.eval_length), itertools.cycle(range(len(own))))
+        order = itertools.cycle(range(len(own)))
+        # Processes of their own would wait through the training for packs that are made in milliseconds.
+        return self._iterate(lambda index: (own[index], self.job.eval_length), order, workers=0)
 
-    def _iterate(self, packs: Packs, order: Iterator[int]) -> Iterator[PackBatch]:
+    def _iterate(self, packs: Packs, order: Iterator[int], workers: int) -> Iterator[PackBatch]:
         make = self.job.pack_maker(context_rank())
-        return iterate_packs(packs, order, make, workers=self.args.num_workers, pin=not cpu.is_active())
+        return iterate_packs(packs, order, make, workers=workers, pin=not cpu.is_active())
 
     # TrainerHooks ----------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +17,10 @@ from safetensors.torch import save_file
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
 from megatron_bdpo.model.hf.config import read_config
-from megatron_bdpo.model.hf.export import SafetensorsWriter, new_directory, split
+from megatron_bdpo.model.hf.export import new_directory, split, write_file
+from megatron_bdpo.model.hf.files import ExportFile, Whole, in_order, index, lay_out, rounds
 from megatron_bdpo.model.hf.hub import model_directory
-from megatron_bdpo.model.hf.tensors import place_of
+from megatron_bdpo.model.hf.tensors import Place, place_of
 from tests.harness import jobs
 
 CONFIG = {
@@ -136,34 +141,107 @@ def test_no_model_there(tmp_path, name, message):
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
-def test_files_of_bounded_size(tmp_path):
-    content = tensors()
-    writer = SafetensorsWriter(tmp_path, file_bytes=40_000)
-    for name, value in content.items():
-        writer.add({name: value})
-    writer.finish(weights().shapes())
-    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
-    largest_tensor = max(value.nbytes for value in content.values())
-    assert max(sizes.values()) < max(40_000, largest_tensor) + 4096
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    checkpoint = HuggingFaceCheckpoint.open(tmp_path)
-    checkpoint.check(weights().shapes())
-    for name, value in content.items():
-        assert torch.equal(checkpoint.rows(name, 0, len(value)), value)
+def wholes(holders: Callable[[str], tuple[int, ...]] = lambda key: (0,)) -> list[Whole]:
+    """The Megatron tensors of the model on some ranks, with two rows that pad the vocabulary."""
+    found, sizes = [], weights().sizes
+    for key in weights().rules:
+        for indices in [(layer,) for layer in range(sizes.layers)] if ".layers." in key else [()]:
+            place = Place(key, indices)
+            rows = sum(part.stop - part.start for part in weights().parts(place)) + 2 * ("embedding" in key)
+            columns = weights().shapes()[weights().parts(place)[0].name][1:]
+            found.append(Whole(place, (rows, *columns), torch.float32, holders(key)))
+    return found
+
+
+def size(file: ExportFile) -> int:
+    """Of its tensors as they are in the index, by the shapes of the architecture."""
+    names = {part.name for whole in file.wholes for part in weights().parts(whole.place)}
+    return sum(4 * math.prod(weights().shapes()[name]) for name in names)
+
+
+def test_files_of_bounded_size():
+    files = lay_out(reversed(wholes()), weights(), file_bytes=40_000)
+    assert [file.name for file in files] == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, 5)]
+    assert [len(file.wholes) for file in files if size(file) > 40_000] == [1, 1], "embedding and output layer"
+    order = [in_order(whole.place) for file in files for whole in file.wholes]
+    assert order == sorted(order) and len(order) == len(wholes())
+    found = index(files, weights())
+    assert found["weight_map"].keys() == weights().shapes().keys()
+    assert found["metadata"]["total_size"] == sum(map(size, files)) == sum(t.nbytes for t in tensors().values())
+    assert [file.name for file in lay_out(wholes(), weights())] == ["model.safetensors"]
+
+
+def test_ranks_share_what_they_hold_by_size():
+    """A stage of two ranks, which split all matrices, and one of a single rank; vectors are whole on the first ones."""
+
+    def holders(key: str) -> tuple[int, ...]:
+        ranks = (2,) if key.startswith(("decoder.final_layernorm", "output_layer")) else (0, 1)
+        return ranks[:1] if "norm" in key else ranks
+
+    files = lay_out(wholes(holders), weights(), file_bytes=40_000)
+    assert all(file.writer in whole.holders for file in files for whole in file.wholes)
+    held: dict[int, int] = Counter()
+    for file in files:
+        held[file.writer] += size(file)
+    row = 4 * 32
+    of_layers = 2 * row * (64 + 32 + 2 * 48) + 2 * 4 * 48 * 32
+    assert held == {0: 1030 * row + 4 * row, 1: of_layers, 2: 1030 * row + row}, "the embedding outweighs the layers"
+    written = rounds(files)
+    assert [[file.writer for file in each] for each in written] == [[0, 1, 2], [0, 1, 2]]
+    assert sorted(file.name for each in written for file in each) == [file.name for file in files]
+
+
+def test_seventy_billion_parameters_on_32_ranks():
+    """TP8 x PP4: what each of the ranks writes, and what goes from rank to rank, in bytes of bf16."""
+    config = {
+        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 8192, "intermediate_size": 28_672,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+    }  # fmt: skip
+    of_70b = read_config(config).weights
+    found = []
+    for key in of_70b.rules:
+        for indices in [(layer,) for layer in range(80)] if ".layers." in key else [()]:
+            first = 8 * (indices[0] // 20 if indices else 0 if "embedding" in key else 3)
+            shapes = of_70b.shapes()
+            parts = of_70b.parts(Place(key, indices))
+            shape = (sum(part.stop - part.start for part in parts), *shapes[parts[0].name][1:])
+            ranks = (first,) if len(shape) == 1 else tuple(range(first, first + 8))
+            found.append(Whole(Place(key, indices), shape, torch.bfloat16, ranks))
+    files = lay_out(found, of_70b)
+    held: dict[int, int] = Counter()
+    sent = 0
+    for file in files:
+        for whole in file.wholes:
+            held[file.writer] += 2 * math.prod(whole.shape)
+            sent += 2 * math.prod(whole.shape) * (len(whole.holders) - 1) // len(whole.holders)
+    assert sum(held.values()) == index(files, of_70b)["metadata"]["total_size"] == 141_107_412_992
+    assert (len(held), len(files), len(rounds(files))) == (32, 96, 3)
+    assert max(held.values()) / 1e9 == pytest.approx(4.7, abs=0.1)
+    assert sent / 1e9 == pytest.approx(123.5, abs=0.1), "none of it by way of one rank"
+
+
+def test_tensors_that_are_not_there_are_named_before_anything_is_written():
+    norm = "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
+    found = [whole for whole in wholes() if whole.place != Place(norm, (1,))]
+    with pytest.raises(UserError, match=re.escape(f"the source has no weights for {NORM}")):
+        lay_out(found, weights())
+    short = [dataclasses.replace(whole, shape=(10, *whole.shape[1:])) for whole in wholes()]
+    with pytest.raises(UserError, match=r"word_embeddings\.weight has 10 rows, those of its Hugging Face family 1030"):
+        lay_out(short, weights())
 
 
 def test_an_unfinished_export_has_no_name(tmp_path):
     target = tmp_path / "model"
-    with (
-        pytest.raises(UserError, match=re.escape(f"the source has no weights for {NORM}")),
-        new_directory(target) as at,
-    ):
-        writer = SafetensorsWriter(at)
-        writer.add({name: value for name, value in tensors().items() if name != NORM})
-        writer.finish(weights().shapes())
+    with pytest.raises(ZeroDivisionError), new_directory(target) as at:
+        write_file(at / "model.safetensors", tensors())
+        raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_disk_refuses_is_the_operating_systems_error(tmp_path):
+    """safetensors has an exception of its own for it."""
+    with pytest.raises(OSError, match="No such file or directory"):
+        write_file(tmp_path / "nowhere" / "model.safetensors", tensors())
 
 
 def test_split_undoes_grouping():

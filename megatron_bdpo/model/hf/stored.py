@@ -1,4 +1,4 @@
-"""The weights of a torch_dist checkpoint as whole tensors, whatever the layout that wrote it; one layer at a time.
+"""The weights of a torch_dist checkpoint as whole tensors, whatever the layout that wrote it; one file at a time.
 
 Megatron's own loading wants to place every part of a tensor on some rank. torch's reader underneath takes any part.
 """
@@ -6,7 +6,6 @@ Megatron's own loading wants to place every part of a tensor on some rank. torch
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,27 +18,43 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.hf.gather import in_order
+from megatron_bdpo.model.hf.files import ExportFile, Whole
 from megatron_bdpo.model.hf.tensors import Place, WeightMap, place_of
 
 
-def stored_weights(directory: Path, weights: WeightMap) -> Iterator[tuple[Place, Tensor]]:
-    """Every weight of a checkpoint.
+class StoredWeights:
+    """The weights of a checkpoint; a ``files.Source`` for one process.
 
-    Raises:
-        UserError: the checkpoint cannot be read, or is of another architecture.
+    Attributes:
+        wholes: as ``files.Source`` has them.
     """
-    reader = FileSystemReader(str(directory))
-    metadata = _read_metadata(reader, directory)
-    layers: dict[tuple[int, ...], list[_Stored]] = defaultdict(list)
-    for entry in sorted(_entries(metadata, weights, directory), key=lambda entry: in_order(entry.place)):
-        layers[(in_order(entry.place)[0], *entry.place.indices[:1])].append(entry)
-    for together in layers.values():
+
+    def __init__(self, directory: Path, weights: WeightMap) -> None:
+        """Read the checkpoint's description.
+
+        Raises:
+            UserError: the checkpoint cannot be read, or is of another architecture.
+        """
+        self._directory = directory
+        self._reader = FileSystemReader(str(directory))
+        metadata = _read_metadata(self._reader, directory)
+        self._entries = {entry.place: entry for entry in _entries(metadata, weights, directory)}
+        self.wholes = [Whole(place, entry.shape, entry.dtype) for place, entry in self._entries.items()]
+
+    def together(self, files: Sequence[ExportFile]) -> Iterator[tuple[Place, Tensor]]:
+        """The tensors of the one file, read at once: torch opens a checkpoint's files anew at every reading.
+
+        Raises:
+            UserError: the checkpoint cannot be read.
+        """
+        (file,) = files
+        entries = [self._entries[whole.place] for whole in file.wholes]
         try:
-            tensors = _read(reader, together)
+            tensors = _read(self._reader, entries)
         except Exception as error:  # of the file system, of pickle, of torch
-            raise UserError(f"the checkpoint {directory} cannot be read: {type(error).__name__}: {error}") from error
-        for entry in together:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"the checkpoint {self._directory} cannot be read: {reason}") from error
+        for entry in entries:
             yield entry.place, tensors.pop(entry.index)
 
 
@@ -56,6 +71,10 @@ class _Stored:
     def shape(self) -> tuple[int, ...]:
         """Its own."""
         return tuple(self.whole.size[len(self.leading) :])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.properties.dtype
 
     @property
     def place(self) -> Place:
@@ -84,7 +103,7 @@ class _IntoTensors(DefaultLoadPlanner):
 
 
 def _read(reader: FileSystemReader, entries: Sequence[_Stored]) -> dict[MetadataIndex, Tensor]:
-    found = {entry.index: torch.empty(entry.shape, dtype=entry.whole.properties.dtype) for entry in entries}
+    found = {entry.index: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
     items = [
         item for entry in entries for item in create_read_items_for_chunk_list(entry.key, entry.whole, [entry.chunk])
     ]

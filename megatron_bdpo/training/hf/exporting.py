@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.core.utils import unwrap_model
-from torch import Tensor
+from torch import Tensor, distributed
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.files import write_whole
 from megatron_bdpo.model.hf.card import TrainingFacts, model_card
-from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
+from megatron_bdpo.model.hf.checkpoint import CONFIG, INDEX, read_json
 from megatron_bdpo.model.hf.config import Architecture, differences, read_config, write_config
 from megatron_bdpo.model.hf.export import (
-    SafetensorsWriter,
     new_directory,
+    partial_directory,
     refuse_existing,
     split,
     write_companions,
+    write_file,
+    write_json,
 )
-from megatron_bdpo.model.hf.gather import gathered_weights
-from megatron_bdpo.model.hf.stored import stored_weights
-from megatron_bdpo.model.hf.tensors import Place
+from megatron_bdpo.model.hf.files import ExportFile, Source, index, lay_out, rounds
+from megatron_bdpo.model.hf.gather import LiveWeights
+from megatron_bdpo.model.hf.stored import StoredWeights
+from megatron_bdpo.model.hf.tensors import WeightMap
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.checkpoints import refuse_damaged
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, host_group, is_rank_zero, say
@@ -60,6 +65,24 @@ def check_save_hf(args: argparse.Namespace, last_step: int | None = None) -> Non
             )
         if args.save_hf and is_rank_zero() and not _is_own_export(args, last_step):
             refuse_existing(Path(args.save_hf))
+    if args.save_hf and last_step is None:
+        _check_shared(Path(args.save_hf))
+
+
+def _check_shared(target: Path) -> None:
+    """Refuse a place that cannot be written, or that rank 0 has for itself. Collective."""
+    mark = target.with_name(broadcast(f".{target.name}.{secrets.token_hex(4)}.seen"))
+    with _each_writes(target):
+        if is_rank_zero():
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    try:
+        with all_ranks_agree():
+            if not mark.exists():
+                raise UserError(f"--save-hf {target}: what rank {distributed.get_rank()} writes {_not_shared(target)}")
+    finally:
+        if is_rank_zero():
+            mark.unlink()
 
 
 def _is_own_export(args: argparse.Namespace, last_step: int | None) -> bool:
@@ -99,60 +122,83 @@ def save_live(args: argparse.Namespace, model: list[Any], metrics: Mapping[str, 
     facts = training_facts(done, known[0] if known else {})
     original = Path(args.hf_model)
     config = read_json(original / CONFIG)
-    source = gathered_weights(unwrap_model(model), host_group())
-    with all_ranks_agree():
-        if is_rank_zero():
-            keep = functools.partial(_keep_record, args)
-            _write_and_drain(source, Path(args.save_hf), config, original, facts, keep)
-        else:
-            for _ in source:
-                pass
+    source = LiveWeights(unwrap_model(model), host_group())
+    write_model(source, Path(args.save_hf), config, original, facts, functools.partial(_keep_record, args))
     say(f"policy written to {args.save_hf}")
 
 
-def _write_and_drain(
-    source: Iterator[tuple[Place, Tensor | None]],
-    target: Path,
-    config: Mapping[str, Any],
-    original: Path,
-    facts: TrainingFacts,
-    before_naming: Callable[[Path], None],
-) -> None:
-    """Whatever happens while writing, the other ranks send their tensors to the last one."""
-    try:
-        here = ((place, whole) for place, whole in source if whole is not None)
-        write_model(here, target, config, original, facts, before_naming)
-    except OSError as error:
-        raise UserError(f"--save-hf {target}: {error}") from error
-    finally:
-        for _ in source:
-            pass
-
-
 def write_model(
-    source: Iterable[tuple[Place, Tensor]],
+    source: Source,
     target: Path,
     config: Mapping[str, Any],
     original: Path | None,
     facts: TrainingFacts,
     before_naming: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """Write a Hugging Face model from whole Megatron tensors.
+    """Write a Hugging Face model: its files by all ranks that have a share of the weights. Collective.
 
     Args:
-        before_naming: called with the finished directory before it is renamed to ``target``.
+        before_naming: called on rank 0 with the finished directory before it is renamed to ``target``.
 
     Raises:
-        UserError: ``target`` is there already, or tensors are missing; nothing is left at ``target`` then.
+        UserError: on every rank: ``target`` is there already or cannot be written, or tensors are missing. Nothing is
+            left at ``target`` then.
     """
     weights = read_config(config).weights
-    with new_directory(target) as directory:
-        writer = SafetensorsWriter(directory)
-        for place, whole in source:
-            writer.add(split(place, whole, weights))
-        writer.finish(weights.shapes())
-        write_companions(directory, config, writer.dtype, original, model_card(facts))
-        before_naming(directory)
+    files = lay_out(source.wholes, weights)
+    with contextlib.ExitStack() as until_named:
+        with _each_writes(target):
+            if is_rank_zero():
+                until_named.enter_context(new_directory(target))
+        for together in rounds(files):
+            _write_round(source, together, target, weights)
+        with _each_writes(target):
+            if is_rank_zero():
+                _refuse_missing(files, target)
+                directory = partial_directory(target)
+                if len(files) > 1:
+                    write_json(directory / INDEX, index(files, weights))
+                write_companions(directory, config, files[0].wholes[0].dtype, original, model_card(facts))
+                before_naming(directory)
+                until_named.close()
+
+
+def _write_round(source: Source, files: Sequence[ExportFile], target: Path, weights: WeightMap) -> None:
+    """One file of every rank that has one: first all of them exchange their tensors, then all write. Collective."""
+    tensors: dict[str, Tensor] = {}
+    for place, whole in source.together(files):
+        tensors |= split(place, whole, weights)
+    with _each_writes(target):
+        for file in files:
+            if file.writer == distributed.get_rank():
+                write_file(partial_directory(target) / file.name, tensors)
+
+
+@contextlib.contextmanager
+def _each_writes(target: Path) -> Iterator[None]:
+    """What the operating system refuses on one rank ends all of them. Collective."""
+    with all_ranks_agree():
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the Hugging Face model cannot be written to {target} (rank {distributed.get_rank()}): {error}. Make "
+                "room there or name another directory; megatron-bdpo convert export writes one from a checkpoint."
+            ) from error
+
+
+def _refuse_missing(files: Sequence[ExportFile], target: Path) -> None:
+    """What other ranks have written has to be where rank 0 names it."""
+    for file in files:
+        if not (partial_directory(target) / file.name).is_file():
+            raise UserError(f"{file.name}, which rank {file.writer} has written, {_not_shared(target)}")
+
+
+def _not_shared(target: Path) -> str:
+    return (
+        f"is not in the {target.parent.absolute()} of rank 0, and each rank writes a part of the model. Name a "
+        "directory on a file system that all nodes share."
+    )
 
 
 def export_checkpoint(
@@ -174,7 +220,7 @@ def export_checkpoint(
     arguments = vars(identity.stored_arguments(directory))
     architecture = read_config(config)
     check_architecture(architecture, arguments, directory)
-    source = stored_weights(directory, architecture.weights)
+    source = StoredWeights(directory, architecture.weights)
     write_model(source, target, config, original, training_facts(arguments, {}))
 
 

@@ -214,8 +214,8 @@ class GroupScorer:
         if self.fixed_length:
             length = self.make.limit
         own = packs[parallel_state.get_data_parallel_rank() :: ranks]
-        iterators = [self._packs(own, groups, length, first=chunk == 0) for chunk in range(len(self.model))]
-        scores = score_batches(self.model, iterators, len(own), length, self.scoring)
+        made_once = itertools.tee(self._packs(own, groups, length), len(self.model))
+        scores = score_batches(self.model, list(made_once), len(own), length, self.scoring)
         result = np.zeros((len(groups), 2))
         if _is_one_of_each_replica():
             for pack, score in zip(own, scores, strict=True):
@@ -238,10 +238,9 @@ class GroupScorer:
         lengths[:, 0] = np.where(groups.unconditional, empty[store], lengths[:, 0])
         return group_tokens(lengths, share_prompts=self.make.share_prompts)
 
-    def _packs(self, packs: list[IntArray], groups: Groups, length: int, first: bool) -> Iterator[PackBatch]:
+    def _packs(self, packs: list[IntArray], groups: Groups, length: int) -> Iterator[PackBatch]:
         for pack in packs:
-            if first:
-                self.seen(len(pack))
+            self.seen(len(pack))
             yield self.make.mixed(groups.pairs[pack], groups.unconditional[pack], length)
 
 
