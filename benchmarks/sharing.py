@@ -64,7 +64,7 @@ def compare(options: argparse.Namespace, directory: Path) -> list[rounds.Record]
         for layout, figures in found.items():
             lengths = np.array(figures.pop("lengths"))
             shared = layout == SHARED
-            operations = flops.work(shape, lengths, share_prompts=shared, output_products=flops.FUSED).total
+            operations = flops.work(shape, lengths, share_prompts=shared).total
             record = {"case": case, "contender": layout, "round": each, **figures, "operations": operations}
             record["tokens_saved"] = 1 - flops.tokens(lengths, share_prompts=True) / flops.tokens(
                 lengths, share_prompts=False

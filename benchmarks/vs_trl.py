@@ -1,13 +1,15 @@
 r"""The same training here and in TRL's DPOTrainer: pairs a second, memory, and whether the losses are the same.
 
     python benchmarks/vs_trl.py --pair-data hh_harmless_dev.jsonl.gz --csv vs_trl.csv
-    python benchmarks/vs_trl.py --dtype bf16 --hidden 2048 --layers 16 --heads 32 --groups 8 --ffn 8192 --vocab 128256
+    python benchmarks/vs_trl.py --dtype bf16 --hidden 2048 --layers 16 --heads 32 --groups 8 --ffn 8192 --vocab 128256 \
+        --lengths 400 200 --pairs-per-step 32 --trl-batch 8 --pack 8192                            # a GPU
 
 A Llama-shaped model with random weights is made for the purpose. All contenders train it on the same pairs in the same
 order, with the same pairs to a step, optimizer and precision, without recomputation, the reference's log-probs computed
 beforehand. Timed are the optimizer steps after the warm-up with everything in them: data, forward, backward, optimizer,
-log. Tokens are counted as if nothing were shared or padded, for all contenders alike. Memory is the peak of the whole
-process above what its imports take.
+log. Tokens are counted as if nothing were shared or padded, for all contenders alike. MFU is the arithmetic that a
+contender's layout needs, without padding, over the peak of the GPU's datasheet. Memory is the peak of the whole process
+above what its imports take.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import itertools
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.common import jobs, models, rounds
+from benchmarks.common import flops, jobs, models, rounds
 from benchmarks.common.gauges import MIB, Instant, PeakMemory
 
 OURS, TRL = "ours", "trl"
@@ -41,7 +44,16 @@ LIGER = {"trl, liger": {"use_liger_kernel": True}}  # Triton kernels: on a GPU
 EXAMPLE = Path(__file__).parents[1] / "examples" / "data" / "train.jsonl"
 
 
-def measure(contender: str, directory: str, data: str, steps: int, warm_up: int, **job: Any) -> rounds.Record:
+def measure(
+    contender: str,
+    directory: str,
+    data: str,
+    shape: dict[str, int],
+    steps: int,
+    warm_up: int,
+    trl_batch: int | None,
+    **job: Any,
+) -> rounds.Record:
     """One run, in the child process."""
     device, pairs_file = "cuda" if torch.cuda.is_available() else "cpu", Path(directory) / "pairs.json"
     if contender == OURS:
@@ -49,15 +61,34 @@ def measure(contender: str, directory: str, data: str, steps: int, warm_up: int,
             argv = jobs.flags(Path(directory) / "model", data, work, steps=steps, **job)
             measured = jobs.run(argv, device, keep_pairs=True)
         pairs_file.write_text(json.dumps(measured.pairs))
-        return {**measured.figures(warm_up), "losses": measured.losses}
+        figures = measured.figures(warm_up)
+        return {**figures, "losses": measured.losses, **rate(shape, measured.lengths[warm_up:], figures, share=True)}
     settings = (CONTENDERS | LIGER)[contender]
-    return run_trl(Path(directory), json.loads(pairs_file.read_text()), warm_up, device, job["dtype"], **settings)
+    if contender == TRL:
+        settings = {"batch": trl_batch, **settings}
+    pairs = json.loads(pairs_file.read_text())
+    figures, lengths = run_trl(Path(directory), pairs, warm_up, device, job["dtype"], **settings)
+    return figures if "unavailable" in figures else {**figures, **rate(shape, lengths, figures, share=False)}
+
+
+#: Dense bf16, operations a second, by a part of the GPU's name: of NVIDIA's datasheets.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def rate(shape: dict[str, int], lengths: Any, figures: rounds.Record, *, share: bool) -> rounds.Record:
+    """The arithmetic of the timed steps over what the device could have done in that time; nothing without a GPU."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+    if peak is None:
+        return {}
+    operations = flops.work(models.Shape(**shape), lengths, share_prompts=share).total
+    return {"mfu": operations / (figures["step_seconds"] * len(lengths)) / peak}
 
 
 def run_trl(
     directory: Path, steps: list[Any], warm_up: int, device: str, dtype: str, batch: int | None = None, **settings: Any
-) -> rounds.Record:
-    """Train in TRL on the steps' pairs, which are given as tokens."""
+) -> tuple[rounds.Record, Any]:
+    """Train in TRL on the steps' pairs, which are given as tokens. Returns figures, and the timed steps' lengths."""
     import transformers
     import trl
     from datasets import Dataset
@@ -117,15 +148,17 @@ def run_trl(
             callbacks=[Clock()],
         )
         if settings.get("padding_free") and not trainer.padding_free:
-            return {"unavailable": f"TRL {trl.__version__} trains with padding when asked for padding_free=True"}
+            reason = f"TRL {trl.__version__} trains with padding when asked for padding_free=True"
+            return {"unavailable": reason}, lengths
         trainer.train()
-    return {
+    figures = {
         **jobs.rates(marks[warm_up], marks[-1], lengths[warm_up:]),
         "fill": 1.0 if settings.get("padding_free") else padded_fill(lengths.reshape(-1, batch, 3)),
         "peak": memory.read(),
         "reference_seconds": marks[0].wall - start.wall,
         "losses": np.mean(np.reshape(losses, (len(steps), -1)), axis=1).tolist(),
     }
+    return figures, lengths[warm_up:]
 
 
 def as_texts(pair: list[list[int]]) -> dict[str, str]:
@@ -152,17 +185,23 @@ def padded_fill(lengths: np.ndarray[Any, Any]) -> float:
 
 def compare(options: argparse.Namespace, directory: Path) -> tuple[list[rounds.Record], dict[str, str]]:
     """All contenders in turn, ``--rounds`` times. Returns the runs, and why a contender did not run."""
-    models.make_model(models.shape_of(options), directory / "model", options.pair_data)
+    shape, data = models.shape_of(options), options.pair_data
+    stored = "bfloat16" if options.dtype == "bf16" else "float32"
+    models.make_model(shape, directory / "model", None if options.lengths else data, dtype=stored)
+    if options.lengths:
+        count = options.pairs_per_step * options.steps
+        data = models.make_pairs(models.Lengths(*options.lengths), count, shape.vocab, directory / "pairs.jsonl")
     job = {
         name: getattr(options, name)
-        for name in ("steps", "warm_up", "pairs_per_step", "dtype", "pack", "max_prompt_length")
+        for name in ("steps", "warm_up", "pairs_per_step", "dtype", "pack", "max_prompt_length", "trl_batch")
     }
+    job["shape"] = asdict(shape)
     records: list[rounds.Record] = []
     missing: dict[str, str] = {}
     for each, contender in itertools.product(range(options.rounds), options.contenders):
         if contender in missing:
             continue
-        settings = {"contender": contender, "directory": directory, "data": options.pair_data, **job}
+        settings = {"contender": contender, "directory": directory, "data": data, **job}
         python = options.padding_free_python if "padding-free" in contender else sys.executable
         found = rounds.run_child(settings, threads=options.threads, python=python)
         if "unavailable" in found:
@@ -193,19 +232,28 @@ def table(records: list[rounds.Record]) -> str:
                 rounds.spread(rounds.ratios(records, "pairs_per_second", OURS, name)),
                 rounds.spread(rounds.ratios(records, "pairs_per_processor_second", OURS, name)),
                 f"{own[0]['fill']:.1%}",
+                f"{rounds.median(records, 'mfu', name):.1%}" if "mfu" in own[0] else "",
                 f"{rounds.median(records, 'peak', name) / MIB:.0f}",
                 f"{rounds.median(records, 'reference_seconds', name):.1f}",
                 f"{difference:.1e}",
             ]
         )
-    title = ["", "pairs/s", "tokens/s", "ours is x", "by processor time", "fill", "peak, MiB", "before the steps, s"]
-    return rounds.markdown([*title, "largest difference of a loss"], rows)
+    title = ["", "pairs/s", "tokens/s", "ours is x", "by processor time", "fill", "MFU", "peak, MiB"]
+    return rounds.markdown([*title, "before the steps, s", "largest difference of a loss"], rows)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pair-data", type=Path, default=EXAMPLE, help="pairs of strings, JSONL(.gz)")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs=2,
+        metavar=("PROMPT", "RESPONSE"),
+        help="made-up pairs of so many tokens on average, instead of --pair-data",
+    )
     parser.add_argument("--pairs-per-step", type=int, default=8)
+    parser.add_argument("--trl-batch", type=int, help="pairs that TRL takes at a time (default: the whole step)")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2, help="steps that are not timed")
     parser.add_argument("--pack", type=int, default=4096, help="greatest length of our packs")
@@ -231,8 +279,11 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as directory:
         records, missing = compare(options, Path(directory))
+    prompt, response = options.lengths or (0, 0)
+    made_up = f"prompts of {prompt} and answers of {response} tokens"
+    pairs = made_up if options.lengths else options.pair_data.name
     print(
-        f"\n{models.shape_of(options)}, {options.dtype}; {options.pair_data.name}, {options.pairs_per_step} pairs a "
+        f"\n{models.shape_of(options)}, {options.dtype}; {pairs}, {options.pairs_per_step} pairs a "
         f"step, {options.steps} steps of which {options.steps - options.warm_up} timed, {options.rounds} round(s);\n"
         f"{rounds.machine(options.threads, *PACKAGES)}\n"
     )

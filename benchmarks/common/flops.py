@@ -13,8 +13,6 @@ IntArray = np.ndarray[Any, Any]
 
 #: Products of matrices for each one of the forward pass: itself, the gradient of its input, that of its weight.
 TRAINING = 3
-#: In the output layer with fused log-probs, which makes the logits a second time.
-FUSED = 4
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Work:
         return self.linear + self.attention + self.output
 
 
-def work(shape: Shape, lengths: IntArray, *, share_prompts: bool, output_products: int = TRAINING) -> Work:
+def work(shape: Shape, lengths: IntArray, *, share_prompts: bool) -> Work:
     """Of pairs, without padding. ``lengths`` [..., 3] are prompt, chosen and rejected tokens."""
     prompt, answers = lengths[..., 0].astype(np.float64), lengths[..., 1:].astype(np.float64)
     if share_prompts:
@@ -40,7 +38,7 @@ def work(shape: Shape, lengths: IntArray, *, share_prompts: bool, output_product
     return Work(
         linear=2.0 * TRAINING * shape.layers * shape.layer_weights * tokens(lengths, share_prompts=share_prompts),
         attention=4.0 * TRAINING * shape.layers * shape.hidden * float(seen),
-        output=2.0 * output_products * shape.hidden * shape.vocab * float(answers.sum()),
+        output=2.0 * TRAINING * shape.hidden * shape.vocab * float(answers.sum()),
     )
 
 

@@ -41,11 +41,14 @@ class Shape:
         )
 
 
-def make_model(shape: Shape, directory: Path, texts: Path | None = None, seed: int = 1) -> Path:
-    """Write random fp32 weights in Hugging Face's format, and a tokenizer. Returns the directory.
+def make_model(
+    shape: Shape, directory: Path, texts: Path | None = None, seed: int = 1, dtype: str = "float32"
+) -> Path:
+    """Write random weights in Hugging Face's format, and a tokenizer. Returns the directory.
 
     Args:
         texts: a file of pairs to train a BPE tokenizer on; None for one that reads "<17><4>" as [17, 4].
+        dtype: of the weights, as torch names it.
     """
     import torch
     import transformers
@@ -64,7 +67,10 @@ def make_model(shape: Shape, directory: Path, texts: Path | None = None, seed: i
         eos_token_id=END,
         pad_token_id=PADDING,
     )
-    transformers.LlamaForCausalLM(config).float().save_pretrained(directory)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.LlamaForCausalLM(config)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    del model
     tokenizer = id_tokenizer(shape.vocab) if texts is None else trained_tokenizer(texts, shape.vocab)
     tokenizer.save_pretrained(directory)
     return directory

@@ -30,8 +30,8 @@ def _eager() -> Callable[..., Any]:
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    # With sizes as variables, numbers would be too: the scale of the angles, a Python float, becomes a tensor on the CPU
-    # with a C++ kernel of its own, which takes a compiler and half a minute. It is the same in every call.
+    # With sizes as variables, numbers would be too: the scale of the angles, a Python float, becomes a tensor on the
+    # CPU with a C++ kernel of its own, which takes a compiler. It is the same in every call.
     torch._dynamo.config.specialize_float = True
     # Packs differ in length, queries and keys in heads: compiled once for all sizes, not anew for some.
     return torch.compile(_eager(), dynamic=True)
