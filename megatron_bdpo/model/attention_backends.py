@@ -122,6 +122,13 @@ def _te_module(heads: int, groups: int, head_size: int, scale: float) -> Any:
 BACKENDS: dict[str, Backend] = {"varlen": _varlen, "te": _transformer_engine, "sdpa": _sdpa_per_run}
 
 
+DESCRIPTIONS = {
+    "varlen": "torch's varlen flash attention, one call for all runs of a pack",
+    "te": "Transformer Engine's, one call for all runs of a pack",
+    "sdpa": "torch's scaled_dot_product_attention, a call for each run",
+}
+
+
 class Layer(NamedTuple):
     """What the choice of a backend asks of a layer."""
 
@@ -162,18 +169,6 @@ def check_backend(name: str, on_gpu: bool, dtype: torch.dtype, layer: Layer) -> 
         reason = "Transformer Engine is not installed"
     if reason:
         raise UserError(f"--pair-attention {name}: {reason}. Leave it out: the best that works here is taken.")
-
-
-def describe_backend(name: str, grouped: bool) -> str:
-    """What computes, in a clause. ``grouped``: whether several query heads share a key head."""
-    if name == "te":
-        return "Transformer Engine's, one call for all runs of a pack"
-    if name == "sdpa":
-        return "torch's scaled_dot_product_attention, a call for each run"
-    described = "torch's varlen flash attention, one call for all runs of a pack"
-    if (attend := varlen.installed()) and grouped and not attend.groups_heads:
-        described += "; keys and values repeated for each query head, as this torch's takes no groups (2.12's does)"
-    return described
 
 
 def why_slow(name: str, on_gpu: bool, dtype: torch.dtype, layer: Layer) -> str:

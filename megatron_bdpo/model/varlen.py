@@ -8,7 +8,9 @@ It came with torch 2.10 and its parameters have changed since (all are in ``test
 
 So what it takes is asked of the function itself: builds between releases, NVIDIA's containers for one, have either. In
 all of them the causal mask is bottom-right: the kernel is FlashAttention 2.1 or newer, and torch's own
-``attention.bias.causal_lower_right`` calls it for that.
+``attention.bias.causal_lower_right`` calls it for that. In all of them, too, several query heads can share a key head,
+and the kernel adds their gradients up: before 2.12 the function in front of it checks nothing, since then it asks for
+the flag.
 
 Shapes: Q queries and K keys of all runs, n query heads, g key/value heads, d head size.
 """
@@ -39,11 +41,6 @@ class Varlen:
         takes = frozenset(inspect.signature(function).parameters)
         return cls(function, takes) if takes & {"window_size", "is_causal"} else None
 
-    @property
-    def groups_heads(self) -> bool:
-        """Whether several query heads can share a key head as it is."""
-        return "enable_gqa" in self.takes
-
     def cannot(self, head_size: int, scale: float, window: int | None) -> str:
         """Why it cannot attend so, said of it; "" if it can."""
         if head_size % 8 or head_size > 256:
@@ -71,20 +68,21 @@ class Varlen:
             longest: of the runs, in queries and in keys.
         """
         more: dict[str, Any] = {}
+        longest_query, longest_key = longest
         if "window_size" in self.takes:
             more["window_size"] = (-1 if window is None else window, 0)
         else:
             more["is_causal"] = True
+            # At 1 the kernel takes a shortcut for inference, which orders the log-sum-exps of grouped heads otherwise
+            # than its backward pass reads them. It is a bound: runs may be shorter.
+            longest_query = max(longest_query, 2)
         if "scale" in self.takes:
             more["scale"] = scale
         else:
             query = _times_power_of_two(query, scale * math.sqrt(query.shape[2]))
-        if query.shape[1] != key.shape[1]:
-            if self.groups_heads:
-                more["enable_gqa"] = True
-            else:
-                key, value = expand_heads(key, query.shape[1]), expand_heads(value, query.shape[1])
-        out: Tensor = self.function(query, key, value, *starts, *longest, **more)
+        if "enable_gqa" in self.takes:
+            more["enable_gqa"] = query.shape[1] != key.shape[1]
+        out: Tensor = self.function(query, key, value, *starts, longest_query, longest_key, **more)
         return out
 
 
@@ -105,12 +103,6 @@ def why_not(head_size: int, scale: float, window: int | None) -> str:
         return f"torch {torch.__version__} has no varlen attention (2.11 has)"
     reason = varlen.cannot(head_size, scale, window)
     return reason and f"the varlen attention of torch {torch.__version__} {reason}"
-
-
-def expand_heads(tensor: Tensor, heads: int) -> Tensor:
-    """[K, g, d] -> [K, heads, d]: each head as often as query heads share it. Backward adds their gradients up."""
-    length, groups, size = tensor.shape
-    return tensor[:, :, None].expand(-1, -1, heads // groups, -1).reshape(length, heads, size)
 
 
 def _power_of_two(factor: float) -> int | None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model import varlen
 from megatron_bdpo.model.attention_backends import BACKENDS, Layer, check_backend
 from tests.unit.test_attention import CASES, Case, attend
 
@@ -25,10 +24,6 @@ def test_equals_sdpa(backend, name, dtype):
         check_backend(backend, True, dtype, Layer(case.head_size, case.scale, case.window))
     except UserError as refusal:
         pytest.skip(str(refusal))
-    assert_equals_sdpa(case, backend, dtype)
-
-
-def assert_equals_sdpa(case: Case, backend: str, dtype: torch.dtype) -> None:
     from megatron_bdpo.platform.prepare import prepare_platform
 
     prepare_platform()
@@ -39,13 +34,3 @@ def assert_equals_sdpa(case: Case, backend: str, dtype: torch.dtype) -> None:
         tolerance = UNITS * torch.finfo(dtype).eps * scale
         torch.testing.assert_close(value, expected[what], rtol=0, atol=tolerance, msg=what)
 
-
-@pytest.mark.parametrize("groups", [2, 1])
-def test_the_kernel_shares_keys_where_its_function_has_no_flag_for_it(monkeypatch, groups):
-    """torch 2.10 and 2.11: grouped heads as they are, which would spare the repeated keys and values."""
-    function = varlen.installed()
-    if function is None or function.groups_heads:
-        pytest.skip("this torch's varlen attention has none, or takes enable_gqa")
-    monkeypatch.setattr(varlen, "expand_heads", lambda tensor, heads: tensor)
-    case = Case(**{**vars(CASES["grouped queries"]), "head_size": 64, "groups": groups})
-    assert_equals_sdpa(case, "varlen", torch.bfloat16)

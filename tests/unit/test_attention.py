@@ -58,6 +58,7 @@ CASES = {
     "window wider than everything": Case(PACK, window=100),
     "scores scaled by layer": Case(PACK, layer_scaling=True),
     "prompts not shared": Case(pack_of([(5, 3, 4), (1, 1, 2)], padding=3, share=False)),
+    "runs of one token": Case(pack_of([(1, 1, 1), (1, 1, 1)], padding=2)),
     "no padding": Case(pack_of([(3, 2, 2)])),
     "only padding": Case(pack_of([], padding=8)),
 }

@@ -127,18 +127,15 @@ def described(cases: list[tuple[str, str]]) -> list[list[str]]:
     return told
 
 
-VARLEN = "torch's varlen flash attention, one call for all runs of a pack"
-REPEATED = "; keys and values repeated for each query head, as this torch's takes no groups (2.12's does)"
-RUN_BY_RUN = "torch's scaled_dot_product_attention, a call for each run"
+VARLEN, RUN_BY_RUN = (attention_backends.DESCRIPTIONS[name] for name in ("varlen", "sdpa"))
 WINDOWS = "--window-size 4,0 --window-attn-skip-freq 2"
 
-#: Flags and release -> what computes attention, and whether there is a warning. The model has 2 query groups.
+#: Flags and release -> what computes attention, and whether there is a warning.
 TOLD = {
     ("--bf16", "2.12.0"): (VARLEN, False),
-    (f"--bf16 {WINDOWS}", "2.12.0"): (VARLEN, False),
-    ("--bf16", "2.11.0"): (VARLEN + REPEATED, False),
-    ("--bf16 --num-query-groups 4", "2.11.0"): (VARLEN, False),
-    (f"--bf16 {WINDOWS}", "2.10.0"): (f"{VARLEN}{REPEATED}; in layers with a window {RUN_BY_RUN}", True),
+    (f"--bf16 {WINDOWS}", "2.11.0"): (VARLEN, False),
+    ("--bf16", "2.10.0"): (VARLEN, False),
+    (f"--bf16 {WINDOWS}", "2.10.0"): (f"{VARLEN}; in layers with a window {RUN_BY_RUN}", True),
     ("--bf16", "2.9.1"): (RUN_BY_RUN, True),
     (f"--bf16 {WINDOWS}", "2.9.1"): (RUN_BY_RUN, True),
     ("--bf16 --pair-attention sdpa", "2.9.1"): (RUN_BY_RUN, False),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.attention_backends import Layer, check_backend, default_backend, describe_backend, why_slow
+from megatron_bdpo.model.attention_backends import DESCRIPTIONS, Layer, check_backend, default_backend, why_slow
 from megatron_bdpo.model.precision import FP8_CAPABILITIES, FP8_MULTIPLES, Precision
 from megatron_bdpo.platform import cpu
 
@@ -45,9 +45,8 @@ def describe(args: argparse.Namespace) -> Iterator[str]:
     here = (not cpu.is_active(), precision.dtype)
     layers = _attention_layers(args)
     backends = {layer: default_backend(*here, layer) if chosen == "auto" else chosen for layer in layers}
-    grouped = bool(args.group_query_attention) and args.num_query_groups != args.num_attention_heads
     yield "attention: " + "; in layers with a window ".join(
-        describe_backend(name, grouped) for name in dict.fromkeys(backends.values())
+        DESCRIPTIONS[name] for name in dict.fromkeys(backends.values())
     )
     if chosen == "auto":
         yield from filter(None, dict.fromkeys(why_slow(backends[layer], *here, layer) for layer in layers))
