@@ -23,8 +23,8 @@ from megatron_bdpo.training.distributed import sum_over_ranks
 #:
 #: Half precision, by arithmetic: rounding the last hidden state once moves a logit by about 2**-9 / sqrt(3) = 0.0011
 #: (bf16) of the logits' spread, which is some 10 nats; the residual stream is rounded again after each of a hundred or
-#: so sub-layers: 0.0011 * 10 * sqrt(100) = 0.1. fp16 has three more bits, of which this leaves one in reserve. fp32:
-#: the two passes may add in another order.
+#: so sub-layers: 0.0011 * 10 * sqrt(100) = 0.1. fp16 has three bits more: 0.014. fp32: the two passes may add in
+#: another order.
 TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 #: FP8: a scale is shared by values of several pairs, which are other ones in the two passes, and 3 bits of mantissa
@@ -58,7 +58,7 @@ class Deviation:
 
     @property
     def is_rounding(self) -> bool:
-        """Neither is more than rounding explains; NaN is."""
+        """Neither is more than rounding explains. NaN counts as more."""
         return self.loss_share <= 1 and self.log_ratio_share <= 1
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class StepZeroGate:
         policy, off = policy.detach(), (policy - reference).detach().abs()
         allowed = tolerance(self.precision) * tokens.to(off.dtype).sqrt()
         at_reference = losses(reference)
-        # A convex loss, as all of the registry are to a good approximation, is farthest off in a corner.
+        # All losses of the registry are convex in the log-probs: farthest up in a corner, and nowhere farther down.
         corners = [
             losses(reference + allowed * allowed.new_tensor(signs).repeat(len(at_reference)))
             for signs in itertools.product((1, -1), repeat=2)
