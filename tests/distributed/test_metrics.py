@@ -55,7 +55,7 @@ def test_metrics_file_has_every_step_and_evaluation(ranks, tmp_path, world_size)
 def test_record_of_the_run(ranks, tmp_path, capsys):
     """What the run is, from which the report finds temperature and scores."""
     flags = [*HELD_OUT, "--bdpo-temperature", "0.25", "--save", str(tmp_path), "--save-interval", "3"]
-    ranks(2)(train, flags)
+    ranks(2)(train, flags, train_iters=6)
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["loss"] == "bdpo" and record["loss_options"]["bdpo_temperature"] == 0.25
     assert record["pairs"] == {"train": 48, "heldout": 99}
