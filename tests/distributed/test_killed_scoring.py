@@ -17,7 +17,7 @@ import pytest
 
 from megatron_bdpo.data.scores import open_scores
 from tests.distributed.test_scoring import score_and_write_each_call
-from tests.harness.jobs import DATA
+from tests.harness.jobs import DATA, score
 from tests.harness.ranks import RankPool
 
 KILLS, PAIRS = 10, 48
@@ -101,6 +101,58 @@ def test_two_jobs_may_fill_one_directory(nursery, tmp_path):
     found = open_scores(tmp_path / "scores" / "train")
     assert len(found) == 48 and np.isfinite(found.conditional).all() and np.isfinite(found.unconditional).all()
     assert not list((tmp_path / "scores" / "train").glob(".*.partial"))
+
+
+SLOW = 0.6
+"""Seconds that a pack takes below: a second one would not fit into a call."""
+
+
+def score_slowly_and_ask(flags, *, at_pack: int, rank: int, **overrides) -> tuple[float, int]:
+    """On a rank: at its so many-th pack ``rank`` gets SIGTERM. Seconds from then to the end, and packs in all."""
+    from unittest import mock
+
+    import torch
+
+    from megatron_bdpo.training import forward
+    from megatron_bdpo.training.stopping import StopRequested
+
+    inner, packs = forward.score_pack, []
+
+    def slow(*args):
+        packs.append(time.monotonic())
+        if len(packs) == at_pack and torch.distributed.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(SLOW)
+        return inner(*args)
+
+    with mock.patch.object(forward, "score_pack", slow), pytest.raises(StopRequested):
+        score(flags, **overrides)
+    return time.monotonic() - packs[at_pack - 1], len(packs)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "packs_of_a_call"),
+    [(["--tensor-model-parallel-size", "2"], 1, 1), (["--pipeline-model-parallel-size", "2"], 0, 4), ([], 1, 1)],
+    ids=["TP2", "PP2", "DP2"],
+)
+def test_a_stop_is_heard_after_the_call_of_the_model(ranks, tmp_path, layout, rank, packs_of_a_call):
+    """By all ranks, whichever is asked; what is scored is on disk, and the same command goes on to the same bits."""
+    job = {"pair_cache_dir": str(tmp_path), "max_pairs": 24}
+    flags = [*layout, "--reference-cache", str(tmp_path / "stopped")]
+    seen = ranks(2)(score_slowly_and_ask, flags, at_pack=3, rank=rank, **job)
+    for seconds, packs in seen:
+        assert 3 <= packs <= 2 + packs_of_a_call
+        assert seconds < packs_of_a_call * SLOW + 3, "5 s and a pack is what is promised"
+    stopped = open_scores(tmp_path / "stopped" / "train", unfinished=True)
+    some = np.isfinite(stopped.conditional).all(axis=1)
+    assert 0 < some.sum() < 24
+    for name in ("stopped", "undisturbed"):
+        ranks(2)(score, [*layout, "--reference-cache", str(tmp_path / name)], **job)
+    found, expected = (open_scores(tmp_path / name / "train") for name in ("stopped", "undisturbed"))
+    assert np.array_equal(found.conditional[some], stopped.conditional[some])
+    assert np.array_equal(found.conditional, expected.conditional)
+    assert np.array_equal(found.unconditional, expected.unconditional)
+    assert found.manifest["jobs"][0]["groups"] < 48
 
 
 @pytest.mark.slow
