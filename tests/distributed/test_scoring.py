@@ -274,32 +274,49 @@ def test_scores_are_in_the_datas_order_whatever_is_swapped(ranks, tmp_path, expe
 # What does not fit
 
 
+def score_and_tell(flags, **overrides):
+    """On a rank: the blocks that ``score`` scores, their pairs by pack, and the length of the packs."""
+    from unittest import mock
+
+    from megatron_bdpo.training.reference.scoring import GroupScorer
+
+    call, told = GroupScorer.__call__, []
+
+    def tell(scorer, blocks):
+        told.extend(([block.groups.pairs[pack].tolist() for pack in block.packs], block.length) for block in blocks)
+        return call(scorer, blocks)
+
+    with mock.patch.object(GroupScorer, "__call__", tell):
+        score(flags, **overrides)
+    return told
+
+
 def score_and_write_each_call(flags, **overrides):
-    """On a rank: as ``score``, with a part for every call of the model, and one block in a call."""
+    """The same with a part for every call of the model, and one block in a call."""
     from unittest import mock
 
     from megatron_bdpo.training.reference import scores
 
     with mock.patch.multiple(scores, FLUSH_SECONDS=-1e9, _CALL_SECONDS=0, _PIPELINED_CALL_SECONDS=0):
-        return score(flags, **overrides)
+        return score_and_tell(flags, **overrides)
 
 
 @pytest.mark.parametrize("layout", [TP2, PP2, []], ids=["TP2", "PP2", "DP2"])
 def test_a_damaged_part_is_scored_again(ranks, tmp_path, layout):
     """To the bit, whenever what is scored goes to disk: a part is of whole blocks, whose packs are their own."""
     flags = [*layout, "--reference-cache", str(tmp_path / "reference")]
-    ranks(2)(score_and_write_each_call, flags, pair_cache_dir=str(tmp_path))
+    blocks = ranks(2)(score_and_write_each_call, flags, pair_cache_dir=str(tmp_path))[0]
     directory = tmp_path / "reference" / "train"
     expected, file = open_scores(directory), directory / "part-00002.safetensors"
     parts = len(list(directory.glob("part-*")))
     assert parts > 5
     file.write_bytes(file.read_bytes()[:-3])
-    ranks(2)(score, flags, pair_cache_dir=str(tmp_path))
+    assert ranks(2)(score_and_tell, flags, pair_cache_dir=str(tmp_path))[0] == blocks[2:3]
     assert not file.exists() and len(list(directory.glob("part-*"))) == parts
     for kind in ("conditional", "unconditional"):
         assert np.array_equal(getattr(open_scores(directory), kind), getattr(expected, kind)), kind
     in_one = [*layout, "--reference-cache", str(tmp_path / "in-one-go")]
-    ranks(2)(score, in_one, pair_cache_dir=str(tmp_path))
+    assert ranks(2)(score_and_tell, in_one, pair_cache_dir=str(tmp_path))[0] == blocks
     found = open_scores(tmp_path / "in-one-go" / "train")
     assert len(list((tmp_path / "in-one-go" / "train").glob("part-*"))) == 1
     assert np.array_equal(found.conditional, expected.conditional)

@@ -220,11 +220,16 @@ class ReferenceScores:
             known[kind][ids - pool.offsets[index]] = values[of_kind]
 
     def _write(self, index: int, groups: Groups, cache: ScoreCache | None, known: Arrays) -> None:
-        """Put what is known of these groups' pairs on disk. Collective."""
+        """Put the values of these groups on disk, and no others: a damaged part loses whole blocks. Collective."""
         with all_ranks_agree():
             if cache is not None and len(groups):
-                store, rows = self.job.pool.stores[index], np.unique(groups.pairs) - self.job.pool.offsets[index]
-                cache.add(rows, {**_values(known, rows), **_pair_columns(store, rows)}, len(store))
+                store, own = self.job.pool.stores[index], groups.pairs - self.job.pool.offsets[index]
+                rows, place = np.unique(own, return_inverse=True)
+                values = {kind: np.full((len(rows), 2), np.nan) for kind in KINDS}
+                for kind in self._kinds:
+                    of_kind = groups.unconditional == (kind == "unconditional")
+                    values[kind][place[of_kind]] = known[kind][own[of_kind]]
+                cache.add(rows, {**values, **_pair_columns(store, rows)}, len(store))
 
     def _record(self, pairs: int, groups: int, tokens: int, seconds: float) -> dict[str, Any]:
         """Who has scored, for the manifest."""
@@ -256,10 +261,6 @@ def _data_identity(store: PairStore) -> dict[str, Any]:
 
 def _digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _values(known: Arrays, rows: IntArray) -> Arrays:
-    return {kind: known[kind][rows] if kind in known else np.full((len(rows), 2), np.nan) for kind in KINDS}
 
 
 def _pair_columns(store: PairStore, rows: IntArray | slice) -> Arrays:
