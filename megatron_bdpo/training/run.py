@@ -118,7 +118,7 @@ class PreferenceRun:
         reason = f" ({self.stop.reason})" if self.stop.reason else ""
         place = f"stopped{reason} after step {self._iteration} of {self.args.train_iters}"
         if not self.args.save:
-            return f"{place}; nothing was kept, for want of --save."
+            return f"{place}; no step was kept, for want of --save."
         return f"{place}; the same command with --load {self.args.save} goes on."
 
     def _given_up(self, code: object) -> str:

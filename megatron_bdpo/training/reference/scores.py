@@ -118,7 +118,8 @@ class ReferenceScores:
         scored = int(np.logical_or.reduce(list(missing.values())).sum())
         job: dict[str, Any] = {}
         if scored:
-            say(f"reference: {scored} of {len(rows)} {STORES[index]} pairs to score, the others are in {directory}")
+            there = f"{len(rows) - scored} are in {directory}"
+            say(f"reference: {scored} of {len(rows)} {STORES[index]} pairs to score, {there}")
             job = self._score(index, self._groups(index, missing, rows), cache, known)
             known, _ = self._read(cache, store)  # of two jobs' scores all use the same ones
         with all_ranks_agree():
