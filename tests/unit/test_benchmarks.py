@@ -159,14 +159,14 @@ def test_fp8_without_a_gpu_is_refused_in_two_lines():
 def test_the_gpu_script_asks_for_what_the_benchmarks_know():
     """Without a GPU it stops before them; on one, a flag that is gone would cost a machine's time."""
     script = (BENCHMARKS.parent / "tests" / "gpu" / "run_all.sh").read_text()
-    lines = [line.split() for line in script.splitlines() if line.startswith("    benchmark ")]
-    shape = script.split("wide=(")[1].split(")")[0].split()
-    assert sum(int(line[1]) for line in lines) + 240 < 8 * 60
-    for _, _, name, *flags in lines:
-        if '"${wide[@]}"' in flags:
-            flags += shape
+    lines = [line.split() for line in script.replace("\\\n", " ").splitlines() if line.startswith("    benchmark ")]
+    shared = script.split("step_of=(")[1].split(")")[0].split()
+    assert sum(int(line[2]) for line in lines) + 120 <= 9 * 60
+    for _, _, _, name, *flags in lines:
+        if '"${step_of[@]}"' in flags:
+            flags += shared
         known = run(BENCHMARKS / name, "--help")
-        assert [flag for flag in flags if flag.startswith("--") and flag not in known] == [], name
+        assert [flag for flag in [*flags, "--csv"] if flag.startswith("--") and flag not in known] == [], name
 
 
 def test_operations_are_those_of_a_count_by_hand():
