@@ -28,6 +28,7 @@ from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_ra
 from megatron_bdpo.training.flags.arguments import given_loss_options
 from megatron_bdpo.training.flags.precision import precision_of
 from megatron_bdpo.training.forward import PairLossFunction
+from megatron_bdpo.training.timetable import settle_intervals
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,7 @@ def apply_plan(args: argparse.Namespace, plan: StepPlan, eval_packs: int) -> Non
     args.micro_batch_size = args.eval_micro_batch_size = 1
     args.global_batch_size = plan.packs_per_step
     args.train_iters = len(plan.steps)
+    settle_intervals(args)
     args.dataloader_type = "external"
     args.eval_iters = 1 if evaluate else 0
     args.eval_global_batch_size = eval_packs if evaluate else plan.packs_per_step
