@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -114,8 +115,10 @@ def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequen
     except UserError as error:
         if os.environ.get(DEBUG):
             raise
-        if not error.shown and int(os.environ.get("RANK", "0")) == 0:
-            print(error.as_text(), file=sys.stderr, flush=True)
+        # Before the ranks know of each other each node tells its own: a recipe may be missing on one of them alone.
+        if not error.shown and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            node = f" on {socket.gethostname()}" if os.environ.get("RANK", "0") != "0" else ""
+            print(error.as_text(node), file=sys.stderr, flush=True)
         _leave_if_alone()
         raise SystemExit(2) from None
     except Exception as error:

@@ -20,6 +20,7 @@ from megatron_bdpo.training.flags.validation import check_directories, rehearse,
 from megatron_bdpo.training.hf.exporting import check_save_hf
 from megatron_bdpo.training.hf.start import apply_hf_model
 from megatron_bdpo.training.job import PairJob, apply_plan, build_job
+from megatron_bdpo.training.nodes import same_flags
 
 
 def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
@@ -28,6 +29,7 @@ def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
     Raises:
         UserError: on every rank, for anything that the user can put right.
     """
+    same_flags(args)
     apply_hf_model(args)
     check_save_hf(args)
     with all_ranks_agree():
