@@ -38,10 +38,11 @@ def train(argv: Sequence[str] | None = None) -> PreferenceRun:
     """
     prepare_platform()
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags import arguments, determinism
     from megatron_bdpo.training.run import PreferenceRun
 
     args = arguments.parse(argv)
+    determinism.settle_environment(args)
     if args.dry_run is not None:
         show(*_dry_run(args))
         raise SystemExit(0)
@@ -87,10 +88,11 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
     """
     prepare_platform()
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags import arguments, determinism
     from megatron_bdpo.training.reference.scoring_job import score_pairs
 
     args = arguments.parse(argv)
+    determinism.settle_environment(args)
     with distributed.process_groups(args), _megatron_output(args):
         return score_pairs(args)
 
