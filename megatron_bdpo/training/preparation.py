@@ -12,6 +12,7 @@ from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.fusions import fuse_rotary_embedding
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.flags.arguments import log_to_wandb_too
+from megatron_bdpo.training.flags.determinism import forget_determinism
 from megatron_bdpo.training.flags.fusions import settle_fusions
 from megatron_bdpo.training.flags.layout import check_layout
 from megatron_bdpo.training.flags.precision import check_precision
@@ -20,6 +21,7 @@ from megatron_bdpo.training.flags.validation import check_directories, rehearse,
 from megatron_bdpo.training.hf.exporting import check_save_hf
 from megatron_bdpo.training.hf.start import apply_hf_model
 from megatron_bdpo.training.job import PairJob, apply_plan, build_job
+from megatron_bdpo.training.nodes import same_flags
 
 
 def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
@@ -28,6 +30,7 @@ def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
     Raises:
         UserError: on every rank, for anything that the user can put right.
     """
+    same_flags(args)
     apply_hf_model(args)
     check_save_hf(args)
     with all_ranks_agree():
@@ -52,5 +55,6 @@ def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
 
 def forget_global_state() -> None:
     """Leave the process as it was, so that another run can follow in it."""
+    forget_determinism()
     with contextlib.suppress(Exception):  # after a failure at start, some of it was never made
         destroy_global_state()
