@@ -48,6 +48,19 @@ def test_scoring():
 
 
 @pytest.mark.slow
+def test_hf_export(tmp_path):
+    """Two ranks write half each, and half of each half has come from the other one."""
+    from tests.harness.tiny_models import make_model
+
+    model = make_model("llama", tmp_path)
+    layout = ["--tensor-model-parallel-size", "2"]
+    output = run(BENCHMARKS / "hf_export.py", model, tmp_path / "out", "--ranks", 2, "--rounds", 1, "--", *layout)
+    (row,) = [line for line in output.splitlines() if line.startswith("| this checkout | 1 |")]
+    assert row.split("|")[-2].count(",") == 1, "a file of each rank"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_log_probs(tmp_path):
     """Every run is on record, and the variants agree: the script itself stops when they do not."""
     shape = ["--positions", "48", "--hidden", "8", "--vocab", "96", "--device", "cpu", "--repeats", "1"]

@@ -34,9 +34,6 @@ LOCAL_LAYER_DEFAULTS = {
     "apply_rope_fusion": False,
 }
 
-#: Megatron's output layer is not built with this fusion where Apex's extension is missing, be there TE or not.
-NO_APEX_DEFAULTS = {"gradient_accumulation_fusion": False}
-
 CPU_DEFAULTS = {
     "distributed_backend": "gloo",
     "use_cpu_initialization": True,
@@ -139,8 +136,6 @@ def _default_groups(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups: list[Mapping[str, Any]] = [PAIR_DEFAULTS]
     if importlib.util.find_spec("transformer_engine") is None:
         groups.append(LOCAL_LAYER_DEFAULTS)
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        groups.append(NO_APEX_DEFAULTS)
     if cpu.is_active():
         groups.append(CPU_DEFAULTS)
     return [*groups, own]
