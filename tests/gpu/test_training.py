@@ -72,9 +72,9 @@ def test_fused_and_plain_local_layers_agree(ranks):
 FUSION = ("--fuse-local-layers", "--no-fuse-local-layers")
 
 
-def test_resumed_run_is_bit_identical_in_fp32(ranks, tmp_path):
-    """fp32, where attention is deterministic."""
-    assert_bit_identical(*run_in_two_parts(ranks, 1, tmp_path, WIDE))
+def test_deterministic_fp32_resumes_to_the_bit(ranks, tmp_path):
+    """Without the mode it does not: what is gathered is added up in an order that varies."""
+    assert_bit_identical(*run_in_two_parts(ranks, 1, tmp_path, [*WIDE, "--deterministic-mode"]))
 
 
 def fp8_flags(recipe: str) -> list[str]:
