@@ -55,7 +55,7 @@ class Machine:
 
     def collective(self, whole: float, stride: int, size: int) -> float:
         """Seconds of an all-gather to, or a reduce-scatter of, ``whole`` bytes on each rank; also of an all-to-all."""
-        if size == 1:
+        if size == 1 or not whole:
             return 0.0
         return whole * (size - 1) / size / self.bandwidth(stride, size) + self.latency
 

@@ -17,8 +17,8 @@ w (n - 1) / n / bandwidth + latency (``planning.machine``):
 
 Without sequence parallelism two all-reduces take the place of the four forward, and two behind products of all
 backward. k is the router's choice of experts. Recomputation does the forward part of what it recomputes once more. On
-the last stage log-probs do four products of N H V / tp instead of three (fused: the logits are made a second time),
-with an all-gather and a reduce-scatter of s H e.
+the last stage log-probs do three products of N H V / tp (four where the fused ones do not keep the softmax and make the
+logits a second time), with an all-gather and a reduce-scatter of s H e.
 
     step = M x slowest stage + (p - 1) / v x mean stage + sends + gradients and weights + optimizer
 
@@ -40,7 +40,7 @@ from dataclasses import dataclass
 
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.machine import Machine
-from megatron_bdpo.planning.memory import JobShape
+from megatron_bdpo.planning.memory import JobShape, kept_softmax
 from megatron_bdpo.planning.model import ModelShape, Split, stage_parameters
 
 #: Bytes that Adam reads and writes a parameter: fp32 gradient, weight and two moments read, the last three written,
@@ -237,7 +237,8 @@ def log_prob_passes(model: ModelShape, job: JobShape, machine: Machine) -> tuple
     precision = "bf16" if job.precision == "fp8" else job.precision
     product = 2 * job.scored_share * positions * model.hidden * rows / machine.rate(precision)
     one = machine.collective(positions * model.hidden * job.weight_bytes, 1, layout.tensor)
-    return Pass(product, one), Pass((3 if job.fused_log_probs else 2) * product, one)
+    makes_logits_again = job.fused_log_probs and not kept_softmax(model, job)
+    return Pass(product, one), Pass((3 if makes_logits_again else 2) * product, one)
 
 
 def _sends(model: ModelShape, job: JobShape, machine: Machine, stage: float) -> float:

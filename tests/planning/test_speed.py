@@ -92,13 +92,15 @@ def test_recomputation_does_the_forward_part_again(granularity):
 
 
 def test_log_probs_of_the_last_stage():
-    """Forward once, backward the logits again and two gradients; about as much as a layer and a third."""
+    """Forward once, backward two gradients, and the logits again where the softmax is not kept; a little more than a layer."""
     shape = job(4, 4, 2)
     forward, backward = log_prob_passes(LLAMA_70B, shape, H100)
     product = 2 * 2048 * 8192 * (128512 / 4) / RATE  # 128,256 rows, padded to a multiple of 512
-    assert (forward.products, backward.products) == pytest.approx((product, 3 * product))
+    assert (forward.products, backward.products) == pytest.approx((product, 2 * product))
     layer = sum(each.seconds for each in layer_passes(LLAMA_70B, shape, H100, 500, has_experts=False))
-    assert 1.2 < (forward.seconds + backward.seconds) / layer < 1.4
+    assert 1.0 < (forward.seconds + backward.seconds) / layer < 1.2
+    _, again = log_prob_passes(LLAMA_70B, replace(shape, kept_softmax_bytes=0), H100)
+    assert again.products == pytest.approx(3 * product)
     _, plain = log_prob_passes(LLAMA_70B, replace(shape, fused_log_probs=False), H100)
     assert plain.products == pytest.approx(2 * product)
 
@@ -132,7 +134,7 @@ def test_a_step_of_70b_on_64():
     ]
     assert found.parts["data parallelism"] == pytest.approx(sum(exposed))
     assert found.parts["optimizer"] == pytest.approx(30 * own / 4 / (0.8 * 3.35e12))
-    assert found.seconds == pytest.approx(1.85, abs=0.01)
+    assert found.seconds == pytest.approx(1.82, abs=0.01)
     assert found.tokens_per_gpu == pytest.approx(128_000 / found.seconds / 64)
     assert found.mfu == pytest.approx(128_000 * operations(LLAMA_70B, 500, 1.0) / found.seconds / (64 * 989e12))
 
@@ -148,23 +150,23 @@ def test_without_chunks_the_sends_are_waited_for():
 
 
 def test_the_layouts_of_the_recipes():
-    """70B on 64: TP4 CP2 is a ninth faster than TP8. 8B on 8: TP2, the fastest of all."""
+    """70B on 64: TP4 CP2 is a ninth faster than TP8, and within 1% of the fastest. 8B on 8: TP2, the fastest of all."""
     answers, _ = answer(question(LLAMA_70B, 64))
-    by_name = {str(each): each.time for each in answers}
-    assert str(answers[0]) == "TP4 PP4 VP5 CP2 DP2"
-    ratio = by_name["TP8 PP4 VP5 DP2"].seconds / answers[0].time.seconds
-    assert ratio == pytest.approx(1.11, abs=0.01)
+    seconds = {str(each): each.time.seconds for each in answers}
+    assert [str(each) for each in answers[:2]] == ["TP2 PP8 VP5 CP4 DP1", "TP4 PP4 VP5 CP2 DP2"]
+    assert seconds["TP4 PP4 VP5 CP2 DP2"] < 1.01 * answers[0].time.seconds
+    assert seconds["TP8 PP4 VP5 DP2"] / seconds["TP4 PP4 VP5 CP2 DP2"] == pytest.approx(1.11, abs=0.01)
     assert str(answer(question(LLAMA_8B, 8))[0][0]) == "TP2 DP4"
 
 
 def test_the_loss_as_a_layer():
-    """A model of 95 layers divides by 4 only with the loss as the 96th. 80 layers have no such split: it is no use."""
+    """A model of 95 layers divides by 8 only with the loss as the 96th. 80 layers have no such split: it is no use."""
     answers, _ = answer(question(replace(LLAMA_70B, layers=95), 64))
-    assert str(answers[0]) == "TP4 PP4 VP8 CP2 loss DP2"
+    assert str(answers[0]) == "TP4 PP8 VP6 CP2 loss DP1"
     assert not [each for each in answer(question(LLAMA_70B, 64))[0] if each.job.split.loss_as_layer]
     split = answers[0].job.split
-    assert [len(chunk) for chunk in split.stage_layers(95, 3)] == [3] * 7 + [2]
-    assert sorted(n for stage in range(4) for chunk in split.stage_layers(95, stage) for n in chunk) == [*range(95)]
+    assert [len(chunk) for chunk in split.stage_layers(95, 7)] == [2] * 5 + [1]
+    assert sorted(n for stage in range(8) for chunk in split.stage_layers(95, stage) for n in chunk) == [*range(95)]
 
 
 def built_by_megatron(layers: int, stages: int, chunks: int) -> list[list[int]]:
