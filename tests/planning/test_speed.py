@@ -92,7 +92,7 @@ def test_recomputation_does_the_forward_part_again(granularity):
 
 
 def test_log_probs_of_the_last_stage():
-    """Forward once, backward two gradients, and the logits again where the softmax is not kept; a little more than a layer."""
+    """Forward once, backward two gradients, and the logits again if the softmax is not kept; some more than a layer."""
     shape = job(4, 4, 2)
     forward, backward = log_prob_passes(LLAMA_70B, shape, H100)
     product = 2 * 2048 * 8192 * (128512 / 4) / RATE  # 128,256 rows, padded to a multiple of 512
