@@ -318,7 +318,7 @@ def test_weights_are_fetched_only_where_they_are_wanted(monkeypatch, weights):
     """The hub itself is out of reach here; what is asked of it is not."""
     asked: list[str] = []
 
-    def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+    def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool, revision: str | None) -> str:
         asked.extend(allow_patterns)
         return "somewhere"
 
