@@ -139,6 +139,13 @@ def test_only_the_tokens_are_written(dry_run, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]
 
 
+def test_keys_without_effect_are_said_once(dry_run):
+    printed = dry_run("llama3_70b.yaml", "--dry-run", "64", config=LLAMA_70B | {"activation": "swiglu", "note": 1})
+    lines = [line for line in printed.splitlines() if "without effect" in line]
+    assert [line.rpartition(": ")[2] for line in lines] == ["activation, note"]
+    assert printed.endswith("ended: 0")
+
+
 def test_memory_of_the_fullest_gpu(dry_run):
     """Beside Megatron's report, which has the same weights, gradients and optimizer."""
     printed = dry_run("llama3_70b.yaml", "--dry-run", "64", "--gpu-memory", "80", config=LLAMA_70B)

@@ -42,6 +42,8 @@ def apply_hf_model(args: argparse.Namespace) -> None:
     args.hf_model = on_every_node("--hf-model", named, str(found), fetch)
     with all_ranks_agree():
         architecture = architecture_of(Path(args.hf_model))
+        if architecture.remark:
+            say(architecture.remark)
         if args.dry_run is None or any(Path(args.hf_model).glob("*.safetensors")):
             HuggingFaceCheckpoint.open(Path(args.hf_model)).check(architecture.weights.shapes())
         else:
