@@ -82,7 +82,9 @@ def _report(args: argparse.Namespace, job: PairJob, *, resumes: bool) -> list[st
 
 
 def _step(args: argparse.Namespace, job: PairJob) -> list[str]:
-    """A step of this plan by the arithmetic that layouts are compared by."""
+    """A step of this plan by the arithmetic that layouts are compared by; it does not know a resident reference."""
+    if job.resident:
+        return []
     plan = job.plan
     steps = len(plan.steps)
     tokens = int(plan.real_tokens.sum()) / steps

@@ -4,11 +4,12 @@ Megatron checks its flags, sets NCCL_ALGO, CUBLAS_WORKSPACE_CONFIG and NVTE_ALLO
 ``torch.use_deterministic_algorithms``, all while it validates its arguments: after the process groups are made here,
 and what NCCL has read by then stays. So the environment is settled before them.
 
-What computes on a GPU then, as read in the sources of torch 2.10 to 2.14 (no GPU has run it): torch's flash attention,
-varlen too, asks for its deterministic backward in this mode (``_flash_attention_backward``), and cuDNN's attention,
-which has none, is not taken: from 2.14 on ``varlen_attn`` prefers it, but not for a causal window, which is what pairs
-have, and SDPA leaves it out in this mode. Transformer Engine's attention follows the environment. Gathered keys, scored
-positions and log-probs use ``index_select``, ``scatter_add_`` and ``index_put`` alone, which torch makes deterministic.
+What computes on a GPU then, as read in the sources of torch 2.10 to 2.14 (an H200 has run varlen and SDPA): torch's
+flash attention, varlen too, asks for its deterministic backward in this mode (``_flash_attention_backward``), and
+cuDNN's attention, which has none, is not taken: from 2.14 on ``varlen_attn`` prefers it, but not for a causal window,
+which is what pairs have, and SDPA leaves it out in this mode. Transformer Engine's attention follows the environment.
+Gathered keys, scored positions and sums use ``index_select`` and ``index_put``, which torch makes deterministic; the
+log-probs' kernels are.
 """
 
 from __future__ import annotations
