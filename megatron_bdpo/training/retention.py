@@ -70,7 +70,8 @@ class Deletion:
         """
         self._retention, self._root, self._is_saving = retention, root, is_saving
         named = named_iteration(root)
-        self._abandoned = {iteration for iteration, _ in _checkpoints(root) if iteration > (named or 0)}
+        # Without a tracker there is no telling which are good: all whole ones count.
+        self._abandoned = {iteration for iteration, _ in _checkpoints(root) if named and iteration > named}
         self._protected: Path | None = None
         self._thread: threading.Thread | None = None
         self._is_pending = False

@@ -88,6 +88,17 @@ def test_what_is_not_whole_does_not_count(ranks, tmp_path):
     assert left(tmp_path) == [20, 50]
 
 
+@pytest.mark.parametrize("tracker", ["release", "", None])
+def test_whole_ones_count_where_no_tracker_says_which_are_good(ranks, tmp_path, tracker):
+    """Copied without the tracker, for one: a run that begins there keeps two, not its own alone."""
+    for iteration in (10, 40):
+        checkpoint(tmp_path, iteration)
+    if tracker is not None:
+        name(tmp_path, tracker)
+    ranks(1)(save_a_fifth, tmp_path)
+    assert left(tmp_path) == [40, 50]
+
+
 def delete_while_saving_and_after(root: Path, protected: Path) -> list[list[int]]:
     from megatron_bdpo.training.retention import Deletion, Retention
 

@@ -115,6 +115,12 @@ def test_what_is_kept_for_backward(bound):
     assert sorted(saved_elements(lambda: inputs.score(kept_bytes=bound - 1))) == sorted(KEPT[0])
 
 
+def test_bound_counts_bytes_of_the_inputs_type():
+    inputs, bound = make_inputs(dtype=torch.bfloat16), N * V * 2
+    assert sorted(saved_elements(lambda: inputs.score(kept_bytes=bound))) == sorted(KEPT[N * V * 4])
+    assert sorted(saved_elements(lambda: inputs.score(kept_bytes=bound - 1))) == sorted(KEPT[0])
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_kept_softmax_is_used_once(device):
     """It becomes the gradient, in its place: a second backward pass is refused, not wrong."""
@@ -133,6 +139,9 @@ def test_nothing_is_kept_when_scoring_a_reference():
             assert not inputs.score(entropy=True).log_probs.requires_grad
 
     assert saved_elements(score) == []
+    with Recorder() as recorder:
+        score()
+    assert recorder.largest == N * CHUNK, "a softmax is made that nobody will read"
 
 
 #: By ``kept_bytes``: products that add to a gradient.
