@@ -7,9 +7,10 @@ when it is killed, and leaves half of a checkpoint that looks like one. So here 
   is being written;
 - a directory is renamed first, so that half of it is never taken for a checkpoint; what a kill leaves of it goes after
   the next checkpoint;
-- what is no whole checkpoint, or was in the directory beyond the tracker when the run began (a killed save, or one that
-  was found damaged), is not counted among those that are kept;
-- links, and the checkpoint that the reference's weights come from, stay.
+- what is no whole checkpoint, or was in the directory beyond the one that the run goes on from (a killed save, one that
+  was found damaged, another continuation), is not counted among those that are kept;
+- links, and the checkpoint that the reference's weights come from, stay; so does all that was in the directory of a run
+  that does not go on from there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,14 +46,17 @@ class Retention:
             return None
         return cls(args.keep_checkpoints or 1, every)
 
-    def outdated(self, root: Path, abandoned: frozenset[int] = frozenset()) -> list[Path]:
+    def outdated(
+        self, root: Path, abandoned: AbstractSet[int] = frozenset(), foreign: AbstractSet[int] = frozenset()
+    ) -> list[Path]:
         """Directories of checkpoints to delete. None where the tracker names no whole one.
 
         Args:
             abandoned: iterations whose directories count as no checkpoints.
+            foreign: those that are another run's, and neither count nor go.
         """
         named = named_iteration(root)
-        found = dict(_checkpoints(root))
+        found = {iteration: path for iteration, path in _checkpoints(root) if iteration not in foreign}
         if named is None or named not in found or not is_whole(found[named]):
             return []
         older = sorted((iteration for iteration in found if iteration < named), reverse=True)
@@ -69,20 +74,30 @@ class Deletion:
             is_saving: whether a checkpoint is still being written.
         """
         self._retention, self._root, self._is_saving = retention, root, is_saving
-        named = named_iteration(root)
-        # Without a tracker there is no telling which are good: all whole ones count.
-        self._abandoned = {iteration for iteration, _ in _checkpoints(root) if named and iteration > named}
+        self._abandoned: set[int] = set()
+        self._foreign: set[int] = set()
         self._protected: Path | None = None
         self._thread: threading.Thread | None = None
         self._is_pending = False
 
-    def protect(self, directory: str) -> None:
-        """Never delete this one."""
-        self._protected = Path(directory).resolve() if directory else None
+    def begin(self, goes_on_from: int | None, reference: str) -> None:
+        """The run has loaded what it starts from.
+
+        Args:
+            goes_on_from: its iteration, if it is in this directory.
+            reference: the directory with the reference's weights, or "".
+        """
+        found = {iteration for iteration, _ in _checkpoints(self._root)}
+        if goes_on_from is None:
+            self._foreign = found
+        else:
+            self._abandoned = {iteration for iteration in found if iteration > goes_on_from}
+        self._protected = Path(reference).resolve() if reference else None
 
     def written(self, directory: Path) -> None:
         """The files of this checkpoint are there; the tracker will name it."""
-        self._abandoned.discard(iteration_of(directory) or 0)
+        for others in (self._abandoned, self._foreign):
+            others.discard(iteration_of(directory) or 0)
         self._is_pending = True
 
     def delete(self) -> None:
@@ -90,7 +105,7 @@ class Deletion:
         if not self._is_pending or self._is_saving() or (self._thread and self._thread.is_alive()):
             return
         self._is_pending = False
-        for directory in self._retention.outdated(self._root, frozenset(self._abandoned)):
+        for directory in self._retention.outdated(self._root, self._abandoned, self._foreign):
             if directory.resolve() != self._protected:
                 with contextlib.suppress(OSError):  # it is tried again after the next checkpoint
                     directory.rename(directory.with_name(f"{directory.name}{_DOOMED}"))

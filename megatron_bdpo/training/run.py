@@ -205,7 +205,8 @@ class PreferenceRun:
             self._step.imbalance_edges = None if edges is None else edges.cuda()
         identity.keep(self.args, self._identity)
         if self._deletion:
-            self._deletion.protect(self._identity.reference_weights)
+            is_own = resumed and Path(self.args.load).resolve() == Path(self.args.save).resolve()
+            self._deletion.begin(self._iteration if is_own else None, self._identity.reference_weights)
         with all_ranks_agree():
             if self.args.save and self.args.rank == self.args.world_size - 1:
                 self._begin_files(Path(self.args.save))

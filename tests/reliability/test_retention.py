@@ -70,10 +70,11 @@ def test_without_a_whole_checkpoint_that_is_named_all_stay(ranks, tmp_path, trac
     assert ranks(1)(outdated, tmp_path, 1) == [[]]
 
 
-def save_a_fifth(root: Path) -> None:
+def save_a_fifth(root: Path, goes_on_from: int | None) -> None:
     from megatron_bdpo.training.retention import Deletion, Retention
 
     deletion = Deletion(Retention(2), root, lambda: False)
+    deletion.begin(goes_on_from, "")
     deletion.written(checkpoint(root, 50))
     name(root, 50)
     deletion.finish()
@@ -84,19 +85,28 @@ def test_what_is_not_whole_does_not_count(ranks, tmp_path):
     for iteration in (10, 20, 30, 40):
         checkpoint(tmp_path, iteration, whole=iteration != 30)
     name(tmp_path, 20)
-    ranks(1)(save_a_fifth, tmp_path)
+    ranks(1)(save_a_fifth, tmp_path, 20)
     assert left(tmp_path) == [20, 50]
 
 
-@pytest.mark.parametrize("tracker", ["release", "", None])
-def test_whole_ones_count_where_no_tracker_says_which_are_good(ranks, tmp_path, tracker):
-    """Copied without the tracker, for one: a run that begins there keeps two, not its own alone."""
+def test_another_continuation_does_not_count(ranks, tmp_path):
+    """A run goes on from 20 although the tracker is at 45: it keeps its own start, not what the other one has left."""
+    for iteration in (10, 20, 30, 45):
+        checkpoint(tmp_path, iteration)
+    name(tmp_path, 45)
+    ranks(1)(save_a_fifth, tmp_path, 20)
+    assert left(tmp_path) == [20, 50]
+
+
+@pytest.mark.parametrize("tracker", ["release", "", "40", None])
+def test_what_a_new_run_finds_in_its_directory_stays(ranks, tmp_path, tracker):
+    """Whatever it is: nobody has said that it may go."""
     for iteration in (10, 40):
         checkpoint(tmp_path, iteration)
     if tracker is not None:
         name(tmp_path, tracker)
-    ranks(1)(save_a_fifth, tmp_path)
-    assert left(tmp_path) == [40, 50]
+    ranks(1)(save_a_fifth, tmp_path, None)
+    assert left(tmp_path) == [10, 40, 50]
 
 
 def delete_while_saving_and_after(root: Path, protected: Path) -> list[list[int]]:
@@ -104,7 +114,7 @@ def delete_while_saving_and_after(root: Path, protected: Path) -> list[list[int]
 
     saving = [True]
     deletion = Deletion(Retention(1), root, lambda: saving[0])
-    deletion.protect(str(protected))
+    deletion.begin(40, str(protected))
     deletion.written(root / "iter_0000040")
     found = []
     for saving[0] in (True, False):
@@ -138,6 +148,7 @@ def counted(event, args):
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 deletion = Deletion(Retention(2), root, lambda: False)
+deletion.begin(40, "")
 deletion.written(root / "iter_0000050")
 sys.addaudithook(counted)
 deletion.finish()
@@ -157,7 +168,7 @@ def test_killed_at_any_moment(ranks, tmp_path):
         for iteration in left(root):
             assert len(list((root / f"iter_{iteration:07d}").iterdir())) == 5, "half of a checkpoint keeps its name"
         assert {40, 50} <= {*left(root)}
-        ranks(1)(save_a_fifth, root)
+        ranks(1)(save_a_fifth, root, 40)
         assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000040", "iter_0000050"]
 
 

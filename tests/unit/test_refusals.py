@@ -17,8 +17,6 @@ REFUSED = {
     "--save run": "--save DIR goes together with --save-interval",
     "--save-interval 5": "--save DIR goes together with --save-interval",
     "--save-every-minutes 5": "--save DIR goes together with --save-interval",
-    "--eval-every-minutes 5": "--eval-every-minutes: there are no held-out pairs",
-    "--eval-share 0.1 --eval-every-minutes 5 --eval-iters 0": "--eval-every-minutes: there are no held-out pairs",
     "--save-retain-interval 50": "--keep-checkpoints and --save-retain-interval",
     "--keep-checkpoints 0": "--keep-checkpoints and --save-retain-interval",
     "--async-save": "--async-save needs --use-persistent-ckpt-worker",

@@ -42,10 +42,6 @@ _REFUSALS = (
         "none. Leave them out.",
     ),
     _Refusal(
-        lambda a: a.eval_every_minutes is not None and (a.eval_iters == 0 or not (a.eval_pair_data or a.eval_share)),
-        "--eval-every-minutes: there are no held-out pairs. Add --eval-share or --eval-pair-data.",
-    ),
-    _Refusal(
         lambda a: bool(a.save) != (a.save_interval is not None or a.save_every_minutes is not None),
         "--save DIR goes together with --save-interval STEPS or --save-every-minutes N, or both: where a checkpoint is "
         "written, and how often.",
