@@ -299,14 +299,8 @@ def length_unit(args: argparse.Namespace) -> int:
 
 
 def apply_plan(args: argparse.Namespace, plan: StepPlan, eval_packs: int) -> None:
-    """Tell Megatron the shapes that the plan has chosen. To Megatron a sample is a pack, and all are as the longest.
-
-    Raises:
-        UserError: there is nothing to evaluate every few minutes; the same on every rank.
-    """
+    """Tell Megatron the shapes that the plan has chosen. To Megatron a sample is a pack, and all are as the longest."""
     evaluate = eval_packs > 0 and args.eval_iters != 0
-    if args.eval_every_minutes is not None and not evaluate:
-        raise UserError("--eval-every-minutes: there are no held-out pairs. Add --eval-share or --eval-pair-data.")
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     args.seq_length = plan.longest
     args.micro_batch_size = args.eval_micro_batch_size = 1
