@@ -180,6 +180,7 @@ def measured_pass(options: argparse.Namespace, inputs: Inputs) -> dict[str, floa
     inputs.hidden.grad = inputs.weight.grad = None
     if accumulates:
         inputs.weight.main_grad = torch.zeros_like(inputs.weight, dtype=torch.float32)
+        inputs.weight.grad_added_to_main_grad = False  # as Megatron's DDP marks it: it wants a stand-in
         returned = [inputs.hidden]
     memory = PeakMemory(options.device)
     started, processor = time.perf_counter(), time.process_time()

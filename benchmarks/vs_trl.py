@@ -7,9 +7,10 @@ r"""The same training here and in TRL's DPOTrainer: pairs a second, memory, and 
 A Llama-shaped model with random weights is made for the purpose. All contenders train it on the same pairs in the same
 order, with the same pairs to a step, optimizer and precision, without recomputation, the reference's log-probs computed
 beforehand. Timed are the optimizer steps after the warm-up with everything in them: data, forward, backward, optimizer,
-log. Tokens are counted as if nothing were shared or padded, for all contenders alike. MFU is the arithmetic that a
-contender's layout needs, without padding, over the peak of the GPU's datasheet. Memory is the peak of the whole process
-above what its imports take.
+log. In bf16 TRL keeps fp32 weights and computes under autocast; ours are bf16, with fp32 main copies. Tokens are
+counted as if nothing were shared or padded, for all contenders alike. MFU is the arithmetic that a contender's layout
+needs, without padding, over the peak of the GPU's datasheet. Memory is the peak of the whole process above what its
+imports take.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def run_trl(
 
     lengths = np.array([[[len(part) for part in pair] for pair in step] for step in steps])
     marks: list[Instant] = []
-    losses: list[float] = []
+    losses: list[torch.Tensor] = []
     memory = PeakMemory(device)
 
     class InOrder(trl.DPOTrainer):  # type: ignore[misc]
@@ -104,7 +105,7 @@ def run_trl(
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+            losses.append((loss[0] if isinstance(loss, tuple) else loss).detach())
             return loss
 
     class Clock(transformers.TrainerCallback):  # type: ignore[misc]
@@ -151,12 +152,13 @@ def run_trl(
             reason = f"TRL {trl.__version__} trains with padding when asked for padding_free=True"
             return {"unavailable": reason}, lengths
         trainer.train()
+    values = [float(each) for each in losses]
     figures = {
         **jobs.rates(marks[warm_up], marks[-1], lengths[warm_up:]),
         "fill": 1.0 if settings.get("padding_free") else padded_fill(lengths.reshape(-1, batch, 3)),
         "peak": memory.read(),
         "reference_seconds": marks[0].wall - start.wall,
-        "losses": np.mean(np.reshape(losses, (len(steps), -1)), axis=1).tolist(),
+        "losses": np.mean(np.reshape(values, (len(steps), -1)), axis=1).tolist(),
     }
     return figures, lengths[warm_up:]
 

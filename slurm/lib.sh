@@ -45,6 +45,9 @@ bdpo_run() {
   [ ! -e "$KILL_SWITCH" ] || conclude 0 "not started: $KILL_SWITCH is there"
   trap 'say "asked to stop"; touch "$STOP_FILE"' USR1
   BEFORE=$(progress)
+  BDPO_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  BDPO_TAIL=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n 1)
+  export BDPO_HEAD BDPO_TAIL
   say "job $SLURM_JOB_ID, attempt $ATTEMPT, $TASK on $SLURM_JOB_NODELIST: $RUN_DIR, step $(last_checkpoint)"
   preflight
   if [ -e "$STOP_FILE" ]; then again "stopped before it began"; fi
@@ -126,10 +129,9 @@ preflight() {
 # launch PROGRAM ARGUMENT...: one torchrun per node.
 launch() {
   local srun_options=(--kill-on-bad-exit=1 --wait=60)
-  BDPO_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   BDPO_RENDEZVOUS=$TAG
   BDPO_PORT=$((20000 + (SLURM_JOB_ID * 8 + ATTEMPT) % 20000))
-  export BDPO_HEAD BDPO_RENDEZVOUS BDPO_PORT
+  export BDPO_RENDEZVOUS BDPO_PORT
   say "logs: $LOGS"
   srun_nodes %N.log node "$@" --save "$RUN_DIR" --load "$RUN_DIR" --stop-file "$STOP_FILE" "$KILL_SWITCH"
 }
@@ -225,9 +227,47 @@ for index in range(torch.cuda.device_count()):
     assert (ones @ ones).float().mean().item() == 4096, f"GPU {index} computes wrongly"
 PYTHON
   fi
+  network
   (cd "$BDPO_HOME" && timeout 300 "$BDPO_PYTHON" -c 'import megatron_bdpo') || die "$BDPO_PYTHON cannot import megatron_bdpo"
   if [ -n "$BDPO_PREFLIGHT" ]; then bash -c "$BDPO_PREFLIGHT" || die "BDPO_PREFLIGHT failed: $BDPO_PREFLIGHT"; fi
   touch "$LOGS/well/$SLURMD_NODENAME" || die "the run directory cannot be written from here"
+}
+
+# The interface that gloo is to use, in GLOO_SOCKET_IFNAME; or why those that are set cannot be used. By itself gloo takes
+# the address that the node's own name has, which on many clusters is the loopback's or that of another network. What
+# NCCL is told names beginnings of interfaces, "=" whole ones, "^" those to leave out.
+network() {
+  [ "${SLURM_NNODES:-1}" -gt 1 ] || return 0
+  local peer=$BDPO_HEAD answer
+  [ "${SLURM_NODEID:-0}" != 0 ] || peer=$BDPO_TAIL
+  answer=$("$BDPO_PYTHON" - "$peer" 2>&1 <<'PYTHON'
+import fcntl, os, socket, struct, sys
+here = [name for _, name in socket.if_nameindex()]
+gloo, nccl = os.environ.get("GLOO_SOCKET_IFNAME", ""), os.environ.get("NCCL_SOCKET_IFNAME", "")
+missing = [f"GLOO_SOCKET_IFNAME={name}" for name in filter(None, gloo.split(",")) if name not in here]
+names, whole = nccl.lstrip("=").split(","), nccl.startswith("=")
+if nccl and not nccl.startswith("^") and not any(name == each or not whole and each.startswith(name) for name in names for each in here):
+    missing.append(f"NCCL_SOCKET_IFNAME={nccl}")
+if missing:
+    sys.exit(f"{', '.join(missing)}: no such interface; there are {' '.join(here)}. Set one that all nodes have, in slurm/site.sh")
+if gloo:
+    sys.exit(print(gloo))
+try:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:  # sends nothing: the kernel chooses the way there
+        asking.connect((sys.argv[1], 9))
+        own, names = asking.getsockname()[0], []
+        for name in here:
+            try:
+                answer = fcntl.ioctl(asking, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+            except OSError:  # it has no address
+                continue
+            names += [name] * (socket.inet_ntoa(answer[20:24]) == own)
+    print(names[0] if names else "")
+except OSError as error:
+    sys.exit(f"there is no way to {sys.argv[1]} ({error}). Set GLOO_SOCKET_IFNAME in slurm/site.sh to the interface that gloo is to use")
+PYTHON
+  ) || die "$answer"
+  [ -z "$answer" ] || export GLOO_SOCKET_IFNAME=$answer
 }
 
 # on_node PROGRAM ARGUMENT...: this node's torchrun.
@@ -246,6 +286,7 @@ on_node() {
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}  # a checkpoint takes longer than 30 s
   cd "$BDPO_HOME" || die "$BDPO_HOME is not there on $SLURMD_NODENAME"
+  network
   # Naming address and head spares torchrun reverse DNS look-ups, which hang for half a minute where there is no DNS.
   exec "$BDPO_PYTHON" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "$BDPO_RANKS_PER_NODE" --max-restarts 0 \
     --rdzv-id "$BDPO_RENDEZVOUS" --rdzv-backend c10d --rdzv-endpoint "$BDPO_HEAD:$BDPO_PORT" --rdzv-conf "is_host=$is_head" \

@@ -71,6 +71,7 @@ def make_model(
         model = transformers.LlamaForCausalLM(config)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     del model
+    torch.cuda.empty_cache()  # the processes that train it need the room
     tokenizer = id_tokenizer(shape.vocab) if texts is None else trained_tokenizer(texts, shape.vocab)
     tokenizer.save_pretrained(directory)
     return directory

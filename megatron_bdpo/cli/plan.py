@@ -64,8 +64,8 @@ def _only_layouts_with(function: Any) -> Any:
 def plan(**options: Any) -> None:
     """List the layouts that fit a cluster, and their memory.
 
-    In the order of a rule of thumb, with the memory of a GPU by part, and why the others are out. Arithmetic, no
-    measurement; no GPU is needed, and no weights. Several numbers after --gpus are compared.
+    The fastest first, with the memory of a GPU by part, and why the others are out. Arithmetic on assumed rates of an
+    H100, no measurement; no GPU is needed, and no weights. Several numbers after --gpus are compared.
     """
     only_one(hf_model=options["hf_model"], recipe=options["recipe"])
     if options["as_json"] and options["markdown"]:

@@ -19,6 +19,7 @@ Shapes: N scored positions, V padded vocabulary, c of its rows in a chunk, H hid
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def token_log_probs(
     it is no more than ``kept_bytes``; the gathered hidden states are not. Beside them one chunk's logits [N, c] in fp32
     (twice that with the entropy on a CPU; where they are made again in half precision, half as much again in backward),
     and in backward the gradients: of the hidden states [N, H] in fp32, and of the weight, unless there is a
-    ``main_grad`` to add it to.
+    ``main_grad`` to add it to; Megatron's data parallelism then gets a stand-in of that size, one for all calls.
 
     Args:
         hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
@@ -258,6 +259,7 @@ def _grad_logits(saved: tuple[Tensor, ...], incoming: Tensor, shard: _Shard) -> 
         for index, rows in enumerate(shard.chunks()):
             own, shift = kept[:, rows], maxima[index] - log_sum_exp
             passes.gradient(own, shift, incoming, at_target, shard.targets(rows, target), out=own, exponentiated=True)
+        torch.autograd.graph.increment_version(kept)  # which a Triton kernel does not
         if shard.real_rows:
             yield slice(0, shard.real_rows), kept[:, : shard.real_rows]
         return
@@ -294,4 +296,13 @@ def _stand_in(weight: Tensor) -> Tensor | None:
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
-    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+    if getattr(weight, "zero_out_wgrad", False):
+        return torch.zeros_like(weight)
+    # Detached: a tensor that someone else holds, too, autograd would copy.
+    return _never_read(weight.shape, weight.dtype, weight.device).detach()
+
+
+@functools.cache
+def _never_read(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One for all microbatches, as Transformer Engine has it: it is as large as the weight."""
+    return torch.empty(shape, dtype=dtype, device=device)

@@ -6,6 +6,8 @@ entropy. Prompts and padding never get logits.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -38,7 +40,8 @@ def token_log_probs(
         weight: [V/tp, H] rows of the output layer on this rank; ``bias`` [V/tp] or None.
         vocab_size: entries of the tokenizer. Rows beyond it are padding that depends on the layout: they take no part.
         tp_group: process group of the vocabulary split.
-        gradient_accumulation_fusion: add the weight's gradient into its ``main_grad``, as Megatron's own layers do.
+        gradient_accumulation_fusion: add the weight's gradient into its ``main_grad``, as Megatron's own layers do. It
+            needs Apex; without, the gradient goes the way of all others, to the same ``main_grad`` in the end.
         entropy: compute it, too; it carries no gradient.
 
     Returns:
@@ -53,7 +56,7 @@ def token_log_probs(
         select_scored(hidden_states, scored, tp_group=tp_group, sequence_parallel=sequence_parallel),
         weight,
         bias,
-        gradient_accumulation_fusion=gradient_accumulation_fusion,
+        gradient_accumulation_fusion=gradient_accumulation_fusion and apex_accumulates(),
         allreduce_dgrad=tp_group.size() > 1 and not sequence_parallel,
         sequence_parallel=False,
         tp_group=tp_group,
@@ -61,6 +64,12 @@ def token_log_probs(
     logits = _without_padding(logits.float(), vocab_size, first_row=tp_group.rank() * weight.shape[0])
     entropies = _entropy(logits, tp_group) if entropy else None  # before the cross entropy overwrites the logits
     return TokenScores(-vocab_parallel_cross_entropy(logits, scored.target, tp_group=tp_group), entropies)
+
+
+@functools.cache
+def apex_accumulates() -> bool:
+    """Whether Apex's extension is there, with which Megatron's own linear layers add gradients to ``main_grad``."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 @torch.no_grad()

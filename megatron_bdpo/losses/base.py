@@ -111,7 +111,11 @@ class LossSpec[Options]:
 
     name: str
     function: Callable[[PairLogProbs, Options], PairLosses]
-    """Pure: no in-place writes, no collectives, no host synchronisation; results in the inputs' dtype."""
+    """Pure: no in-place writes, no collectives, no host synchronisation; results in the inputs' dtype.
+
+    The check of the first step takes the loss to be convex in the log-probs: what rounding may do to it is judged at
+    the corners of what rounding may do to them.
+    """
     options: type[Options]
     requirements: Callable[[Options], Requirements]
     summary: str

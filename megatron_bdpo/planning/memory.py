@@ -145,10 +145,11 @@ def kept_of_output(model: ModelShape, job: JobShape) -> float:
     """What the last stage keeps beside its layers of the one microbatch that is there."""
     layer = layer_bytes(model, job.split, job.pack(), has_experts=False)
     final_norm = layer.norms / 2 - layer.input  # of its output, the scored positions
-    return final_norm + _scored(job) * model.hidden * job.weight_bytes + _kept_softmax(model, job)
+    return final_norm + _scored(job) * model.hidden * job.weight_bytes + kept_softmax(model, job)
 
 
-def _kept_softmax(model: ModelShape, job: JobShape) -> float:
+def kept_softmax(model: ModelShape, job: JobShape) -> float:
+    """Bytes of the softmax that the last stage keeps for backward; 0 where it makes the logits a second time."""
     tensor = job.split.layout.tensor
     size = _scored(job) * model.padded_vocab(tensor) / tensor * job.weight_bytes
     return size if job.fused_log_probs and size <= job.kept_softmax_bytes else 0.0
@@ -162,14 +163,15 @@ def _scored(job: JobShape) -> float:
 def _log_probs(model: ModelShape, job: JobShape) -> float:
     kept, scored, tensor = kept_of_output(model, job), _scored(job), job.split.layout.tensor
     rows = model.padded_vocab(tensor) / tensor
+    # Returned to autograd; where it is added to main_grad, a stand-in of its size.
+    weight_gradient = rows * model.hidden * job.weight_bytes
     if job.fused_log_probs:
         hidden_gradient = 4 * scored * model.hidden
-        weight_gradient = 0 if job.fused_layers else rows * model.hidden * job.weight_bytes
         chunk = min(CHUNK_BYTES, 4 * scored * rows)
-        made_again = 0 if _kept_softmax(model, job) else chunk / 2  # its gradient, in half precision
+        made_again = 0 if kept_softmax(model, job) else chunk / 2  # its gradient, in half precision
         return kept + hidden_gradient + chunk + made_again + weight_gradient
     # Logits, their softmax in fp32 for the backward pass, and the gradient of both.
-    return kept + scored * rows * (job.weight_bytes + 4 + 4 + job.weight_bytes)
+    return kept + scored * rows * (job.weight_bytes + 4 + 4 + job.weight_bytes) + weight_gradient
 
 
 def _working_space(model: ModelShape, job: JobShape) -> float:

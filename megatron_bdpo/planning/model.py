@@ -119,6 +119,8 @@ class Split:
     first_layers: int | None = None
     last_layers: int | None = None
     """Layers of the first and the last stage, where they differ from the others'."""
+    loss_as_layer: bool = False
+    """The last chunk of the last stage has a layer less than the others: ``--account-for-loss-in-pipeline-split``."""
     expert_tensor: int = 0
     """Tensor-parallel ranks of an expert; 0: as of the other layers."""
 
@@ -128,13 +130,12 @@ class Split:
 
     def stage_layers(self, layers: int, stage: int) -> list[list[int]]:
         """Numbers of the layers of each chunk of a stage, in Megatron's order."""
-        counts = self._layers_of_stages(layers)
+        counts = self._layers_of_stages(layers + self.loss_as_layer)
         per_chunk = [count // self.chunks for count in counts]
         total = sum(per_chunk)
         first = sum(per_chunk[:stage])
-        return [
-            list(range(chunk * total + first, chunk * total + first + per_chunk[stage])) for chunk in range(self.chunks)
-        ]
+        starts = [chunk * total + first for chunk in range(self.chunks)]
+        return [list(range(start, min(layers, start + per_chunk[stage]))) for start in starts]
 
     def _layers_of_stages(self, layers: int) -> list[int]:
         stages = self.layout.pipeline

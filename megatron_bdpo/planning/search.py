@@ -1,14 +1,10 @@
-"""The layouts that a model has on a cluster, in the order of a rule of thumb, and why the others are out.
+"""The layouts that a model has on a cluster, the fastest by arithmetic first, and why the others are out.
 
-The rule estimates which share of the GPUs' time goes into the model's own arithmetic. It is no measurement:
-
-    share = (1 - bubble) / (1 + recompute) * 0.96^log2(tp) * 0.96^log2(cp) * 0.98^log2(pp)
-
-bubble = (pp - 1) / v / (M + (pp - 1) / v) for M microbatches and v virtual stages. Recomputing MLPs costs a fifth of a
-step's arithmetic, recomputing all a third. The three factors stand for communication that is not hidden, for every
-doubling of model parallelism; their figures are assumed. Tensor parallelism has to stay within a node. For each layout
-the least recomputation that fits is taken; of those with the same share, in two digits, the one that needs less memory
-comes first. Layouts that fill more than nine tenths of the memory come after all others: the estimate is not that good.
+How long a step takes is counted in ``planning.speed``; it is no measurement. Tensor parallelism has to stay within a
+node. For each layout the least recomputation that fits is taken; of those whose steps take as long within a hundredth,
+the one that needs less memory comes first. Layouts that fill more than nine tenths of the memory come after all others:
+the estimate is not that good. The last stage has the log-probs beside its layers: where the layers and one more can be
+divided, Megatron's --account-for-loss-in-pipeline-split is tried too, which leaves the last stage a layer less.
 """
 
 from __future__ import annotations
@@ -20,10 +16,10 @@ from dataclasses import dataclass, field, replace
 
 from megatron_bdpo.planning.activations import Recompute
 from megatron_bdpo.planning.layout import Divisible, Layout
+from megatron_bdpo.planning.machine import Machine
 from megatron_bdpo.planning.memory import GB, JobShape, Memory, fullest
 from megatron_bdpo.planning.model import ModelShape, Split
-
-_KEPT_PER_DOUBLING = {"tensor": 0.96, "context": 0.96, "pipeline": 0.98}
+from megatron_bdpo.planning.speed import StepTime, step_time
 
 _MOST_CHUNKS = 8
 
@@ -55,15 +51,14 @@ class Answer:
 
     job: JobShape
     memory: Memory
-    bubble: float
-    share: float
-    """By the rule above."""
+    time: StepTime
 
     def __str__(self) -> str:
         split = self.job.split
         tensor, pipeline, context, expert = split.layout.sizes()
         sizes = {"TP": tensor, "PP": pipeline, "VP": split.chunks, "CP": context, "EP": expert}
         words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        words += ["loss"] * split.loss_as_layer
         return " ".join([*words, f"DP{self.job.data_parallel}"])
 
 
@@ -99,7 +94,7 @@ def answer(question: Question) -> tuple[list[Answer], list[Refused]]:
 
 
 def _order(question: Question, each: Answer) -> tuple[bool, float, float]:
-    return each.memory.total > _TIGHT * question.gpu_memory, -round(each.share, 2), each.memory.total
+    return each.memory.total > _TIGHT * question.gpu_memory, round(math.log(each.time.seconds), 2), each.memory.total
 
 
 def _layouts(question: Question) -> Iterator[Layout]:
@@ -114,7 +109,10 @@ def _layouts(question: Question) -> Iterator[Layout]:
 
 
 def _problems(question: Question, layout: Layout) -> Iterator[str]:
-    yield from divisible(question.model, question.gpus).problems(layout)
+    layers = question.model.layers
+    if layers % layout.pipeline and not (layers + 1) % layout.pipeline:  # with the loss as one of them
+        layers += 1
+    yield from replace(divisible(question.model, question.gpus), layers=layers).problems(layout)
     tensor, pipeline, context, _ = layout.sizes()
     if question.gpus_per_node % tensor:
         yield f"tensor parallelism over {tensor} GPUs would leave the node of {question.gpus_per_node}"
@@ -142,36 +140,33 @@ def divisible(model: ModelShape, ranks: int) -> Divisible:
 
 
 def _splits(question: Question, layout: Layout) -> Iterator[Split]:
-    """Virtual stages: any number that divides a stage's layers."""
-    per_stage = question.model.layers // layout.pipeline
-    most = min(per_stage, _MOST_CHUNKS) if layout.pipeline > 1 else 1
-    for chunks in range(1, most + 1):
-        if per_stage % chunks == 0 and question.fixed.get("chunks", chunks) == chunks:
-            yield replace(question.job.split, layout=layout, chunks=chunks)
+    """Virtual stages: any number that divides a stage's layers, which may have the loss among them."""
+    for loss_as_layer in (False, True)[: 2 if layout.pipeline > 1 else 1]:
+        per_stage, rest = divmod(question.model.layers + loss_as_layer, layout.pipeline)
+        most = min(per_stage, _MOST_CHUNKS) if layout.pipeline > 1 else 1
+        for chunks in range(1, most + 1):
+            if not rest and per_stage % chunks == 0 and question.fixed.get("chunks", chunks) == chunks:
+                yield replace(question.job.split, layout=layout, chunks=chunks, loss_as_layer=loss_as_layer)
 
 
 def _least_recompute(question: Question, split: Split) -> Answer:
     """With the least recomputation that fits; with all layers recomputed if nothing does."""
     option = None
-    for recompute, cost in _recomputations(question.model):
-        option = _answer(question, split, recompute, cost)
+    for recompute in _recomputations(question.model):
+        option = _answer(question, split, recompute)
         if option.memory.total <= question.gpu_memory:
             break
     assert option is not None
     return option
 
 
-def _recomputations(model: ModelShape) -> list[tuple[Recompute, float]]:
-    """Ways to recompute, and what each adds to a step's arithmetic, as a share of it."""
+def _recomputations(model: ModelShape) -> list[Recompute]:
+    """Ways to recompute, from none to all."""
     modules = frozenset({"moe"} if model.experts else {"mlp"})
-    return [
-        (Recompute(), 0.0),
-        (Recompute(granularity="selective", modules=modules), 1 / 5),
-        (Recompute(granularity="full"), 1 / 3),
-    ]
+    return [Recompute(), Recompute(granularity="selective", modules=modules), Recompute(granularity="full")]
 
 
-def _answer(question: Question, split: Split, recompute: Recompute, cost: float) -> Answer:
+def _answer(question: Question, split: Split, recompute: Recompute) -> Answer:
     tensor, pipeline, context, _ = split.layout.sizes()
     replicas = question.gpus // (tensor * pipeline * context)
     # The step plan makes packs shorter where the replicas cannot share them evenly; memory is of the longest.
@@ -187,9 +182,8 @@ def _answer(question: Question, split: Split, recompute: Recompute, cost: float)
         recompute=recompute,
         sequence_parallel=tensor > 1,
     )
-    waits = (pipeline - 1) / split.chunks
-    bubble = waits / (microbatches + waits)
-    kept = 1.0
-    for name, size in (("tensor", tensor), ("context", context), ("pipeline", pipeline)):
-        kept *= _KEPT_PER_DOUBLING[name] ** math.log2(size)
-    return Answer(job, fullest(question.model, job), bubble, (1 - bubble) / (1 + cost) * kept)
+    tokens = question.pairs_per_step * question.tokens_per_pair
+    machine = Machine(gpus_per_node=question.gpus_per_node)
+    # A query sees half of its pair at most: what comes before it, and nothing of the other answer.
+    time = step_time(question.model, job, machine, tokens, keys=question.tokens_per_pair / 2)
+    return Answer(job, fullest(question.model, job), time)

@@ -9,9 +9,11 @@ from megatron_bdpo.display import Block, Facts, Table
 from megatron_bdpo.planning.memory import GB
 from megatron_bdpo.planning.search import Answer, Question, Refused
 
-_TITLES = ("layout", "recompute", "microbatches", "bubble", "share", "state", "activations", "other", "GB")
-#: So that the table fits 80 columns.
-_NARROW_TITLES = ("layout", "recompute", "batches", "bubble", "share", "state", "activ.", "other", "GB")
+_TITLES = (
+    "layout", "recompute", "microbatches", "waits", "s/step", "tokens/s/GPU", "MFU", "state", "activations", "GB",
+)  # fmt: skip
+#: So that the table fits 80 columns: without the parts of memory.
+_NARROW_TITLES = ("layout", "recompute", "batches", "waits", "s/step", "tok/s", "MFU", "GB")
 
 
 def describe(question: Question, answers: Sequence[Answer], refused: Sequence[Refused], rows: int) -> list[Block]:
@@ -20,20 +22,28 @@ def describe(question: Question, answers: Sequence[Answer], refused: Sequence[Re
     if not answers:
         blocks.append("no layout fits; nearest:")
     else:
-        blocks.append(Table(_NARROW_TITLES, [_row(each) for each in answers[:rows]], left=(0, 1), whole=(0, 1)))
+        table = [(*_row(each)[:7], _row(each)[-1]) for each in answers[:rows]]
+        blocks.append(Table(_NARROW_TITLES, table, left=(0, 1), whole=(0, 1)))
         if len(answers) > rows:
             blocks.append(f"... and {len(answers) - rows} more (--rows)")
         blocks += ["", *_best(answers[0])]
     blocks += ["", "out:", Facts(_reasons(refused, rows)), ""]
-    blocks.append("The order is a rule of thumb, memory is arithmetic, neither is measured: see docs/layouts.md.")
+    blocks.append(
+        "Seconds, tokens/s of a GPU (tok/s), MFU and memory are arithmetic on assumed rates, none of it measured: see "
+        "docs/layouts.md."
+    )
     return blocks
 
 
 def _best(answer: Answer) -> list[Block]:
     memory = answer.memory
     parts = [[part, f"{size / GB:.1f}"] for part, size in memory.parts.items() if size]
+    step = [[part, f"{1000 * seconds:.0f}"] for part, seconds in answer.time.parts.items() if round(1000 * seconds)]
+    step_title = f"a step of the best one, {answer}, slowest stage, in ms, by arithmetic"
     title = f"memory of the best one, {answer}, fullest stage, in GB"
     return [
+        Table(["", ""], [*step, ["together", f"{1000 * answer.time.seconds:.0f}"]], title=step_title),
+        "",
         Table(["", ""], [*parts, ["together", f"{memory.total / GB:.1f}"]], title=title),
         "",
         Facts([("flags", flags(answer))], indent=0),
@@ -49,7 +59,7 @@ def markdown(found: Sequence[tuple[Question, Sequence[Answer]]], rows: int) -> s
 
 
 def to_json(question: Question, answers: Sequence[Answer], refused: Sequence[Refused]) -> dict[str, Any]:
-    """All of it, for ``json.dumps``; memory in bytes."""
+    """All of it, for ``json.dumps``; memory in bytes, time in seconds of a step, both by arithmetic."""
     return {
         "gpus": question.gpus,
         "feasible": [
@@ -57,8 +67,10 @@ def to_json(question: Question, answers: Sequence[Answer], refused: Sequence[Ref
                 "layout": str(each),
                 "flags": flags(each),
                 "microbatches": each.job.microbatches,
-                "bubble": each.bubble,
-                "share": each.share,
+                "seconds_per_step": each.time.seconds,
+                "tokens_per_second_per_gpu": each.time.tokens_per_gpu,
+                "mfu": each.time.mfu,
+                "seconds": dict(each.time.parts),
                 "recompute": str(each.job.recompute),
                 "stage": each.memory.stage,
                 "bytes": dict(each.memory.parts) | {"total": each.memory.total},
@@ -77,8 +89,10 @@ def flags(each: Answer) -> str:
         words.append(f"--num-virtual-stages-per-pipeline-rank {split.chunks}")
     if each.job.sequence_parallel:
         words.append("--sequence-parallel")
+    if split.loss_as_layer:
+        words.append("--account-for-loss-in-pipeline-split")
     if each.job.distributed_optimizer:
-        words.append("--use-distributed-optimizer")
+        words.append("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
     if recompute.granularity == "full":
         words.append("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
     elif recompute.granularity:
@@ -98,14 +112,15 @@ def _heading(question: Question) -> str:
 def _row(each: Answer) -> tuple[str, ...]:
     parts = each.memory.parts
     state = sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference"))
-    other = each.memory.total - state - parts["activations"]
     return (
         str(each),
         str(each.job.recompute),
         str(each.job.microbatches),
-        f"{each.bubble:.0%}",
-        f"{each.share:.2f}",
-        *(f"{size / GB:.1f}" for size in (state, parts["activations"], other, each.memory.total)),
+        f"{each.time.waiting:.0%}",
+        f"{each.time.seconds:.2f}",
+        f"{each.time.tokens_per_gpu:,.0f}",
+        f"{each.time.mfu:.0%}",
+        *(f"{size / GB:.1f}" for size in (state, parts["activations"], each.memory.total)),
     )
 
 

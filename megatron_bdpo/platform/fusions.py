@@ -1,7 +1,11 @@
-"""torch.compile for a small function of Megatron's local layers that it leaves to Transformer Engine to fuse.
+"""Fusions that Megatron has for others than us: what it leaves to Transformer Engine, and what it wants Apex for.
 
 Rotary embedding is some eight kernels for the queries and as many for the keys of every layer, each of which reads and
 writes them whole. Compiled it is one. Megatron's own fused version exists in Transformer Engine alone.
+
+Gradient accumulation: Megatron does not build its ColumnParallelLinear with it where Apex's extension is missing, which
+that layer's backward pass calls. The output layer is one, and takes its configuration from the same object as
+Transformer Engine's layers, which need no Apex. What is scored here never goes through that backward pass.
 """
 
 from __future__ import annotations
@@ -18,6 +22,24 @@ def fuse_rotary_embedding(fused: bool) -> None:
     from megatron.core.models.common.embeddings import rope_utils
 
     rope_utils._apply_rotary_pos_emb_bshd = _compiled() if fused else _eager()
+
+
+def build_output_layer_without_apex(allowed: bool) -> None:
+    """Have Megatron build ColumnParallelLinear with gradient accumulation, or ask for Apex again as it does by itself.
+
+    Of models in which the output layer alone is one.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    own_answer = _has_apex()
+    layers._grad_accum_fusion_available = allowed or own_answer
+
+
+@functools.cache  # Megatron's own answer, which the first call finds
+def _has_apex() -> bool:
+    from megatron.core.tensor_parallel import layers
+
+    return bool(layers._grad_accum_fusion_available)
 
 
 @functools.cache  # Megatron's own, which the first call finds

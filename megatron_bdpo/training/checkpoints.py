@@ -116,9 +116,26 @@ def _named(root: Path) -> str | None:
     return text if text == "release" or text.isdigit() else ""
 
 
+def named_iteration(root: Path) -> int | None:
+    """The iteration that Megatron's tracker names, if it does."""
+    text = _named(root)
+    return int(text) if text and text.isdigit() else None
+
+
+def iteration_of(directory: Path) -> int | None:
+    """Of which iteration a directory's name says that its checkpoint is."""
+    match = _ITERATION.fullmatch(directory.name)
+    return int(match[1]) if match else None
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a checkpoint was written to its end: what is written last is there. No digest is compared."""
+    return (directory / INTEGRITY_FNAME).is_file() or (directory / _COMPLETE).is_file()
+
+
 def _candidates(root: Path, named: str) -> list[int]:
     """Iterations to try, newest first: the one that is named, and older ones that can be told to be whole."""
-    found = [int(match[1]) for path in root.iterdir() if (match := _ITERATION.fullmatch(path.name))]
+    found = [iteration for path in root.iterdir() if (iteration := iteration_of(path)) is not None]
     limit = int(named) if named else max(found, default=-1) + 1
     older = [each for each in found if each < limit and (_directory(root, each) / INTEGRITY_FNAME).is_file()]
     return [*([limit] if named else []), *sorted(older, reverse=True)]

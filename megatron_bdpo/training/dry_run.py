@@ -16,7 +16,9 @@ from megatron.training.training import num_floating_point_operations
 from megatron_bdpo.data.layout import causal_squares
 from megatron_bdpo.display import Block, Facts
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.planning.machine import Machine
 from megatron_bdpo.planning.memory import GB, fullest
+from megatron_bdpo.planning.speed import step_time
 from megatron_bdpo.platform.seams import initialize_megatron
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.flags.validation import refusals_of_megatron, silence
@@ -76,7 +78,26 @@ def _report(args: argparse.Namespace, job: PairJob, *, resumes: bool) -> list[st
     lines += _across_nodes(args)
     if resumes:
         lines.append(f"  start: goes on from the checkpoint in {args.load}")
-    return [*lines, *Work.of(args, job).describe(args), *_memory(args, job)]
+    return [*lines, *Work.of(args, job).describe(args), *_step(args, job), *_memory(args, job)]
+
+
+def _step(args: argparse.Namespace, job: PairJob) -> list[str]:
+    """A step of this plan by the arithmetic that layouts are compared by; it does not know a resident reference."""
+    if job.resident:
+        return []
+    plan = job.plan
+    steps = len(plan.steps)
+    tokens = int(plan.real_tokens.sum()) / steps
+    squares = float(causal_squares(job.pool.lengths, share_prompts=job.share_prompts)[plan.steps].sum()) / steps
+    machine = Machine(gpus_per_node=args.gpus_per_node or 8)
+    try:
+        time = step_time(model_shape(args), job_shape(args, job), machine, tokens, keys=squares / tokens / 2)
+    except UserError:  # the summary says why
+        return []
+    return [
+        f"  step on H100: {time.seconds:.2f} s, {time.tokens_per_gpu:,.0f} tokens/s/GPU, MFU {time.mfu:.0%}; by "
+        "arithmetic (docs/layouts.md), not measured"
+    ]
 
 
 def _memory(args: argparse.Namespace, job: PairJob) -> list[str]:
@@ -115,11 +136,11 @@ def _across_nodes(args: argparse.Namespace) -> list[str]:
 
 
 def _as_reported(args: argparse.Namespace) -> str:
-    """Which of its two formulas Megatron takes."""
+    """Which of its two formulas Megatron takes, and what it leaves out."""
     is_parallel = args.sequence_parallel and args.recompute_granularity == "selective"
-    return (
-        " (its formula for selective recomputation)" if is_parallel else " (its formula without sequence parallelism)"
-    )
+    formula = "its formula for selective recomputation" if is_parallel else "its formula without sequence parallelism"
+    without = ", and without context parallelism" if args.context_parallel_size > 1 else ""
+    return f" ({formula}{without})"
 
 
 @dataclass(frozen=True)

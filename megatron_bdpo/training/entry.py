@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,10 +38,11 @@ def train(argv: Sequence[str] | None = None) -> PreferenceRun:
     """
     prepare_platform()
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags import arguments, determinism
     from megatron_bdpo.training.run import PreferenceRun
 
     args = arguments.parse(argv)
+    determinism.settle_environment(args)
     if args.dry_run is not None:
         show(*_dry_run(args))
         raise SystemExit(0)
@@ -86,10 +88,11 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
     """
     prepare_platform()
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags import arguments, determinism
     from megatron_bdpo.training.reference.scoring_job import score_pairs
 
     args = arguments.parse(argv)
+    determinism.settle_environment(args)
     with distributed.process_groups(args), _megatron_output(args):
         return score_pairs(args)
 
@@ -114,8 +117,10 @@ def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequen
     except UserError as error:
         if os.environ.get(DEBUG):
             raise
-        if not error.shown and int(os.environ.get("RANK", "0")) == 0:
-            print(error.as_text(), file=sys.stderr, flush=True)
+        # Before the ranks know of each other each node tells its own: a recipe may be missing on one of them alone.
+        if not error.shown and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            node = f" on {socket.gethostname()}" if os.environ.get("RANK", "0") != "0" else ""
+            print(error.as_text(node), file=sys.stderr, flush=True)
         _leave_if_alone()
         raise SystemExit(2) from None
     except Exception as error:

@@ -28,6 +28,8 @@ from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_ra
 from megatron_bdpo.training.flags.arguments import given_loss_options
 from megatron_bdpo.training.flags.precision import precision_of
 from megatron_bdpo.training.forward import PairLossFunction
+from megatron_bdpo.training.nodes import on_every_node, shared_by_every_node
+from megatron_bdpo.training.timetable import settle_intervals
 
 
 @dataclass(frozen=True)
@@ -163,11 +165,14 @@ def open_stores(args: argparse.Namespace, cache_dir: Path, *, report: bool = Tru
                 settings.append(_data_settings(args, tokens, limit, cache_dir))
                 if is_rank_zero():
                     check_sources(settings[-1].sources)
+    shared_by_every_node("--pair-cache-dir", cache_dir)
+    named = args.tokenizer_model
     with all_ranks_agree():
         if is_rank_zero():
             tokenizer = PairTokenizer(build_tokenizer(args))
             directories = [str(prepare_pairs(each, tokenizer).directory) for each in settings]
-    args.tokenizer_model = broadcast(args.tokenizer_model)  # for Megatron, which builds it on every rank
+    if named:  # Megatron builds it on every rank
+        args.tokenizer_model = on_every_node("--tokenizer-model", named, args.tokenizer_model, tokenizer_directory)
     with all_ranks_agree():
         # Every rank maps the files that rank 0 has written: ranks of one node share the pages.
         stores = [
@@ -316,6 +321,7 @@ def apply_plan(args: argparse.Namespace, plan: StepPlan, eval_packs: int) -> Non
     args.micro_batch_size = args.eval_micro_batch_size = 1
     args.global_batch_size = plan.packs_per_step
     args.train_iters = len(plan.steps)
+    settle_intervals(args)
     args.dataloader_type = "external"
     args.eval_iters = 1 if evaluate else 0
     args.eval_global_batch_size = eval_packs if evaluate else plan.packs_per_step

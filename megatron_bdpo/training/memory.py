@@ -18,9 +18,7 @@ from megatron_bdpo.training.flags.precision import precision_of
 from megatron_bdpo.training.job import PairJob, build_tokenizer
 
 #: Pipelines that are split in ways not reckoned with.
-_UNEVEN = (
-    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "pipeline_model_parallel_layout",
-)  # fmt: skip
+_UNEVEN = ("account_for_embedding_in_pipeline_split", "pipeline_model_parallel_layout")
 
 _ADAM = "adam"
 
@@ -60,6 +58,7 @@ def job_shape(args: argparse.Namespace, job: PairJob) -> JobShape:
             chunks=args.virtual_pipeline_model_parallel_size or 1,
             first_layers=args.decoder_first_pipeline_num_layers,
             last_layers=args.decoder_last_pipeline_num_layers,
+            loss_as_layer=args.account_for_loss_in_pipeline_split,
             expert_tensor=args.expert_tensor_parallel_size or 0,
         ),
         pack_length=job.plan.longest,

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
+from megatron_bdpo.platform.fusions import build_output_layer_without_apex
 
 
 def model_config(args: argparse.Namespace) -> PairGPTConfig:
@@ -23,6 +24,7 @@ def model_config(args: argparse.Namespace) -> PairGPTConfig:
     config.scale_embeddings = args.scale_embeddings
     config.pair_attention = None if args.pair_attention == "auto" else args.pair_attention
     config.fuse_local_layers = args.fuse_local_layers
+    build_output_layer_without_apex(args.transformer_impl == "transformer_engine")
     if args.geglu_tanh:
         if not args.swiglu:
             raise UserError("--geglu-tanh is the activation of gated layers: add --swiglu.")

@@ -12,6 +12,7 @@ from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.fusions import fuse_rotary_embedding
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.flags.arguments import log_to_wandb_too
+from megatron_bdpo.training.flags.determinism import forget_determinism
 from megatron_bdpo.training.flags.fusions import settle_fusions
 from megatron_bdpo.training.flags.layout import check_layout
 from megatron_bdpo.training.flags.precision import check_precision
@@ -20,6 +21,7 @@ from megatron_bdpo.training.flags.validation import check_directories, rehearse,
 from megatron_bdpo.training.hf.exporting import check_save_hf
 from megatron_bdpo.training.hf.start import apply_hf_model
 from megatron_bdpo.training.job import PairJob, apply_plan, build_job
+from megatron_bdpo.training.nodes import same_flags
 
 
 def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
@@ -28,6 +30,7 @@ def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
     Raises:
         UserError: on every rank, for anything that the user can put right.
     """
+    same_flags(args)
     apply_hf_model(args)
     check_save_hf(args)
     with all_ranks_agree():
@@ -39,6 +42,8 @@ def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
     rehearse(args)
     check_directories(args)
     job = build_job(args)
+    if args.eval_every_minutes is not None and not (job.eval_packs and args.eval_iters != 0):
+        raise UserError("--eval-every-minutes: there are no held-out pairs. Add --eval-share or --eval-pair-data.")
     apply_plan(args, job.plan, len(job.eval_packs))
     check_save_hf(args, last_step=args.train_iters)
     fuse_rotary_embedding(args.fuse_local_layers)
@@ -52,5 +57,6 @@ def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
 
 def forget_global_state() -> None:
     """Leave the process as it was, so that another run can follow in it."""
+    forget_determinism()
     with contextlib.suppress(Exception):  # after a failure at start, some of it was never made
         destroy_global_state()

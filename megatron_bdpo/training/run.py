@@ -20,6 +20,7 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import unwrap_model
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.async_utils import is_empty_async_queue
 from torch import Tensor
 
 from megatron_bdpo.data.layout import causal_squares, group_tokens
@@ -46,9 +47,11 @@ from megatron_bdpo.training.reporting.provenance import provenance
 from megatron_bdpo.training.reporting.run_record import write_record
 from megatron_bdpo.training.reporting.status import State, write_status
 from megatron_bdpo.training.reporting.summary import summarize
+from megatron_bdpo.training.retention import Deletion, Retention
 from megatron_bdpo.training.setup import set_up
 from megatron_bdpo.training.step_zero import StepZeroGate
 from megatron_bdpo.training.stopping import StopRequest
+from megatron_bdpo.training.timetable import Timetable
 
 
 class PreferenceRun:
@@ -84,10 +87,13 @@ class PreferenceRun:
         )
         self.model: list[Any] = []
         self.stop = StopRequest(args.stop_file or ())
+        self._timetable = Timetable(args, is_saving)
         args.exit_signal_handler = True  # now Megatron's loop asks after each step
         self._iteration = 0
         self._step_started = 0.0
         say(summarize(args, self.job))
+        retention = Retention.take_from(args)
+        self._deletion = Deletion(retention, Path(args.save), is_saving) if retention and args.rank == 0 else None
         for advice in about_data(self.job.pool.stores[0].report, self.job.plan):
             say(f"WARNING: {advice}")
 
@@ -98,11 +104,13 @@ class PreferenceRun:
             with trainer_seams(self), self.stop.listening(signal.SIGTERM, self.args.exit_signal):
                 container = pretrain_cfg_container_from_args(self.args, self._setup.config)
                 pretrain(container, self._dataset_provider(), ModelType.encoder_or_decoder, self._step)
+            self._delete_outdated(wait=True)
             if self.args.save_hf:
                 save_live(self.args, self.model, self.progress.evaluations[-1] if self.progress.evaluations else {})
             self._report("finished")
         except SystemExit as leaving:
             if not leaving.code:
+                self._delete_outdated(wait=True)
                 self._report("stopped", self.stop.reason or "--exit-interval or --exit-duration-in-mins")
                 say(self._farewell())
             else:
@@ -110,6 +118,10 @@ class PreferenceRun:
             raise
         finally:
             forget_global_state()
+
+    def _delete_outdated(self, *, wait: bool = False) -> None:
+        if self._deletion:
+            self._deletion.finish() if wait else self._deletion.delete()
 
     def _report(self, state: State, reason: str = "") -> None:
         write_status(state, self.args.save, step=self._iteration, of=self.args.train_iters, reason=reason)
@@ -190,6 +202,9 @@ class PreferenceRun:
         if isinstance(self._step.reference, ReferenceTable):
             self._settle(self._step.reference, resumed=resumed)
         identity.keep(self.args, self._identity)
+        if self._deletion:
+            is_own = resumed and Path(self.args.load).resolve() == Path(self.args.save).resolve()
+            self._deletion.begin(self._iteration if is_own else None, self._identity.reference_weights)
         with all_ranks_agree():
             if self.args.save and self.args.rank == self.args.world_size - 1:
                 self._begin_files(Path(self.args.save))
@@ -240,6 +255,7 @@ class PreferenceRun:
     def before_training(self, evaluate: Callable[[], Any]) -> None:
         """Megatron's loop is about to start."""
         self._report("running")
+        self._timetable.begin()
         self.stop.leave_if_asked()
         if self.args.eval_at_start and self.args.eval_iters and self._iteration == 0:
             gate, self._step.gate = self._step.gate, None
@@ -284,10 +300,13 @@ class PreferenceRun:
             pairs=plan.steps.shape[1],
             tokens=int(plan.real_tokens[iteration - 1]),
         )
+        self._delete_outdated()
+        self._timetable.after_step(iteration)
 
     def after_evaluation(self, metrics: dict[str, Tensor]) -> None:
         """Report the held-out pairs."""
         self.progress.evaluation(metrics, self._iteration)
+        self._timetable.evaluated()
 
     def after_update(self, grad_norm: float, iteration: int) -> None:
         """Stop before anything is saved of an update that was not finite."""
@@ -302,6 +321,7 @@ class PreferenceRun:
     def saving(self, directory: Path) -> contextlib.AbstractContextManager[None]:
         """Weights that are not finite are not written, and a disk that is full is told of as one."""
         reject_broken_weights(self.model, directory)
+        self._timetable.saving()
         return checkpoints.failures_to_save(directory)
 
     def finishing(self, directory: Path) -> contextlib.AbstractContextManager[None]:
@@ -312,7 +332,14 @@ class PreferenceRun:
         """Leave the digests of the checkpoint's files."""
         if self.args.checkpoint_checksums:
             checkpoints.write_manifest(directory)
+        if self._deletion:
+            self._deletion.written(directory)
 
     def signals_received(self) -> list[bool]:
         """Whether to stop after this step."""
         return self.stop.signals_received()
+
+
+def is_saving() -> bool:
+    """Whether a checkpoint of ``--async-save`` is still being written."""
+    return not is_empty_async_queue()

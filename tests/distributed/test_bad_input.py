@@ -58,6 +58,7 @@ def data_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
 
 
 FLAG_CASES = {
+    "--eval-every-minutes": (["--eval-every-minutes", "5"], r"--eval-every-minutes: there are no held-out pairs"),
     "unknown loss": (["--preference-loss", "dpoo"], r"unknown loss 'dpoo'; did you mean 'dpo'\?"),
     "unused option": (
         ["--preference-loss", "dpo", "--simpo-gamma", "1"],

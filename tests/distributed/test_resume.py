@@ -53,6 +53,20 @@ def test_distributed_optimizer_resumes(ranks, tmp_path):
 
 
 @pytest.mark.parametrize("reference", ["precomputed", "resident"])
+def test_bf16_resumes_in_deterministic_mode(ranks, tmp_path, reference):
+    """What is computed in bf16 is stored as it is, in fp32 main weights: nothing is rounded on the way."""
+    flags = ["--bf16", "--deterministic-mode", "--use-distributed-optimizer", "--reference", reference]
+    assert_bit_identical(*run_in_two_parts(ranks, 2, tmp_path, flags))
+    assert ranks(2)(left_by_determinism) == [False, False], "the next run in these processes is its own"
+
+
+def left_by_determinism() -> bool:
+    import torch
+
+    return torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("reference", ["precomputed", "resident"])
 def test_experts_resume(ranks, tmp_path, reference):
     experts = "--num-experts 4 --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall"
     layout = "--expert-model-parallel-size 2 --use-distributed-optimizer"

@@ -23,7 +23,7 @@ SHOWN = {
 
 
 def main(results: Path) -> int:
-    """Returns an exit code: 1 if a test has failed."""
+    """Returns an exit code: 1 if a test or a step has failed, was cut off or has left nothing."""
     steps = list(csv.reader((results / "steps.csv").open()))
     tests = {path.stem: outcomes(path) for path in sorted(results.glob("*.xml"))}
     benchmarks = {path.stem: list(csv.DictReader(path.open())) for path in sorted(results.glob("*.csv"))}
@@ -36,7 +36,8 @@ def main(results: Path) -> int:
         for record in benchmarks.get(name, []):
             print(f"    {record.get('contender') or record.get('variant') or '':<32}{figures(record)}")
     print(f"all of it: {results / 'gpu.json'}")
-    return int(any(test["failed"] for test in tests.values()))
+    failed = [name for name, ended, _ in steps if ended in ("failed", "cut off")]
+    return int(bool(failed) or any(test["failed"] or not test["passed"] + test["skipped"] for test in tests.values()))
 
 
 def machine() -> dict[str, str]:

@@ -37,3 +37,15 @@ def test_a_model_comes_back_unchanged(ranks, tmp_path, name):
     assert found.keys() == expected.keys()
     for weight, expected_value in expected.items():
         assert torch.equal(found[weight], expected_value), weight
+
+
+def test_layers_add_up_their_gradients_without_apex(ranks):
+    """Their own GEMMs add to ``main_grad``, and so does the output layer's kernel: the steps are those of autograd."""
+    flags = ["--transformer-impl", "transformer_engine", "--no-pack-pairs", "--max-pairs", "24"]
+    added = last_stage(ranks(1)(train, flags)).steps
+    by_autograd = last_stage(ranks(1)(train, [*flags, "--no-gradient-accumulation-fusion"])).steps
+    assert len(added) == 3 and added[0]["grad_norm"] > 0
+    for one, other in zip(added, by_autograd, strict=True):
+        # fp32, but in tensor cores' TF32 where Transformer Engine lets them: sums in another order.
+        for name in ("loss", "grad_norm", "rewards/margins"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name

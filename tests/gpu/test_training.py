@@ -34,6 +34,18 @@ def test_first_step_is_at_the_reference(ranks, precision, reference):
     assert found[0] == pytest.approx(LN_2, abs=OFF_BY[precision])
 
 
+@pytest.mark.parametrize("backend", ["varlen", "sdpa", "te"])
+def test_deterministic_mode_repeats_and_resumes_to_the_bit(ranks, tmp_path, backend):
+    """bf16, whichever computes attention: twice the same metrics and weights, and the same in two parts."""
+    if backend == "te" and importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("needs Transformer Engine")
+    flags = [*WIDE, "--bf16", "--deterministic-mode", "--pair-attention", backend]
+    uninterrupted, resumed = run_in_two_parts(ranks, 1, tmp_path / "one", flags)
+    assert_bit_identical(uninterrupted, resumed)
+    again, _ = run_in_two_parts(ranks, 1, tmp_path / "two", flags)
+    assert_bit_identical(again, resumed)
+
+
 def test_it_learns(ranks):
     found = losses(ranks(1)(train, [*WIDE, "--bf16", "--train-iters", "30"]))
     assert found[-1] < 0.5 * LN_2
@@ -60,9 +72,9 @@ def test_fused_and_plain_local_layers_agree(ranks):
 FUSION = ("--fuse-local-layers", "--no-fuse-local-layers")
 
 
-def test_resumed_run_is_bit_identical_in_fp32(ranks, tmp_path):
-    """fp32, where attention is deterministic."""
-    assert_bit_identical(*run_in_two_parts(ranks, 1, tmp_path, WIDE))
+def test_deterministic_fp32_resumes_to_the_bit(ranks, tmp_path):
+    """Without the mode it does not: what is gathered is added up in an order that varies."""
+    assert_bit_identical(*run_in_two_parts(ranks, 1, tmp_path, [*WIDE, "--deterministic-mode"]))
 
 
 def fp8_flags(recipe: str) -> list[str]:

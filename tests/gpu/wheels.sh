@@ -7,7 +7,7 @@
 set -eu -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 directory=${1:-.wheels}
-packages=(megatron-core datasets multiprocess dill trl)
+packages=(megatron-core datasets multiprocess dill trl liger-kernel)
 [[ $# -gt 1 ]] && packages=("${@:2}")
 python=${PYTHON:-.venv/bin/python}
 platforms=()

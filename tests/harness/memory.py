@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -86,12 +87,11 @@ def count(flags: list[str], **overrides: Any) -> Held:
     held.saved, held.tensors = saved.peak, saved.at_peak
     held.saved_by_attention = sum(tensor.bytes for tensor in saved.at_peak if tensor.by_attention)
     held.pack_length, held.microbatches = run.job.plan.longest, run.job.plan.microbatches
-    # The masks of SDPA and the plan's indexes are none of a GPU's flash attention.
-    indexes = [tensor for tensor in saved.at_peak if tensor.by_attention and tensor.dtype == "torch.int64"]
+    # The masks of SDPA are none of a GPU's flash attention.
     masks = [tensor for tensor in saved.at_peak if tensor.by_attention and len(tensor.shape) == 2]
-    held.keys = sum(index.shape[0] for index in indexes) / len(indexes) / held.pack_length if indexes else 1.0
+    held.keys = statistics.mean(saved.keys.values()) / held.pack_length if saved.keys else 1.0
     held.scored = saved.scored
-    for tensor in indexes + masks:
+    for tensor in masks:
         held.saved_by_attention -= tensor.bytes
         held.saved -= tensor.bytes
     return held
@@ -133,7 +133,10 @@ def _optimizer_bytes(optimizer: Any, weights: set[int]) -> int:
 
 
 class SavedTensors:
-    """Counts the storages that autograd keeps, from the moment each is saved until its graph lets go of it."""
+    """Counts the storages that autograd keeps, from the moment each is saved until its graph lets go of it.
+
+    Indexes are not counted: they are the pack's own, in one piece of memory.
+    """
 
     def __init__(self) -> None:
         self.ignored: set[int] = set()
@@ -143,6 +146,8 @@ class SavedTensors:
         self._live: dict[int, SavedTensor] = {}
         self._in_attention = False
         self.scored = 0
+        self.keys: dict[int, int] = {}
+        """Where the index of a pack's gathered keys is -> its length."""
 
     @contextlib.contextmanager
     def model_watched(self) -> Iterator[None]:
@@ -172,14 +177,17 @@ class SavedTensors:
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
         """Count what is saved inside the block; a new peak each time."""
-        self.peak = 0
+        self.peak, self.keys = 0, {}
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Saved(self, tensor), lambda saved: saved.tensor):
             yield
 
     def add(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
-        if key not in self.ignored:
+        if tensor.dtype == torch.int64:
+            if self._in_attention:
+                self.keys[tensor.data_ptr()] = len(tensor)
+        elif key not in self.ignored:
             self._users[key] = self._users.get(key, 0) + 1
             if key not in self._live:
                 shape, dtype = tuple(tensor.shape), str(tensor.dtype)

@@ -289,7 +289,7 @@ def test_every_rank_ends_with_the_message(ranks, tmp_path):
     contradiction = ["--hidden-size", "48", "--normalization", "LayerNorm", "--num-layers", "2"]
     cases = {
         "missing tensor": ["--hf-model", str(start["missing"]), *layout, *cache],
-        "unknown key": ["--hf-model", str(start["broken"]), *layout, *cache],
+        "a key of another architecture": ["--hf-model", str(start["broken"]), *layout, *cache],
         "contradiction": ["--hf-model", str(start["good"]), *contradiction, *layout, *cache],
         "small vocabulary": ["--hf-model", str(start["small"]), *layout, *cache],
         "two starts": ["--hf-model", str(good), "--pretrained-checkpoint", str(good), *cache],
@@ -297,7 +297,7 @@ def test_every_rank_ends_with_the_message(ranks, tmp_path):
     }
     expected = {
         "missing tensor": f"missing: {NORM}",
-        "unknown key": "the key 'logit_scale' (2) is not known",
+        "a key of another architecture": "config.json: logit_scale is 2, which models of the family 'llama' cannot",
         "contradiction": "--hidden-size (given 48, but 32 expected)",
         "small vocabulary": "has 1024 entries, the model",
         "two starts": "both say where the policy starts",
@@ -318,7 +318,7 @@ def test_weights_are_fetched_only_where_they_are_wanted(monkeypatch, weights):
     """The hub itself is out of reach here; what is asked of it is not."""
     asked: list[str] = []
 
-    def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+    def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool, revision: str | None) -> str:
         asked.extend(allow_patterns)
         return "somewhere"
 

@@ -231,6 +231,6 @@ def test_dry_run_of_the_70b_job(tmp_path, script, more):
         env=os.environ | settings | more, cwd=tmp_path, text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "layout: 8 tensor x 4 pipeline x 5 virtual stages x 2 data\n" in done.stdout
+    assert "layout: 4 tensor x 4 pipeline x 5 virtual stages x 2 context x 2 data\n" in done.stdout
     assert "dry run of 64 ranks, 8 nodes of 8\n" in done.stdout
     assert f"kept in: {tmp_path / 'run'}," in done.stdout, "the environment wins over the site"

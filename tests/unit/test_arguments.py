@@ -31,14 +31,13 @@ def test_wandb_gets_metrics_without_a_tensorboard_directory(given, expected):
     ("installed", "expected_impl", "expected_fusion"),
     [
         (set(), "local", False),
-        ({"transformer_engine"}, None, False),
-        ({"transformer_engine", "fused_weight_gradient_mlp_cuda"}, None, None),
+        ({"transformer_engine"}, None, None),
     ],
 )
 def test_defaults_follow_what_is_installed(monkeypatch, installed, expected_impl, expected_fusion):
     """None: Megatron's own default, which is Transformer Engine's layers and the fusion."""
     find = importlib.util.find_spec
-    absent = {"transformer_engine", "fused_weight_gradient_mlp_cuda"} - installed
+    absent = {"transformer_engine"} - installed
     monkeypatch.setattr(
         importlib.util,
         "find_spec",

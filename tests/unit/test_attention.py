@@ -66,7 +66,7 @@ CASES = {
 
 def dense(case: Case, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The definition, in fp64: softmax over the keys that each position may see; nothing for padding."""
-    query, key, value = (inputs[name].double().requires_grad_() for name in ("query", "key", "value"))
+    query, key, value = (inputs[name].double().clone().requires_grad_() for name in ("query", "key", "value"))
     repeats = case.heads // case.groups
     keys, values = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     scores = torch.einsum("qnd,knd->nqk", query, keys) * case.scale

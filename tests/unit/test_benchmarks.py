@@ -48,6 +48,19 @@ def test_scoring():
 
 
 @pytest.mark.slow
+def test_hf_export(tmp_path):
+    """Two ranks write half each, and half of each half has come from the other one."""
+    from tests.harness.tiny_models import make_model
+
+    model = make_model("llama", tmp_path)
+    layout = ["--tensor-model-parallel-size", "2"]
+    output = run(BENCHMARKS / "hf_export.py", model, tmp_path / "out", "--ranks", 2, "--rounds", 1, "--", *layout)
+    (row,) = [line for line in output.splitlines() if line.startswith("| this checkout | 1 |")]
+    assert row.split("|")[-2].count(",") == 1, "a file of each rank"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_log_probs(tmp_path):
     """Every run is on record, and the variants agree: the script itself stops when they do not."""
     shape = ["--positions", "48", "--hidden", "8", "--vocab", "96", "--device", "cpu", "--repeats", "1"]
@@ -159,14 +172,14 @@ def test_fp8_without_a_gpu_is_refused_in_two_lines():
 def test_the_gpu_script_asks_for_what_the_benchmarks_know():
     """Without a GPU it stops before them; on one, a flag that is gone would cost a machine's time."""
     script = (BENCHMARKS.parent / "tests" / "gpu" / "run_all.sh").read_text()
-    lines = [line.split() for line in script.splitlines() if line.startswith("    benchmark ")]
-    shape = script.split("wide=(")[1].split(")")[0].split()
-    assert sum(int(line[1]) for line in lines) + 240 < 8 * 60
-    for _, _, name, *flags in lines:
-        if '"${wide[@]}"' in flags:
-            flags += shape
+    lines = [line.split() for line in script.replace("\\\n", " ").splitlines() if line.startswith("    benchmark ")]
+    shared = script.split("step_of=(")[1].split(")")[0].split()
+    assert sum(int(line[2]) for line in lines) + 120 <= 11 * 60
+    for _, _, _, name, *flags in lines:
+        if '"${step_of[@]}"' in flags:
+            flags += shared
         known = run(BENCHMARKS / name, "--help")
-        assert [flag for flag in flags if flag.startswith("--") and flag not in known] == [], name
+        assert [flag for flag in [*flags, "--csv"] if flag.startswith("--") and flag not in known] == [], name
 
 
 def test_operations_are_those_of_a_count_by_hand():

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ def dry_run(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "config", "world_size", "expected_layout"),
     [
-        ("llama3_70b.yaml", LLAMA_70B, 64, "8 tensor x 4 pipeline x 5 virtual stages x 2 data"),
+        ("llama3_70b.yaml", LLAMA_70B, 64, "4 tensor x 4 pipeline x 5 virtual stages x 2 context x 2 data"),
         ("llama3_8b.yaml", LLAMA_8B, 8, "2 tensor x 4 data"),
         ("qwen2_7b.yaml", QWEN2_7B, 8, "2 tensor x 4 data"),
         ("tiny.yaml", None, 1, "one rank"),
@@ -138,10 +139,24 @@ def test_only_the_tokens_are_written(dry_run, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"]
 
 
+def test_keys_without_effect_are_said_once(dry_run):
+    printed = dry_run("llama3_70b.yaml", "--dry-run", "64", config=LLAMA_70B | {"activation": "swiglu", "note": 1})
+    lines = [line for line in printed.splitlines() if "without effect" in line]
+    assert [line.rpartition(": ")[2] for line in lines] == ["activation, note"]
+    assert printed.endswith("ended: 0")
+
+
 def test_memory_of_the_fullest_gpu(dry_run):
     """Beside Megatron's report, which has the same weights, gradients and optimizer."""
     printed = dry_run("llama3_70b.yaml", "--dry-run", "64", "--gpu-memory", "80", config=LLAMA_70B)
     assert "GB on the fullest GPU, stage 0; estimated" in printed
+    assert "weights 9.1, gradients 18.2, optimizer 13.6, activations " in printed
+    # It has the optimizer's 12 bytes a parameter shared by the two data-parallel ranks, we by the context-parallel too.
+    assert "Megatron's report: weights, gradients and optimizer 54.5" in printed
+    assert "and without context parallelism" in printed
+    assert re.search(r"step on H100: \d\.\d\d s, [\d,]+ tokens/s/GPU, MFU \d+%; by arithmetic", printed)
+    tensor = ["--tensor-model-parallel-size", "8", "--context-parallel-size", "1"]
+    printed = dry_run("llama3_70b.yaml", "--dry-run", "64", *tensor, config=LLAMA_70B)
     assert "weights 4.5, gradients 9.1, optimizer 13.6, activations " in printed
     assert "Megatron's report: weights, gradients and optimizer 27.3" in printed
     refused = dry_run("llama3_70b.yaml", "--dry-run", "64", "--gpu-memory", "24", config=LLAMA_70B)
@@ -170,7 +185,8 @@ def test_overlap_of_tensor_parallelism_is_planned_without_its_buffers(dry_run):
 
 
 def test_tensor_parallelism_across_nodes_is_noted(dry_run):
-    flags = ["--dry-run", "64", "--gpus-per-node", "8", "--tensor-model-parallel-size", "16", "--pairs-per-step", "256"]
+    layout = ["--tensor-model-parallel-size", "16", "--context-parallel-size", "1"]
+    flags = ["--dry-run", "64", "--gpus-per-node", "8", *layout, "--pairs-per-step", "256"]
     assert "16 tensor-parallel ranks cross nodes of 8" in dry_run("llama3_70b.yaml", *flags, config=LLAMA_70B)
 
 

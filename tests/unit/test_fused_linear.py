@@ -115,9 +115,16 @@ def test_what_is_kept_for_backward(bound):
     assert sorted(saved_elements(lambda: inputs.score(kept_bytes=bound - 1))) == sorted(KEPT[0])
 
 
-def test_a_kept_softmax_is_used_once():
+def test_bound_counts_bytes_of_the_inputs_type():
+    inputs, bound = make_inputs(dtype=torch.bfloat16), N * V * 2
+    assert sorted(saved_elements(lambda: inputs.score(kept_bytes=bound))) == sorted(KEPT[N * V * 4])
+    assert sorted(saved_elements(lambda: inputs.score(kept_bytes=bound - 1))) == sorted(KEPT[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_kept_softmax_is_used_once(device):
     """It becomes the gradient, in its place: a second backward pass is refused, not wrong."""
-    inputs = make_inputs()
+    inputs = make_inputs(device=device)
     log_probs = inputs.score().log_probs
     log_probs.backward(inputs.incoming, retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -132,6 +139,9 @@ def test_nothing_is_kept_when_scoring_a_reference():
             assert not inputs.score(entropy=True).log_probs.requires_grad
 
     assert saved_elements(score) == []
+    with Recorder() as recorder:
+        score()
+    assert recorder.largest == N * CHUNK, "a softmax is made that nobody will read"
 
 
 #: By ``kept_bytes``: products that add to a gradient.
@@ -246,6 +256,18 @@ def test_gradient_goes_on_top_of_main_grad(dtype):
     torch.testing.assert_close(inputs.weight.main_grad.double(), 1 + 2 * gradient, rtol=tolerance, atol=tolerance)
     assert inputs.weight.grad_added_to_main_grad
     assert inputs.weight.grad.shape == inputs.weight.shape and inputs.weight.grad.dtype == inputs.weight.dtype
+
+
+def test_stand_ins_share_their_memory():
+    """They are as large as the weight, and nobody reads them."""
+    seen = []
+    for _ in range(2):
+        inputs = make_inputs()
+        inputs.weight.main_grad = torch.zeros(V, H)
+        inputs.weight.grad_added_to_main_grad = False
+        scores = inputs.score(gradient_accumulation_fusion=True).log_probs
+        seen += torch.autograd.grad(scores, inputs.weight, inputs.incoming)
+    assert seen[0].data_ptr() == seen[1].data_ptr()
 
 
 def test_stand_in_is_zero_where_it_will_be_added():

@@ -1,19 +1,20 @@
 """``config.json`` to Megatron's arguments and back, by the families' tables.
 
-A key that is neither translated nor known to be without effect is refused by name: it may change what the model
-computes. Configurations are read as JSON, so that every release of transformers writes what is understood here; the
-two spellings of rotary settings (``rope_theta`` and ``rope_scaling``, or ``rope_parameters`` since release 5) included.
+A key that matters and cannot be honoured is refused by name (``keys``). Configurations are read as JSON, so that every
+release of transformers writes what is understood here; the two spellings of rotary settings (``rope_theta`` and
+``rope_scaling``, or ``rope_parameters`` since release 5) included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.families import FAMILIES, OUTPUT_LAYER, REFUSED, Family
-from megatron_bdpo.model.hf.kinds import check_kinds, pop_number
+from megatron_bdpo.model.hf.keys import TRANSLATED, keys_without_effect, line_about, refuse_own_code, refuse_quantised
+from megatron_bdpo.model.hf.kinds import check_kinds, pop_number, shown
 from megatron_bdpo.model.hf.tensors import Dimensions, WeightMap
 
 Config = Mapping[str, Any]
@@ -47,42 +48,6 @@ SHARED_ARGUMENTS: Mapping[str, Any] = {
 #: What transformers assumes for an absent key.
 DEFAULTS: Mapping[str, Any] = {"tie_word_embeddings": False, "rope_theta": 10_000.0}
 
-#: Keys that are translated for every family; others are where a family has a default for them.
-_TRANSLATED = frozenset({
-    "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "vocab_size", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
-})  # fmt: skip
-
-#: Keys that do not change what the model computes in training: bookkeeping, generation, other tasks' heads.
-_WITHOUT_EFFECT = frozenset({
-    "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range",
-    "max_position_embeddings", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
-    "decoder_start_token_id", "bos_token", "eos_token", "_name_or_path", "name_or_path", "_commit_hash",
-    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "return_dict",
-    "output_hidden_states", "output_attentions", "output_router_logits", "router_aux_loss_coef", "torchscript",
-    "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "finetuning_task",
-    "tokenizer_class", "prefix", "unsloth_fixed", "unsloth_version", "model_name",
-    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
-    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
-    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "use_bfloat16", "tf_legacy_loss",
-    "chunk_size_feed_forward", "pruned_heads",
-})  # fmt: skip
-
-#: Keys of which every family takes these values only.
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "attention_dropout": (0, None),
-    "is_decoder": (False, True),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False,),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-    "use_mrope": (False, None),
-}
-
 #: What Megatron's code has in the place of Llama 3's settings, which it does not let choose.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
@@ -95,6 +60,8 @@ class Architecture:
     arguments: Mapping[str, Any]
     """Megatron's, by name."""
     weights: WeightMap
+    remark: str = field(default="", compare=False)
+    """A line for the user about keys of the configuration that are without effect; empty if there are none."""
 
 
 def read_config(config: Config) -> Architecture:
@@ -104,8 +71,12 @@ def read_config(config: Config) -> Architecture:
         UserError: a family, key or value that cannot be honoured, by name.
     """
     family = _family(config)
-    _refuse_unknown(config, family)
-    values = {**DEFAULTS, **family.defaults, **config}
+    refuse_quantised(config)
+    refuse_own_code(config, family)
+    unread = keys_without_effect(config, family)
+    # Another family's key must not be taken for one of this family.
+    read = {key: value for key, value in config.items() if key in TRANSLATED or key in family.defaults}
+    values = {**DEFAULTS, **family.defaults, **read}
     check_kinds(values)
     sizes = _sizes(values)
     arguments = (
@@ -118,39 +89,27 @@ def read_config(config: Config) -> Architecture:
     )
     tied = values["tie_word_embeddings"]
     rules = {key: rule for key, rule in family.rules.items() if not (tied and key == OUTPUT_LAYER)}
-    return Architecture(family, arguments, WeightMap(rules, sizes))
+    return Architecture(family, arguments, WeightMap(rules, sizes), line_about(unread, family))
 
 
 def _family(config: Config) -> Family:
     name = str(config.get("model_type"))
+    mapped = f"Families that can: {', '.join(sorted(FAMILIES))}."
     if name in REFUSED:
-        raise UserError(f"models of the family '{name}' cannot be trained here: {REFUSED[name]}.")
+        raise UserError(f"models of the family '{name}' cannot be trained here: {REFUSED[name]}. {mapped}")
     if name not in FAMILIES:
-        raise UserError(f"config.json: unknown model_type '{name}'. Known families: {', '.join(sorted(FAMILIES))}.")
+        raise UserError(f"models of the family {shown(name)} (model_type) cannot be trained here: not mapped. {mapped}")
     family = FAMILIES[name]
     architectures = config.get("architectures") or [family.architecture]
-    if architectures != [family.architecture]:
+    # The first conversions of Llama write LLaMAForCausalLM.
+    if not isinstance(architectures, list) or [str(each).lower() for each in architectures] != [
+        family.architecture.lower()
+    ]:
         raise UserError(
-            f"config.json: architectures {architectures} is no language model of the family '{name}', which is "
+            f"config.json: architectures {shown(architectures)} is no language model of the family '{name}', which is "
             f"{family.architecture}."
         )
     return family
-
-
-def _refuse_unknown(config: Config, family: Family) -> None:
-    only = {**_ONLY, **family.only}
-    for key, value in config.items():
-        if key in only:
-            if value not in only[key]:
-                raise UserError(
-                    f"config.json: {key} is {value!r}, which models of the family '{family.model_type}' cannot have "
-                    f"here. Possible: {', '.join(map(repr, only[key]))}."
-                )
-        elif key not in _TRANSLATED | family.defaults.keys() | _WITHOUT_EFFECT:
-            raise UserError(
-                f"config.json: the key '{key}' ({value!r}) is not known for the family '{family.model_type}' and may "
-                "change what the model computes. Remove it if it does not."
-            )
 
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
@@ -198,6 +157,8 @@ def _rope_arguments(values: Config) -> dict[str, Any]:
     if kind == "llama3":
         arguments["rope_scaling_factor"] = pop_number(rope, "factor")
         constants = {key: rope.pop(key, None) for key in _LLAMA3_CONSTANTS}
+        beside = values.get("original_max_position_embeddings")  # goes before the one inside
+        constants["original_max_position_embeddings"] = beside or constants["original_max_position_embeddings"]
         if constants != _LLAMA3_CONSTANTS:
             raise UserError(
                 f"config.json: Llama 3's rotary scaling with {constants}. Megatron's code has {_LLAMA3_CONSTANTS}."

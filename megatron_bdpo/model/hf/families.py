@@ -85,18 +85,20 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What an absent key of ``config.json`` means, where it is not as in ``config.DEFAULTS``; these keys are read."""
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Keys whose other values the layers here do not have."""
+    """Keys whose other values the layers here do not have, where it is not as in ``keys.FIXED``."""
 
 
 _SILU = {"hidden_act": ("silu",)}
-_NO_BIAS = {"attention_bias": (False, None), "mlp_bias": (False, None)}
+#: Of families whose layers have the part always, whatever the key says.
+_QKV_BIAS_ALWAYS = dict.fromkeys(("attention_bias", "qkv_bias"), (True, False, None))
+_QK_NORM_ALWAYS = dict.fromkeys(("use_qk_norm", "qk_layernorm"), (True, None))
+_ALL_LAYERS_SPARSE = {"mlp_layer_types": ("sparse", None)}
 _SOME_LAYERS_SLIDE = {
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
     "layer_types": None,
 }
-_ALL_LAYERS_ALIKE = {"decoder_sparse_step": (1, None), "mlp_only_layers": ([], None)}
 
 _FAMILIES = (
     Family(
@@ -104,7 +106,7 @@ _FAMILIES = (
         "LlamaForCausalLM",
         _tensors(_ATTENTION, _MLP),
         defaults={"rms_norm_eps": 1e-6},
-        only=_SILU | _NO_BIAS,
+        only=_SILU,
     ),
     Family(
         "mistral",
@@ -119,7 +121,7 @@ _FAMILIES = (
         _tensors(_ATTENTION, _QKV_BIAS, _MLP),
         arguments={"add_qkv_bias": True},
         defaults={"rms_norm_eps": 1e-6, **_SOME_LAYERS_SLIDE},
-        only=_SILU,
+        only=_SILU | _QKV_BIAS_ALWAYS,
     ),
     Family(
         "qwen3",
@@ -127,7 +129,7 @@ _FAMILIES = (
         _tensors(_ATTENTION, _QK_NORM, _MLP),
         arguments={"qk_layernorm": True},
         defaults={"rms_norm_eps": 1e-6, "head_dim": 128, **_SOME_LAYERS_SLIDE},
-        only=_SILU | _NO_BIAS,
+        only=_SILU | _QK_NORM_ALWAYS,
     ),
     Family(
         "gemma",
@@ -136,11 +138,9 @@ _FAMILIES = (
         arguments={"layernorm_zero_centered_gamma": True, "scale_embeddings": True, "geglu_tanh": True},
         defaults={"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True},
         # Early releases say "gelu" and mean its tanh approximation; transformers reads them so, too.
-        only=_NO_BIAS
-        | {
+        only={
             "hidden_act": ("gelu_pytorch_tanh", "gelu"),
             "hidden_activation": ("gelu_pytorch_tanh", None),
-            "use_bidirectional_attention": (False, None),
         },
     ),
     Family(
@@ -155,7 +155,7 @@ _FAMILIES = (
             "num_experts_per_tok": 2,
             "sliding_window": None,
         },
-        only=_SILU | {"router_jitter_noise": (0, None)},
+        only=_SILU | _ALL_LAYERS_SPARSE | {"norm_topk_prob": (True, None)},
     ),
     Family(
         "qwen3_moe",
@@ -173,7 +173,7 @@ _FAMILIES = (
             "sliding_window": None,
             "max_window_layers": None,
         },
-        only=_SILU | _NO_BIAS | _ALL_LAYERS_ALIKE | {"use_sliding_window": (False, None)},
+        only=_SILU | _ALL_LAYERS_SPARSE | _QK_NORM_ALWAYS | {"use_sliding_window": (False, None)},
     ),
 )
 

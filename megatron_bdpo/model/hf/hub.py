@@ -17,10 +17,11 @@ def is_model_directory(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def model_directory(path_or_name: str, *, weights: bool = True) -> Path:
+def model_directory(path_or_name: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The directory of a model: a path, or a name on the hub, which is downloaded or found in its cache.
 
     Args:
+        revision: of a name on the hub; its newest one if None.
         weights: download them too; without, configuration and tokenizer only.
 
     Raises:
@@ -31,20 +32,24 @@ def model_directory(path_or_name: str, *, weights: bool = True) -> Path:
         if not is_model_directory(path):
             raise UserError(f"--hf-model: {path} has no config.json, so it is no Hugging Face model.")
         return path.resolve()
-    return _fetched("--hf-model", path_or_name, _DESCRIPTION + _WEIGHTS * weights, least_slashes=1)
+    patterns = _DESCRIPTION + _WEIGHTS * weights
+    return _fetched("--hf-model", path_or_name, patterns, revision, least_slashes=1)
 
 
-def tokenizer_directory(path_or_name: str) -> Path:
+def tokenizer_directory(path_or_name: str, revision: str | None = None) -> Path:
     """The directory of a tokenizer: a path, or a name on the hub, which is downloaded or found in its cache.
+
+    Args:
+        revision: as of :func:`model_directory`.
 
     Raises:
         UserError: there is no such tokenizer.
     """
     path = Path(path_or_name)
-    return path.resolve() if path.is_dir() else _fetched("--tokenizer-model", path_or_name, _DESCRIPTION)
+    return path.resolve() if path.is_dir() else _fetched("--tokenizer-model", path_or_name, _DESCRIPTION, revision)
 
 
-def _fetched(flag: str, name: str, patterns: list[str], least_slashes: int = 0) -> Path:
+def _fetched(flag: str, name: str, patterns: list[str], revision: str | None, least_slashes: int = 0) -> Path:
     if Path(name).exists() or not least_slashes <= name.count("/") <= 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{flag}: there is no directory {name}, nor can this be a name on the hub.")
     try:
@@ -55,7 +60,7 @@ def _fetched(flag: str, name: str, patterns: list[str], least_slashes: int = 0) 
         ) from error
     reachable = hub.is_reachable()
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not reachable))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not reachable))
     except Exception as error:  # of the hub, of HTTP, of the file system
         reason = f"{type(error).__name__}: {error}" if reachable else hub.ADVICE
         raise UserError(f"{flag}: {name} is no directory and cannot be fetched. {reason}") from error

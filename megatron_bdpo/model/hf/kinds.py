@@ -64,6 +64,7 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("rms_norm_eps", "rope_theta"), _NUMBER),
     **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "norm_topk_prob"), _SWITCH),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), _OBJECT),
+    "original_max_position_embeddings": _COUNT,
     "layer_types": _WORDS,
 }  # fmt: skip
 
@@ -84,7 +85,7 @@ def check_kinds(values: Mapping[str, Any]) -> None:
             holds, kind = _KINDS[key]
             value = values.get(key)
             if not holds(value):
-                raise UserError(f"config.json: {key} must be {kind}, not {_shown(value)}.")
+                raise UserError(f"config.json: {key} must be {kind}, not {shown(value)}.")
     heads, groups = values["num_attention_heads"], values.get("num_key_value_heads")
     if not values.get("head_dim") and values["hidden_size"] % heads:
         raise UserError(
@@ -103,10 +104,11 @@ def pop_number(values: dict[str, Any], key: str) -> float:
     """
     value = values.pop(key, None)
     if not _is_number(value):
-        raise UserError(f"config.json: {key} must be a positive number, not {_shown(value)}.")
+        raise UserError(f"config.json: {key} must be a positive number, not {shown(value)}.")
     return float(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of somebody else's, short enough for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}..."

@@ -34,9 +34,6 @@ LOCAL_LAYER_DEFAULTS = {
     "apply_rope_fusion": False,
 }
 
-#: Megatron's output layer is not built with this fusion where Apex's extension is missing, be there TE or not.
-NO_APEX_DEFAULTS = {"gradient_accumulation_fusion": False}
-
 CPU_DEFAULTS = {
     "distributed_backend": "gloo",
     "use_cpu_initialization": True,
@@ -139,8 +136,6 @@ def _default_groups(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups: list[Mapping[str, Any]] = [PAIR_DEFAULTS]
     if importlib.util.find_spec("transformer_engine") is None:
         groups.append(LOCAL_LAYER_DEFAULTS)
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        groups.append(NO_APEX_DEFAULTS)
     if cpu.is_active():
         groups.append(CPU_DEFAULTS)
     return [*groups, own]
@@ -236,6 +231,25 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="write the digests of a checkpoint's files beside them, and compare them before a checkpoint is used",
     )
+    add(
+        "--save-every-minutes",
+        type=_minutes,
+        metavar="N",
+        help="save a checkpoint when the last one began this long ago: beside --save-interval, or in its place",
+    )
+    add(
+        "--keep-checkpoints",
+        type=int,
+        metavar="N",
+        help="keep this many of the newest checkpoints and the multiples of --save-retain-interval, delete older ones "
+        "(default: keep all; with --save-retain-interval: 1)",
+    )
+    add(
+        "--eval-every-minutes",
+        type=_minutes,
+        metavar="N",
+        help="evaluate when the last evaluation is this long ago: beside --eval-interval, or in its place",
+    )
     add("--eval-at-start", action="store_true", help="evaluate the held-out pairs before the first step, too")
     add(
         "--step-zero-check",
@@ -299,6 +313,12 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu-memory", type=float, metavar="GB", help="refuse a job that is estimated to need more")
     group.add_argument("--gpu-tflops", type=float, help="peak of a GPU for the estimated time (default: 989, an H100)")
     group.add_argument("--assumed-mfu", type=float, help="share of that peak to assume (default: 0.35)")
+
+
+def _minutes(text: str) -> float:
+    if not 0 <= (number := float(text)) < math.inf:
+        raise ValueError
+    return number
 
 
 def _finite(text: str) -> float:

@@ -1,9 +1,12 @@
 """Whether torch.compile fuses the small functions of Megatron's local layers. Transformer Engine's are fused kernels.
 
 Of Megatron's fusions, those of SwiGLU and of dropout with the residual are compiled functions that need a GPU and
-nothing else. Those of the softmax (there is none: attention is over pairs), of the gradient's accumulation, of rotary
-embedding and of persistent layer norms need Apex or Transformer Engine; RMSNorm and LayerNorm are single kernels of
-torch. Rotary embedding and zero-centered norms are compiled here.
+nothing else. Those of the softmax (there is none: attention is over pairs), of rotary embedding and of persistent layer
+norms need Apex or Transformer Engine; RMSNorm and LayerNorm are single kernels of torch. Rotary embedding and
+zero-centered norms are compiled here.
+
+Gradient accumulation, the product of which is added to ``main_grad`` where it is computed, needs Apex in Megatron's
+local linear layers alone: Transformer Engine's have it built in, and so has the output layer's fused kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.logprobs.vocab_parallel import apex_accumulates
 from megatron_bdpo.platform import cpu
 
 #: Megatron's arguments that turn on its compiled functions.
@@ -33,6 +37,8 @@ def settle_fusions(args: argparse.Namespace) -> None:
     if args.fuse_local_layers:
         for name in _OF_MEGATRON.keys() - args.given_flags.keys():
             setattr(args, name, True)
+    if args.transformer_impl == "local" and not apex_accumulates():
+        args.gradient_accumulation_fusion = False  # Megatron has a flag against it, and none for it
 
 
 def describe(args: argparse.Namespace) -> Iterator[str]:

@@ -40,8 +40,18 @@ _REFUSALS = (
         "--reference-cache keeps the values of a precomputed reference; a resident one has none. Leave it out.",
     ),
     _Refusal(
-        lambda a: bool(a.save) != (a.save_interval is not None),
-        "--save DIR and --save-interval STEPS go together: where a checkpoint is written, and how often.",
+        lambda a: bool(a.save) != (a.save_interval is not None or a.save_every_minutes is not None),
+        "--save DIR goes together with --save-interval STEPS or --save-every-minutes N, or both: where a checkpoint is "
+        "written, and how often.",
+    ),
+    _Refusal(
+        lambda a: (
+            (a.keep_checkpoints is not None and (a.keep_checkpoints < 1 or not a.save))
+            or (a.save_retain_interval is not None and a.save_interval is None)
+        ),
+        "--keep-checkpoints and --save-retain-interval say which checkpoints of --save stay: at least one of the "
+        "newest, and those of steps that --save-interval writes and the retain interval divides. Give --save, and "
+        "--save-interval with --save-retain-interval.",
     ),
     _Refusal(
         lambda a: (

@@ -12,18 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.training.arguments import validate_args
+from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.versions import installed_versions, libraries
 from megatron_bdpo.training.checkpoints import settle_checkpoints
-from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.flags import recipe
 from megatron_bdpo.training.hf.start import vocabulary_size
 from megatron_bdpo.training.identity import checkpoint_directory, stored_arguments
 from megatron_bdpo.training.job import apply_plan, made_up_plan
 from megatron_bdpo.training.model_config import model_config
+from megatron_bdpo.training.nodes import on_every_node, shared_by_every_node
 
 #: Of a checkpoint in torch's distributed format.
 _METADATA = ".metadata"
@@ -90,6 +92,10 @@ def check_directories(args: argparse.Namespace) -> None:
     Raises:
         UserError: on every rank, naming the flag.
     """
+    for flag, root in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        tracker = get_checkpoint_tracker_filename(root) if root else ""
+        if broadcast(Path(tracker).is_file()):
+            on_every_node(flag, tracker, tracker)
     settle_checkpoints(args)
     start = [args.load, args.pretrained_checkpoint]
     if args.pretrained_checkpoint and not any(map(checkpoint_directory, start)):
@@ -108,6 +114,8 @@ def check_directories(args: argparse.Namespace) -> None:
                     pass
             except OSError as error:
                 raise UserError(f"--save {args.save} cannot be written: {error}") from error
+    if args.save:
+        shared_by_every_node("--save", Path(args.save))
 
 
 def keep_recipe(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from megatron_bdpo.model.hf.checkpoint import CONFIG, HuggingFaceCheckpoint, rea
 from megatron_bdpo.model.hf.config import Architecture, differences, read_config
 from megatron_bdpo.model.hf.hub import model_directory
 from megatron_bdpo.model.hf.load import load_weights
-from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
+from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
+from megatron_bdpo.training.nodes import on_every_node
 
 
 def apply_hf_model(args: argparse.Namespace) -> None:
@@ -25,6 +27,7 @@ def apply_hf_model(args: argparse.Namespace) -> None:
     """
     if not args.hf_model:
         return
+    named, weights = args.hf_model, args.dry_run is None
     found: Path | None = None
     with all_ranks_agree():
         if args.pretrained_checkpoint:
@@ -34,10 +37,13 @@ def apply_hf_model(args: argparse.Namespace) -> None:
                 "--fp8-param-gather, --fp4-param-gather: --hf-model is read into bf16 or fp32 weights only."
             )
         if is_rank_zero():
-            found = model_directory(args.hf_model, weights=args.dry_run is None)
-    args.hf_model = str(broadcast(found))
+            found = model_directory(named, weights=weights)
+    fetch = functools.partial(model_directory, weights=weights)
+    args.hf_model = on_every_node("--hf-model", named, str(found), fetch)
     with all_ranks_agree():
         architecture = architecture_of(Path(args.hf_model))
+        if architecture.remark:
+            say(architecture.remark)
         if args.dry_run is None or any(Path(args.hf_model).glob("*.safetensors")):
             HuggingFaceCheckpoint.open(Path(args.hf_model)).check(architecture.weights.shapes())
         else:

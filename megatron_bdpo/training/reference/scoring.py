@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class ResidentReference:
             iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
             batches = [[next(iterator) for _ in range(num_microbatches)] for iterator in iterators]
             self._score(batches)
-            again = [iter(chunk) for chunk in batches]
+            again = [map(_conditional, chunk) for chunk in batches]
             data_iterator = again if isinstance(data_iterator, list) else again[0]
             return schedule(*args, data_iterator=data_iterator, num_microbatches=num_microbatches, **kwargs)
 
@@ -119,9 +120,14 @@ class ResidentReference:
 
 def _with_unconditional(batches: list[PackBatch]) -> Iterator[PackBatch]:
     for batch in batches:
-        yield batch
+        yield _conditional(batch)
         if batch.unconditional is not None:
             yield batch.unconditional
+
+
+def _conditional(batch: PackBatch) -> PackBatch:
+    """It alone, so that the device does not get its answers after the empty prompt with it."""
+    return dataclasses.replace(batch, unconditional=None)
 
 
 def _batch_key(batch: PackBatch) -> bytes:

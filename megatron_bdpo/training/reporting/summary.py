@@ -66,10 +66,20 @@ def memory(args: argparse.Namespace, job: PairJob) -> Iterator[str]:
 
 def _places(args: argparse.Namespace) -> Iterator[str]:
     if args.save:
-        yield f"kept in: {args.save}, every {args.save_interval} steps" + (
-            "; goes on from what is there" if args.load == args.save else ""
-        )
+        resumes = "; goes on from what is there" if args.load == args.save else ""
+        yield f"kept in: {args.save}, {_how_often(args)}{resumes}"
     else:
         yield "kept in: nowhere (--save DIR --save-interval STEPS)"
     if args.save_hf:
         yield f"Hugging Face model at the end: {args.save_hf}"
+
+
+def _how_often(args: argparse.Namespace) -> str:
+    """When checkpoints are written, and which stay."""
+    often = [f"every {args.save_every_minutes:g} minutes"] if args.save_every_minutes is not None else []
+    if "save_interval" in args.given_flags:
+        often.append(f"every {args.save_interval} steps")
+    kept = [f"the newest {args.keep_checkpoints or 1}"] if args.keep_checkpoints or args.save_retain_interval else []
+    if args.save_retain_interval:
+        kept.append(f"those of every {args.save_retain_interval} steps")
+    return " and ".join(often) + (f", of which {' and '.join(kept)} stay" if kept else "")

@@ -1,0 +1,135 @@
+"""Which checkpoints of a run stay: ``--keep-checkpoints`` newest ones, and multiples of ``--save-retain-interval``.
+
+Megatron's own way to delete (``--save-retain-interval``) keeps the newest one alone, forgets what it has not deleted
+when it is killed, and leaves half of a checkpoint that looks like one. So here rank 0 deletes, after a step:
+
+- only what is older than the checkpoint that Megatron's tracker names, which is whole, and nothing while a checkpoint
+  is being written;
+- a directory is renamed first, so that half of it is never taken for a checkpoint; what a kill leaves of it goes after
+  the next checkpoint;
+- what is no whole checkpoint, or was in the directory beyond the one that the run goes on from (a killed save, one that
+  was found damaged, another continuation), is not counted among those that are kept;
+- links, and the checkpoint that the reference's weights come from, stay; so does all that was in the directory of a run
+  that does not go on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_bdpo.training.checkpoints import is_whole, iteration_of, named_iteration
+
+_DOOMED = ".deleted"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How many checkpoints a run keeps."""
+
+    newest: int
+    """At least 1: that which the tracker names."""
+    every: int | None = None
+    """Steps whose multiples are kept, too."""
+
+    @classmethod
+    def take_from(cls, args: argparse.Namespace) -> Retention | None:
+        """That of validated arguments, or None: all stay. Megatron itself is told to delete none."""
+        every, args.save_retain_interval = args.save_retain_interval, None
+        if not args.save or (every is None and args.keep_checkpoints is None):
+            return None
+        return cls(args.keep_checkpoints or 1, every)
+
+    def outdated(
+        self, root: Path, abandoned: AbstractSet[int] = frozenset(), foreign: AbstractSet[int] = frozenset()
+    ) -> list[Path]:
+        """Directories of checkpoints to delete. None where the tracker names no whole one.
+
+        Args:
+            abandoned: iterations whose directories count as no checkpoints.
+            foreign: those that are another run's, and neither count nor go.
+        """
+        named = named_iteration(root)
+        found = {iteration: path for iteration, path in _checkpoints(root) if iteration not in foreign}
+        if named is None or named not in found or not is_whole(found[named]):
+            return []
+        older = sorted((iteration for iteration in found if iteration < named), reverse=True)
+        whole = [iteration for iteration in older if iteration not in abandoned and is_whole(found[iteration])]
+        kept = {*whole[: self.newest - 1], *(each for each in whole if self.every and each % self.every == 0)}
+        return [found[iteration] for iteration in older if iteration not in kept]
+
+
+class Deletion:
+    """Deletes what is outdated, on the rank that has one. The deleting itself is done by a thread: it takes minutes."""
+
+    def __init__(self, retention: Retention, root: Path, is_saving: Callable[[], bool]) -> None:
+        """
+        Args:
+            is_saving: whether a checkpoint is still being written.
+        """
+        self._retention, self._root, self._is_saving = retention, root, is_saving
+        self._abandoned: set[int] = set()
+        self._foreign: set[int] = set()
+        self._protected: Path | None = None
+        self._thread: threading.Thread | None = None
+        self._is_pending = False
+
+    def begin(self, goes_on_from: int | None, reference: str) -> None:
+        """The run has loaded what it starts from.
+
+        Args:
+            goes_on_from: its iteration, if it is in this directory.
+            reference: the directory with the reference's weights, or "".
+        """
+        found = {iteration for iteration, _ in _checkpoints(self._root)}
+        if goes_on_from is None:
+            self._foreign = found
+        else:
+            self._abandoned = {iteration for iteration in found if iteration > goes_on_from}
+        self._protected = Path(reference).resolve() if reference else None
+
+    def written(self, directory: Path) -> None:
+        """The files of this checkpoint are there; the tracker will name it."""
+        for others in (self._abandoned, self._foreign):
+            others.discard(iteration_of(directory) or 0)
+        self._is_pending = True
+
+    def delete(self) -> None:
+        """Begin to delete what is outdated, if a checkpoint has been written since the last time."""
+        if not self._is_pending or self._is_saving() or (self._thread and self._thread.is_alive()):
+            return
+        self._is_pending = False
+        for directory in self._retention.outdated(self._root, self._abandoned, self._foreign):
+            if directory.resolve() != self._protected:
+                with contextlib.suppress(OSError):  # it is tried again after the next checkpoint
+                    directory.rename(directory.with_name(f"{directory.name}{_DOOMED}"))
+        self._thread = threading.Thread(target=delete_doomed, args=(self._root,), daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Delete what the last checkpoint has made outdated, and wait for it."""
+        if self._thread:
+            self._thread.join()
+        self.delete()
+        if self._thread:
+            self._thread.join()
+
+
+def delete_doomed(root: Path) -> None:
+    """Delete the directories that were renamed for it, now or before a kill."""
+    for directory in root.glob(f"iter_*{_DOOMED}"):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _checkpoints(root: Path) -> Iterator[tuple[int, Path]]:
+    """Iteration and directory of all that look like checkpoints, but for links."""
+    for path in root.iterdir() if root.is_dir() else ():
+        iteration = iteration_of(path)
+        if iteration is not None and path.is_dir() and not path.is_symlink():
+            yield iteration, path

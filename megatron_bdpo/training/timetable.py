@@ -1,0 +1,94 @@
+"""When a checkpoint and an evaluation are due: by Megatron's intervals in steps, by the clock, or by both.
+
+Megatron counts steps only. Before it asks whether a step is one to evaluate or to save after, the interval in its
+arguments is made to divide that step where the clock says so. The clock is rank 0's, and all ranks hear its answer at
+the same moment, so that they agree whatever their own clocks say. Neither a checkpoint nor an evaluation changes what
+is trained: a run that is stopped and goes on keeps its numbers, although its checkpoints are of other steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_bdpo.training.distributed import is_rank_zero, sum_over_ranks
+
+
+@dataclass
+class _Clock:
+    """One of the two intervals."""
+
+    interval: str
+    """Megatron's argument."""
+    minutes: float | None
+    steps: int | None
+    """What the user, or Megatron's default, has it at."""
+    since: float = 0.0
+
+    def is_over(self, now: float) -> bool:
+        return self.minutes is not None and now - self.since >= 60 * self.minutes
+
+
+class Timetable:
+    """Sets ``args.save_interval`` and ``args.eval_interval`` before every step's end.
+
+    With ``--save-every-minutes`` and without ``--save-interval`` only the clock and the end of the training are left;
+    so with ``--eval-every-minutes``.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, is_saving: Callable[[], bool], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        """
+        Args:
+            args: validated.
+            is_saving: whether an earlier checkpoint is still being written; until it is, none is due by the clock.
+            now: seconds, on rank 0.
+        """
+        self._args, self._is_saving, self._now = args, is_saving, now
+        self._save = _Clock("save_interval", args.save_every_minutes if args.save else None, args.save_interval)
+        self._evaluation = _Clock(
+            "eval_interval", args.eval_every_minutes if args.eval_iters else None, args.eval_interval
+        )
+        self.begin()
+
+    def begin(self) -> None:
+        """Both intervals begin: training does."""
+        self.saving()
+        self.evaluated()
+
+    def saving(self) -> None:
+        """A checkpoint is being written, for whatever reason: the next one is due an interval from now."""
+        self._save.since = self._now()
+
+    def evaluated(self) -> None:
+        """An evaluation is done."""
+        self._evaluation.since = self._now()
+
+    def after_step(self, iteration: int) -> None:
+        """Decide what follows this step. Collective, where there is a clock to ask."""
+        if self._save.minutes is None and self._evaluation.minutes is None:
+            return
+        due = torch.zeros(2)
+        if is_rank_zero() and iteration < self._args.train_iters:  # the end of a training saves and evaluates by itself
+            now = self._now()
+            due[0] = self._save.is_over(now) and not self._is_saving()
+            due[1] = self._evaluation.is_over(now)
+        for clock, is_due in zip((self._save, self._evaluation), sum_over_ranks(due).tolist(), strict=True):
+            if clock.minutes is not None:
+                setattr(self._args, clock.interval, iteration if is_due else clock.steps)
+
+
+def settle_intervals(args: argparse.Namespace) -> None:
+    """Where only the clock decides, leave the end to Megatron. ``args.train_iters`` is known.
+
+    It saves at the last step if an interval divides it, and after it if none does; it evaluates after it in any case.
+    """
+    if args.save and args.save_interval is None:
+        args.save_interval = args.train_iters
+    if args.eval_every_minutes is not None and "eval_interval" not in args.given_flags:
+        args.eval_interval = args.train_iters + 1

@@ -1,0 +1,203 @@
+"""Old checkpoints go, the newest whole one never does: whatever is killed, half written, or still being written."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_resume import assert_bit_identical
+from tests.harness.jobs import train
+from tests.reliability.test_async_save import ASYNC
+
+ROOT = Path(__file__).parents[2]
+
+
+def checkpoint(root: Path, iteration: int, *, whole: bool = True) -> Path:
+    """A directory that looks like one, of a few files."""
+    directory = root / f"iter_{iteration:07d}"
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("__0_0.distcp", "__1_0.distcp", ".metadata", *(["metadata.json", "integrity.json"] if whole else [])):
+        (directory / name).write_text("x")
+    return directory
+
+
+def name(root: Path, iteration: object) -> None:
+    (root / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+def left(root: Path) -> list[int]:
+    """Iterations whose directories are there."""
+    return sorted(int(found[1]) for path in root.iterdir() if (found := re.fullmatch(r"iter_(\d{7})", path.name)))
+
+
+def outdated(root: Path, newest: int, every: int | None = None) -> list[int]:
+    from megatron_bdpo.training.checkpoints import iteration_of
+    from megatron_bdpo.training.retention import Retention
+
+    return sorted(iteration_of(path) or 0 for path in Retention(newest, every).outdated(root))
+
+
+@pytest.mark.parametrize(
+    ("newest", "every", "expected_gone"),
+    [
+        (1, None, [10, 20, 30, 40, 50]),
+        (2, None, [10, 20, 30, 40]),
+        (1, 20, [10, 30, 50]),
+        (2, 30, [10, 20, 40]),
+        (10, None, []),
+    ],
+)
+def test_what_goes(ranks, tmp_path, newest, every, expected_gone):
+    """The seventh is being written: the tracker names the sixth."""
+    for iteration in range(10, 80, 10):
+        checkpoint(tmp_path, iteration, whole=iteration < 70)
+    name(tmp_path, 60)
+    assert ranks(1)(outdated, tmp_path, newest, every) == [expected_gone]
+
+
+@pytest.mark.parametrize("tracker", ["", "release", "80", "50", None])
+def test_without_a_whole_checkpoint_that_is_named_all_stay(ranks, tmp_path, tracker):
+    for iteration in (10, 20, 30, 40):
+        checkpoint(tmp_path, iteration)
+    checkpoint(tmp_path, 50, whole=False)
+    if tracker is not None:
+        name(tmp_path, tracker)
+    assert ranks(1)(outdated, tmp_path, 1) == [[]]
+
+
+def save_a_fifth(root: Path, goes_on_from: int | None) -> None:
+    from megatron_bdpo.training.retention import Deletion, Retention
+
+    deletion = Deletion(Retention(2), root, lambda: False)
+    deletion.begin(goes_on_from, "")
+    deletion.written(checkpoint(root, 50))
+    name(root, 50)
+    deletion.finish()
+
+
+def test_what_is_not_whole_does_not_count(ranks, tmp_path):
+    """A run begins at 20: 30 is of a killed save, 40 was found damaged. The newest behind 50 that is whole is 20."""
+    for iteration in (10, 20, 30, 40):
+        checkpoint(tmp_path, iteration, whole=iteration != 30)
+    name(tmp_path, 20)
+    ranks(1)(save_a_fifth, tmp_path, 20)
+    assert left(tmp_path) == [20, 50]
+
+
+def test_another_continuation_does_not_count(ranks, tmp_path):
+    """A run goes on from 20 although the tracker is at 45: it keeps its own start, not what the other one has left."""
+    for iteration in (10, 20, 30, 45):
+        checkpoint(tmp_path, iteration)
+    name(tmp_path, 45)
+    ranks(1)(save_a_fifth, tmp_path, 20)
+    assert left(tmp_path) == [20, 50]
+
+
+@pytest.mark.parametrize("tracker", ["release", "", "40", None])
+def test_what_a_new_run_finds_in_its_directory_stays(ranks, tmp_path, tracker):
+    """Whatever it is: nobody has said that it may go."""
+    for iteration in (10, 40):
+        checkpoint(tmp_path, iteration)
+    if tracker is not None:
+        name(tmp_path, tracker)
+    ranks(1)(save_a_fifth, tmp_path, None)
+    assert left(tmp_path) == [10, 40, 50]
+
+
+def delete_while_saving_and_after(root: Path, protected: Path) -> list[list[int]]:
+    from megatron_bdpo.training.retention import Deletion, Retention
+
+    saving = [True]
+    deletion = Deletion(Retention(1), root, lambda: saving[0])
+    deletion.begin(40, str(protected))
+    deletion.written(root / "iter_0000040")
+    found = []
+    for saving[0] in (True, False):
+        deletion.finish()
+        found.append(left(root))
+    return found
+
+
+def test_nothing_goes_while_one_is_written_nor_links_nor_the_reference(ranks, tmp_path):
+    elsewhere, root = checkpoint(tmp_path / "elsewhere", 10), tmp_path / "run"
+    for iteration in (20, 30, 40):
+        checkpoint(root, iteration)
+    (root / "iter_0000010").symlink_to(elsewhere, target_is_directory=True)
+    name(root, 40)
+    found = ranks(1)(delete_while_saving_and_after, root, root / "iter_0000020")
+    assert found == [[[10, 20, 30, 40], [10, 20, 40]]]
+    assert (elsewhere / ".metadata").is_file()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_bdpo.platform.prepare import prepare_platform
+prepare_platform()
+from megatron_bdpo.training.retention import Deletion, Retention
+root, left = Path(sys.argv[1]), int(sys.argv[2])
+def counted(event, args):
+    global left
+    if event in ("os.rename", "os.remove", "os.rmdir"):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+deletion = Deletion(Retention(2), root, lambda: False)
+deletion.begin(40, "")
+deletion.written(root / "iter_0000050")
+sys.addaudithook(counted)
+deletion.finish()
+"""
+
+
+def test_killed_at_any_moment(ranks, tmp_path):
+    """SIGKILL before each rename and each unlink of the deletion: what is there is whole, and the next one ends it."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for moment in (0, 1, 2, 3, 5, 7, 12):
+        root = tmp_path / str(moment)
+        for iteration in range(10, 60, 10):
+            checkpoint(root, iteration)
+        name(root, 50)
+        ended = subprocess.run([sys.executable, "-c", KILLED, str(root), str(moment)], env=environment, timeout=120)
+        assert ended.returncode == -9, f"moment {moment}: not reached"
+        for iteration in left(root):
+            assert len(list((root / f"iter_{iteration:07d}").iterdir())) == 5, "half of a checkpoint keeps its name"
+        assert {40, 50} <= {*left(root)}
+        ranks(1)(save_a_fifth, root, 40)
+        assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000040", "iter_0000050"]
+
+
+STEPS = ["--train-iters", "4", "--num-layers", "2", "--tensor-model-parallel-size", "2"]
+
+
+@pytest.mark.parametrize("writer", [[], ASYNC], ids=["", "async"])
+def test_a_run_that_keeps_two_and_goes_on_is_bit_identical(ranks, tmp_path, writer):
+    """By the clock, which is over after every step; stopped after the second one."""
+    run = tmp_path / "run"
+    by_clock = [*STEPS, *writer, "--save-every-minutes", "0", "--keep-checkpoints", "2", "--save", str(run)]
+    expected = ranks(2)(train, [*STEPS, "--save", str(tmp_path / "expected"), "--save-interval", "4"])
+    ranks(2)(train, [*by_clock, "--exit-interval", "2"])
+    assert left(run)[-1] == 2
+    assert_bit_identical(expected, ranks(2)(train, [*by_clock, "--load", str(run)]))
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "4"
+    assert len(left(run)) == 2, "and nothing else is left of the others"
+    assert not list(run.glob("*.deleted"))
+
+
+def test_megatrons_retain_interval_beside_the_newest(ranks, tmp_path):
+    flags = [*STEPS, "--save-interval", "1", "--save-retain-interval", "2", "--train-iters", "5"]
+    ranks(2)(train, [*flags, "--save", str(tmp_path)])
+    assert left(tmp_path) == [2, 4, 5]
+    more = ["--save", str(tmp_path / "more"), "--keep-checkpoints", "2", "--save-retain-interval", "3"]
+    ranks(2)(train, [*flags, *more])
+    assert left(tmp_path / "more") == [3, 4, 5]
+
+
+def test_evaluations_by_the_clock(ranks, tmp_path):
+    flags = [*STEPS, "--eval-share", "0.2", "--eval-every-minutes"]
+    assert [len(ranks(2)(train, [*flags, minutes])[-1].evaluations) for minutes in ("0", "1000")] == [4, 1]
