@@ -11,7 +11,6 @@ process's resident set: now and, at the end, at its highest.
 import argparse
 import contextlib
 import copy
-import dataclasses
 import json
 import sys
 import tempfile
@@ -61,7 +60,7 @@ def measure(args: argparse.Namespace, store_directory: Path, ranks: int) -> None
     from megatron_bdpo.training import job as jobs
     from megatron_bdpo.training.forward import PairLossFunction
     from megatron_bdpo.training.reference.scores import ReferenceScores
-    from megatron_bdpo.training.reference.settling import settle
+    from megatron_bdpo.training.reference.settling import imbalance_edges, settle
 
     def no_model() -> list:
         raise AssertionError("nothing is to be scored")
@@ -75,13 +74,14 @@ def measure(args: argparse.Namespace, store_directory: Path, ranks: int) -> None
     with told("plan one epoch"):
         job = jobs._plan_job(planned, loss, pool, store_directory)
     print(job.describe(), flush=True)
-    scores = ReferenceScores(args, job, None, REFERENCE, no_model, pause=lambda: None)
+    scores = ReferenceScores(args, job, None, REFERENCE, job.pairs_in_use(0), no_model, pause=lambda: None)
     write_scores(scores)
     with told("look the reference scores up"):
         table = scores.table()
     with told("settle the temperature, and the quartiles of the imbalance"):
-        loss, _ = settle(loss, table.training_pairs(job), {})
-        table.imbalance_edges(dataclasses.replace(job, loss=loss))
+        pairs = table.training_pairs(job)
+        loss, _ = settle(loss, pairs, len(job.train.ids), {})
+        imbalance_edges(loss, pairs, len(job.train.ids), [])
     with told("the packs of a step, all ranks"):
         for rank in range(ranks):
             job.plan.packs(len(job.plan.steps) // 2, rank)
@@ -132,8 +132,9 @@ def write_scores(scores) -> None:
     rng = np.random.default_rng(1)
     tokens = store.lengths[:, 1:]
     known = {kind: -tokens * rng.uniform(1, 3, tokens.shape) for kind in ("conditional", "unconditional")}
-    for index, first in enumerate(range(0, len(store), cache.shard_pairs)):
-        cache.add(index, scores._shard(0, known, slice(first, first + cache.shard_pairs)))
+    for rows in np.array_split(rng.permutation(len(store)), 100):
+        columns = {"tokens": tokens[rows], "source": store.source[rows], "row": store.row[rows]}
+        cache.add(rows, {**{kind: values[rows] for kind, values in known.items()}, **columns}, len(store))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> None:
+def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> bool:
     """Write a file that appears whole or not at all, and is on the disk when this returns.
 
     It is written as a hidden ``.partial`` file beside it, flushed and renamed. A killed process may leave that one
@@ -16,6 +16,9 @@ def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> No
     Args:
         content: text is written as UTF-8.
         replace: False: a file that is there wins.
+
+    Returns:
+        Whether the file is now this one.
 
     Raises:
         OSError: and the file is as it was.
@@ -28,21 +31,25 @@ def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> No
             os.fsync(file.fileno())
         if replace:
             partial.replace(path)
-        else:
-            _link(partial, path)
+        written = replace or _link(partial, path)
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        return written
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _link(partial: Path, path: Path) -> None:
+def _link(partial: Path, path: Path) -> bool:
+    """Whether the name was free."""
     try:
         os.link(partial, path)
     except FileExistsError:
-        pass
+        return False
     except OSError:  # a file system without links: there the last one wins
+        if path.exists():
+            return False
         partial.replace(path)
+    return True

@@ -10,7 +10,7 @@ from megatron_bdpo.cli import common
 @common.passed_on
 @click.pass_context
 def _score(context: click.Context, flags: tuple[str, ...]) -> None:
-    """Score pairs with a job's reference, ahead of training.
+    """Score all pairs of a job's data with its reference, ahead of training.
 
     FLAGS are the training's, of which those about steps and optimizer may be left out; they follow below. On several
     ranks: torchrun --nproc-per-node N -m megatron_bdpo.score FLAGS

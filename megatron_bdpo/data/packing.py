@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -133,3 +134,27 @@ def pack_evenly(ids: IntArray, sizes: IntArray, limit: int, multiple: int, unit:
     if fullest <= limit:
         return [np.array(pack, np.int64) for pack in even], round_up(fullest, unit)
     return tight, limit
+
+
+def cut_into_blocks(sizes: IntArray, length: int, packs: int) -> Iterator[slice]:
+    """Cut pairs, in the order that they have, into blocks of as many as ``packs`` packs of ``length`` hold by best fit.
+
+    A block depends on its own pairs and on the first one after it. A longer pair begins a block, whose packs are as
+    long as it is.
+
+    Args:
+        sizes: [n] positions that each pair takes.
+    """
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    start = 0
+    while start < len(sizes):
+        limit = max(length, int(sizes[start]))
+        stop = int(np.searchsorted(ends, ends[start] + packs * limit, side="right")) - 1
+        longer = np.flatnonzero(sizes[start:stop] > limit)
+        stop = start + int(longer[0]) if len(longer) else stop
+        while excess := sum(
+            int(sizes[pack].sum()) for pack in pack_all(np.arange(start, stop), sizes[start:stop], limit, 1)[packs:]
+        ):
+            stop = int(np.searchsorted(ends, ends[stop] - excess, side="right")) - 1
+        yield slice(start, stop)
+        start = stop

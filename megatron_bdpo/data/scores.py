@@ -1,22 +1,26 @@
-"""Reference scores on disk: what a frozen model says about every pair, written shard by shard as it is found out.
+"""Reference scores on disk: what a frozen model says about pairs, added part by part as it is found out.
 
-A directory holds the scores of one token store's pairs under one reference:
+A directory holds the scores of one token store's pairs under one reference, of as many of them as were asked for:
 
-    manifest.json            what the numbers are of, who made them, and whether all that was asked for is there
-    shard-00000.safetensors  the store's first ``shard_pairs`` pairs; the next file has the next ones, ...
+    manifest.json           what the numbers are of, who made them, and whether all that was asked for is there
+    part-00000.safetensors  the first pairs that were scored; the next file has others, ...
 
-A shard has n pairs in the store's order; axis 1 is chosen, rejected:
+A part has n pairs, in any order; axis 1 is chosen, rejected:
 
+    pair           int64 [n]       the pair's index in the store
     conditional    float64 [n, 2]  log pi_ref(y|x), summed over the response's tokens, in nats; NaN: not scored
     unconditional  float64 [n, 2]  log pi_ref(y): the same tokens after the empty prompt
     tokens         int32 [n, 2]    |y|
     source         int16 [n]       index of the data set among the manifest's sources
     row            int64 [n]       row or line there, counted from 1
 
-A shard carries a checksum of its numbers and the digest of the manifest's identity; it is written under another name,
-flushed and renamed, so a file with a shard's name is whole or damaged, never half done. Several jobs may fill one
-directory: each adds to a shard what the file does not have, and at worst one job's additions are made again. A killed
-job leaves hidden ``.partial`` files, which nobody reads and anybody may delete.
+A part carries a checksum and the digest of the manifest's identity; it is written under another name, flushed and
+renamed to a number that no file has, so it is whole or damaged, never half done, and no job changes what another has
+written. Of two scores of one pair that of the lower number counts. A killed job leaves hidden ``.partial`` files, which
+nobody reads and anybody may delete.
+
+Directories of version 2 have ``shard-00000.safetensors`` with the store's first ``shard_pairs`` pairs in its order, and
+so on, instead of parts. They are read, before any parts, and never written.
 """
 
 from __future__ import annotations
@@ -45,14 +49,14 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 FORMAT_NAME = "megatron_bdpo reference scores"
 #: Raised when the layout of the files, or the meaning of the numbers, changes.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_SHARDS_VERSION = 2
 
 #: The kinds of scores.
 KINDS = ("conditional", "unconditional")
 
 MANIFEST = "manifest.json"
-DEFAULT_SHARD_PAIRS = 4096
-MOST_SHARD_PAIRS = 2**22
+_MOST_SHARD_PAIRS = 2**22
 _METADATA = "scores"
 
 # Name -> dtype, columns, and what stands for an unknown value.
@@ -109,29 +113,10 @@ def open_scores(directory: Path | str, *, unfinished: bool = False) -> Scores:
         )
     if not manifest["complete"] and not unfinished:
         raise UserError(f"the reference scores in {directory} are not finished. Run the same scoring job again.")
-    cache = ScoreCache(directory, manifest)
-    arrays, damaged = cache.read(_pairs_in(cache))
+    arrays, damaged = ScoreCache(directory, manifest).read()
     if damaged:
-        raise UserError(f"{damaged[0]}. Run the scoring job again: it scores damaged shards anew.")
+        raise UserError(f"{damaged[0]}. Run the scoring job again: it scores damaged parts anew.")
     return Scores(**arrays, manifest=manifest)
-
-
-def _pairs_in(cache: ScoreCache) -> int:
-    complete = cache.manifest["complete"]
-    shards = [int(match[1]) for path in cache.directory.iterdir() if (match := _SHARD.fullmatch(path.name))]
-    there = (max(shards, default=-1) + 1) * cache.shard_pairs
-    if complete and complete["pairs"] > there + _MOST_EMPTY_SHARDS * cache.shard_pairs:
-        raise UserError(
-            f"{cache.directory / MANIFEST} is damaged: it speaks of {complete['pairs']} pairs, and the shards there "
-            f"end at {there}. Delete the directory; it is made again."
-        )
-    return int(complete["pairs"]) if complete else there
-
-
-_SHARD = re.compile(r"shard-(\d{5,9})\.safetensors")
-
-#: After the last shard there may be pairs of which none was asked for, and no more shards' worth than this.
-_MOST_EMPTY_SHARDS = 1000
 
 
 class ScoreCache:
@@ -140,29 +125,25 @@ class ScoreCache:
     Attributes:
         directory: where it lies.
         manifest: as it was when the directory was opened.
-        shard_pairs: pairs in a shard.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory = directory
         self.manifest = manifest
-        self.shard_pairs = int(manifest["shard_pairs"])
         self._identity = _digest(manifest["identity"])
+        self._damaged: list[Path] = []
 
     @classmethod
-    def open(
-        cls, directory: Path, identity: Mapping[str, Any], about: Mapping[str, Any], shard_pairs: int | None = None
-    ) -> ScoreCache:
+    def open(cls, directory: Path, identity: Mapping[str, Any], about: Mapping[str, Any]) -> ScoreCache:
         """Open a directory, or begin one.
 
         Args:
             identity: everything that decides the numbers, as JSON values by the user's names for them.
             about: what else the manifest of a new directory tells a reader.
-            shard_pairs: pairs in a shard; None takes what is there, else the default.
 
         Raises:
-            UserError: the directory is of another identity (the differing fields are named), of another shard size,
-                damaged, or cannot be written.
+            UserError: the directory is of another identity (the differing fields are named), damaged, or cannot be
+                written.
         """
         identity = json.loads(json.dumps(identity))  # as it comes back: tuples are lists
         manifest = _read_manifest(directory)
@@ -172,7 +153,6 @@ class ScoreCache:
                 "version": FORMAT_VERSION,
                 "identity": identity,
                 **about,
-                "shard_pairs": shard_pairs or DEFAULT_SHARD_PAIRS,
                 "complete": None,
                 "jobs": [],
             }
@@ -183,59 +163,55 @@ class ScoreCache:
             assert manifest is not None
         if manifest["identity"] != identity:
             raise UserError(_mismatch(directory, manifest["identity"], identity))
-        if shard_pairs not in (None, manifest["shard_pairs"]):
-            raise UserError(
-                f"the reference scores in {directory} are in shards of {manifest['shard_pairs']} pairs, not of "
-                f"{shard_pairs}. Leave --score-shard-pairs out, or name another directory."
-            )
         return cls(directory, manifest)
 
-    def read(self, pairs: int) -> tuple[Arrays, list[str]]:
-        """What is known of the store's first ``pairs`` pairs.
+    def read(self, pairs: int | None = None) -> tuple[Arrays, list[str]]:
+        """What is known of the store's first ``pairs`` pairs; of all that the directory speaks of where it is None.
 
         Returns:
-            The arrays of a shard by name, for all pairs, and a sentence about every damaged shard; what a damaged
-            shard holds counts as unknown.
+            The columns of a part by name, for all pairs in the store's order, and a sentence about every damaged file;
+            what a damaged file holds counts as unknown.
         """
-        arrays = _unknown(pairs)
-        damaged = []
-        for index in range(-(-pairs // self.shard_pairs)):
+        parts: list[_Part] = []
+        self._damaged, damaged = [], []
+        for path in self._files():
             try:
-                shard = self._read_shard(index)
+                parts.append(self._read_part(path))
             except _DamagedError as problem:
-                damaged.append(f"{self._path(index)} is damaged ({problem})")
-                continue
-            first = index * self.shard_pairs
-            for name, values in shard.items():
-                part = arrays[name][first : first + self.shard_pairs]
-                part[: len(values)] = values[: len(part)]
+                damaged.append(f"{path} is damaged ({problem})")
+                self._damaged.append(path)
+        arrays = _unknown(self._pairs(parts) if pairs is None else pairs)
+        for part in reversed(parts):  # the first one last: it counts
+            within = part.pair < len(arrays["row"])
+            place = part.pair[within]
+            for name, column in part.columns.items():
+                new, there = column[within], arrays[name]
+                there[place] = np.where(np.isnan(new), there[place], new) if new.dtype.kind == "f" else new
         return arrays, damaged
 
-    def add(self, index: int, arrays: Arrays) -> Arrays:
-        """Add to one shard, durably. Scores that the file has already stay: all jobs shall use the same ones.
+    def add(self, pair: npt.NDArray[np.int64], columns: Arrays, pairs: int) -> None:
+        """Add a part, durably.
 
         Args:
-            arrays: as in a shard, for its first n pairs.
-
-        Returns:
-            The same, with the scores that the file has now.
+            pair: [n] indices in the store, each once.
+            columns: the other columns of a part.
+            pairs: that the store has.
 
         Raises:
             UserError: the directory cannot be written.
         """
-        try:
-            there = self._read_shard(index)
-        except _DamagedError:
-            there = {}
-        merged = {name: _merge(there.get(name), values) for name, values in arrays.items()}
-        # One entry: safetensors writes several in any order, and equal shards shall be equal files.
-        metadata = {_METADATA: json.dumps({**self._place(index), "crc32": _checksum(merged)})}
+        arrays = {"pair": pair, **columns}
+        place = {"version": FORMAT_VERSION, "identity": self._identity, "pairs": pairs}
+        # One entry: safetensors writes several in any order, and equal parts shall be equal files.
+        metadata = {_METADATA: json.dumps({**place, "crc32": _checksum(arrays, place)})}
+        content = save({name: np.ascontiguousarray(values) for name, values in arrays.items()}, metadata)
         with _failures_to_write(self.directory):
-            write_whole(self._path(index), save(merged, metadata))
-        return {name: values[: len(arrays[name])] for name, values in merged.items()}
+            number = max((int(match[2]) for path in self._files() if (match := _FILE.fullmatch(path.name))), default=-1)
+            while not write_whole(self.directory / f"part-{number + 1:05d}.safetensors", content, replace=False):
+                number += 1  # another job was faster
 
     def finish(self, pairs: int, scored: Mapping[str, int], job: Mapping[str, Any]) -> None:
-        """Commit: all that a job needs of the store's first ``pairs`` pairs is there.
+        """Commit: all that a job needs of the store's first ``pairs`` pairs is there. Damaged files are removed.
 
         Args:
             scored: number of pairs by kind.
@@ -249,41 +225,84 @@ class ScoreCache:
             "complete": {"pairs": max(pairs, complete["pairs"]), "scored": counts},
             "jobs": [*manifest["jobs"], *([dict(job)] if job else [])],
         }
-        if new != manifest:
-            with _failures_to_write(self.directory):
-                write_whole(self.directory / MANIFEST, _as_json(new))
+        with _failures_to_write(self.directory):
+            for path in self._damaged:
+                path.unlink(missing_ok=True)
+            if new != manifest:
+                write_whole(self.directory / MANIFEST, _as_json({**new, "version": FORMAT_VERSION}))
 
-    def _path(self, index: int) -> Path:
-        return self.directory / f"shard-{index:05d}.safetensors"
+    def _files(self) -> list[Path]:
+        """All parts, shards first, by their numbers."""
+        found = [(match, path) for path in self.directory.iterdir() if (match := _FILE.fullmatch(path.name))]
+        return [path for match, path in sorted(found, key=lambda each: (each[0][1] == "part", int(each[0][2])))]
 
-    def _place(self, index: int) -> dict[str, Any]:
-        """What a shard's file says about where it belongs."""
-        return {"version": FORMAT_VERSION, "identity": self._identity, "first_pair": index * self.shard_pairs}
+    def _pairs(self, parts: list[_Part]) -> int:
+        """That the store has, as far as the directory tells."""
+        there = max((part.pairs for part in parts), default=0)
+        complete = self.manifest["complete"]
+        if complete and complete["pairs"] > there + _MOST_UNSEEN_PAIRS:
+            raise UserError(
+                f"{self.directory / MANIFEST} is damaged: it speaks of {complete['pairs']} pairs, and the files there "
+                f"of {there}. Delete the directory; it is made again."
+            )
+        return max(there, complete["pairs"] if complete else 0)
 
-    def _read_shard(self, index: int) -> Arrays:
-        """A shard's arrays; none of any pair where there is no file."""
-        path = self._path(index)
-        if not path.exists():
-            return _unknown(0)
+    def _read_part(self, path: Path) -> _Part:
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = parse_json((file.metadata() or {})[_METADATA])
-                arrays = {name: file.get_tensor(name) for name in _COLUMNS}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            crc32 = metadata.pop("crc32", None)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _DamagedError(str(error)) from error
-        crc32 = metadata.pop("crc32", None)
-        if metadata != self._place(index):
+        match = _FILE.fullmatch(path.name)
+        assert match is not None
+        is_shard = match[1] == "shard"
+        expected: dict[str, Any] = {"version": FORMAT_VERSION, "identity": self._identity}
+        if is_shard:
+            first = int(match[2]) * self.manifest.get("shard_pairs", 0)
+            expected |= {"version": _SHARDS_VERSION, "first_pair": first}
+        else:
+            expected["pairs"] = metadata.get("pairs")
+        if metadata != expected:
             raise _DamagedError("it belongs to another directory or place")
-        if crc32 != _checksum(arrays):
+        columns = {name: arrays[name] for name in _COLUMNS if name in arrays}
+        if crc32 != (_checksum(columns) if is_shard else _checksum(arrays, expected)):
             raise _DamagedError("its checksum is wrong")
-        expected = _unknown(len(arrays["row"]))
-        if any((arrays[name].dtype, arrays[name].shape) != (each.dtype, each.shape) for name, each in expected.items()):
+        unknown = _unknown(np.size(arrays.get("row", ())))
+        if any(name not in columns or not _alike(columns[name], each) for name, each in unknown.items()):
             raise _DamagedError("its arrays have other shapes")
-        return arrays
+        if is_shard:
+            return _Part(np.arange(first, first + len(columns["row"])), columns, first + len(columns["row"]))
+        pair, pairs = arrays.get("pair"), expected["pairs"]
+        if not is_count(pairs) or pair is None or not _alike(pair, unknown["row"]) or not _within(pair, pairs):
+            raise _DamagedError("it speaks of pairs that there cannot be")
+        return _Part(pair, columns, pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A file that has been read: n pairs.
+
+    Attributes:
+        pair: [n] int64, indices in the store.
+        columns: the others, by name.
+        pairs: that the store has, at least.
+    """
+
+    pair: npt.NDArray[np.int64]
+    columns: Arrays
+    pairs: int
+
+
+_FILE = re.compile(r"(shard|part)-(\d{5,9})\.safetensors")
+
+#: A job of which nothing is left on disk may have known of more pairs than the files tell, and of no more than these.
+_MOST_UNSEEN_PAIRS = 2**22
 
 
 class _DamagedError(Exception):
-    """A shard that cannot be used, and why."""
+    """A file that cannot be used, and why."""
 
 
 def _unknown(pairs: int) -> Arrays:
@@ -293,21 +312,20 @@ def _unknown(pairs: int) -> Arrays:
     }
 
 
-def _merge(there: npt.NDArray[Any] | None, new: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """What is there, ``new`` where it is NaN, and whichever goes beyond the other's end."""
-    if there is None:
-        return np.ascontiguousarray(new)
-    merged = np.concatenate([new, there[len(new) :]])
-    if merged.dtype.kind == "f":
-        overlap = slice(min(len(there), len(new)))
-        merged[overlap] = np.where(np.isnan(there[overlap]), merged[overlap], there[overlap])
-    return merged
+def _alike(values: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
+    return values.dtype == other.dtype and values.shape == other.shape
 
 
-def _checksum(arrays: Arrays) -> int:
-    crc = 0
-    for name in _COLUMNS:
-        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), crc)
+def _within(pair: npt.NDArray[np.int64], pairs: int) -> bool:
+    return len(pair) == 0 or bool(pair.min() >= 0 and pair.max() < pairs)
+
+
+def _checksum(arrays: Arrays, place: Mapping[str, Any] | None = None) -> int:
+    """Of the arrays, in the order of their columns, and of what else a file says about itself."""
+    crc = 0 if place is None else zlib.crc32(json.dumps(place, sort_keys=True).encode())
+    for name in ("pair", *_COLUMNS):
+        if name in arrays:
+            crc = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), crc)
     return crc
 
 
@@ -330,19 +348,19 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} cannot be read ({error}). Delete the directory; it is made again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_NAME:
         raise UserError(f"{directory} holds something else than reference scores. Name another directory.")
-    if manifest.get("version") != FORMAT_VERSION:
+    if manifest.get("version") not in (_SHARDS_VERSION, FORMAT_VERSION):
         raise UserError(
             f"the reference scores in {directory} have format version {manifest.get('version')}, this program reads "
-            f"version {FORMAT_VERSION}. Delete the directory; it is made again."
+            f"versions {_SHARDS_VERSION} and {FORMAT_VERSION}. Delete the directory; it is made again."
         )
-    if wrong := misshapen(manifest, _MANIFEST_SHAPE):
+    if wrong := misshapen({"shard_pairs": 1, **manifest}, _MANIFEST_SHAPE):
         raise UserError(f"{path} is damaged: {wrong}. Delete the directory; it is made again.")
     return manifest
 
 
 _MANIFEST_SHAPE = {
     "identity": dict,
-    "shard_pairs": lambda count: is_count(count) and 0 < count <= MOST_SHARD_PAIRS,
+    "shard_pairs": lambda count: is_count(count) and 0 < count <= _MOST_SHARD_PAIRS,
     "complete": Maybe({"pairs": is_count, "scored": dict.fromkeys(KINDS, is_count)}),
     "jobs": [dict],
 }

@@ -96,7 +96,7 @@ class Requirements:
     safety: bool = False
     """The `*_unsafe` labels."""
     all_pairs: bool = False
-    """The reference's log-probs of all training pairs before the first step: `LossSpec.settle` needs them."""
+    """The reference's log-probs of all pairs trained on before the first step: `LossSpec.settle` needs them."""
     length_normalised: bool = False
     """The preference term compares log-probs per token, not their sums."""
 
@@ -123,8 +123,8 @@ class LossSpec[Options]:
     source: str
     """Paper and equation."""
     settle: Callable[[PairLogProbs, Options], tuple[Options, str]] | None = None
-    """Looks at the reference's log-probs of all training pairs, where they are known before the first step: settles
-    the options that follow from them, and describes what it has seen. The policy's log-probs are the reference's."""
+    """Looks at the reference's log-probs of all pairs that the run trains on, where they are known before the first
+    step: settles the options that follow from them, and describes what it has seen. The policy is the reference."""
 
 
 AnyLossSpec = LossSpec[Any]

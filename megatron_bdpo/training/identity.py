@@ -36,6 +36,8 @@ class RunIdentity:
     """Name and options."""
     settled: dict[str, Any] = field(default_factory=dict)
     """Options of the loss that the start has settled by the data (see ``settling``): a resumed run keeps them."""
+    imbalance_edges: list[float] = field(default_factory=list)
+    """Between the quartiles of the imbalance, from the same pairs; kept likewise, as long as the loss is the same."""
     reference: dict[str, Any] = field(default_factory=dict)
     """What the reference is (see ``reference_identity``); empty where the loss reads none."""
     reference_weights: str = ""
@@ -100,6 +102,7 @@ def resumed_identity(args: argparse.Namespace, current: RunIdentity) -> RunIdent
         _check_position(found, current, directory)
     if found.loss != current.loss:
         say(f"WARNING: the resumed run used the loss {found.loss}, this one uses {current.loss}")
+        found = replace(found, imbalance_edges=[])
     return replace(found, loss=current.loss)
 
 

@@ -66,6 +66,15 @@ class PairJob:
         unconditional = self.resident and self.loss.requirements.comprehension
         return PackMaker(self.pool, self.max_pack_length, self.share_prompts, unconditional, context)
 
+    def pairs_in_use(self, evaluated_after: int | None) -> IntArray:
+        """Ids of the pairs that steps and evaluations read, in the order in which they come first.
+
+        Args:
+            evaluated_after: steps before the first evaluation; None: there is no evaluation.
+        """
+        steps, held_out = self.plan.steps, self.held_out.ids[: None if evaluated_after is not None else 0]
+        return each_once(steps[:evaluated_after].ravel(), held_out, steps[evaluated_after:].ravel())
+
     def describe(self) -> list[str]:
         """Loss, pairs and plan in a few lines."""
         plan, lengths = self.plan, self.pool.lengths[self.train.ids].astype(np.int64)
@@ -100,6 +109,12 @@ class PairJob:
 
 
 _PACKS_LOOKED_AT = 16
+
+
+def each_once(*ids: IntArray) -> IntArray:
+    """All ids, each where it comes first."""
+    every = np.concatenate(ids)
+    return every[np.sort(np.unique(every, return_index=True)[1])]
 
 
 def _range(lengths: IntArray) -> str:

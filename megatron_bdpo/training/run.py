@@ -38,7 +38,7 @@ from megatron_bdpo.training.hf.exporting import save_live
 from megatron_bdpo.training.preparation import forget_global_state
 from megatron_bdpo.training.reference.provider import ReferenceProvider
 from megatron_bdpo.training.reference.scoring import NoReference, ReferenceTable, ResidentReference
-from megatron_bdpo.training.reference.settling import settle
+from megatron_bdpo.training.reference.settling import imbalance_edges, settle
 from megatron_bdpo.training.reporting.advice import Advisor, about_data
 from megatron_bdpo.training.reporting.console import show
 from megatron_bdpo.training.reporting.metrics_file import NAME, MetricsFile
@@ -130,7 +130,7 @@ class PreferenceRun:
         reason = f" ({self.stop.reason})" if self.stop.reason else ""
         place = f"stopped{reason} after step {self._iteration} of {self.args.train_iters}"
         if not self.args.save:
-            return f"{place}; nothing was kept, for want of --save."
+            return f"{place}; no step was kept, for want of --save."
         return f"{place}; the same command with --load {self.args.save} goes on."
 
     def _given_up(self, code: object) -> str:
@@ -196,13 +196,11 @@ class PreferenceRun:
         self._iteration = self.args.iteration
         resumed = self._iteration > 0
         provider = ReferenceProvider(
-            self.args, self.job, self._setup.config, self.scoring, pause=self.stop.leave_if_asked
+            self.args, self.job, self._setup.config, self.scoring, self._pairs_in_use(), pause=self.stop.leave_if_asked
         )
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
         if isinstance(self._step.reference, ReferenceTable):
-            self._settle_loss(self._step.reference, resumed=resumed)
-            edges = self._step.reference.imbalance_edges(self.job)
-            self._step.imbalance_edges = None if edges is None else edges.cuda()
+            self._settle(self._step.reference, resumed=resumed)
         identity.keep(self.args, self._identity)
         if self._deletion:
             is_own = resumed and Path(self.args.load).resolve() == Path(self.args.save).resolve()
@@ -231,12 +229,20 @@ class PreferenceRun:
         )
         self.progress.file = MetricsFile(save / NAME, self._iteration)
 
-    def _settle_loss(self, reference: ReferenceTable, *, resumed: bool) -> None:
-        """Give the loss the options that follow from the reference's values; a resumed run keeps those of its start."""
-        kept = self._identity.settled if resumed else {}
-        loss, settled = settle(self.job.loss, reference.training_pairs(self.job), kept)
+    def _pairs_in_use(self) -> IntArray:
+        if not self.args.eval_iters:
+            return self.job.pairs_in_use(None)
+        return self.job.pairs_in_use(0 if self.args.eval_at_start else self.args.eval_interval or self.args.train_iters)
+
+    def _settle(self, reference: ReferenceTable, *, resumed: bool) -> None:
+        """What follows from the reference's values: options of the loss, quartiles. A resumed run keeps its start's."""
+        kept, kept_edges = (self._identity.settled, self._identity.imbalance_edges) if resumed else ({}, [])
+        pairs, of = reference.training_pairs(self.job), len(self.job.train.ids)
+        loss, settled = settle(self.job.loss, pairs, of, kept)
+        edges = imbalance_edges(loss, pairs, of, kept_edges)
         self._step.loss, self.job = loss, replace(self.job, loss=loss)
-        self._identity = replace(self._identity, settled=settled)
+        self._step.imbalance_edges = torch.tensor(edges, dtype=torch.float64).cuda() if edges else None
+        self._identity = replace(self._identity, settled=settled, imbalance_edges=edges)
 
     def _auxiliary_loss_scale(self, config: Any) -> Tensor:
         """What the router's losses of this step are multiplied by: see ``model.moe``."""

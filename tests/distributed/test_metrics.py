@@ -55,7 +55,7 @@ def test_metrics_file_has_every_step_and_evaluation(ranks, tmp_path, world_size)
 def test_record_of_the_run(ranks, tmp_path, capsys):
     """What the run is, from which the report finds temperature and scores."""
     flags = [*HELD_OUT, "--bdpo-temperature", "0.25", "--save", str(tmp_path), "--save-interval", "3"]
-    ranks(2)(train, flags)
+    ranks(2)(train, flags, train_iters=6)
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["loss"] == "bdpo" and record["loss_options"]["bdpo_temperature"] == 0.25
     assert record["pairs"] == {"train": 48, "heldout": 99}
@@ -148,7 +148,7 @@ def test_reference_cache_grows_with_the_pairs_that_are_used(ranks, tmp_path):
         values = scores_in(tmp_path).conditional
         return int(np.isfinite(values).all(axis=1).sum()), values
 
-    flags = ["--train-iters", "1", "--long-pairs", "drop", "--seq-length"]
+    flags = ["--train-iters", "6", "--long-pairs", "drop", "--seq-length"]
     ranks(1)(train, [*flags, "176"], pair_cache_dir=str(tmp_path))
     some, before = scored_pairs()
     ranks(1)(train, [*flags, "512"], pair_cache_dir=str(tmp_path))

@@ -124,15 +124,40 @@ def test_reference_comes_back_when_its_cache_is_lost(ranks, tmp_path):
         assert step["rewards/chosen"] == pytest.approx(expected_step["rewards/chosen"], abs=1e-6)
 
 
-def test_lost_reference_without_weights_is_refused(ranks, tmp_path):
-    import shutil
+#: A run that goes on for longer than it was to: Megatron wants to be told.
+LONGER = ["--save-interval", "2", "--override-opt-param-scheduler"]
 
-    flags = [*STEPS, "--save", str(tmp_path), "--load", str(tmp_path)]
-    ranks(1)(train, [*flags, "--exit-interval", "2"])
-    for cache in (tmp_path / "cache").glob("reference-*"):
-        shutil.rmtree(cache)
-    with pytest.raises(RankFailure, match="original reference is not to be had"):
-        ranks(1)(train, flags)
+
+def test_weights_drawn_at_random_are_drawn_again_for_a_longer_run(ranks, tmp_path):
+    """Scores of further pairs, after the policy has moved: those of a run that had them from the start."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = ranks(1)(train, ["--train-iters", "4", "--save", str(whole), "--save-interval", "2"])
+    flags = [*LONGER, "--save", str(parts), "--load", str(parts), "--train-iters"]
+    ranks(1)(train, [*flags, "2"])
+    resumed = ranks(1)(train, [*flags, "4"])
+    for step, expected_step in zip(last_stage(resumed).steps, last_stage(expected).steps[2:], strict=True):
+        assert step["loss"] == pytest.approx(expected_step["loss"], rel=1e-6)
+        assert step["rewards/chosen"] == pytest.approx(expected_step["rewards/chosen"], abs=1e-6)
+
+
+def test_other_weights_than_the_original_references_are_refused(ranks, tmp_path):
+    """Here by another draw, as another version of the program would make it."""
+    flags = [*LONGER, "--save", str(tmp_path), "--load", str(tmp_path), "--train-iters"]
+    ranks(1)(train, [*flags, "2"])
+    with pytest.raises(RankFailure, match="--seed 1234 and this run's settings do not make the reference"):
+        ranks(1)(_train_with_other_draw, [*flags, "4"])
+
+
+def _train_with_other_draw(flags):
+    from unittest import mock
+
+    from megatron_bdpo.model import initialization
+    from megatron_bdpo.training.reference import provider
+
+    with mock.patch.object(
+        provider, "initialize_by_name", lambda model, seed: initialization.initialize_by_name(model, seed + 1)
+    ):
+        return train(flags)
 
 
 def test_checkpoint_of_other_data_is_refused(ranks, tmp_path):

@@ -32,28 +32,27 @@ def stamps(directory: Path) -> dict[str, int]:
 def scored(ranks, tmp_path_factory) -> Path:
     """The cache of a job on two tensor-parallel ranks that has only scored."""
     cache = tmp_path_factory.mktemp("scored")
-    (directory,) = ranks(2)(score, [*TP2, "--score-shard-pairs", "10"], pair_cache_dir=str(cache))[0]
+    (directory,) = ranks(2)(score, [*TP2], pair_cache_dir=str(cache))[0]
     assert directory == next(cache.glob("reference-*/*"))
     return cache
 
 
 @pytest.fixture(scope="module")
 def expected_run(ranks, tmp_path_factory):
-    """A training that scores for itself, and its scores."""
+    """An epoch that scores for itself, and its scores."""
     cache = tmp_path_factory.mktemp("trained")
-    (outcome,) = ranks(1)(train, [], pair_cache_dir=str(cache))
+    (outcome,) = ranks(1)(train, [], pair_cache_dir=str(cache), train_iters=6)
     return outcome, scores_in(cache)
 
 
 def test_the_scores_are_those_that_a_training_makes(scored, expected_run):
-    """Two ranks and five shards against one rank and one shard: sums of some hundred terms in another order."""
+    """Two ranks against one: sums of some hundred terms in another order."""
     found, (_, expected) = scores_in(scored), expected_run
     for kind in ("conditional", "unconditional"):
         assert getattr(found, kind) == pytest.approx(getattr(expected, kind), rel=1e-6), kind
     for name in ("tokens", "source", "row"):
         assert np.array_equal(getattr(found, name), getattr(expected, name)), name
     assert (found.row == np.arange(1, 49)).all() and (found.tokens > 0).all()
-    assert len(list(scored.glob("reference-*/*/shard-*"))) == 5
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ def test_the_scores_are_those_that_a_training_makes(scored, expected_run):
 )
 def test_trainings_in_other_layouts_use_the_scores(ranks, scored, expected_run, world_size, flags):
     before = stamps(scored)
-    outcomes = ranks(world_size)(train, flags, pair_cache_dir=str(scored))
+    outcomes = ranks(world_size)(train, flags, pair_cache_dir=str(scored), train_iters=6)
     assert_same_steps(last_stage(outcomes).steps, expected_run[0].steps)
     assert stamps(scored) == before, "something was scored or written"
 
@@ -84,7 +83,7 @@ def test_trainings_in_other_layouts_use_the_scores(ranks, scored, expected_run, 
     ids=["VPP DP2", "TP2 PP2 SP", "CP2", "DP2"],
 )
 def test_every_layout_gives_the_same_scores(ranks, tmp_path, expected_run, world_size, flags):
-    ranks(world_size)(score, [*flags, "--score-shard-pairs", "20"], pair_cache_dir=str(tmp_path))
+    ranks(world_size)(score, [*flags], pair_cache_dir=str(tmp_path))
     found, (_, expected) = scores_in(tmp_path), expected_run
     for kind in ("conditional", "unconditional"):
         assert getattr(found, kind) == pytest.approx(getattr(expected, kind), rel=1e-6), kind
@@ -148,8 +147,6 @@ def test_the_program(ranks, tmp_path):
     for flag, value, reason in (
         ("--preference-loss", "simpo", "reads no reference: there is nothing to score"),
         ("--reference", "resident", "a resident one has none"),
-        ("--score-shard-pairs", "7", "in shards of 4096 pairs, not of 7"),
-        ("--score-shard-pairs", "0", "--score-shard-pairs must be at least 1"),
     ):
         ((code, _, errors),) = ranks(1)(program, *model, *tokenizer, *data, *places, flag, value)
         assert code == 2 and reason in errors, errors
@@ -177,30 +174,51 @@ def test_a_resumed_run_is_scored_with_its_original_reference(ranks, tmp_path):
     shutil.rmtree(lost)
     ranks(2)(score, [*flags, *TP2])
     assert [path.name for path in (run / "cache").glob("reference-*")] == [lost.name]
-    assert scores_in(run / "cache").conditional == pytest.approx(expected.conditional, rel=1e-6)
+    pairs = known(expected)
+    assert scores_in(run / "cache").conditional[pairs] == pytest.approx(expected.conditional[pairs], rel=1e-6)
 
 
 # Partial use
 
 
-def test_a_longer_run_takes_the_values_of_a_shorter_one(ranks, tmp_path):
-    """All pairs are scored, also those the short run never draws, however short its packs could be."""
-    job = {"pair_cache_dir": str(tmp_path), "max_pairs": 64, "pairs_per_step": 4}
-    ranks(1)(train, ["--no-pack-pairs"], train_iters=1, **job)
-    assert np.isfinite(scores_in(tmp_path).conditional).all()
+def known(found) -> np.ndarray:
+    """The pairs that have both kinds of scores."""
+    return np.flatnonzero(np.isfinite(found.conditional).all(axis=1) & np.isfinite(found.unconditional).all(axis=1))
+
+
+@pytest.mark.parametrize("layout", [[], TP2, PP2, ["--no-pack-pairs"]], ids=["DP", "TP2", "PP2", "singly"])
+def test_what_the_planned_steps_use_is_scored_and_a_longer_run_adds_to_it(ranks, tmp_path, layout):
+    """2 steps of 8 of 360 pairs, and the 40 that are held out; then 4 steps."""
+    job = {"pair_cache_dir": str(tmp_path), "max_pairs": None}
+    flags = [*layout, "--eval-share", "0.101", "--eval-interval", "1"]
+    ranks(2)(train, flags, train_iters=2, **job)
+    first = scores_in(tmp_path)
+    assert len(first) == 396 and len(known(first)) == 2 * 8 + 40
+    assert first.manifest["complete"]["scored"] == {"conditional": 56, "unconditional": 56}
     before = stamps(tmp_path)
-    ranks(1)(train, ["--no-pack-pairs"], train_iters=4, **job)
+    ranks(2)(train, flags, train_iters=2, **job)
     assert stamps(tmp_path) == before
+    ranks(2)(train, flags, train_iters=4, **job)
+    second = scores_in(tmp_path)
+    assert len(known(second)) == 4 * 8 + 40
+    assert np.array_equal(second.conditional[known(first)], first.conditional[known(first)])
+    assert [each["pairs"] for each in second.manifest["jobs"]] == [56, 16]
+
+
+def test_held_out_pairs_that_are_never_evaluated_are_not_scored(ranks, tmp_path):
+    flags = ["--eval-pair-data", str(DATA / "heldout.jsonl"), "--eval-iters", "0"]
+    ranks(1)(train, flags, train_iters=1, pair_cache_dir=str(tmp_path))
+    assert len(known(scores_in(tmp_path))) == 8
 
 
 def test_some_of_the_pairs_are_a_part_of_all_of_them(ranks, tmp_path):
     """--max-pairs is the beginning of the data: their scores are found, and completed for a longer run."""
     cache = {"pair_cache_dir": str(tmp_path)}
-    ranks(1)(score, ["--score-shard-pairs", "10"], max_pairs=48, **cache)
+    ranks(1)(score, [], max_pairs=48, **cache)
     whole, before = scores_in(tmp_path), stamps(tmp_path)
     ranks(1)(train, [], max_pairs=24, **cache)
     assert stamps(tmp_path) == before
-    ranks(1)(train, [], max_pairs=64, **cache)
+    ranks(1)(train, [], max_pairs=64, train_iters=8, **cache)
     longer = scores_in(tmp_path)
     assert len(longer) == 64 and np.isfinite(longer.unconditional).all()
     assert np.array_equal(longer.conditional[:48], whole.conditional)
@@ -208,7 +226,7 @@ def test_some_of_the_pairs_are_a_part_of_all_of_them(ranks, tmp_path):
 
 
 def test_pairs_that_were_too_long_before_are_scored_when_they_are_needed(ranks, tmp_path):
-    job = {"pair_cache_dir": str(tmp_path), "max_pairs": 32, "train_iters": 1}
+    job = {"pair_cache_dir": str(tmp_path), "max_pairs": 32, "train_iters": 4}
     short = ["--seq-length", "160", "--long-pairs", "drop"]
     ranks(1)(train, short, **job)
     some = scores_in(tmp_path)
@@ -224,7 +242,7 @@ def test_pairs_that_were_too_long_before_are_scored_when_they_are_needed(ranks, 
 
 
 def test_unconditional_scores_are_added_when_a_loss_needs_them(ranks, tmp_path, expected_run):
-    job = {"pair_cache_dir": str(tmp_path), "train_iters": 1}
+    job = {"pair_cache_dir": str(tmp_path), "train_iters": 6}
     ranks(1)(train, ["--preference-loss", "dpo"], **job)
     half = scores_in(tmp_path)
     assert np.isfinite(half.conditional).all() and np.isnan(half.unconditional).all()
@@ -256,19 +274,53 @@ def test_scores_are_in_the_datas_order_whatever_is_swapped(ranks, tmp_path, expe
 # What does not fit
 
 
-def test_a_damaged_shard_is_scored_again(ranks, tmp_path):
-    flags = ["--reference-cache", str(tmp_path / "reference"), "--score-shard-pairs", "10", "--train-iters", "1"]
-    ranks(2)(train, flags, pair_cache_dir=str(tmp_path))
+def score_and_tell(flags, **overrides):
+    """On a rank: the blocks that ``score`` scores, their pairs by pack, and the length of the packs."""
+    from unittest import mock
+
+    from megatron_bdpo.training.reference.scoring import GroupScorer
+
+    call, told = GroupScorer.__call__, []
+
+    def tell(scorer, blocks):
+        told.extend(([block.groups.pairs[pack].tolist() for pack in block.packs], block.length) for block in blocks)
+        return call(scorer, blocks)
+
+    with mock.patch.object(GroupScorer, "__call__", tell):
+        score(flags, **overrides)
+    return told
+
+
+def score_and_write_each_call(flags, **overrides):
+    """The same with a part for every call of the model, and one block in a call."""
+    from unittest import mock
+
+    from megatron_bdpo.training.reference import scores
+
+    with mock.patch.multiple(scores, FLUSH_SECONDS=-1e9, _CALL_SECONDS=0, _PIPELINED_CALL_SECONDS=0):
+        return score_and_tell(flags, **overrides)
+
+
+@pytest.mark.parametrize("layout", [TP2, PP2, []], ids=["TP2", "PP2", "DP2"])
+def test_a_damaged_part_is_scored_again(ranks, tmp_path, layout):
+    """To the bit, whenever what is scored goes to disk: a part is of whole blocks, whose packs are their own."""
+    flags = [*layout, "--reference-cache", str(tmp_path / "reference")]
+    blocks = ranks(2)(score_and_write_each_call, flags, pair_cache_dir=str(tmp_path))[0]
     directory = tmp_path / "reference" / "train"
-    expected, file = open_scores(directory), directory / "shard-00002.safetensors"
-    written = file.read_bytes()
-    file.write_bytes(written[:-3])
-    before = stamps(tmp_path)
-    ranks(2)(train, flags, pair_cache_dir=str(tmp_path))
-    changed = {Path(path).name for path, stamp in stamps(tmp_path).items() if stamp != before[path]}
-    assert changed == {file.name, "manifest.json"}
-    assert file.read_bytes() == written
-    assert np.array_equal(open_scores(directory).conditional, expected.conditional)
+    expected, file = open_scores(directory), directory / "part-00002.safetensors"
+    parts = len(list(directory.glob("part-*")))
+    assert parts > 5
+    file.write_bytes(file.read_bytes()[:-3])
+    assert ranks(2)(score_and_tell, flags, pair_cache_dir=str(tmp_path))[0] == blocks[2:3]
+    assert not file.exists() and len(list(directory.glob("part-*"))) == parts
+    for kind in ("conditional", "unconditional"):
+        assert np.array_equal(getattr(open_scores(directory), kind), getattr(expected, kind)), kind
+    in_one = [*layout, "--reference-cache", str(tmp_path / "in-one-go")]
+    assert ranks(2)(score_and_tell, in_one, pair_cache_dir=str(tmp_path))[0] == blocks
+    found = open_scores(tmp_path / "in-one-go" / "train")
+    assert len(list((tmp_path / "in-one-go" / "train").glob("part-*"))) == 1
+    assert np.array_equal(found.conditional, expected.conditional)
+    assert np.array_equal(found.unconditional, expected.unconditional)
 
 
 def test_resident_values_are_told_apart_when_a_pair_comes_twice_in_a_step(ranks, tmp_path):

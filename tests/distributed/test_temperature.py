@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.harness.jobs import last_stage, scores_in, train
+from tests.harness.jobs import last_stage, score, scores_in, train
 from tests.harness.ranks import RankFailure
 
 AUTO = ["--bdpo-temperature", "auto"]
@@ -48,14 +48,15 @@ def train_and_tell(flags, **overrides):
 
 def test_it_is_the_rules_and_all_ranks_have_it(ranks, tmp_path):
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
-    seen = ranks(4)(train_and_tell, [*AUTO, *layout], pair_cache_dir=str(tmp_path), **TELLING)
+    epoch = TELLING | {"train_iters": 6, "pair_cache_dir": str(tmp_path)}
+    seen = ranks(4)(train_and_tell, [*AUTO, *layout], **epoch)
     tau = expected_temperature(tmp_path)
     assert {each for _, _, temperatures in seen for each in temperatures} == {seen[0][2][0]}
     assert seen[0][2][0] == pytest.approx(tau, rel=1e-12)
     printed = seen[0][1]
-    assert f"loss: bdpo_temperature {tau:.6g}, from the data" in printed
+    assert f"loss: bdpo_temperature {tau:.6g}, from 48 of 48 training pairs" in printed
     assert "comprehension of 48 training pairs, nats per token" in printed
-    explicit = ranks(1)(train, ["--bdpo-temperature", repr(tau)], pair_cache_dir=str(tmp_path), **TELLING)
+    explicit = ranks(1)(train, ["--bdpo-temperature", repr(tau)], **epoch)
     for step, expected in zip(last_stage(seen)[0].steps, last_stage(explicit).steps, strict=True):
         assert step["weights/chosen"] == pytest.approx(expected["weights/chosen"], rel=1e-6)
         assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -71,6 +72,40 @@ def test_a_resumed_run_keeps_it(ranks, tmp_path):
     assert f"bdpo_temperature {tau:.6g}, as at the run's first start" in printed
 
 
+def test_it_is_of_the_pairs_that_the_steps_use(ranks, tmp_path):
+    """Not of what else is in the cache, nor of held-out pairs; a resumed run that goes on for longer keeps it."""
+    flags = [*AUTO, "--eval-share", "0.25", "--pair-cache-dir", str(tmp_path / "cache")]
+    ranks(1)(score, flags, **TELLING)
+    run = ["--save", str(tmp_path / "run"), "--load", str(tmp_path / "run"), "--save-interval", "2"]
+    run += ["--override-opt-param-scheduler", "--train-iters"]
+    ((ids, edges, printed),) = ranks(1)(train_and_tell_pairs, [*flags, *run, "2"], **TELLING)
+    scores = scores_in(tmp_path / "cache")
+    assert np.isfinite(scores.conditional).all() and len(ids) == 16
+    information = ((scores.conditional - scores.unconditional) / scores.tokens)[ids]
+    imbalance = np.abs(information[:, 0] - information[:, 1])
+    expected = float(np.quantile(imbalance, 0.9) / math.log(3))
+    assert f"bdpo_temperature {expected:.6g}, from 16 of 36 training pairs" in printed
+    assert edges == pytest.approx(np.quantile(imbalance, [0.25, 0.5, 0.75]).tolist(), rel=1e-12)
+    assert "quartiles of the imbalance:" in printed and printed.count("from 16 of 36 training pairs") == 2
+    ((more, kept, printed),) = ranks(1)(train_and_tell_pairs, [*flags, *run, "4"], **TELLING)
+    assert len(more) == 32 and kept == edges
+    assert f"bdpo_temperature {expected:.6g}, as at the run's first start" in printed
+    assert printed.count("as at the run's first start") == 2
+
+
+def train_and_tell_pairs(flags, **overrides):
+    """On a rank: the pairs of the steps, the edges between the quartiles, and what was printed."""
+    import contextlib
+    import io
+
+    from tests.harness.jobs import last_weights_kept, run_job
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        run, _ = run_job(last_weights_kept(), flags, overrides)
+    return np.unique(run.job.plan.steps), run._step.imbalance_edges.tolist(), printed.getvalue()
+
+
 def _resume_with_other_rule(flags, **overrides):
     from unittest import mock
 
@@ -82,7 +117,7 @@ def _resume_with_other_rule(flags, **overrides):
 
 def test_the_distribution_is_printed_for_a_number_too(ranks, tmp_path):
     ((_, printed, _),) = ranks(1)(train_and_tell, [], pair_cache_dir=str(tmp_path))
-    (table,) = re.findall(r"comprehension of 48 training pairs.*temperature 1\n(?:  .*\n)+", printed)
+    (table,) = re.findall(r"comprehension of 24 training pairs.*temperature 1\n(?:  .*\n)+", printed)
     for row in ("median", "I_w ", "I_l ", "|I_w - I_l|", "weights there", "scale there"):
         assert row in table
 

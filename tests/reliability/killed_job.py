@@ -24,7 +24,7 @@ _TIMES = "throughput"
 
 SETTINGS = (
     "--tokenizer-type SentencePieceTokenizer --seq-length 2048 --max-pairs 40 --pairs-per-step 8 --eval-share 0.2 "
-    "--eval-interval 2 --save-interval 2 --score-shard-pairs 8 --lr 1e-3 --lr-decay-style constant "
+    "--eval-interval 2 --save-interval 2 --lr 1e-3 --lr-decay-style constant "
     "--use-distributed-optimizer"
 )
 
@@ -68,8 +68,10 @@ class Run:
         os.dup2(log, 2)
         os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "MASTER_ADDR": "127.0.0.1"}
         from megatron_bdpo.training.entry import main
+        from megatron_bdpo.training.reference import scores
 
         show_phases(self.board, int(os.environ["RANK"]))
+        scores.FLUSH_SECONDS = 0  # so that kills find a part of the scores on disk
         main(self.flags())
         if os.environ["RANK"] == "0":
             (self.directory / "modules").write_text("\n".join(sys.modules))

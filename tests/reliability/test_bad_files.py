@@ -108,13 +108,13 @@ def test_an_index_that_names_no_files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"shard_pairs": 0}, "shard_pairs is 0"),
+        ({"version": 2, "shard_pairs": 0}, "shard_pairs is 0"),
         ({"complete": {"pairs": 1}}, "complete.scored is missing"),
         ({"identity": None}, "identity is None"),
         ({"jobs": 7}, "jobs is 7"),
         (
             {"complete": {"pairs": 2**32, "scored": dict.fromkeys(KINDS, 0)}},
-            "it speaks of 4294967296 pairs, and the shards",
+            "it speaks of 4294967296 pairs, and the files",
         ),
     ],
 )

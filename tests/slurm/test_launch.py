@@ -107,18 +107,19 @@ def test_stop_during_start_up(cluster):
 
 
 def test_scoring_ahead_of_the_training(cluster):
-    """A job of its own, stopped after its first shard; the training finds what it has left."""
+    """A job of its own, stopped while it scores; the training finds what it has left."""
     flags = (*FLAGS, "--train-iters=2")
-    scoring = cluster.submit("scored", *flags, "--score-shard-pairs=8", script="score.sh")
+    scoring = cluster.submit("scored", *flags, script="score.sh")
     scoring.wait_for(lambda: "logs:" in scoring.log, "the launch")
     scoring.signal()
     scoring.wait()
     assert "attempt 0: stopped" in scoring.log
     assert last_line(scoring).endswith("attempt 1: finished")
-    assert "64 train pairs, 56 of them scored now" in scoring.rank_logs(1)
+    (scored,) = re.findall(r"64 train pairs, (\d+) of them scored now", scoring.rank_logs(1))
+    assert 0 < int(scored) < 64
     training = cluster.submit("scored", *flags)
     training.wait()
-    assert "64 train pairs, 0 of them scored now" in training.rank_logs()
+    assert re.search(r"\d+ train pairs, 0 of them scored now", training.rank_logs())
 
 
 def test_kill_switch(cluster):

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bdpo.data.packing import best_fit, emptiest_first, pack_all, pack_evenly, per_pack, shortest
+from megatron_bdpo.data.packing import (
+    best_fit,
+    cut_into_blocks,
+    emptiest_first,
+    pack_all,
+    pack_evenly,
+    per_pack,
+    shortest,
+)
 
 # Steps
 
@@ -79,3 +89,30 @@ def test_pack_evenly_makes_packs_of_one_length_as_short_as_their_fullest(sizes, 
     fullest = max((int(array[pack].sum()) for pack in packs), default=0)
     assert fullest <= length <= 96
     assert length in (96, -(-fullest // 8) * 8)
+
+
+@given(st.lists(st.integers(1, 150), max_size=80), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_blocks_are_pairs_in_their_order_and_fill_their_packs(sizes, packs):
+    array, length = np.array(sizes, np.int64), 100
+    blocks = list(cut_into_blocks(array, length, packs))
+    assert [place for block in blocks for place in range(block.start, block.stop)] == list(range(len(sizes)))
+    for block, after in itertools.zip_longest(blocks, blocks[1:]):
+        own = array[block]
+        limit = max(length, int(own[0]))
+        assert own.max() <= limit
+        assert len(pack_all(np.arange(len(own)), own, limit, 1)) <= packs
+        if after is not None and array[after.start] <= limit:  # a good deal is in it
+            assert own.sum() + array[after.start] > packs * limit / 2
+
+
+@given(st.lists(st.integers(1, 150), min_size=1, max_size=80), st.integers(1, 4), st.data())
+@settings(max_examples=100, deadline=None)
+def test_blocks_do_not_depend_on_where_one_begins(sizes, packs, data):
+    """What goes on after some blocks cuts the same ones."""
+    array = np.array(sizes, np.int64)
+    blocks = list(cut_into_blocks(array, 100, packs))
+    first = data.draw(st.integers(0, len(blocks) - 1))
+    begin = blocks[first].start
+    again = [slice(begin + b.start, begin + b.stop) for b in cut_into_blocks(array[begin:], 100, packs)]
+    assert again == blocks[first:]

@@ -144,8 +144,7 @@ NEWEST = Version("2.20.2")
 PARALLEL = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--eval-share", "0.2", "--eval-interval", "1"]
 
 
-#: Seven pairs do not fill packs of scoring.
-@pytest.mark.parametrize("reference", [["--score-shard-pairs", "7"], ["--reference", "resident"]])
+@pytest.mark.parametrize("reference", [[], ["--reference", "resident"]], ids=["precomputed", "resident"])
 def test_buffers_have_the_size_of_every_pack_of_fixed_length(ranks, tmp_path, reference):
     flags = [*PARALLEL, *reference, "--fixed-pack-length"]
     for buffers, rows in ranks(2)(buffers_and_packs, flags, str(tmp_path)):

@@ -213,12 +213,6 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--reference-cache", metavar="DIR", help="where the reference scores of this data and model are kept")
     add(
-        "--score-shard-pairs",
-        type=int,
-        metavar="N",
-        help="pairs that are scored between two writes to a new directory of reference scores (default: 4096)",
-    )
-    add(
         "--stop-file",
         nargs="+",
         metavar="PATH",

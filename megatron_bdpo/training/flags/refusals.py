@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_bdpo.data.scores import MOST_SHARD_PAIRS
 from megatron_bdpo.errors import UserError
 
 #: Without these there is no run. What Megatron itself requires is named here too: it would say so much later.
@@ -37,9 +36,8 @@ _REFUSALS = (
         "--eval-pair-data and --eval-share both name held-out pairs. Give one.",
     ),
     _Refusal(
-        lambda a: a.reference == "resident" and (a.reference_cache or a.score_shard_pairs),
-        "--reference-cache and --score-shard-pairs keep the values of a precomputed reference; a resident one has "
-        "none. Leave them out.",
+        lambda a: a.reference == "resident" and a.reference_cache,
+        "--reference-cache keeps the values of a precomputed reference; a resident one has none. Leave it out.",
     ),
     _Refusal(
         lambda a: bool(a.save) != (a.save_interval is not None or a.save_every_minutes is not None),
@@ -263,10 +261,6 @@ _REFUSALS = (
         lambda a: a.exit_signal_handler_for_training or a.exit_signal_handler_for_dataloader,
         "--exit-signal-handler-for-training would end a run without a checkpoint, and --exit-signal-handler-for-"
         "dataloader is for loaders that pairs do not use. SIGTERM, --exit-signal and --stop-file save one first.",
-    ),
-    _Refusal(
-        lambda a: a.score_shard_pairs is not None and not 1 <= a.score_shard_pairs <= MOST_SHARD_PAIRS,
-        f"--score-shard-pairs must be at least 1, and at most {MOST_SHARD_PAIRS}: a killed job loses one shard's work.",
     ),
     _Refusal(lambda a: a.seed < 1, "--seed: Megatron takes positive seeds only."),
     _Refusal(

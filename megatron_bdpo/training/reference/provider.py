@@ -15,8 +15,10 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.digest import weights_digest
 from megatron_bdpo.model.hf.hub import is_model_directory
+from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.model.reference import WEIGHTS_DIR, build_reference, copy_policy, load_weights, save_weights
+from megatron_bdpo.training.batches import IntArray
 from megatron_bdpo.training.checkpoints import damage
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
 from megatron_bdpo.training.forward import ReferenceValues
@@ -32,13 +34,15 @@ class ReferenceProvider:
     """Makes the reference of one run. Every method is collective.
 
     Attributes:
-        pause: called between shards of scoring, on all ranks; may raise to leave.
+        pairs: ids of the pairs whose values are needed, in the order of their use.
+        pause: called again and again while scoring, on all ranks; may raise to leave.
     """
 
     args: argparse.Namespace
     job: PairJob
     config: PairGPTConfig
     scoring: TokenScoring
+    pairs: IntArray
     pause: Callable[[], None]
 
     def provide(
@@ -78,7 +82,7 @@ class ReferenceProvider:
         def model() -> list[Any]:
             return self._load_original(identity) if resumed else policy
 
-        return ReferenceScores(self.args, self.job, self.scoring, identity.reference, model, self.pause)
+        return ReferenceScores(self.args, self.job, self.scoring, identity.reference, self.pairs, model, self.pause)
 
     def _identify(self, model: list[Any]) -> dict[str, Any]:
         vocab_size = self.scoring.vocab_size
@@ -111,25 +115,28 @@ class ReferenceProvider:
         return ResidentReference(reference, self.job.loss.requirements, self.scoring), identity
 
     def _load_original(self, identity: RunIdentity) -> list[Any]:
+        source = identity.reference_weights or f"--seed {identity.seed}"
         if not identity.reference_weights:
-            raise UserError(
-                "the original reference is not to be had: its values are gone, and its weights were never written. "
-                "Start a new run from the checkpoint's weights with --finetune."
-            )
-        reference = build_reference(self.config)
-        if problems := damage(Path(identity.reference_weights)):
+            reference = build_reference(self.config, with_weights=True)
+            initialize_by_name(unwrap_model(reference), identity.seed)
+        elif problems := damage(Path(source)):
             listed = "\n".join(f"  {line}" for line in problems)
             raise UserError(f"the weights of the original reference are damaged:\n{listed}\nRestore them.")
-        if is_model_directory(Path(identity.reference_weights)):
-            weights_loader(identity.reference_weights)(unwrap_model(reference))
         else:
-            with all_ranks_agree():
-                load_weights(reference, Path(identity.reference_weights))
+            reference = build_reference(self.config)
+            self._load(reference, source)
         found = self._identify(reference)
         if found != identity.reference:
             differing = "\n".join(f"  {line}" for line in differences(identity.reference, found))
             raise UserError(
-                f"{identity.reference_weights} and this run's settings do not make the reference of the resumed "
+                f"{source} and this run's settings do not make the reference of the resumed "
                 f"checkpoint:\n{differing}\nRestore the weights, or resume with that run's settings."
             )
         return reference
+
+    def _load(self, reference: list[Any], source: str) -> None:
+        if is_model_directory(Path(source)):
+            weights_loader(source)(unwrap_model(reference))
+        else:
+            with all_ranks_agree():
+                load_weights(reference, Path(source))

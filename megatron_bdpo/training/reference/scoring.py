@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_bdpo.data.layout import group_tokens
-from megatron_bdpo.data.packing import pack_evenly, round_up
+from megatron_bdpo.data.packing import cut_into_blocks, pack_evenly, round_up
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import PairLogProbs, Requirements
 from megatron_bdpo.model.reference import evaluating, weights_at_rest
@@ -26,7 +26,6 @@ from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import sum_over_ranks
 from megatron_bdpo.training.forward import ScoringStep
 from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_edges
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -34,7 +33,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass
 class ReferenceTable:
-    """Reference log-probs of all pairs of a run, in nats, summed over response tokens. P pairs.
+    """Reference log-probs of the pairs that a run uses, in nats, summed over response tokens. P pairs; NaN of others.
 
     Attributes:
         conditional: [P, 2] log pi_ref(y|x) of chosen and rejected.
@@ -46,16 +45,9 @@ class ReferenceTable:
     unconditional: FloatArray | None
     directories: Mapping[str, Path] = field(default_factory=dict)
 
-    def imbalance_edges(self, job: PairJob) -> Tensor | None:
-        """[3] between the quartiles of the training pairs' imbalance; None where the loss does not read it."""
-        if self.unconditional is None:
-            return None
-        losses = job.loss.spec.function(self.training_pairs(job), job.loss.options)
-        return quartile_edges(losses.metrics[IMBALANCE].numpy()) if IMBALANCE in losses.metrics else None
-
     def training_pairs(self, job: PairJob) -> PairLogProbs:
-        """The values of all pairs that are trained on, in float64, with the reference as the policy."""
-        ids = job.train.ids
+        """The values of the training pairs that the run uses, in float64, with the reference as the policy."""
+        ids = job.train.ids[~np.isnan(self.conditional[job.train.ids]).any(axis=1)]
         conditional, tokens = _flat(self.conditional[ids]), _flat(job.pool.lengths[ids, 1:])
         unconditional = None if self.unconditional is None else _flat(self.unconditional[ids])
         unsafe = torch.from_numpy(job.pool.unsafe[ids])
@@ -186,6 +178,19 @@ class Groups:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def __getitem__(self, some: slice | IntArray) -> Groups:
+        return Groups(self.pairs[some], self.unconditional[some])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Groups that are scored together, whatever is scored before or after them: their packs are theirs alone."""
+
+    groups: Groups
+    packs: list[IntArray]  # places among the groups; equally many for every data-parallel rank
+    length: int  # positions of every pack
+    tokens: int
+
 
 @dataclass(frozen=True)
 class GroupScorer:
@@ -194,48 +199,61 @@ class GroupScorer:
     Attributes:
         make: makes packs of the pool's pairs; its limit is a multiple of ``unit``.
         unit: the packs' lengths are multiples of this.
+        length: of packs, a multiple of ``unit``. With pipeline stages or ``fixed_length`` no group may be longer.
         alone: every group has a pack of its own.
-        fixed_length: packs are as long as they may be.
-        seen: told the number of pairs in each pack that is on its way.
+        fixed_length: all packs are ``length`` long.
     """
 
     model: list[Any]
     scoring: TokenScoring
     make: PackMaker
     unit: int
+    length: int
     alone: bool
     fixed_length: bool
-    seen: Callable[[int], object]
 
-    def __call__(self, groups: Groups) -> FloatArray:
-        """[n, 2] log-probs of chosen and rejected, in nats, on every rank. Collective over all ranks.
+    def blocks(self, groups: Groups) -> Iterator[Block]:
+        """The groups in their order, block by block. A block has a pack for every pipeline stage of every replica.
 
-        Which groups share a pack depends on the groups and on the number of data-parallel ranks and pipeline stages,
-        and on nothing else.
+        How a block is packed depends on its groups, ``length`` and the number of data-parallel ranks and pipeline
+        stages, and on nothing else: what is scored in several goes has the bits of what is scored in one.
         """
-        ranks = parallel_state.get_data_parallel_world_size()
+        sizes = self._sizes(groups)
         stages = parallel_state.get_pipeline_model_parallel_world_size()
-        multiple = ranks * stages  # interleaved stages take microbatches in groups
-        packs, length = self._pack(self.sizes(groups), multiple)
-        if self.fixed_length:
-            length = self.make.limit
-        own = packs[parallel_state.get_data_parallel_rank() :: ranks]
-        made_once = itertools.tee(self._packs(own, groups, length), len(self.model))
-        scores = score_batches(self.model, list(made_once), len(own), length, self.scoring)
-        result = np.zeros((len(groups), 2))
+        packs = parallel_state.get_data_parallel_world_size() * stages  # interleaved stages take them in groups
+        singly = (slice(first, first + packs) for first in range(0, len(groups), packs))
+        for cut in singly if self.alone else cut_into_blocks(sizes, self.length, packs):
+            yield self._block(groups[cut], sizes[cut], packs, same_length=self.fixed_length or stages > 1)
+
+    def _block(self, groups: Groups, sizes: IntArray, packs: int, *, same_length: bool) -> Block:
+        ids = np.arange(len(groups))
+        limit = max(self.length, round_up(int(sizes.max()), self.unit))
+        if self.alone:
+            packed, length = [*ids[:, None], *[ids[:0]] * (packs - len(ids))], round_up(int(sizes.max()), self.unit)
+        else:
+            packed, length = pack_evenly(ids, sizes, limit, packs, self.unit)
+        # Pipeline stages exchange packs in messages of one size, and one call has those of several blocks.
+        return Block(groups, packed, self.length if same_length else length, int(sizes.sum()))
+
+    def __call__(self, blocks: Sequence[Block]) -> FloatArray:
+        """[n, 2] log-probs of chosen and rejected of all blocks' groups, in nats, on every rank. Collective."""
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        starts = np.cumsum([0, *(len(block.groups) for block in blocks)])
+        own = [
+            (block, pack, start + pack)
+            for block, start in zip(blocks, starts, strict=False)
+            for pack in block.packs[rank::ranks]
+        ]
+        made = (self._pack(block.groups[pack], block.length) for block, pack, _ in own)
+        made_once = list(itertools.tee(made, len(self.model)))
+        scores = score_batches(self.model, made_once, len(own), blocks[0].length, self.scoring)
+        result = np.zeros((int(starts[-1]), 2))
         if _is_one_of_each_replica():
-            for pack, score in zip(own, scores, strict=True):
-                result[pack] = score.reshape(-1, 2).cpu().numpy()
+            for (_, _, places), score in zip(own, scores, strict=True):
+                result[places] = score.reshape(-1, 2).cpu().numpy()
         return sum_over_ranks(torch.from_numpy(result)).numpy()
 
-    def _pack(self, sizes: IntArray, multiple: int) -> tuple[list[IntArray], int]:
-        ids = np.arange(len(sizes))
-        if not self.alone:
-            return pack_evenly(ids, sizes, self.make.limit, multiple, self.unit)
-        packs = [*ids[:, None], *[ids[:0]] * (-len(ids) % multiple)]
-        return packs, round_up(int(sizes.max()), self.unit)
-
-    def sizes(self, groups: Groups) -> IntArray:
+    def _sizes(self, groups: Groups) -> IntArray:
         """[n] pack positions that each group takes."""
         pool = self.make.pool
         lengths = pool.lengths[groups.pairs]
@@ -244,10 +262,8 @@ class GroupScorer:
         lengths[:, 0] = np.where(groups.unconditional, empty[store], lengths[:, 0])
         return group_tokens(lengths, share_prompts=self.make.share_prompts)
 
-    def _packs(self, packs: list[IntArray], groups: Groups, length: int) -> Iterator[PackBatch]:
-        for pack in packs:
-            self.seen(len(pack))
-            yield self.make.mixed(groups.pairs[pack], groups.unconditional[pack], length)
+    def _pack(self, groups: Groups, length: int) -> PackBatch:
+        return self.make.mixed(groups.pairs, groups.unconditional, length)
 
 
 def _is_one_of_each_replica() -> bool:

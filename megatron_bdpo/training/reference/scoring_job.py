@@ -12,6 +12,7 @@ from megatron_bdpo.model.reference import build_reference, load_weights
 from megatron_bdpo.platform.seams import initialize_megatron
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.distributed import all_ranks_agree, say
+from megatron_bdpo.training.job import each_once
 from megatron_bdpo.training.preparation import forget_global_state
 from megatron_bdpo.training.reference.provider import ReferenceProvider
 from megatron_bdpo.training.reference.settling import settle
@@ -21,7 +22,7 @@ from megatron_bdpo.training.stopping import StopRequest, StopRequested
 
 
 def score_pairs(args: argparse.Namespace) -> list[Path]:
-    """Score all pairs that a training with these arguments would read, as far as its loss reads the reference.
+    """Score all pairs of a training's data, those first that its steps would use, as far as its loss reads them.
 
     Collective.
 
@@ -33,7 +34,7 @@ def score_pairs(args: argparse.Namespace) -> list[Path]:
 
     Raises:
         UserError: on every rank; there is nothing to score, among other reasons.
-        StopRequested: on every rank, after a shard, when a signal or a --stop-file has asked for it.
+        StopRequested: on every rank, with all that is scored on disk, when a signal or a --stop-file has asked for it.
     """
     if args.dry_run is not None:
         raise UserError("--dry-run checks a training. Leave it out to score.")
@@ -63,15 +64,17 @@ def _score(args: argparse.Namespace, stop: StopRequest) -> list[Path]:
             if setup.job.resident:
                 raise UserError("--reference resident keeps no scores. Leave it out to score.")
         initialize_megatron()
-        provider = ReferenceProvider(args, setup.job, setup.config, setup.scoring, pause=stop.leave_if_asked)
+        job = setup.job
+        pairs = each_once(job.pairs_in_use(None), job.train.ids, job.held_out.ids)
+        provider = ReferenceProvider(args, job, setup.config, setup.scoring, pairs, pause=stop.leave_if_asked)
         model: list[Any] = []
         run = setup.identity
         if not setup.resumed:
             model = _starting_model(setup)
             run = provider.identify(run, model)
         scores = provider.scores(model, run, resumed=setup.resumed)
-        settle(setup.job.loss, scores.table().training_pairs(setup.job), {})
-        return [scores.directory(index) for index in range(len(setup.job.pool.stores))]
+        settle(job.loss, scores.table().training_pairs(job), len(job.train.ids), {})
+        return [scores.directory(index) for index in range(len(job.pool.stores))]
     finally:
         forget_global_state()
 

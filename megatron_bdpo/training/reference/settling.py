@@ -1,8 +1,12 @@
-"""Options of a loss that the data settle: once, at a run's first start, from the reference's values."""
+"""What the data settle, once, at a run's first start: open options of the loss, and the quartiles of the imbalance.
+
+Both are taken from the reference's values of the training pairs that the planned steps use: all of them, where the run
+is an epoch or longer. Held-out pairs have no part in it, nor has what else a cache of scores may hold.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,15 +14,17 @@ from megatron_bdpo.losses import PairLogProbs
 from megatron_bdpo.losses.options import open_options
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
 from megatron_bdpo.training.forward import PairLossFunction
+from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_edges
 
 
 def settle(
-    loss: PairLossFunction, pairs: PairLogProbs, kept: Mapping[str, Any]
+    loss: PairLossFunction, pairs: PairLogProbs, of: int, kept: Mapping[str, Any]
 ) -> tuple[PairLossFunction, dict[str, Any]]:
     """The loss with all its options, and by name the values of those that were open. Collective.
 
     Args:
-        pairs: all training pairs, with the reference as the policy.
+        pairs: the training pairs that the run uses, with the reference as the policy.
+        of: the number of all training pairs.
         kept: what the run's first start has settled; empty at that start.
 
     Raises:
@@ -35,5 +41,25 @@ def settle(
         say(described)
     settled = {name: getattr(options, name) for name in names}
     for name, value in settled.items():
-        say(f"loss: {name} {value:.6g}" + (", as at the run's first start" if name in kept else ", from the data"))
+        say(f"loss: {name} {value:.6g}, {_origin(name in kept, pairs, of)}")
     return replace(loss, options=options), settled
+
+
+def imbalance_edges(loss: PairLossFunction, pairs: PairLogProbs, of: int, kept: Sequence[float]) -> list[float]:
+    """The three edges between the quartiles of the pairs' imbalance; none where the loss does not read it. Collective.
+
+    Args:
+        loss: with all its options; the others are as in :func:`settle`.
+    """
+    if not loss.requirements.comprehension:
+        return []
+    metrics = loss.spec.function(pairs, loss.options).metrics
+    if IMBALANCE not in metrics:
+        return []
+    edges = broadcast(list(kept) or quartile_edges(metrics[IMBALANCE].numpy()).tolist())
+    say(f"quartiles of the imbalance: {', '.join(f'{edge:.4g}' for edge in edges)}, {_origin(bool(kept), pairs, of)}")
+    return edges
+
+
+def _origin(is_kept: bool, pairs: PairLogProbs, of: int) -> str:
+    return "as at the run's first start" if is_kept else f"from {len(pairs.policy_chosen)} of {of} training pairs"

@@ -227,12 +227,12 @@ def scores() -> Check:
 
     directory = own_directory() / "scores"
     identity = {"weights": "abc", "pairs": [1, 2]}
-    cache = ScoreCache.open(directory, identity, {"sources": ["a.jsonl"]}, shard_pairs=2)
+    cache = ScoreCache.open(directory, identity, {"sources": ["a.jsonl"]})
     arrays = {
         "conditional": np.array([[-1.0, -2.0], [-3.0, -4.0]]), "unconditional": np.full((2, 2), np.nan),
         "tokens": np.ones((2, 2), np.int32), "source": np.zeros(2, np.int16), "row": np.arange(1, 3, dtype=np.int64),
     }  # fmt: skip
-    cache.add(0, arrays)
+    cache.add(np.arange(2), arrays, 2)
     cache.finish(2, {"conditional": 2}, {"ranks": 1})
     files = {path: path.read_bytes() for path in sorted(directory.iterdir())}
     manifest = directory / "manifest.json"
