@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from examples import ablation, ablation_results
 
 ROOT = Path(__file__).parents[2]
 
 SMALL = ["--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "48", "--max-pairs", "16"]
 
 
-@pytest.fixture(scope="module")
-def ablation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablation", ROOT / "examples" / "ablation.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ablation"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
-def test_two_steps_of_everything(ablation, tmp_path, capsys, monkeypatch):
+def test_two_steps_of_everything(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the trainer's processes take the package from here
     output = tmp_path / "out put"
     command = ["--output", str(output), "--losses", "DPO", "SimPO", "--seeds", "1", "--jobs", "2"]
@@ -58,7 +47,7 @@ def test_two_steps_of_everything(ablation, tmp_path, capsys, monkeypatch):
     assert "belongs to a run with other settings" in capsys.readouterr().err
 
 
-def make_run(ablation, directory: Path, loss: str, seed: int, accuracy: float) -> object:
+def make_run(directory: Path, loss: str, seed: int, accuracy: float) -> object:
     directory.mkdir(parents=True)
     held_out = {"kind": "evaluation", "logps/chosen": -100.0, "logps/rejected": -120.0, "rewards/accuracies": 0.5}
     after = {"logps/chosen": -101.0, "logps/rejected": -125.0, "rewards/accuracies": accuracy}
@@ -68,39 +57,39 @@ def make_run(ablation, directory: Path, loss: str, seed: int, accuracy: float) -
         records.append({"kind": "step", "iteration": step, "rewards/accuracies": 0.1 * step, **step_values})
     records.append({**held_out, **after, "iteration": 6})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return ablation.Run(f"{loss} seed {seed}", loss, seed, directory, [])
+    return ablation_results.Run(f"{loss} seed {seed}", loss, seed, directory, [])
 
 
-def test_measures_and_their_spread(ablation, tmp_path):
+def test_measures_and_their_spread(tmp_path):
     """Three passes of two steps: the last pass is steps 5 and 6."""
-    runs = [make_run(ablation, tmp_path / str(seed), "DPO", seed, 0.6 + 0.1 * seed) for seed in (0, 1, 2)]
-    rows = ablation.collect(runs, epochs=3)
-    assert rows[0] == pytest.approx(
+    runs = [make_run(tmp_path / str(seed), "DPO", seed, 0.6 + 0.1 * seed) for seed in (0, 1, 2)]
+    rows = ablation_results.collect(runs, epochs=3)
+    assert {key: value for key, value in rows[0].items() if "_q" not in key} == pytest.approx(
         {
             "loss": "DPO", "seed": 0, "accuracy": 0.6, "gap": -0.05, "margin": 4.0, "drift_chosen": -1.0,
-            "drift_rejected": -5.0, "grad_norm": 5.5, "accuracy_q1": None, "accuracy_q4": None,
+            "drift_rejected": -5.0, "grad_norm": 5.5, "unsafe_declined": None, "harmless_answered": None,
         }
     )  # fmt: skip
-    summary = ablation.summarise(rows)
+    summary = ablation_results.summarise(rows)
     assert summary["DPO"]["accuracy"] == pytest.approx({"mean": 0.7, "sd": 0.1, "n": 3})
     assert "accuracy_q4" not in summary["DPO"]
-    line = ablation.report(rows).splitlines()[2]
+    line = ablation_results.report(rows).splitlines()[2]
     assert line.startswith("| DPO | 0.700 ± 0.100 | -0.150 ± 0.100 | +4.00 ± 0.00 | -1.00 ± 0.00 |")
-    assert line.endswith("| 5.50 ± 0.00 | – | – |")
+    assert line.endswith("| 5.50 ± 0.00 |")
 
 
-def test_differences_are_between_runs_of_one_seed(ablation, tmp_path):
+def test_differences_are_between_runs_of_one_seed(tmp_path):
     """Seeds differ by more than losses do; within a seed the second loss is 0.05 and 0.07 better."""
     accuracies = {("DPO", 1): 0.5, ("B-DPO", 1): 0.55, ("DPO", 2): 0.7, ("B-DPO", 2): 0.77}
-    runs = [make_run(ablation, tmp_path / f"{loss} {seed}", loss, seed, a) for (loss, seed), a in accuracies.items()]
-    rows = ablation.collect(runs, epochs=3)
-    (found,) = ablation.summarise(ablation.differences(rows)).values()
+    runs = [make_run(tmp_path / f"{loss} {seed}", loss, seed, a) for (loss, seed), a in accuracies.items()]
+    rows = ablation_results.collect(runs, epochs=3)
+    (found,) = ablation_results.summarise(ablation_results.differences(rows)).values()
     assert found["accuracy"] == pytest.approx({"mean": 0.06, "sd": 0.02 / 2**0.5, "n": 2})
-    table = ablation.report(rows).split("Difference from DPO with the same seed:\n\n")[1]
+    table = ablation_results.report(rows).split("Difference from DPO with the same seed:\n\n")[1]
     assert table.splitlines()[2].startswith("| B-DPO | +0.060 ± 0.014 |")
 
 
-def test_held_out_part_is_the_same_for_every_call(ablation, tmp_path):
+def test_held_out_part_is_the_same_for_every_call(tmp_path):
     source = tmp_path / "pairs.jsonl.gz"
     lines = [f'{{"prompt": "{i}"}}' for i in range(50)]
     source.write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -125,12 +114,12 @@ def test_held_out_part_is_the_same_for_every_call(ablation, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_split_is_refused(ablation, tmp_path, capsys, flags, expected):
+def test_what_cannot_be_split_is_refused(tmp_path, capsys, flags, expected):
     assert ablation.main(["--output", str(tmp_path), *flags]) == 2
     assert expected in capsys.readouterr().err
 
 
-def test_a_run_that_fails_is_named(ablation, tmp_path, capsys):
+def test_a_run_that_fails_is_named(tmp_path, capsys):
     assert ablation.main(["--output", str(tmp_path), "--launcher", "false", "--no-plot"]) == 2
     error = capsys.readouterr().err
     assert "start ended with exit code 1" in error and "log.txt" in error
