@@ -3,14 +3,16 @@ r"""The same training here and in TRL's DPOTrainer: pairs a second, memory, and 
     python benchmarks/vs_trl.py --pair-data hh_harmless_dev.jsonl.gz --csv vs_trl.csv
     python benchmarks/vs_trl.py --dtype bf16 --hidden 2048 --layers 16 --heads 32 --groups 8 --ffn 8192 --vocab 128256 \
         --lengths 400 200 --pairs-per-step 32 --trl-batch 8 --pack 8192                            # a GPU
+    python benchmarks/vs_trl.py --model runs/smollm2/model --pair-data examples/smollm2/pairs/train.jsonl \
+        --threads 2 --rounds 1                                                                     # a real model
 
-A Llama-shaped model with random weights is made for the purpose. All contenders train it on the same pairs in the same
-order, with the same pairs to a step, optimizer and precision, without recomputation, the reference's log-probs computed
-beforehand. Timed are the optimizer steps after the warm-up with everything in them: data, forward, backward, optimizer,
-log. In bf16 TRL keeps fp32 weights and computes under autocast; ours are bf16, with fp32 main copies. Tokens are
-counted as if nothing were shared or padded, for all contenders alike. MFU is the arithmetic that a contender's layout
-needs, without padding, over the peak of the GPU's datasheet. Memory is the peak of the whole process above what its
-imports take.
+A Llama-shaped model with random weights is made for the purpose, or --model names one. All contenders train it on the
+same pairs in the same order, with the same pairs to a step, optimizer and precision, without recomputation, the
+reference's log-probs computed beforehand. Timed are the optimizer steps after the warm-up with everything in them:
+data, forward, backward, optimizer, log. In bf16 TRL keeps fp32 weights and computes under autocast; ours are bf16, with
+fp32 main copies. Tokens are counted as if nothing were shared or padded, for all contenders alike. MFU is the
+arithmetic that a contender's layout needs, without padding, over the peak of the GPU's datasheet. Memory is the peak of
+the whole process above what its imports take.
 """
 
 from __future__ import annotations
@@ -145,7 +147,7 @@ def run_trl(
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list([as_texts(pair) for pair in itertools.chain.from_iterable(steps)]),
-            processing_class=models.id_tokenizer(trained_vocab(directory)),
+            processing_class=models.id_tokenizer(trained_vocab(directory), end=steps[0][0][1][-1]),
             callbacks=[Clock()],
         )
         if settings.get("padding_free") and not trainer.padding_free:
@@ -164,7 +166,7 @@ def run_trl(
 
 
 def as_texts(pair: list[list[int]]) -> dict[str, str]:
-    """A pair for TRL's own tokenization, with the tokenizer that reads ids. TRL puts the end token after answers."""
+    """A pair for TRL's own tokenization, with the tokenizer that reads ids. TRL puts the last token after answers."""
     prompt, *answers = pair
     texts = [models.as_text(prompt), *(models.as_text(answer[:-1]) for answer in answers)]
     return dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
@@ -187,9 +189,12 @@ def padded_fill(lengths: np.ndarray[Any, Any]) -> float:
 
 def compare(options: argparse.Namespace, directory: Path) -> tuple[list[rounds.Record], dict[str, str]]:
     """All contenders in turn, ``--rounds`` times. Returns the runs, and why a contender did not run."""
-    shape, data = models.shape_of(options), options.pair_data
+    shape, data = shape_of(options), options.pair_data
     stored = "bfloat16" if options.dtype == "bf16" else "float32"
-    models.make_model(shape, directory / "model", None if options.lengths else data, dtype=stored)
+    if options.model:
+        (directory / "model").symlink_to(options.model.resolve())
+    else:
+        models.make_model(shape, directory / "model", None if options.lengths else data, dtype=stored)
     if options.lengths:
         count = options.pairs_per_step * options.steps
         data = models.make_pairs(models.Lengths(*options.lengths), count, shape.vocab, directory / "pairs.jsonl")
@@ -217,6 +222,10 @@ def compare(options: argparse.Namespace, directory: Path) -> tuple[list[rounds.R
             flush=True,
         )
     return records, missing
+
+
+def shape_of(options: argparse.Namespace) -> models.Shape:
+    return models.shape_of_model(options.model) if options.model else models.shape_of(options)
 
 
 def table(records: list[rounds.Record]) -> str:
@@ -254,6 +263,7 @@ def parse() -> argparse.Namespace:
         metavar=("PROMPT", "RESPONSE"),
         help="made-up pairs of so many tokens on average, instead of --pair-data",
     )
+    parser.add_argument("--model", type=Path, help="a Llama-shaped Hugging Face model with its tokenizer, a directory")
     parser.add_argument("--pairs-per-step", type=int, default=8)
     parser.add_argument("--trl-batch", type=int, help="pairs that TRL takes at a time (default: the whole step)")
     parser.add_argument("--steps", type=int, default=10)
@@ -285,8 +295,9 @@ def main() -> None:
     made_up = f"prompts of {prompt} and answers of {response} tokens"
     pairs = made_up if options.lengths else options.pair_data.name
     print(
-        f"\n{models.shape_of(options)}, {options.dtype}; {pairs}, {options.pairs_per_step} pairs a "
-        f"step, {options.steps} steps of which {options.steps - options.warm_up} timed, {options.rounds} round(s);\n"
+        f"\n{options.model or 'random weights'}: {shape_of(options)}, {options.dtype}; {pairs}, "
+        f"{options.pairs_per_step} pairs a step, {options.steps} steps of which "
+        f"{options.steps - options.warm_up} timed, {options.rounds} round(s);\n"
         f"{rounds.machine(options.threads, *PACKAGES)}\n"
     )
     print(table(records))

@@ -77,14 +77,14 @@ def make_model(
     return directory
 
 
-def id_tokenizer(vocab: int) -> Any:
-    """Reads "<17><4>" as [17, 4]."""
+def id_tokenizer(vocab: int, end: int = END) -> Any:
+    """Reads "<17><4>" as [17, 4]; ``end`` is the token that ends answers."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({f"<{token}>": token for token in range(vocab)}, unk_token=f"<{UNKNOWN}>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\d+>"), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"<{END}>", pad_token=f"<{PADDING}>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"<{end}>", pad_token=f"<{PADDING}>")
 
 
 def trained_tokenizer(texts: Path, vocab: int) -> Any:
@@ -152,3 +152,10 @@ def add_shape_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
 def shape_of(options: argparse.Namespace) -> Shape:
     """The model that the flags describe."""
     return Shape(*(getattr(options, name) for name in asdict(Shape())))
+
+
+def shape_of_model(directory: Path) -> Shape:
+    """Of a Llama-shaped Hugging Face model."""
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return Shape(*(config[name] for name in (*names, "vocab_size")))
