@@ -112,7 +112,36 @@ def lay_out(groups: Sequence[PairGroup], length: int, *, share_prompts: bool = T
     return builder.finish([group.pair_id for group in groups])
 
 
+def lay_out_continued(
+    sequences: Sequence[tuple[npt.NDArray[np.int32], IntArray]], length: int
+) -> tuple[Pack, list[IntArray]]:
+    """Lay out the next tokens of sequences whose earlier keys were kept: the whole prompts first, then token by token.
+
+    A kept key is known by its place among all keys of the passes so far, those of the last pass first. The pass that is
+    laid out here puts its own before them.
+
+    Args:
+        sequences: of each one its next tokens, at least one, and the places of its keys before them.
+        length: T.
+
+    Returns:
+        The pack, which scores what follows the last token of each sequence, without targets; and the places of each
+        sequence's keys once the pass is done. Keys of other sequences have moved on by ``pack.used``.
+
+    Raises:
+        ValueError: if the tokens do not fit.
+    """
+    builder, places = _PackBuilder(length), []
+    used = sum(len(tokens) for tokens, _ in sequences)
+    for tokens, kept in sequences:
+        own = builder.add_segment(tokens, prefix=used + kept, first_position=len(kept))
+        builder.scored.append((own[-1:], _NO_TARGET))
+        places.append(np.concatenate([used + kept, own]))
+    return builder.finish([]), places
+
+
 _NOTHING: IntArray = np.zeros(0, np.int64)
+_NO_TARGET = np.zeros(1, np.int32)
 
 
 class _PackBuilder:

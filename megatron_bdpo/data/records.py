@@ -127,6 +127,15 @@ def parse_row(row: dict[str, Any]) -> PreferenceRecord:
     return PreferenceRecord(*parts, chosen_safe=_label(row, "chosen_safe"), rejected_safe=_label(row, "rejected_safe"))
 
 
+def parse_prompt(row: dict[str, Any]) -> str | list[Message]:
+    """Read the prompt of a row that needs no responses: text, or chat messages.
+
+    Raises:
+        RowProblem: the row is malformed.
+    """
+    return _text_or_messages(row, "prompt")
+
+
 type _Parts = tuple[str | list[Message], str | list[Message], str | list[Message]]
 
 

@@ -51,8 +51,11 @@ class MegatronTextTokenizer(Protocol):
 
     library: str
     chat_template: str | None
+    vocab_size: int
 
     def tokenize(self, text: str) -> list[int]: ...
+
+    def detokenize(self, ids: list[int]) -> str: ...
 
     def apply_chat_template(self, conversation: list[Message], **kwargs: Any) -> Any: ...
 
@@ -101,6 +104,39 @@ class PairTokenizer:
         if chosen == rejected:
             raise RowProblem(ProblemKind.IDENTICAL_TOKENS, "chosen and rejected give the same tokens")
         return PairTokens(self._started(prompt, record.is_chat), _int32(chosen), _int32(rejected))
+
+    def encode_prompt(self, prompt: str | list[Message]) -> TokenArray:
+        """Token ids of a prompt alone, int32 [length >= 1]: those that :meth:`encode` gives it before a response.
+
+        Raises:
+            RowProblem: it cannot be tokenized.
+            UserError: it is made of messages, and the tokenizer has no chat template.
+        """
+        if isinstance(prompt, str):
+            return self._started(self._ids(prompt, chat=False), chat=False)
+        text = self._apply_template(prompt, add_generation_prompt=True)
+        return self._started(self._ids(text, chat=True), chat=True)
+
+    def ends(self, *, chat: bool) -> list[list[int]]:
+        """What a response ends with, each as token ids: EOD; in chats also what the template puts after a response.
+
+        White space at the template's end is not waited for: it is the same after every response.
+        """
+        ends = [[self._end]]
+        if chat:
+            text, after = self._short_conversation
+            before = self._ids(text[: len(text) - len(after)], chat=True)
+            whole = self._ids(text.rstrip(), chat=True)
+            if whole[: len(before)] == before:
+                ends.append(whole[len(before) :])
+        return [end for index, end in enumerate(ends) if end and end not in ends[:index]]
+
+    def text(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens where the library leaves them out.
+
+        Entries that a model has beyond its tokenizer's have none.
+        """
+        return self._tokenizer.detokenize([token for token in ids if token < self._tokenizer.vocab_size])
 
     def truncate(self, pair: PairTokens, max_prompt_tokens: int | None, max_response_tokens: int | None) -> PairTokens:
         """Keep the prompt's end, with its start token, and the beginning of each response; None is no limit.
@@ -221,14 +257,19 @@ class PairTokenizer:
     @functools.cached_property
     def _turn_is_left_open(self) -> bool:
         """True when the template puts nothing but white space after a response, so that we have to end it."""
+        return not self._short_conversation[1].strip()
+
+    @functools.cached_property
+    def _short_conversation(self) -> tuple[str, str]:
+        """The text of a question and its response, and the part of it that the template puts after the response."""
         question = {"role": USER, "content": "a"}
-        texts = (
+        texts = [
             self._apply_template([question, {"role": ASSISTANT, "content": answer}], add_generation_prompt=False)
             for answer in ("b", "c")
-        )
+        ]
         # Reading backwards, the two texts differ first where the response ends.
-        after = itertools.takewhile(lambda ends: ends[0] == ends[1], zip(*(text[::-1] for text in texts), strict=False))
-        return all(character.isspace() for character, _ in after)
+        same = itertools.takewhile(lambda ends: ends[0] == ends[1], zip(*(text[::-1] for text in texts), strict=False))
+        return texts[0], "".join(character for character, _ in same)[::-1]
 
 
 def _int32(ids: list[int]) -> TokenArray:

@@ -8,6 +8,7 @@ On one process this needs torch and NumPy only; Megatron is loaded where a vocab
 """
 
 from megatron_bdpo.logprobs.fused_linear import token_log_probs as fused_log_probs
+from megatron_bdpo.logprobs.greedy import likeliest_tokens
 from megatron_bdpo.logprobs.scored import OneRank, ScoredPositions, TokenScores, sequence_log_probs
 from megatron_bdpo.logprobs.scoring import KERNELS, TokenScoring
 
@@ -18,5 +19,6 @@ __all__ = [
     "TokenScores",
     "TokenScoring",
     "fused_log_probs",
+    "likeliest_tokens",
     "sequence_log_probs",
 ]

@@ -61,7 +61,7 @@ def token_log_probs(
         sequence_parallel=False,
         tp_group=tp_group,
     )
-    logits = _without_padding(logits.float(), vocab_size, first_row=tp_group.rank() * weight.shape[0])
+    logits = without_padding(logits.float(), vocab_size, first_row=tp_group.rank() * weight.shape[0])
     entropies = _entropy(logits, tp_group) if entropy else None  # before the cross entropy overwrites the logits
     return TokenScores(-vocab_parallel_cross_entropy(logits, scored.target, tp_group=tp_group), entropies)
 
@@ -83,7 +83,7 @@ def _entropy(logits: Tensor, tp_group: Any) -> Tensor:
     return sums[0].log() - sums[1] / sums[0]
 
 
-def _without_padding(logits: Tensor, vocab_size: int, first_row: int) -> Tensor:
+def without_padding(logits: Tensor, vocab_size: int, first_row: int) -> Tensor:
     """Give the vocabulary's padding rows probability zero."""
     real = max(0, min(vocab_size - first_row, logits.shape[-1]))
     if real == logits.shape[-1]:

@@ -24,6 +24,21 @@ from torch.nn import functional
 from megatron_bdpo.model.attention_backends import BACKENDS, Layer, default_backend
 
 
+class KeptKeys:
+    """Keys and values of passes whose sequences go on, of every layer of this rank: those of the last pass first."""
+
+    def __init__(self) -> None:
+        self._of_layer: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def after(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of this pass, [used, g, d], and after them those of the passes before, [F, g, d] each."""
+        earlier = self._of_layer.get(layer_number, (key[:0], value[:0]))
+        # Also in the first pass a copy: they are parts of one larger tensor, which need not stay.
+        whole = torch.cat([key, earlier[0]]), torch.cat([value, earlier[1]])
+        self._of_layer[layer_number] = whole
+        return whole
+
+
 @dataclass
 class AttentionPlan(PackedSeqParams):
     """Travels through Megatron's layers as their ``packed_seq_params``, untouched, to :class:`PairAttention`.
@@ -37,6 +52,9 @@ class AttentionPlan(PackedSeqParams):
     key_starts: Tensor = field(default_factory=lambda: torch.empty(0))  # [R + 1] int32
     query_lengths: tuple[int, ...] = ()
     key_lengths: tuple[int, ...] = ()
+    kept: KeptKeys | None = None
+    """With it the pack goes on with sequences of earlier ones (``data.layout.lay_out_continued``), and every
+    context-parallel rank has the whole of it."""
 
     @property
     def padding(self) -> Tensor:
@@ -94,7 +112,7 @@ class PairAttention(MegatronModule):
         """Attend.
 
         Collectives with context parallelism: one all-gather of keys and values forward, one reduce-scatter of their
-        gradients backward, [C T, g, 2 d].
+        gradients backward, [C T, g, 2 d]; none where the plan keeps keys.
 
         Args:
             query: [T, 1, n, d]; key, value: [T, 1, g, d], g divides n.
@@ -109,7 +127,11 @@ class PairAttention(MegatronModule):
         plan = packed_seq_params
         used = sum(plan.query_lengths)
         query = query.squeeze(1)
-        keys, values = (part.index_select(0, plan.key_index) for part in self._of_all_ranks(key, value))
+        if plan.kept is None:
+            key, value = self._of_all_ranks(key, value)
+        else:
+            key, value = plan.kept.after(self.layer_number, key.squeeze(1)[:used], value.squeeze(1)[:used])
+        keys, values = (part.index_select(0, plan.key_index) for part in (key, value))
         if used:
             layer = Layer(query.shape[2], self.softmax_scale, self.window)
             attend = BACKENDS[self.backend or default_backend(query.is_cuda, query.dtype, layer)]

@@ -17,7 +17,7 @@ from megatron.training.models import GPTModelConfig
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
-from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, sequence_log_probs
+from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, likeliest_tokens, sequence_log_probs
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.moe import with_pair_router
 from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm
@@ -177,3 +177,35 @@ def score_sequences(
     """``output_processor`` of GPTModel: see :meth:`ScoringOutputLayer.forward`."""
     scores: Tensor = output_layer(hidden_states, output_weight, context)
     return scores
+
+
+@dataclass(frozen=True)
+class NextTokenContext:
+    """Which positions of a pack are to be continued."""
+
+    positions: ScoredPositions
+    vocab_size: int
+    """Entries of the tokenizer."""
+
+
+def next_tokens(
+    *,
+    hidden_states: Tensor,
+    output_layer: ScoringOutputLayer,
+    output_weight: Tensor | None,
+    context: NextTokenContext,
+    **unused: Any,
+) -> Tensor:
+    """``output_processor`` of GPTModel: the likeliest token after each position, [N] int64, the same on all TP ranks.
+
+    The output layer's weight is read, so it must not be gathered just now (see ``reference.weights_at_rest``).
+    """
+    return likeliest_tokens(
+        hidden_states,
+        output_layer.weight if output_weight is None else output_weight,
+        output_layer.bias,
+        context.positions,
+        vocab_size=context.vocab_size,
+        tp_group=output_layer.tp_group,
+        sequence_parallel=output_layer.config.sequence_parallel,
+    )

@@ -22,7 +22,7 @@ from megatron_bdpo.data.layout import IntArray, Pack, lay_out
 from megatron_bdpo.data.packing import round_up
 from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.logprobs import ScoredPositions
-from megatron_bdpo.model.attention import AttentionPlan
+from megatron_bdpo.model.attention import AttentionPlan, KeptKeys
 
 
 @dataclass
@@ -59,7 +59,8 @@ class PackBatch:
     def pairs(self) -> int:
         return len(self.pair_ids)
 
-    def attention_plan(self) -> AttentionPlan:
+    def attention_plan(self, kept: KeptKeys | None = None) -> AttentionPlan:
+        """Who attends to whom. ``kept``: where keys of earlier packs are, if this one goes on with them."""
         return AttentionPlan(
             qkv_format="sbhd",
             max_seqlen_q=self.table_length,
@@ -70,6 +71,7 @@ class PackBatch:
             key_starts=self.key_starts,
             query_lengths=self.query_lengths,
             key_lengths=self.key_lengths,
+            kept=kept,
         )
 
     def scored(self) -> ScoredPositions:

@@ -15,11 +15,15 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses, Requirements
-from megatron_bdpo.model.pair_gpt import ScoringContext, score_sequences
+from megatron_bdpo.model.attention import KeptKeys
+from megatron_bdpo.model.pair_gpt import NextTokenContext, ScoringContext, next_tokens, score_sequences
+from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import PackBatch
 from megatron_bdpo.training.finite import check_losses
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_report
@@ -176,5 +180,57 @@ class ScoringStep:
         return score_pack(model, next(data_iterator).to_device(), self.scoring), _collect
 
 
-def _collect(scores: Tensor, non_loss_data: bool = True) -> Tensor:
-    return scores.detach()
+@dataclass
+class NextTokenStep:
+    """``forward_step`` of generation: the token that follows each sequence of a pack (``collect_non_loss_data``)."""
+
+    vocab_size: int
+
+    def __call__(
+        self, data_iterator: Iterator[tuple[PackBatch, KeptKeys]], model: Any
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        batch, kept = next(data_iterator)
+        tokens = model(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=None,
+            packed_seq_params=batch.attention_plan(kept),
+            output_processor=next_tokens,
+            output_processor_context=NextTokenContext(batch.scored(), self.vocab_size),
+        )
+        return tokens, _collect
+
+
+def _collect(found: Tensor, non_loss_data: bool = True) -> Tensor:
+    return found.detach()
+
+
+@torch.no_grad()
+def forward_only(
+    model: list[Any], step: Callable[..., Any], iterators: list[Iterator[Any]], count: int, length: int
+) -> list[Tensor]:
+    """Run ``count`` microbatches forward only, outside of training. Collective over the model's ranks.
+
+    Args:
+        model: this rank's chunks; DDP is stepped around, its hooks are for training.
+        step: a forward step that collects.
+        iterators: what it reads from, one per chunk.
+        length: positions of every pack.
+
+    Returns:
+        On the last pipeline stage: what the step has collected, per microbatch. Elsewhere: an empty list.
+    """
+    chunks = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in model]
+    schedule = get_forward_backward_func()
+    with evaluating(chunks), weights_at_rest(model):
+        found: list[Tensor] = schedule(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=count,
+            seq_length=length,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return found

@@ -17,6 +17,7 @@ from megatron_bdpo.data.packing import pack_evenly, per_pack, round_up
 from megatron_bdpo.data.plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.data.pool import PairPool, Selection
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
+from megatron_bdpo.data.prompts import EvalPrompts, PromptRow, encode_prompts, read_prompts
 from megatron_bdpo.data.sources import check_sources, parse_sources
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
@@ -44,6 +45,7 @@ class PairJob:
         cache_dir: where tokens and reference values are kept.
         max_pack_length: the longest pack that the user allows; those of the plan may all be shorter.
         fixed_length: no pack is, also where the reference is scored.
+        prompts: that the policy answers at every evaluation, if there are any.
     """
 
     loss: PairLossFunction
@@ -60,6 +62,7 @@ class PairJob:
     context_parallel: int
     max_pack_length: int
     fixed_length: bool
+    prompts: EvalPrompts | None
 
     def pack_maker(self, context: ContextRank) -> PackMaker:
         """Makes the packs of training and evaluation, as a context-parallel rank sees them."""
@@ -93,6 +96,8 @@ class PairJob:
             lines.append(f"shared prompts: {1 - shared / unshared:.1%} fewer tokens than one prompt per answer")
         if self.context_parallel > 1:
             lines.append(f"context parallel: {self._describe_context()}")
+        if self.prompts:
+            lines.append(f"prompts: {self.prompts.describe()}, at every evaluation")
         return lines
 
     def _describe_context(self) -> str:
@@ -138,10 +143,32 @@ def build_job(args: argparse.Namespace) -> PairJob:
                 "from them (auto). Give it a value, or leave --reference out."
             )
         _plan_settings(args)  # what is wrong with the plan whatever the pairs: before they are read
+    with all_ranks_agree():
+        rows = read_prompts(args.eval_prompts) if args.eval_prompts and is_rank_zero() else []
     cache_dir = cache_dir_of(args)
     stores = open_stores(args, cache_dir)
+    prompts = _prompts(args, rows, stores[0]) if args.eval_prompts else None
     with all_ranks_agree():
-        return _plan_job(args, loss, PairPool(stores), cache_dir)
+        return _plan_job(args, loss, PairPool(stores), cache_dir, prompts)
+
+
+def _prompts(args: argparse.Namespace, rows: list[PromptRow], store: PairStore) -> EvalPrompts:
+    """The prompts of --eval-prompts, which rank 0 has read, beside pairs of this store. Collective."""
+    prompts = None
+    with all_ranks_agree():
+        if is_rank_zero():
+            tokenizer = PairTokenizer(build_tokenizer(args))
+            # The prompt that says nothing has its template's words in chats, and only there.
+            chats = store.empty_prompt.tolist() != tokenizer.empty_prompt(chat=False).tolist()
+            longest = DEFAULT_ANSWER if args.eval_prompt_tokens is None else args.eval_prompt_tokens
+            prompts = encode_prompts(
+                rows, tokenizer, args.eval_prompts, chats=chats, longest=longest, room=args.seq_length
+            )
+    return broadcast(prompts)
+
+
+#: Tokens of an answer to --eval-prompts, at most, unless --eval-prompt-tokens says otherwise.
+DEFAULT_ANSWER = 64
 
 
 def cache_dir_of(args: argparse.Namespace) -> Path:
@@ -223,7 +250,9 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
         ) from error
 
 
-def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, cache_dir: Path) -> PairJob:
+def _plan_job(
+    args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, cache_dir: Path, prompts: EvalPrompts | None
+) -> PairJob:
     all_train = pool.store_ids(0)
     if len(pool.stores) > 1:
         train, held_out = Selection(all_train), Selection(pool.store_ids(1))
@@ -257,6 +286,7 @@ def _plan_job(args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, 
         args.context_parallel_size,
         args.seq_length,
         args.fixed_pack_length,
+        prompts,
     )
 
 

@@ -42,8 +42,9 @@ def prepare(args: argparse.Namespace) -> tuple[PairJob, PairGPTConfig]:
     rehearse(args)
     check_directories(args)
     job = build_job(args)
-    if args.eval_every_minutes is not None and not (job.eval_packs and args.eval_iters != 0):
-        raise UserError("--eval-every-minutes: there are no held-out pairs. Add --eval-share or --eval-pair-data.")
+    for flag, value in (("--eval-every-minutes", args.eval_every_minutes), ("--eval-prompts", args.eval_prompts)):
+        if value is not None and not (job.eval_packs and args.eval_iters != 0):
+            raise UserError(f"{flag}: there are no held-out pairs. Add --eval-share or --eval-pair-data.")
     apply_plan(args, job.plan, len(job.eval_packs))
     check_save_hf(args, last_step=args.train_iters)
     fuse_rotary_embedding(args.fuse_local_layers)

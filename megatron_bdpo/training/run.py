@@ -34,6 +34,7 @@ from megatron_bdpo.training.finite import broken_gradient, gradients_named, reje
 from megatron_bdpo.training.flags import precision
 from megatron_bdpo.training.flags.validation import keep_recipe
 from megatron_bdpo.training.forward import PreferenceStep
+from megatron_bdpo.training.generation.generations import Generations
 from megatron_bdpo.training.hf.exporting import save_live
 from megatron_bdpo.training.preparation import forget_global_state
 from megatron_bdpo.training.reference.provider import ReferenceProvider
@@ -88,6 +89,7 @@ class PreferenceRun:
         self.model: list[Any] = []
         self.stop = StopRequest(args.stop_file or ())
         self._timetable = Timetable(args, is_saving)
+        self._generations = Generations(args, self.job, self.scoring.vocab_size, self.stop)
         args.exit_signal_handler = True  # now Megatron's loop asks after each step
         self._iteration = 0
         self._step_started = 0.0
@@ -139,10 +141,10 @@ class PreferenceRun:
         return f"error: Megatron has ended the run in step {step} (exit code {code}); its log has the reason."
 
     def print_table(self) -> None:
-        """Print held-out results before and after, from the last rank, where metrics live. After ``pretrain``."""
-        table = self.progress.table()
-        if table and self.args.rank == self.args.world_size - 1:
-            show("", table)
+        """Print held-out results and answers of before and after, from the last rank. After ``pretrain``."""
+        for table in (self.progress.table(), self._generations.table()):
+            if table and self.args.rank == self.args.world_size - 1:
+                show("", table)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -228,6 +230,7 @@ class PreferenceRun:
             },
         )
         self.progress.file = MetricsFile(save / NAME, self._iteration)
+        self._generations.begin(save, self._iteration)
 
     def _pairs_in_use(self) -> IntArray:
         if not self.args.eval_iters:
@@ -304,8 +307,9 @@ class PreferenceRun:
         self._timetable.after_step(iteration)
 
     def after_evaluation(self, metrics: dict[str, Tensor]) -> None:
-        """Report the held-out pairs."""
+        """Report the held-out pairs, and what the policy answers now."""
         self.progress.evaluation(metrics, self._iteration)
+        self._generations.after_evaluation(self.model, self._iteration)
         self._timetable.evaluated()
 
     def after_update(self, grad_norm: float, iteration: int) -> None:

@@ -252,6 +252,13 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--eval-at-start", action="store_true", help="evaluate the held-out pairs before the first step, too")
     add(
+        "--eval-prompts",
+        metavar="FILE",
+        help="prompts (rows as in --pair-data, without answers) that the policy answers greedily at every evaluation; "
+        "kept in generations.jsonl in the directory of --save",
+    )
+    add("--eval-prompt-tokens", type=int, metavar="N", help="longest answer to them, in tokens (default: 64)")
+    add(
         "--step-zero-check",
         action=argparse.BooleanOptionalAction,
         default=True,

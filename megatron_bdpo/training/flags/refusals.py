@@ -36,6 +36,10 @@ _REFUSALS = (
         "--eval-pair-data and --eval-share both name held-out pairs. Give one.",
     ),
     _Refusal(
+        lambda a: a.eval_prompt_tokens is not None and (not a.eval_prompts or a.eval_prompt_tokens < 1),
+        "--eval-prompt-tokens: at least 1, the longest answer to the prompts of --eval-prompts. Give both.",
+    ),
+    _Refusal(
         lambda a: a.reference == "resident" and a.reference_cache,
         "--reference-cache keeps the values of a precomputed reference; a resident one has none. Leave it out.",
     ),

@@ -13,18 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_bdpo.data.layout import group_tokens
 from megatron_bdpo.data.packing import cut_into_blocks, pack_evenly, round_up
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import PairLogProbs, Requirements
-from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import sum_over_ranks
-from megatron_bdpo.training.forward import ScoringStep
+from megatron_bdpo.training.forward import ScoringStep, forward_only
 from megatron_bdpo.training.job import PairJob
 
 FloatArray = npt.NDArray[np.float64]
@@ -110,7 +107,7 @@ class ResidentReference:
         per_batch = 2 if self.requirements.comprehension else 1
         count, length = per_batch * len(batches[0]), batches[0][0].pack_length
         iterators = [_with_unconditional(chunk) for chunk in batches]
-        scores = score_batches(self.model, iterators, count, length, self.scoring)
+        scores = forward_only(self.model, ScoringStep(self.scoring), iterators, count, length)
         # Only the last stage has scores, and only it looks them up; its last chunk's batches are the ones it uses.
         self._values = {
             _batch_key(batch): (values[0], values[1] if len(values) > 1 else None)
@@ -133,36 +130,6 @@ def _conditional(batch: PackBatch) -> PackBatch:
 def _batch_key(batch: PackBatch) -> bytes:
     """All pair ids: a pair may come twice in a step, in packs with other pairs. Equal packs have equal values."""
     return batch.pair_ids.tobytes()
-
-
-@torch.no_grad()
-def score_batches(
-    model: list[Any], iterators: list[Iterator[PackBatch]], count: int, length: int, scoring: TokenScoring
-) -> list[Tensor]:
-    """Run ``count`` microbatches forward only. Collective over the model's ranks.
-
-    Args:
-        model: this rank's chunks; DDP is stepped around, its hooks are for training.
-        iterators: one per chunk.
-        length: positions of every pack.
-
-    Returns:
-        On the last pipeline stage: per microbatch [S] float64. Elsewhere: an empty list.
-    """
-    chunks = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in model]
-    schedule = get_forward_backward_func()
-    with evaluating(chunks), weights_at_rest(model):
-        scores: list[Tensor] = schedule(
-            forward_step_func=ScoringStep(scoring),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=count,
-            seq_length=length,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    return scores
 
 
 @dataclass(frozen=True)
@@ -246,7 +213,7 @@ class GroupScorer:
         ]
         made = (self._pack(block.groups[pack], block.length) for block, pack, _ in own)
         made_once = list(itertools.tee(made, len(self.model)))
-        scores = score_batches(self.model, made_once, len(own), blocks[0].length, self.scoring)
+        scores = forward_only(self.model, ScoringStep(self.scoring), made_once, len(own), blocks[0].length)
         result = np.zeros((int(starts[-1]), 2))
         if _is_one_of_each_replica():
             for (_, _, places), score in zip(own, scores, strict=True):

@@ -1,0 +1,1 @@
+"""Answers of the policy to the user's prompts while it is trained: ``--eval-prompts``."""
