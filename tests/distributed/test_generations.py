@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -94,6 +95,30 @@ def test_another_run_in_the_directory_leaves_no_answers_of_the_first(ranks, tmp_
     assert rows_of(tmp_path)
     ranks(1)(train, [*HELD_OUT, *save], **(JOB | {"train_iters": 1}))
     assert rows_of(tmp_path) == []
+
+
+def told_to_wandb(flags: list[str]) -> list[tuple[dict[str, Any], int]]:
+    """What is logged, with tables as their arguments: those of wandb 0.31's Table."""
+    from megatron_bdpo.training.generation import generations
+
+    logged: list[tuple[dict[str, Any], int]] = []
+    wandb = SimpleNamespace(Table=lambda columns, data: [columns, *data], log=lambda *told: logged.append(told))
+    with mock.patch.object(generations, "get_wandb_writer", lambda: wandb):
+        train(flags, **JOB)
+    return logged
+
+
+def test_wandb_has_a_table_for_each_evaluation(ranks, questions):
+    with Path(questions[1]).open("a") as file:
+        file.write(json.dumps({"prompt": "User: Why?\nAssistant:", "weight": 2}) + "\n")
+    logged = ranks(2)(told_to_wandb, [*HELD_OUT, *questions])
+    assert logged[0] == [] and [step for _, step in logged[1]] == [0, 1, 2]
+    columns, *rows = logged[1][-1][0]["generations"]
+    assert columns == ["prompt", "step 0", "answer", "tokens", "finished", "kind", "weight"]
+    assert [row[0] for row in rows] == [*QUESTIONS, "User: Why?\nAssistant:"]
+    assert [row[5:] for row in rows] == [["sum", ""]] * 3 + [["", "2"]]
+    first = logged[1][0][0]["generations"]
+    assert [row[1] for row in rows] == [row[2] for row in first[1:]]
 
 
 def stopped_while_answering(flags: list[str], stop_file: str) -> Any:
