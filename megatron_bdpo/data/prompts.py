@@ -107,9 +107,11 @@ def encode_prompts(
         prompt = [{"role": USER, "content": str(row.prompt)}] if turn else row.prompt
         try:
             tokens.append(tokenizer.encode_prompt(prompt))
+            ends.append(tokenizer.ends(chat=not isinstance(prompt, str)))
         except RowProblem as problem:
             raise UserError(f"{FLAG}: {row.where}: {problem}. Correct the row.") from problem
-        ends.append(tokenizer.ends(chat=not isinstance(prompt, str)))
+        except UserError as error:
+            raise UserError(f"{FLAG}: {row.where}: {error}") from error
         if len(tokens[-1]) + longest > room:
             raise UserError(
                 f"{FLAG}: {row.where}: the prompt's {len(tokens[-1])} tokens and an answer's {longest} do not fit "

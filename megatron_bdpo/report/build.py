@@ -18,6 +18,8 @@ from megatron_bdpo.report.curves import Curves, read_curves
 from megatron_bdpo.report.figures import Picture, comprehension_pictures, training_pictures
 from megatron_bdpo.report.sources import ReportSources, find_sources
 from megatron_bdpo.report.style import require_matplotlib
+from megatron_bdpo.training.reporting import generations_file
+from megatron_bdpo.training.reporting.generations_file import SideBySide, read_generations, side_by_side
 
 PAGE = "report.html"
 
@@ -47,6 +49,7 @@ class Report:
     facts: dict[str, str]
     comprehension: Comprehension | None
     curves: Curves | None
+    answers: SideBySide | None
     texts: dict[int, dict[str, Any]]
     settings: ReportSettings
 
@@ -59,6 +62,8 @@ class Report:
                 parts.append(text.largest_blocks(self.comprehension, self.settings.pairs, self.texts))
         if self.curves:
             parts.append(text.curves_blocks(self.curves))
+        if self.answers:
+            parts.append(text.answers_blocks(self.answers))
         return [block for part in parts for block in ("", *part)][1:]
 
     def as_text(self) -> str:
@@ -90,6 +95,8 @@ class Report:
             drawn = training_pictures(self.curves)
             pictures += drawn
             sections.append(page.pictures_section("Training", drawn, _CURVES_NOTE))
+        if self.answers:
+            sections.append(page.answers_section(self.answers))
         if self.comprehension:
             drawn = comprehension_pictures(self.comprehension)
             pictures += drawn
@@ -117,10 +124,19 @@ def build_report(directory: Path, settings: ReportSettings, scores: Path | None 
     """
     sources = find_sources(directory, scores)
     curves = read_curves(sources.run) if sources.run else None
+    answers = _answers(sources.run) if sources.run else None
     pairs = _comprehension(sources, settings) if sources.scores else None
     texts = pairs.texts(pairs.largest(settings.pairs)) if pairs and settings.show_text else {}
     what = "Run" if sources.run else "Reference scores"
-    return Report(f"{what} {directory}", _facts(sources, pairs, curves), pairs, curves, texts, settings)
+    return Report(f"{what} {directory}", _facts(sources, pairs, curves), pairs, curves, answers, texts, settings)
+
+
+def _answers(run: Path) -> SideBySide | None:
+    path = run / generations_file.NAME
+    try:
+        return side_by_side(read_generations(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _comprehension(sources: ReportSources, settings: ReportSettings) -> Comprehension | None:

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_bdpo.report.comprehension import PERCENTILES, Comprehension, summary
 from megatron_bdpo.report.figures import Picture
 from megatron_bdpo.report.text import shown_value
+from megatron_bdpo.training.reporting.generations_file import SideBySide
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -28,6 +29,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .22rem .65rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e8e8e8; }
 th { font-weight: 600; color: #333; }
 th:first-child, td:first-child, .places th:last-child, .places td:last-child { text-align: left; }
+.texts th, .texts td { text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .2rem 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: .3rem 0 .8rem; }
 .note { color: #444; max-width: 75ch; }
@@ -82,6 +84,16 @@ def largest_section(pairs: Comprehension, count: int, texts: Mapping[int, Mappin
     )
     note = "A pair's number is its place in the token store and in the scores. |y| counts response tokens."
     return f"<h2>The {len(indices)} most imbalanced pairs</h2>" + _note(note) + _table(header, rows, "places") + folded
+
+
+def answers_section(answers: SideBySide) -> str:
+    """Prompts with the first and the last answer side by side."""
+    first, last = answers.steps
+    columns = 2 if first == last else 3
+    header = ["prompt", f"step {first}", f"step {last}"][:columns]
+    rows = [row[:columns] for row in answers.rows]
+    note = "What the policy answers, greedily. An answer that ends in … was cut at the longest allowed."
+    return "<h2>Answers</h2>" + _note(note) + _table(header, rows, "texts")
 
 
 def _note(text: str) -> str:

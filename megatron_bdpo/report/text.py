@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.records import printable
 from megatron_bdpo.display import Block, Facts, Table
 from megatron_bdpo.report.comprehension import PERCENTILES, Comprehension, summary
 from megatron_bdpo.report.curves import QUARTILES, Curves, Series
+from megatron_bdpo.training.reporting.generations_file import SideBySide
 
 COLUMNS = 80
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -89,6 +91,23 @@ def curves_blocks(curves: Curves) -> list[Block]:
                 _courses(rows, steps),
             ]
     return blocks
+
+
+def answers_blocks(answers: SideBySide) -> list[Block]:
+    """The first few prompts, with the first and the last answer; the page has them all."""
+    first, last = answers.steps
+    blocks: list[Block] = [f"answers to {_few(len(answers.rows))} after step {first}, and after step {last}"]
+    for prompt, before, after in answers.rows[:_ANSWERS]:
+        told = (("prompt", prompt), (f"step {first}", before), (f"step {last}", after))[: 2 if first == last else 3]
+        blocks.append(Facts([(name, printable(" ".join(text.split()), _LONGEST_TEXT)) for name, text in told]))
+    return blocks
+
+
+_ANSWERS, _LONGEST_TEXT = 6, 300
+
+
+def _few(prompts: int) -> str:
+    return f"{prompts} prompts" if prompts <= _ANSWERS else f"the first {_ANSWERS} of {prompts} prompts"
 
 
 def _courses(rows: list[list[str]], title: str) -> Table:

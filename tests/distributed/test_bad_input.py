@@ -53,11 +53,34 @@ def data_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
             ["--pair-data", write(directory / "column.jsonl", {"prompt": "x", "chosen": "y"})],
             "rejected",
         ),
+        **prompt_cases(directory),
         "tokenizer": (["--tokenizer-model", str(directory / "no.model")], r"--tokenizer-model .*no\.model"),
     }
 
 
+def prompt_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
+    """The same for --eval-prompts."""
+    rows = {
+        "no prompt": ({"question": "x"}, r"line 2: missing column: column 'prompt' is missing; the row has question"),
+        "broken": ("{", "line 2: bad JSON"),
+        "too long": ({"prompt": "a " * 600}, r"line 2: .* tokens and an answer's 64 do not fit --seq-length 512"),
+        "no template": ({"prompt": [{"role": "user", "content": "Hi"}]}, "no chat template"),
+        "a column of ours": ({"prompt": "Hi", "answer": "Ho"}, "line 2: .*column 'answer' is one that answers"),
+        "NaN": ('{"prompt": "Hi", "score": NaN}\n', "line 2: .*none of JSON's"),
+    }
+    cases = {
+        name: (write(directory / f"{name}.jsonl", {"prompt": "Hi"}, row), f"--eval-prompts: .*{expected}")
+        for name, (row, expected) in rows.items()
+    }
+    cases["missing"] = (str(directory / "gone.jsonl"), r"--eval-prompts: .*gone\.jsonl: there is no such file")
+    return {
+        f"prompts: {name}": (["--eval-share", "0.2", "--eval-prompts", path], expected)
+        for name, (path, expected) in cases.items()
+    }
+
+
 FLAG_CASES = {
+    "--eval-prompts": (["--eval-prompts", str(DATA / "heldout.jsonl")], "--eval-prompts: there are no held-out pairs"),
     "--eval-every-minutes": (["--eval-every-minutes", "5"], r"--eval-every-minutes: there are no held-out pairs"),
     "unknown loss": (["--preference-loss", "dpoo"], r"unknown loss 'dpoo'; did you mean 'dpo'\?"),
     "unused option": (
@@ -119,13 +142,19 @@ def test_no_epochs_are_refused(ranks, tmp_path, epochs):
 
 
 @pytest.mark.parametrize(
-    "name", ["missing file", "empty file", "broken line", "wrong type", "missing column", "tokenizer"]
+    "name",
+    [
+        *("missing file", "empty file", "broken line", "wrong type", "missing column", "tokenizer"),
+        *("prompts: no prompt", "prompts: broken", "prompts: too long", "prompts: no template", "prompts: missing"),
+        *("prompts: a column of ours", "prompts: NaN"),
+    ],
 )
 def test_bad_data_is_refused_on_every_rank(ranks, tmp_path, name):
     flags, expected = data_cases(tmp_path)[name]
     cache = tmp_path / "cache"
     assert_refused(ranks(2)(refusal, flags, pair_cache_dir=str(cache)), expected)
-    assert not list(cache.glob("*/meta.json")), "a failed run left something that looks like a store"
+    if not name.startswith("prompts: "):
+        assert not list(cache.glob("*/meta.json")), "a failed run left something that looks like a store"
 
 
 def test_reference_cache_of_other_data_is_refused(ranks, tmp_path):

@@ -179,6 +179,18 @@ def test_jobs_that_cannot_run_are_refused(dry_run, flags, expected_reason):
     assert expected_reason in printed.rpartition("ended: ")[2]
 
 
+def test_prompts_to_be_answered_are_checked(dry_run, tmp_path):
+    prompts = tmp_path / "ask.jsonl"
+    prompts.write_text(json.dumps({"prompt": "User: Hello?\nAssistant:"}) + "\n")
+    flags = ["--dry-run", "64", "--eval-prompts", str(prompts)]
+    printed = dry_run("llama3_70b.yaml", *flags, config=LLAMA_70B)
+    assert re.search(rf"prompts: 1 of {prompts}, of up to \d+ tokens, answered with up to 64, at every eval", printed)
+    refused = dry_run("llama3_70b.yaml", *flags, "--eval-prompt-tokens", "4096", config=LLAMA_70B)
+    assert "an answer's 4096 do not fit --seq-length 4096" in refused.rpartition("ended: ")[2]
+    refused = dry_run("llama3_70b.yaml", *flags, "--recipe", "{eval-share: null}", config=LLAMA_70B)
+    assert "there are no held-out pairs" in refused.rpartition("ended: ")[2]
+
+
 def test_overlap_of_tensor_parallelism_is_planned_without_its_buffers(dry_run):
     flags = ["--dry-run", "64", "--tp-comm-overlap", "--fixed-pack-length"]
     assert "fixed length of packs: the fullest one" in dry_run("llama3_70b.yaml", *flags, config=LLAMA_70B)

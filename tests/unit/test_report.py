@@ -263,3 +263,28 @@ def test_without_matplotlib(scores, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'megatron_bdpo[report]'" in refusal(capsys, scores)
     assert "most imbalanced" in report(capsys, scores, "--text-only")
+
+
+def test_answers_side_by_side(tmp_path, capsys):
+    """The first evaluation's beside the last one's, the texts escaped; all of them in the page."""
+    run = make_run(tmp_path / "run", steps=60)
+    rows = [
+        {"step": step, "prompt": f"Q{number} <b>", "answer": f"after {step}: {number}", "finished": step > 0}
+        for step in (0, 30, 60)
+        for number in range(9)
+    ]
+    (run / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = report(capsys, run)
+    assert "answers to the first 6 of 9 prompts after step 0, and after step 60" in said
+    assert "step 0: after 0: 5 …" in said and "step 60: after 60: 5\n" in said and "after 60: 6" not in said
+    html = (run / "report" / "report.html").read_text()
+    assert "<th>prompt</th><th>step 0</th><th>step 60</th>" in html
+    assert "<td>Q8 &lt;b&gt;</td><td>after 0: 8 …</td><td>after 60: 8</td>" in html and "after 30" not in html
+
+
+def test_damaged_answers(tmp_path, capsys):
+    run = make_run(tmp_path / "run", steps=3)
+    (run / "generations.jsonl").write_text('{"prompt": "no step"}\n')
+    assert "generations.jsonl, line 1 is no record of a run's generations" in refusal(capsys, run)
+    (run / "generations.jsonl").write_text("")
+    assert "answers to" not in report(capsys, run, "--text-only")

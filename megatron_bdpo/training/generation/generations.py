@@ -55,6 +55,7 @@ class Generations:
         self._vocab_size, self._stop = vocab_size, stop
         self._is_last = args.rank == args.world_size - 1
         self._file: StepLines | None = None
+        self._asked_at: int | None = None
 
     def begin(self, save: Path, iteration: int) -> None:
         """On the last rank: open the file in ``save`` at the step that the run starts from.
@@ -68,8 +69,9 @@ class Generations:
 
     def after_evaluation(self, model: list[Any], iteration: int) -> None:
         """Have the policy answer, and keep, show and send what it says. Collective over all ranks."""
-        if self._prompts is None:
+        if self._prompts is None or iteration == self._asked_at:  # Megatron evaluates twice after a last step
             return
+        self._asked_at = iteration
         began = time.perf_counter()
         answers = answer_greedily(model, self._prompts, self._shape, self._vocab_size, self._is_to_stop)
         if not self._is_last:
