@@ -89,6 +89,30 @@ def test_differences_are_between_runs_of_one_seed(tmp_path):
     assert table.splitlines()[2].startswith("| B-DPO | +0.060 ± 0.014 |")
 
 
+def test_rates_have_a_row_of_the_base_and_quartiles_a_table(tmp_path):
+    """Only the first run evaluates its start: the drift of the others is from there."""
+    runs = [make_run(tmp_path / str(seed), "DPO", seed, 0.6) for seed in (1, 2)]
+    for run, end in zip(runs, ("I can't help.", "Sure!"), strict=True):
+        lines = (run.directory / "metrics.jsonl").read_text().splitlines()
+        last = json.loads(lines[-1]) | {"rewards/accuracies/imbalance_q1": 0.5, "rewards/margins/imbalance_q4": 2.0}
+        first = lines[:1] if run is runs[0] else []
+        (run.directory / "metrics.jsonl").write_text("\n".join([*first, *lines[1:-1], json.dumps(last)]) + "\n")
+        answers = [(0, "unsafe", "Sure!"), (0, "harmless", "Yes.")] if run is runs[0] else []
+        answers += [(6, "unsafe", end), (6, "harmless", "Yes.")]
+        rows = [{"step": step, "kind": kind, "answer": answer} for step, kind, answer in answers]
+        (run.directory / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = ablation_results.collect(runs, epochs=3)
+    assert [(row["loss"], row["unsafe_declined"], row["harmless_answered"]) for row in rows] == [
+        ("base", 0, 1),
+        ("DPO", 1, 1),
+        ("DPO", 0, 1),
+    ]
+    assert [row["drift_chosen"] for row in rows] == [None, -1.0, -1.0]
+    text = ablation_results.report(rows)
+    assert "| base | – | – | – | – | – | – | 0.000 | 1.000 |" in text
+    assert "| DPO | 0.500 ± 0.000 | – | – | – | – | – | – | +2.00 ± 0.00 |" in text.split("by quartile")[1]
+
+
 def test_held_out_part_is_the_same_for_every_call(tmp_path):
     source = tmp_path / "pairs.jsonl.gz"
     lines = [f'{{"prompt": "{i}"}}' for i in range(50)]
