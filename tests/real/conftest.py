@@ -6,11 +6,10 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
 from tests.harness.ranks import RankPool
 from tests.harness.tiny_models import load_model
@@ -86,7 +85,26 @@ def job(smollm2: Path, cache: Path) -> dict[str, Any]:
     }
 
 
-def stored_pairs(cache: Path) -> PairStore:
-    """The tokens that the jobs have left."""
-    (meta,) = {path for path in cache.glob("*/meta.json") if not path.parent.name.startswith("reference-")}
-    return PairStore.open(meta.parent)
+class ChatPair(NamedTuple):
+    """Token ids, by the model's chat template."""
+
+    prompt: list[int]
+    answers: tuple[list[int], list[int]]
+    """Chosen and rejected."""
+
+
+@pytest.fixture(scope="session")
+def pairs(rows: list[Row], tokenizer: Any) -> list[ChatPair]:
+    """The pairs as transformers reads them: an answer is what the template makes the dialogue longer by."""
+
+    def encode(messages: list[dict[str, str]], **options: Any) -> list[int]:
+        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
+
+    found = []
+    for row in rows:
+        prompt = encode(row["prompt"], add_generation_prompt=True)
+        dialogues = [encode(row["prompt"] + row[name]) for name in ("chosen", "rejected")]
+        assert all(dialogue[: len(prompt)] == prompt for dialogue in dialogues)
+        chosen, rejected = (dialogue[len(prompt) :] for dialogue in dialogues)
+        found.append(ChatPair(prompt, (chosen, rejected)))
+    return found

@@ -1,4 +1,4 @@
-"""A real checkpoint is read without a word of warning, in every layout it can have, and its logits are transformers'."""
+"""A real checkpoint is read without a remark, in every layout it can have, and its logits are transformers'."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LAYOUTS = {
     "TP3 PP2": (6, f"{TP3} {PP2}"),
 }
 
-# fp32: the logits are up to 30, where one unit in the last place is 2e-6, after 30 layers whose residual stream, up to
-# some thousand in single places, is rounded after each.
-LOGIT = 1e-3
+# fp32: logits are up to 30, where one unit in the last place is 2e-6; each is a sum of 576 products, after 30 layers.
+# Seen: 7e-5.
+LOGIT = 3e-4
 
 
 def test_config_is_read_without_a_remark(smollm2):
@@ -39,13 +39,11 @@ def test_config_is_read_without_a_remark(smollm2):
 
 @pytest.mark.parametrize(("world_size", "flags"), LAYOUTS.values(), ids=LAYOUTS)
 def test_logits_are_those_of_transformers(ranks, tmp_path, job, model, world_size, flags):
-    two_pairs = {"max_pairs": 2, "pairs_per_step": 2, "train_iters": 1, "preference_loss": "dpo"}
-    scores = {"reference_cache": str(tmp_path)}  # of its own: what is scored already has no logits
-    found = last_stage(ranks(world_size)(logits, flags.split(), **job | two_pairs | scores))
-    assert len(found) == 4
-    difference = largest_difference(found, model)
-    print(f"largest difference {difference:.1e}")
-    assert difference <= LOGIT
+    one_pair = {"max_pairs": 1, "pairs_per_step": 1, "train_iters": 1, "preference_loss": "dpo"}
+    cache = {"pair_cache_dir": str(tmp_path)}  # of its own: what is scored already has no logits
+    found = last_stage(ranks(world_size)(logits, flags.split(), **job | one_pair | cache))
+    assert len(found) == 2
+    assert largest_difference(found, model) <= LOGIT
 
 
 def test_two_tensor_parallel_ranks_are_refused(ranks, job):
