@@ -55,17 +55,24 @@ class Divisible:
         tp, pp, cp, ep = layout.sizes()
         if self.ranks % (tp * pp * cp):
             yield f"{self.ranks} ranks cannot be split into model replicas of {tp * pp * cp} ({tp} x {pp} x {cp})"
-        if self.heads % tp:
-            yield f"{self.heads} attention heads cannot be split over {tp} tensor-parallel ranks"
-        elif self.groups % tp and tp % self.groups:
-            yield f"{self.groups} query groups can neither be split over nor shared by {tp} tensor-parallel ranks"
-        if self.ffn % tp:
-            yield f"an MLP of {self.ffn} cannot be split over {tp} tensor-parallel ranks"
+        yield from self._tensor_problems(tp)
         yield from self._pipeline_problems(pp)
         if self.experts:
             yield from self._expert_problems(tp, pp, ep)
         elif ep > 1:
             yield "--expert-model-parallel-size is for models with --num-experts"
+
+    def _tensor_problems(self, tensor: int) -> Iterator[str]:
+        if self.heads % tensor:
+            yield f"{self.heads} attention heads cannot be split over {tensor} tensor-parallel ranks"
+        elif self.groups % tensor and tensor % self.groups:
+            yield f"{self.groups} query groups can neither be split over nor shared by {tensor} tensor-parallel ranks"
+        if self.ffn % tensor:
+            yield f"an MLP of {self.ffn} cannot be split over {tensor} tensor-parallel ranks"
+
+    def tensor_sizes(self) -> list[int]:
+        """Sizes of tensor parallelism that divide heads and MLP, whatever the number of ranks; without 1."""
+        return [size for size in range(2, self.heads + 1) if not any(True for _ in self._tensor_problems(size))]
 
     def _pipeline_problems(self, stages: int) -> Iterator[str]:
         if self.layers % stages:

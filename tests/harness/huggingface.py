@@ -50,11 +50,16 @@ def _config(family: str, arguments: Arguments) -> dict[str, Any]:
 
 def to_hugging_face(family: str, tensors: Tensors, arguments: Arguments) -> Tensors:
     """Megatron's whole tensors, weights or gradients, under Hugging Face's names. Every one has to have a rule."""
+    return renamed(tensors, _config(family, arguments))
+
+
+def renamed(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """The same, of the model that a ``config.json`` describes."""
     from megatron_bdpo.model.hf.config import read_config
     from megatron_bdpo.model.hf.export import split
     from megatron_bdpo.model.hf.tensors import place_of
 
-    weights = read_config(_config(family, arguments)).weights
+    weights = read_config(config).weights
     mapped: Tensors = {}
     for key, value in tensors.items():
         stacked = value.ndim - weights.matrix_axes(key)

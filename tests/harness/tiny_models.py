@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +124,7 @@ def logits(flags: list[str], *, mistake: Mistake | None = None, **overrides: Any
     with contextlib.ExitStack() as undo:
         if mistake is not None:
             mistake(undo)
-        undo.enter_context(_logits_told(lambda batch, values: found.extend(_sequences(batch, values))))
+        undo.enter_context(_logits_told(found.extend))
         run_job(_scored_only(), [*flags, "--no-share-prompts"], overrides)
     return found
 
@@ -140,51 +141,68 @@ def _scored_only() -> type[Any]:
 
 
 @contextlib.contextmanager
-def _logits_told(tell: Callable[[Any, torch.Tensor], None]) -> Any:
+def _logits_told(tell: Callable[[list[Sequence]], None]) -> Any:
+    """Inside the block, ``tell`` is called with the sequences of every pack that the last stage scores."""
     from megatron.core.tensor_parallel import (
         gather_from_sequence_parallel_region,
         gather_from_tensor_model_parallel_region,
     )
 
     from megatron_bdpo.model.pair_gpt import ScoringOutputLayer
-    from megatron_bdpo.training import forward
+    from megatron_bdpo.training import batches, forward
 
-    score_pack, output = forward.score_pack, ScoringOutputLayer.forward
-    batches: list[Any] = []
+    score_pack, output, context_part = forward.score_pack, ScoringOutputLayer.forward, batches.context_part
+    scored: list[Any] = []
+    places: list[np.ndarray] = []
+
+    def note_places(pack: Any, context: Any) -> Any:
+        numbered = dataclasses.replace(pack, tokens=np.arange(len(pack.tokens)))
+        places.append(context_part(numbered, context).tokens)
+        return context_part(pack, context)
 
     def score(model: Any, batch: Any, *rest: Any) -> Any:
-        batches.append(batch)
+        scored.append(batch)
         return score_pack(model, batch, *rest)
 
     def forward_output(layer: Any, hidden: torch.Tensor, weight: Any, context: Any) -> Any:
         whole = gather_from_sequence_parallel_region(hidden) if layer.config.sequence_parallel else hidden
         local = whole[:, 0] @ (layer.weight if weight is None else weight).T
-        tell(batches[-1], gather_from_tensor_model_parallel_region(local)[:, :VOCABULARY])
+        tell(_sequences(scored[-1], places[len(scored) - 1], gather_from_tensor_model_parallel_region(local)))
         return output(layer, hidden, weight, context)
 
     with (
+        mock.patch.object(batches, "context_part", note_places),
         mock.patch.object(forward, "score_pack", score),
         mock.patch.object(ScoringOutputLayer, "forward", forward_output),
     ):
         yield
 
 
-def _sequences(batch: Any, values: torch.Tensor) -> list[Sequence]:
-    """A pack cut where positions start again; what no run covers is padding."""
+def _sequences(batch: Any, places: np.ndarray, values: torch.Tensor) -> list[Sequence]:
+    """A pack, of which this context-parallel rank has these places, cut where positions start again.
+
+    Collective over the context-parallel ranks. What no run covers is padding, and last on every rank.
+    """
+    from megatron.core import parallel_state
+
     used = sum(batch.query_lengths)
-    positions = batch.positions[0, :used]
-    starts = [*torch.nonzero(positions == 0)[:, 0].tolist(), used]
-    return [
-        (batch.tokens[0, first:stop].numpy(), values[first:stop].float().numpy())
-        for first, stop in itertools.pairwise(starts)
-    ]
+    own = (places, batch.tokens[0].numpy(), batch.positions[0].numpy(), values.float().numpy())
+    parts: list[Any] = [None] * parallel_state.get_context_parallel_world_size()
+    torch.distributed.all_gather_object(
+        parts, [each[:used] for each in own], group=parallel_state.get_context_parallel_group()
+    )
+    place, *whole = map(np.concatenate, zip(*parts, strict=True))
+    tokens, positions, logits = (each[np.argsort(place)] for each in whole)
+    starts = [*np.flatnonzero(positions == 0).tolist(), len(positions)]
+    return [(tokens[first:stop], logits[first:stop]) for first, stop in itertools.pairwise(starts)]
 
 
 @torch.no_grad()
 def largest_difference(found: list[Sequence], model: Any) -> float:
-    """The largest |logit - transformers' logit| over all sequences."""
+    """The largest |logit - transformers' logit| over all sequences. Ours may have a padded vocabulary."""
     assert found
-    return max(
-        float((model(input_ids=torch.from_numpy(tokens)[None]).logits[0] - torch.from_numpy(values)).abs().max())
-        for tokens, values in found
-    )
+    worst = 0.0
+    for tokens, values in found:
+        expected = model(input_ids=torch.from_numpy(tokens)[None]).logits[0]
+        worst = max(worst, float((torch.from_numpy(values[:, : expected.shape[1]]) - expected).abs().max()))
+    return worst

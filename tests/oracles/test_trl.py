@@ -7,8 +7,7 @@ backward are its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ from megatron_bdpo.data.store import PairStore
 from tests.harness.huggingface import FAMILIES, VOCABULARY, build_model, to_hugging_face
 from tests.harness.jobs import TINY_MODEL
 from tests.harness.recording import Step, merge, train_and_record
+from tests.harness.trl_trainer import TrlStep, token_id_tokenizer, trl_step
 
-trl = pytest.importorskip("trl", reason="the oracle is TRL's DPOTrainer")
+pytest.importorskip("trl", reason="the oracle is TRL's DPOTrainer")
 
 PAIRS = 12  # of each of the two steps: other pairs, so that some margins are negative
 
@@ -71,14 +71,6 @@ LOG_RATIO = 1e-4
 GRADIENT = 1e-4
 
 
-@dataclass
-class TrlStep:
-    """What TRL's trainer says about the step."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    gradients: dict[str, np.ndarray] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Case:
     """The step as we take it, and as TRL does. Gradients are under Hugging Face's names."""
@@ -99,58 +91,16 @@ def case(request, ranks, tmp_path_factory) -> Case:
     steps = merge(ranks(world_size)(train_and_record, flags, pair_cache_dir=str(directory), **model, **job)).steps
     (meta,) = directory.glob("*/meta.json")
     expected = trl_step(
-        loss,
         build_model(family, model, steps[1].weights),
         build_model(family, model, steps[0].weights),
         pairs_as_text(PairStore.open(meta.parent), list(steps[1].tokens)),
+        token_id_tokenizer(VOCABULARY),
         directory,
+        batch=loss.batch,
+        beta=BETA,
+        **loss.trl,
     )
     return Case(steps[1], to_hugging_face(family, steps[1].gradients, model), expected)
-
-
-# TRL -----------------------------------------------------------------------------------------------------------------
-
-
-def trl_step(loss: Loss, policy: Any, reference: Any, pairs: list[dict[str, str]], directory: Path) -> TrlStep:
-    """One optimizer step of a DPOTrainer, up to where the optimizer would act."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-
-    seen = TrlStep()
-
-    class Observer(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **unused: Any) -> None:
-            seen.gradients = {name: weight.grad.numpy().copy() for name, weight in model.named_parameters()}
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **unused: Any) -> None:
-            seen.metrics = logs | seen.metrics  # the first log is the step's, the last one a summary
-
-    trainer = trl.DPOTrainer(
-        policy,
-        reference,
-        trl.DPOConfig(
-            **loss.trl,
-            beta=BETA,
-            max_length=None,
-            per_device_train_batch_size=loss.batch,
-            gradient_accumulation_steps=PAIRS // loss.batch,
-            max_steps=1,
-            max_grad_norm=0,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            output_dir=str(directory / "trl"),
-            save_strategy="no",
-            logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=token_id_tokenizer(),
-        callbacks=[Observer()],
-    )
-    trainer.train()
-    return seen
 
 
 def pairs_as_text(store: PairStore, rows: list[int]) -> list[dict[str, str]]:
@@ -161,16 +111,6 @@ def pairs_as_text(store: PairStore, rows: list[int]) -> list[dict[str, str]]:
 
     pairs = [store.pair(row) for row in rows]
     return [{"prompt": text(p.prompt), "chosen": text(p.chosen), "rejected": text(p.rejected)} for p in pairs]
-
-
-def token_id_tokenizer() -> Any:
-    """Reads "<17><4>" as [17, 4], so that TRL's own data preparation arrives at the tokens of our store."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({f"<{token}>": token for token in range(VOCABULARY)}))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\d+>"), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<2>", pad_token="<0>")
 
 
 # Comparisons ---------------------------------------------------------------------------------------------------------

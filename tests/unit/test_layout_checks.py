@@ -84,3 +84,11 @@ def test_large_jobs_are_answered_too(ranks):
     flags = f"--num-layers 80 --num-attention-heads 64 --num-query-groups 8 --ffn-hidden-size 28672 {TP} 8 {PP} 3"
     (message,) = ranks(1)(refusals, CHECK, [(flags, 512)])[0]
     assert message.endswith(f"The nearest that works on 512 ranks: {TP} 8 {PP} 4.")
+
+
+def test_sizes_that_divide_the_model_are_named(ranks):
+    """SmolLM2-135M's: nine would divide the heads, and not the MLP."""
+    flags = f"--num-attention-heads 9 --num-query-groups 3 --hidden-size 576 --ffn-hidden-size 1536 {TP} 2"
+    (message,) = ranks(1)(refusals, CHECK, [(flags, 2)])[0]
+    assert "9 attention heads cannot be split over 2 tensor-parallel ranks" in message
+    assert f"{TP} of this model: 1 or 3." in message

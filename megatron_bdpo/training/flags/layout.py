@@ -26,11 +26,13 @@ def check_layout(args: argparse.Namespace) -> None:
     shape = divisible(args)
     problems = list(shape.problems(layout))
     if problems:
-        nearest = shape.nearest(layout)
-        raise UserError(
-            "\n".join(["this model does not fit this layout:", *(f"  {problem}" for problem in problems)])
-            + (f"\nThe nearest that works on {shape.ranks} ranks: {nearest}." if nearest else "")
-        )
+        nearest, sizes = shape.nearest(layout), shape.tensor_sizes()
+        lines = ["this model does not fit this layout:", *(f"  {problem}" for problem in problems)]
+        if sizes and layout.tensor not in (1, *sizes):
+            lines.append(f"--tensor-model-parallel-size of this model: 1 or {', '.join(map(str, sizes))}.")
+        if nearest:
+            lines.append(f"The nearest that works on {shape.ranks} ranks: {nearest}.")
+        raise UserError("\n".join(lines))
     if args.num_experts and layout.tensor > 1 and not args.sequence_parallel:
         raise UserError("Megatron trains experts with tensor parallelism only under --sequence-parallel. Add it.")
 

@@ -1,0 +1,93 @@
+"""One step of TRL's DPOTrainer on the CPU: its metrics and the gradient of every parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class TrlStep:
+    """What TRL's trainer says about the step."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    """The same pairs after the step; empty where that was not asked for."""
+
+
+def trl_step(
+    policy: Any,
+    reference: Any,
+    pairs: list[dict[str, Any]],
+    tokenizer: Any,
+    directory: Path,
+    *,
+    batch: int,
+    evaluate: bool = False,
+    **settings: Any,
+) -> TrlStep:
+    """One optimizer step over all pairs; tokenising, collating, loss, backward and optimizer are TRL's own.
+
+    Args:
+        pairs: prompt, chosen and rejected, as texts or as messages.
+        batch: pairs that TRL sees at a time; it accumulates gradients.
+        evaluate: whether the pairs are evaluated after the step.
+        settings: of ``DPOConfig``.
+    """
+    import trl
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    seen = TrlStep()
+
+    class Observer(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **unused: Any) -> None:
+            seen.gradients = {name: weight.grad.numpy().copy() for name, weight in model.named_parameters()}
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **unused: Any) -> None:
+            seen.metrics = logs | seen.metrics  # the first log is the step's, the last one a summary
+
+    data = Dataset.from_list(pairs)
+    trainer = trl.DPOTrainer(
+        policy,
+        reference,
+        trl.DPOConfig(
+            max_length=None,
+            per_device_train_batch_size=batch,
+            per_device_eval_batch_size=batch,
+            gradient_accumulation_steps=len(pairs) // batch,
+            max_steps=1,
+            max_grad_norm=0,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            output_dir=str(directory / "trl"),
+            save_strategy="no",
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            **settings,
+        ),
+        train_dataset=data,
+        eval_dataset=data if evaluate else None,
+        processing_class=tokenizer,
+        callbacks=[Observer()],
+    )
+    trainer.train()
+    if evaluate:
+        seen.after = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    return seen
+
+
+def token_id_tokenizer(vocabulary: int) -> Any:
+    """Reads "<17><4>" as [17, 4], so that TRL's own data preparation arrives at given tokens."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"<{token}>": token for token in range(vocabulary)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\d+>"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<2>", pad_token="<0>")
