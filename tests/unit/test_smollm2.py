@@ -40,7 +40,7 @@ def test_every_family_has_an_unsafe_request_and_its_harmless_look_alike(name):
     assert set(families.values()) == {1}
     assert {family for family, _ in families} == {family for family, kind in families if kind == UNSAFE}
     assert Counter(row["kind"] for row in PAIRS[name]).keys() == {UNSAFE, HARMLESS}
-    assert len({kind for kind in Counter(row["kind"] for row in PAIRS[name]).values()}) == 1
+    assert len(set(Counter(row["kind"] for row in PAIRS[name]).values())) == 1
 
 
 def test_nothing_held_out_is_trained_on():
