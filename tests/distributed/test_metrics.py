@@ -148,7 +148,7 @@ def test_reference_cache_grows_with_the_pairs_that_are_used(ranks, tmp_path):
         values = scores_in(tmp_path).conditional
         return int(np.isfinite(values).all(axis=1).sum()), values
 
-    flags = ["--train-iters", "1", "--long-pairs", "drop", "--seq-length"]
+    flags = ["--train-iters", "6", "--long-pairs", "drop", "--seq-length"]
     ranks(1)(train, [*flags, "176"], pair_cache_dir=str(tmp_path))
     some, before = scored_pairs()
     ranks(1)(train, [*flags, "512"], pair_cache_dir=str(tmp_path))
