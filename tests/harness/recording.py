@@ -75,7 +75,7 @@ def train_and_record(flags: list[str], *, mistake: Mistake | None = None, **over
     with contextlib.ExitStack() as undo:
         if mistake is not None:
             mistake(undo)
-        run, _ = run_job(recorded_run(), flags, {"clip_grad": 0.0} | overrides)
+        run, _ = run_job(_recorded_run(), flags, {"clip_grad": 0.0} | overrides)
     metrics = run.progress.steps or [{}] * len(run.seen)
     steps = [
         Step(seen.weights, seen.gradients, seen.tokens, [seen.sequences], values)
@@ -94,12 +94,7 @@ class _Seen:
     sequences: SequenceLogProbs = field(default_factory=dict)
 
 
-def recorded_run(redraw: bool = True) -> type[Any]:
-    """A PreferenceRun that keeps what it sees of each step in ``seen``.
-
-    Args:
-        redraw: whether initial norms and biases are drawn at random.
-    """
+def _recorded_run() -> type[Any]:
     from megatron.core.utils import unwrap_model
 
     from megatron_bdpo.training.run import PreferenceRun
@@ -132,8 +127,7 @@ def recorded_run(redraw: bool = True) -> type[Any]:
 
         def after_load(self, model: list[Any]) -> None:
             self.model = model
-            if redraw:
-                redraw_vectors(unwrap_model(model))
+            redraw_vectors(unwrap_model(model))
             self.now = _Seen(copy_shards(model))
             super().after_load(model)
             self._step.loss = self._recorded(self._step.loss)  # now that its options are settled

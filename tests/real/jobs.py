@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from tests.harness.jobs import Shards, run_job
-from tests.harness.recording import recorded_run
+from tests.harness.jobs import Shards, copy_shards, run_job
+from tests.harness.recording import gradients_in_place
 
 
 @dataclass
@@ -23,27 +23,48 @@ class RealStep:
     gate: Any
     """``step_zero.Deviation`` of the first step; None in a job that goes on."""
     gradients: Shards
-    """Of the first step; empty where they were not asked for."""
+    """Of the last step; empty where they were not asked for."""
 
 
 def real_job(flags: list[str], *, gradients: bool = False, **overrides: Any) -> RealStep:
     """Run a job on this rank, without clipping gradients.
 
     Args:
-        gradients: whether to keep those of the first step.
+        gradients: whether to keep those of the last step.
     """
     from megatron_bdpo.training.run import PreferenceRun
 
-    run_type = recorded_run(redraw=False) if gradients else PreferenceRun
     with _gate_told() as seen:
-        run, _ = run_job(run_type, flags, {"clip_grad": 0.0} | overrides)
+        run, _ = run_job(_gradients_kept() if gradients else PreferenceRun, flags, {"clip_grad": 0.0} | overrides)
     progress = run.progress
     return RealStep(
         progress.steps,
         progress.evaluations[-1] if progress.evaluations else {},
         seen[0] if seen else None,
-        run.seen[0].gradients if gradients else [],
+        run.gradients if gradients else [],
     )
+
+
+def _gradients_kept() -> type[Any]:
+    """A PreferenceRun that copies the last step's gradients, and nothing else: the model is large."""
+    from megatron_bdpo.training.run import PreferenceRun
+
+    class GradientsKept(PreferenceRun):
+        gradients: Any = ()
+
+        def wrap_schedule(self, schedule: Any) -> Any:
+            inner = super().wrap_schedule(schedule)
+
+            def run(*args: Any, forward_only: bool = False, **kwargs: Any) -> Any:
+                result = inner(*args, forward_only=forward_only, **kwargs)
+                if not forward_only:
+                    with gradients_in_place(self.model):
+                        self.gradients = copy_shards(self.model)
+                return result
+
+            return run
+
+    return GradientsKept
 
 
 @contextlib.contextmanager

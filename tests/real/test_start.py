@@ -42,6 +42,8 @@ def test_logits_are_those_of_transformers(ranks, tmp_path, job, model, world_siz
     one_pair = {"max_pairs": 1, "pairs_per_step": 1, "train_iters": 1, "preference_loss": "dpo"}
     cache = {"pair_cache_dir": str(tmp_path)}  # of its own: what is scored already has no logits
     found = last_stage(ranks(world_size)(logits, flags.split(), **job | one_pair | cache))
+    if world_size == 6:
+        ranks(6).close()  # nothing else uses as many
     assert len(found) == 2
     assert largest_difference(found, model) <= LOGIT
 

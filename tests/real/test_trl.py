@@ -5,6 +5,7 @@ TRL gets the model's directory and the messages; the chat template, tokens, loss
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def expected(smollm2, rows, tokenizer, tmp_path_factory) -> TrlStep:
-    return trl_step(
+    step = trl_step(
         load_model(smollm2),
         load_model(smollm2),
         rows,
@@ -74,6 +75,8 @@ def expected(smollm2, rows, tokenizer, tmp_path_factory) -> TrlStep:
         optim="sgd",
         weight_decay=0.0,
     )
+    gc.collect()  # two models and a trainer, in a cycle
+    return step
 
 
 @pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS)
