@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -19,6 +20,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+SHOW_STACKS = signal.SIGUSR2
+"""A rank that gets it writes where its threads are to its log, and goes on."""
 
 
 class RankFailure(AssertionError):
@@ -53,7 +57,7 @@ class RankPool:
         while pending:
             ready = wait(list(pending.values()), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._fail(f"ranks {sorted(pending)} have not answered within {timeout} s")
+                self._fail(f"ranks {sorted(pending)} have not answered within {timeout} s", hanging=sorted(pending))
             for rank in [rank for rank, pipe in pending.items() if pipe in ready]:
                 try:
                     succeeded, value = pending.pop(rank).recv()
@@ -87,11 +91,21 @@ class RankPool:
             self._processes.append(process)
             self._pipes.append(here)
 
-    def _fail(self, message: str) -> None:
+    def _fail(self, message: str, hanging: list[int] | None = None) -> None:
+        """Raise with the end of the log of rank 0, or of each rank that hangs, below the stacks of its threads."""
+        for rank in hanging or []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._processes[rank].pid, SHOW_STACKS)
+        if hanging:
+            time.sleep(1)
         self.close()
-        log = self.log_dir / f"rank0of{self.world_size}.log"
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
-        raise RankFailure(f"{message}\n--- end of {log} ---\n{tail}")
+        lines = 100 if hanging else 15
+        raise RankFailure("\n".join([message, *(self._end_of_log(rank, lines) for rank in hanging or [0])]))
+
+    def _end_of_log(self, rank: int, lines: int) -> str:
+        log = self.log_dir / f"rank{rank}of{self.world_size}.log"
+        tail = log.read_text(errors="replace").splitlines()[-lines:] if log.exists() else []
+        return "\n".join([f"--- end of {log} ---", *tail])
 
 
 def _free_port() -> int:
@@ -107,6 +121,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout = sys.stderr = output
+    faulthandler.register(SHOW_STACKS, file=output, all_threads=True)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
