@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_bdpo.platform import cpu
-from megatron_bdpo.platform.writing import written_by_this_process
+from megatron_bdpo.platform.writing import replace_dead_writer, written_by_this_process
 
 #: Metrics whose names begin with this reach the hooks, but not Megatron's own log line, TensorBoard and W&B.
 HOOKS_ONLY = "_"
@@ -286,6 +286,8 @@ def _evaluate(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[...
 def _save(original: Callable[..., Any], hooks: SaveHooks) -> Callable[..., Any]:
     def save(state: Any, directory: Any, *args: Any, **kwargs: Any) -> Any:
         in_background = kwargs.get("async_sharded_save", False)
+        if in_background:
+            replace_dead_writer()
         writing = contextlib.nullcontext() if in_background else written_by_this_process()
         with hooks.saving(Path(directory)), writing:
             request = original(state, directory, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""No process beside a rank for what the rank does itself: how Megatron's checkpoint writer hands over its results."""
+"""The process beside a rank that writes its checkpoints: none where the rank writes by itself, another where it died."""
 
 from __future__ import annotations
 
@@ -23,3 +23,23 @@ def written_by_this_process() -> Iterator[None]:
         yield
     finally:
         filesystem_async._results_queue = before
+
+
+def replace_dead_writer() -> None:
+    """With ``--async-save``: forget a process for writing that has died between two checkpoints; Megatron starts another.
+
+    Megatron would hand it the next checkpoint and wait for ever. It dies by a signal of the system (out of memory), or
+    by its own collection of garbage after a write that failed, which ends CPython 3.12 with a fault.
+    """
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, PersistentAsyncCaller
+
+    process = PersistentAsyncCaller._persistent_process
+    if process is None or process.is_alive():
+        return
+    print(f"the process that writes checkpoints has died (exit code {process.exitcode}): another is started", flush=True)
+    PersistentAsyncCaller._persistent_process = None
+    PersistentAsyncCaller._persistent_queue = None
+    PersistentAsyncCaller._persistent_preload_q = None
+    PersistentAsyncCaller._persistent_comp_q = None
+    if AsyncCallsQueue._persistent_caller is not None:
+        AsyncCallsQueue._persistent_caller.process = None

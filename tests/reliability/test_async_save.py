@@ -37,3 +37,36 @@ def test_a_full_disk_is_told_of(ranks, disk):  # noqa: F811
     assert all("iter_0000004 cannot be written" in message for message in messages), messages
     assert re.search(r"rank \d: .*The disk has 0\.\d MiB left", messages[0], re.DOTALL), messages[0]
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+def train_and_kill_the_writer(flags):
+    """With a SIGKILL for the process that writes, after the first step and again after the third."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.training.async_utils import maybe_finalize_async_save
+
+    from megatron_bdpo.training.run import PreferenceRun
+
+    before = PreferenceRun.after_step
+
+    def after_step(self, losses, iteration, skipped):
+        before(self, losses, iteration, skipped)
+        if iteration in (1, 3):
+            maybe_finalize_async_save(blocking=True)
+            PersistentAsyncCaller._persistent_process.kill()
+            PersistentAsyncCaller._persistent_process.join()
+
+    PreferenceRun.after_step = after_step
+    try:
+        return train(flags)
+    finally:
+        PreferenceRun.after_step = before
+
+
+def test_a_writer_that_died_is_replaced(ranks, tmp_path):
+    """Megatron itself hands the next checkpoint to the dead one, and waits for ever."""
+    expected = ranks(2)(train, [*JOB, "--save", str(tmp_path / "expected")])
+    run = tmp_path / "run"
+    ranks(2)(train_and_kill_the_writer, [*JOB, *ASYNC, "--save", str(run)], timeout=120)
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "4"
+    (run / "latest_checkpointed_iteration.txt").write_text("2")
+    assert_bit_identical(expected, ranks(2)(train, [*JOB, *ASYNC, "--save", str(run), "--load", str(run)]))
