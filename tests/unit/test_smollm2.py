@@ -23,6 +23,7 @@ def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in (EXAMPLE / "pairs" / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
+ANSWERS = ("chosen", "rejected")
 PAIRS = {name: rows(name) for name in ("train", "heldout")}
 
 
@@ -47,31 +48,31 @@ def test_nothing_held_out_is_trained_on():
     for column in ("family", "prompt"):
         train, held_out = ({json.dumps(row[column]) for row in PAIRS[name]} for name in PAIRS)
         assert not train & held_out
-    prompts = [json.dumps(row["prompt"]) for name in PAIRS for row in PAIRS[name]]
-    assert len(prompts) == len(set(prompts))
+    texts = [text(row[column]).lower() for name in PAIRS for row in PAIRS[name] for column in ("prompt", *ANSWERS)]
+    assert [found for found, count in Counter(texts).items() if count > 1] == []
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_answers_are_short_and_labelled(name):
     for row in PAIRS[name]:
         assert 5 <= len(text(row["prompt"]).split()) <= 20, row["prompt"]
-        for column in ("chosen", "rejected"):
+        for column in ANSWERS:
             assert 8 <= len(text(row[column]).split()) <= 32, text(row[column])
         assert row["chosen_safe"] and row["rejected_safe"] == (row["kind"] == HARMLESS)
 
 
 @pytest.mark.parametrize("kind", [UNSAFE, HARMLESS])
 def test_length_gives_nothing_away(kind):
-    """Chosen and rejected answers differ by four words in the mean, in the same direction for both kinds."""
+    """Chosen and rejected answers differ by less than four words in the mean."""
     of = [row for name in PAIRS for row in PAIRS[name] if row["kind"] == kind]
-    mean = {column: sum(len(text(row[column]).split()) for row in of) / len(of) for column in ("chosen", "rejected")}
-    assert 0 <= mean["chosen"] - mean["rejected"] < 4
+    chosen, rejected = (sum(len(text(row[column]).split()) for row in of) / len(of) for column in ANSWERS)
+    assert abs(chosen - rejected) < 4
 
 
 def test_prompts_to_read_side_by_side_are_held_out():
     held_out = {text(row["prompt"]): row["kind"] for row in PAIRS["heldout"]}
     kinds = Counter(held_out[text(row["prompt"])] for row in rows("ask"))
-    assert kinds == {UNSAFE: 4, HARMLESS: 4}
+    assert kinds == {UNSAFE: 6, HARMLESS: 6}
 
 
 # Rates ----------------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def test_prompts_to_read_side_by_side_are_held_out():
 def test_the_rule_reads_every_answer_of_the_pairs_right(name):
     """It is known which of them decline: the chosen ones to unsafe requests, the rejected ones to harmless ones."""
     for row in PAIRS[name]:
-        for column in ("chosen", "rejected"):
+        for column in ANSWERS:
             expected = (row["kind"] == UNSAFE) == (column == "chosen")
             assert declines(text(row[column])) is expected, text(row[column])
 
