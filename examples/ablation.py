@@ -165,9 +165,7 @@ def split(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     order = np.random.default_rng(0).permutation(len(lines))
     count = round(len(lines) * options.held_out_share)
     if not 0 < count < len(lines):
-        raise UserError(
-            f"--held-out-share {options.held_out_share} of {len(lines)} pairs leaves nothing on a side."
-        )
+        raise UserError(f"--held-out-share {options.held_out_share} of {len(lines)} pairs leaves nothing on a side.")
     parts[0].parent.mkdir(parents=True, exist_ok=True)
     for path, rows in zip(parts, (np.sort(order[count:]), np.sort(order[:count])), strict=True):
         path.write_text("".join(lines[row] for row in rows), "utf-8")

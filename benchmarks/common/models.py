@@ -41,9 +41,7 @@ class Shape:
         )
 
 
-def make_model(
-    shape: Shape, directory: Path, texts: Path | None = None, seed: int = 1, dtype: str = "float32"
-) -> Path:
+def make_model(shape: Shape, directory: Path, texts: Path | None = None, seed: int = 1, dtype: str = "float32") -> Path:
     """Write random weights in Hugging Face's format, and a tokenizer. Returns the directory.
 
     Args:

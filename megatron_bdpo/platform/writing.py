@@ -1,4 +1,4 @@
-"""The process beside a rank that writes its checkpoints: none where the rank writes by itself, another where it died."""
+"""The process beside a rank that writes checkpoints: none where the rank writes by itself, another where it died."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def written_by_this_process() -> Iterator[None]:
 
 
 def replace_dead_writer() -> None:
-    """With ``--async-save``: forget a process for writing that has died between two checkpoints; Megatron starts another.
+    """With ``--async-save``: forget a process for writing that died between two checkpoints; Megatron starts another.
 
     Megatron would hand it the next checkpoint and wait for ever. It dies by a signal of the system (out of memory), or
     by its own collection of garbage after a write that failed, which ends CPython 3.12 with a fault.
@@ -36,7 +36,7 @@ def replace_dead_writer() -> None:
     process = PersistentAsyncCaller._persistent_process
     if process is None or process.is_alive():
         return
-    print(f"the process that writes checkpoints has died (exit code {process.exitcode}): another is started", flush=True)
+    print(f"the process that wrote checkpoints has died (exit code {process.exitcode}); another is started", flush=True)
     PersistentAsyncCaller._persistent_process = None
     PersistentAsyncCaller._persistent_queue = None
     PersistentAsyncCaller._persistent_preload_q = None

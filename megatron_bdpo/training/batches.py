@@ -113,8 +113,7 @@ def _in_one_piece(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[Tensor, dict[
     ends = list(itertools.accumulate(round_up(tensor.nbytes, _ALIGNMENT) for tensor in tensors.values()))
     whole = torch.zeros(ends[-1], dtype=torch.uint8)
     views = {
-        name: _view(whole, start, tensor)
-        for (name, tensor), start in zip(tensors.items(), [0, *ends], strict=False)
+        name: _view(whole, start, tensor) for (name, tensor), start in zip(tensors.items(), [0, *ends], strict=False)
     }
     for name, view in views.items():
         view.copy_(tensors[name])

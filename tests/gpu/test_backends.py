@@ -33,4 +33,3 @@ def test_equals_sdpa(backend, name, dtype):
         scale = max(expected[what].abs().max().item(), 1.0) if expected[what].numel() else 1.0
         tolerance = UNITS * torch.finfo(dtype).eps * scale
         torch.testing.assert_close(value, expected[what], rtol=0, atol=tolerance, msg=what)
-

@@ -279,9 +279,7 @@ def test_the_ways_out_are_transformers_own():
     base = auto.HfQuantizer._dequantize
     for method, way in keys._DEQUANTISED.items():
         if ".dequantize()" in way:
-            assert all(
-                auto.AUTO_QUANTIZER_MAPPING[f"{method}_{bits}bit"]._dequantize is not base for bits in (4, 8)
-            )
+            assert all(auto.AUTO_QUANTIZER_MAPPING[f"{method}_{bits}bit"]._dequantize is not base for bits in (4, 8))
         else:
             settings = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
             assert f"={settings.__name__}(dequantize=True)" in way

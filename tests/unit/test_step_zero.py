@@ -220,9 +220,7 @@ def the_empty_prompt(undo: contextlib.ExitStack) -> None:
     from megatron_bdpo.training.reference.scoring import ReferenceTable
 
     original = ReferenceTable.lookup
-    undo.enter_context(
-        mock.patch.object(ReferenceTable, "lookup", lambda self, batch: 2 * original(self, batch)[1:])
-    )
+    undo.enter_context(mock.patch.object(ReferenceTable, "lookup", lambda self, batch: 2 * original(self, batch)[1:]))
 
 
 def first_step(flags: list[str], cache: str, mistake: Any = None) -> str:

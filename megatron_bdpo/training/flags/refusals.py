@@ -187,9 +187,7 @@ _REFUSALS = (
     _Refusal(
         lambda a: (
             a.tp_comm_overlap
-            and not (
-                a.fixed_pack_length and (a.dry_run is not None or importlib.util.find_spec("transformer_engine"))
-            )
+            and not (a.fixed_pack_length and (a.dry_run is not None or importlib.util.find_spec("transformer_engine")))
         ),
         "--tp-comm-overlap: its buffers, Transformer Engine's, are of one size, and packs are not. Add "
         "--fixed-pack-length, and have Transformer Engine installed.",
