@@ -135,9 +135,44 @@ def test_ranks_with_uneven_and_empty_packs_agree_with_one_rank(ranks, tmp_path, 
     assert_same_steps(last_stage(found).steps, last_stage(expected).steps)
 
 
+#: (chosen, rejected) unsafe, and the same as SafeDPO trains the pair: in order, or None where it is dropped.
+LABELS = [((0, 1), (0, 1)), ((1, 0), (0, 1)), ((0, 0), (0, 0)), ((1, 1), None), ((1, 0), (0, 1))]
+
+
+def write_labelled(rows, labels, path):
+    with path.open("w") as file:
+        for row, (chosen_unsafe, rejected_unsafe) in zip(rows, labels, strict=True):
+            file.write(
+                json.dumps(row | {"chosen_safe": not chosen_unsafe, "rejected_safe": not rejected_unsafe}) + "\n"
+            )
+
+
 def test_safety_labels_swap_and_drop(ranks, tmp_path):
-    outcome = last_stage(ranks(1)(train, ["--preference-loss", "safedpo"], pair_cache_dir=str(tmp_path)))
-    assert len(outcome.steps) == 3
+    """A run trains what it would train of pairs that somebody has put in order before: answers and labels."""
+    rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()[: 2 * len(LABELS)]]
+    given, expected = zip(*(2 * LABELS), strict=True)
+    write_labelled(rows, given, tmp_path / "given.jsonl")
+    kept = [
+        row if unsafe == ordered else row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+        for row, unsafe, ordered in zip(rows, given, expected, strict=True)
+        if ordered
+    ]
+    write_labelled(kept, [ordered for ordered in expected if ordered], tmp_path / "expected.jsonl")
+    flags = ["--preference-loss", "safedpo", "--safedpo-delta", "2", "--pairs-per-step", "8"]
+    of = {
+        name: last_stage(ranks(1)(train, flags, pair_data=[str(tmp_path / f"{name}.jsonl")], train_iters=2)).steps
+        for name in ("given", "expected")
+    }
+    assert_same_steps(of["given"], of["expected"])
+    to_exceed = np.array([2.0 * (unsafe[1] - unsafe[0]) for unsafe in expected if unsafe])
+    assert of["given"][0]["loss"] == pytest.approx(np.log1p(np.exp(to_exceed)).mean(), rel=1e-6), "policy is reference"
+
+
+def test_the_reference_reaches_the_loss_in_double_precision(ranks, tmp_path):
+    """Sums of hundreds of nats: single precision rounds them by up to 3e-5, while policy and reference are the same."""
+    before = last_stage(ranks(1)(train, [], pair_cache_dir=str(tmp_path), train_iters=1)).steps[0]
+    assert before["logps/chosen"] < -256
+    assert max(abs(before[f"rewards/{name}"]) for name in ("chosen", "rejected")) < 1e-9
 
 
 def test_reference_cache_grows_with_the_pairs_that_are_used(ranks, tmp_path):
