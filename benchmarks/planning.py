@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace, store_directory: Path, ranks: int) -> None
     with told("open the token store"):
         pool = PairPool([PairStore.open(store_directory)])
     with told("plan one epoch"):
-        job = jobs._plan_job(planned, loss, pool, store_directory)
+        job = jobs._plan_job(planned, loss, pool, store_directory, None)
     print(job.describe(), flush=True)
     scores = ReferenceScores(args, job, None, REFERENCE, job.pairs_in_use(0), no_model, pause=lambda: None)
     write_scores(scores)

@@ -70,7 +70,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "losses": list(LOSSES),
         "sft_epochs": 0,
         "epochs": 1,
-        "lr": 1e-5,
+        "lr": 6e-5,
         "pairs_per_step": 8,
         "seq_length": 1024,
         "own_flags": ["--no-save-optim"],

@@ -69,7 +69,7 @@ def prompt_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
         "NaN": ('{"prompt": "Hi", "score": NaN}\n', "line 2: .*none of JSON's"),
     }
     cases = {
-        name: (write(directory / f"{name}.jsonl", {"prompt": "Hi"}, row), f"--eval-prompts: .*{expected}")
+        name: (write(directory / f"prompts {name}.jsonl", {"prompt": "Hi"}, row), f"--eval-prompts: .*{expected}")
         for name, (row, expected) in rows.items()
     }
     cases["missing"] = (str(directory / "gone.jsonl"), r"--eval-prompts: .*gone\.jsonl: there is no such file")
