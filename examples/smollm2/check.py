@@ -62,7 +62,7 @@ def log_probs(policy: Any, reference: Any, tokenizer: Any, rows: list[dict[str, 
 def expected_metrics(of: dict[str, Tensor], loss: str, options: dict[str, Any]) -> dict[str, float]:
     """What an evaluation should have reported."""
     beta = options["beta"]
-    rewards = beta * (of["policy"] - of["reference"])
+    rewards = pushed = beta * (of["policy"] - of["reference"])
     metrics = {f"logps/{name}": of["policy"][:, index].mean() for index, name in enumerate(ANSWERS)}
     if loss == "bdpo":
         information = (of["reference"] - of["unconditional"]) / of["tokens"]
@@ -71,12 +71,12 @@ def expected_metrics(of: dict[str, Tensor], loss: str, options: dict[str, Any]) 
         metrics |= {f"comprehension/{name}": information[:, index].mean() for index, name in enumerate(ANSWERS)}
         metrics |= {"comprehension/imbalance": (information[:, 0] - information[:, 1]).abs().mean()}
         metrics |= {f"weights/{name}": weights[:, index].mean() for index, name in enumerate(ANSWERS)}
-        rewards = scale[:, None] * weights * rewards
+        pushed = scale[:, None] * weights * rewards
         metrics["scale"] = scale.mean()
     margins = rewards[:, 0] - rewards[:, 1]
     metrics |= {f"rewards/{name}": rewards[:, index].mean() for index, name in enumerate(ANSWERS)}
     metrics |= {"rewards/margins": margins.mean(), "rewards/accuracies": (margins > 0).double().mean()}
-    metrics["loss"] = -logsigmoid(margins).mean()
+    metrics["loss"] = -logsigmoid(pushed[:, 0] - pushed[:, 1]).mean()
     return {name: float(value) for name, value in metrics.items()}
 
 

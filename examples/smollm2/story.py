@@ -45,7 +45,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 #: GiB that the story takes beside what is there: checkpoint and two models on disk; the process that trains.
-DISK, MEMORY = 3.0, 3.0
+DISK, MEMORY = 3.0, 6.0
 
 
 @dataclass(frozen=True)
