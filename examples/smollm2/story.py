@@ -21,17 +21,13 @@ import json
 import os
 import resource
 import shlex
-import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import psutil
 
 from examples.smollm2 import fetch
 from examples.smollm2.rates import HARMLESS, UNSAFE, generations, rates
@@ -40,6 +36,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.report.build import ReportSettings, build_report
 from megatron_bdpo.report.style import require_matplotlib
 from megatron_bdpo.report.text import comprehension_blocks
+from megatron_bdpo.training.reporting.generations_file import prompt_text
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -129,13 +126,9 @@ def side_by_side(run: Path) -> list[tuple[str, str, str, str]]:
     """Kind, prompt, answer before and answer after, for the prompts of pairs/ask.jsonl."""
     wanted = [json.loads(line)["prompt"] for line in (HERE / "pairs" / "ask.jsonl").read_text("utf-8").splitlines()]
     found = generations(run)
-    before, after = ({_text(row["prompt"]): row for row in rows} for rows in (found[0], found[-1]))
-    asked = [_text(prompt) for prompt in wanted]
+    before, after = ({prompt_text(row["prompt"]): row for row in rows} for rows in (found[0], found[-1]))
+    asked = [prompt_text(prompt) for prompt in wanted]
     return [(before[text]["kind"], text, before[text]["answer"], after[text]["answer"]) for text in asked]
-
-
-def _text(prompt: str | list[dict[str, Any]]) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def write_answers(answers: list[tuple[str, str, str, str]], path: Path) -> None:
@@ -149,22 +142,13 @@ def write_answers(answers: list[tuple[str, str, str, str]], path: Path) -> None:
     path.write_text("\n".join(parts), "utf-8")
 
 
-def check_room(output: Path) -> None:
-    """Raises UserError where disk or memory will not do, before anything is downloaded."""
-    output.mkdir(parents=True, exist_ok=True)
-    disk, memory = shutil.disk_usage(output).free / fetch.GIB, psutil.virtual_memory().available / fetch.GIB
-    if disk < DISK:
-        raise UserError(f"{output} has {disk:.1f} GiB left, the story takes {DISK:.0f}. Name another --output.")
-    if memory < MEMORY:
-        raise UserError(f"{memory:.1f} GiB of memory are free, training takes {MEMORY:.0f}. End other programs.")
-
-
 def tell(options: argparse.Namespace) -> None:
     started = time.monotonic()
     require_matplotlib()
     places = Places(options.output)
     if not _is_finished(places.run):
-        check_room(options.output)
+        options.output.mkdir(parents=True, exist_ok=True)
+        fetch.check_room(options.output, DISK, MEMORY, "the story")
     model = options.model or str(fetch.fetch())
     train(places, model, options.ranks, options.flags)
     report = build_report(places.run, ReportSettings())

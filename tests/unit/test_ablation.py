@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from examples import ablation, ablation_results
 
@@ -147,3 +148,14 @@ def test_a_run_that_fails_is_named(tmp_path, capsys):
     assert ablation.main(["--output", str(tmp_path), "--launcher", "false", "--no-plot"]) == 2
     error = capsys.readouterr().err
     assert "start ended with exit code 1" in error and "log.txt" in error
+
+
+def test_the_real_models_runs_are_the_recipes():
+    """What the ablation settles itself is what examples/smollm2 trains with, so that its B-DPO is that of the story."""
+    options = ablation.parse(["--model", "smollm2"])
+    recipe = yaml.safe_load(options.recipe.read_text("utf-8"))
+    own = {
+        "pairs-per-step": options.pairs_per_step, "pair-epochs": options.epochs, "seq-length": options.seq_length,
+        "lr": options.lr, "beta": options.beta, "bdpo-temperature": options.bdpo_temperature,
+    }  # fmt: skip
+    assert {name: type(value)(recipe[name]) for name, value in own.items()} == own

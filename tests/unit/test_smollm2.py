@@ -148,9 +148,9 @@ def test_another_wheel_of_that_name(tmp_path, monkeypatch):
 
 
 def test_too_little_room(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(story.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
+    monkeypatch.setattr(fetch.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
     assert story.main(["--output", str(tmp_path)]) == 2
-    monkeypatch.setattr(story.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     assert story.main(["--output", str(tmp_path)]) == 2
     memory, disk = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "1.0 GiB of memory are free" in memory and "has 1.0 GiB left" in disk

@@ -11,7 +11,7 @@ from typing import Any
 from megatron.training.global_vars import get_tokenizer, get_wandb_writer
 
 from megatron_bdpo.data.answering import GreedyAnswers
-from megatron_bdpo.data.prompts import EvalPrompts
+from megatron_bdpo.data.prompts import ANSWER_COLUMNS, EvalPrompts
 from megatron_bdpo.data.records import printable
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.display import Table
@@ -124,8 +124,7 @@ def _wandb_table(wandb: Any, rows: list[Row], latest: list[Row]) -> Any:
     """The latest answers beside the first. Texts, because W&B gives every column one type."""
     first = rows[0]["step"]
     before = {prompt_text(row["prompt"]): answer_text(row) for row in rows if row["step"] == first}
-    own = ("step", "prompt", "answer", "tokens", "finished")
-    others = list(dict.fromkeys(name for row in latest for name in row if name not in own))
+    others = list(dict.fromkeys(name for row in latest for name in row if name not in ANSWER_COLUMNS))
     data = []
     for row in latest:
         prompt = prompt_text(row["prompt"])
