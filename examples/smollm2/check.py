@@ -95,6 +95,11 @@ def main() -> int:
     parser.add_argument("--answers", type=int, default=8, help="how many prompts are answered again (8)")
     options = parser.parse_args()
     run, aligned = options.output / "run", options.output / "aligned"
+    for needed in (run / "run.json", run / "generations.jsonl", aligned / "config.json", options.base / "config.json"):
+        if not needed.is_file():
+            parser.error(
+                f"{needed} is not there. Run make smollm2 first, or name its --output, and the --base it used."
+            )
     record = json.loads((run / "run.json").read_text("utf-8"))
     reported = [line for line in read_lines(run / "metrics.jsonl") if line["kind"] == "evaluation"][-1]
     tokenizer = AutoTokenizer.from_pretrained(aligned)

