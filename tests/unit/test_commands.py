@@ -23,7 +23,7 @@ import pytest
 from tests.harness.documents import ROOT, Command, commands
 from tests.unit.test_cli import run
 from tests.unit.test_docs import known_flags
-from tests.unit.test_dry_run import LLAMA_8B, LLAMA_70B, QWEN2_7B
+from tests.unit.test_dry_run import LLAMA_8B, LLAMA_70B, QWEN2_7B, SMOLLM2_135M
 
 OWN_LOSS = "tests/unit/test_docs.py::test_example_of_an_own_loss"
 
@@ -126,6 +126,7 @@ def make_files(directory: Path, chat_template: str) -> None:
         "meta-llama/Llama-3.1-8B-Instruct": LLAMA_8B,
         "meta-llama/Llama-3.1-70B-Instruct": LLAMA_70B,
         "Qwen/Qwen2-7B-Instruct": QWEN2_7B,
+        "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
     }.items():
         model = directory / name
         model.mkdir(parents=True)

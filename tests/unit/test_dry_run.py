@@ -55,6 +55,16 @@ LLAMA_8B = LLAMA_70B | {
     "num_attention_heads": 32,
     "num_hidden_layers": 32,
 }
+SMOLLM2_135M = LLAMA_70B | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
 QWEN2_7B = {
     "architectures": ["Qwen2ForCausalLM"],
     "attention_dropout": 0.0,
