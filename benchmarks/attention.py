@@ -53,7 +53,7 @@ class Heads:
 
 def groups_of(options: argparse.Namespace) -> list[Any]:
     """Pairs with lengths from half to one and a half of the mean."""
-    from megatron_bdpo.data.layout import PairGroup
+    from megatron_bdpo.data.packs import PairGroup
 
     rng = np.random.default_rng(0)
 
@@ -66,7 +66,7 @@ def groups_of(options: argparse.Namespace) -> list[Any]:
 
 def along_plan(groups: list[Any], share: bool, heads: Heads, device: str, dtype: torch.dtype) -> Callable[[], None]:
     """What ``model.attention`` does in a layer."""
-    from megatron_bdpo.data.layout import group_tokens, lay_out
+    from megatron_bdpo.data.packs import group_tokens, lay_out
     from megatron_bdpo.model.attention_backends import BACKENDS, Layer, default_backend
     from megatron_bdpo.training.batches import to_batch
 

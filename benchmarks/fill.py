@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from benchmarks.common import models, rounds
-from megatron_bdpo.data.layout import group_tokens
-from megatron_bdpo.data.plan import IntArray, PlanSettings, plan_steps
+from megatron_bdpo.data.packs import group_tokens
+from megatron_bdpo.data.step_plan import IntArray, PlanSettings, plan_steps
 from megatron_bdpo.errors import UserError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "data" / "train.jsonl"
@@ -31,7 +31,7 @@ VOCABULARY = 32_000
 
 def sizes_of_file(path: Path) -> IntArray:
     """[P] pack positions that the pairs of a file take, with whole prompts."""
-    from megatron_bdpo.platform.prepare import prepare_platform
+    from megatron_bdpo.platform.start import prepare_platform
 
     prepare_platform()
     from megatron_bdpo.training import distributed, job

@@ -40,7 +40,7 @@ def write(size: str, directory: Path) -> None:
 
     from megatron_bdpo.model.hf.config import read_config
     from megatron_bdpo.model.hf.export import write_file, write_json
-    from megatron_bdpo.model.hf.files import FILE_BYTES
+    from megatron_bdpo.model.hf.file_layout import FILE_BYTES
 
     config = LLAMA_3 | SIZES[size]
     shapes = read_config(config).weights.shapes()
@@ -58,7 +58,7 @@ def write(size: str, directory: Path) -> None:
 
 def read(directory: Path, flags: list[str]) -> None:
     """Read it on this rank and report."""
-    from megatron_bdpo.platform.prepare import prepare_platform
+    from megatron_bdpo.platform.start import prepare_platform
 
     prepare_platform()
     from megatron_bdpo.model.hf import load

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--eval-share", type=float, default=0.02)
     options = parser.parse_args()
 
-    from megatron_bdpo.platform.prepare import prepare_platform
+    from megatron_bdpo.platform.start import prepare_platform
 
     prepare_platform()
     from megatron_bdpo.training import distributed
@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace, store_directory: Path, ranks: int) -> None
     from megatron_bdpo.losses import registry
     from megatron_bdpo.training import job as jobs
     from megatron_bdpo.training.forward import PairLossFunction
-    from megatron_bdpo.training.reference.scores import ReferenceScores
+    from megatron_bdpo.training.reference.precomputed import ReferenceScores
     from megatron_bdpo.training.reference.settling import imbalance_edges, settle
 
     def no_model() -> list:
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace, store_directory: Path, ranks: int) -> None
 
 def write_store(directory: Path, pairs: int) -> None:
     """A token store of ``pairs`` log-normal lengths: prompts of 200 tokens, answers of 150, in the median."""
-    from megatron_bdpo.data.report import DataReport
+    from megatron_bdpo.data.row_report import DataReport
     from megatron_bdpo.data.store import FORMAT_NAME, FORMAT_VERSION
 
     rng = np.random.default_rng(0)

@@ -38,14 +38,14 @@ def main() -> None:
     parser.add_argument("--pairs-per-step", type=int, default=16)
     options = parser.parse_args()
 
-    from megatron_bdpo.platform.prepare import prepare_platform
+    from megatron_bdpo.platform.start import prepare_platform
 
     prepare_platform()
     import torch
 
-    from megatron_bdpo.data.scores import open_scores
     from megatron_bdpo.training import distributed
     from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.reference.cache import open_scores
     from megatron_bdpo.training.reference.scoring_job import score_pairs
     from megatron_bdpo.training.run import PreferenceRun
 

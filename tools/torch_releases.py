@@ -1,6 +1,6 @@
 """Record which parameters the functions of torch that change between its releases take, from the wheels on PyPI.
 
-    python tools/torch_releases.py 2.10.0 2.11.0      # adds those to tests/unit/torch_releases.json
+    python tools/torch_releases.py 2.10.0 2.11.0      # adds those to tests/unit/model/torch_releases.json
 
 A release's wheel for macOS has the same Python sources as those for Linux in 70 to 140 MB. Nothing of it is run, and
 it is deleted again. A function is recorded as the parameters of each of its overloads with their defaults, without

@@ -67,11 +67,11 @@ class Sections:
         from megatron_bdpo.logprobs import fused_linear
         from megatron_bdpo.model.pair_gpt import ScoringOutputLayer
         from megatron_bdpo.training import batches, forward, run
-        from megatron_bdpo.training.reference import scoring
+        from megatron_bdpo.training.reference import passes
 
         places: list[tuple[str, Any, str]] = [
             ("data", batches.PackBatch, "to_device"),
-            ("reference", scoring.ReferenceTable, "lookup"),
+            ("reference", passes.ReferenceTable, "lookup"),
             ("forward", forward, "score_pack"),
             ("log-probs", ScoringOutputLayer, "forward"),
             ("loss", forward.PreferenceStep, "_loss_func"),

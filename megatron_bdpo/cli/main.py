@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from megatron_bdpo.cli import convert, data, losses, plan, report, score, train
+from megatron_bdpo.cli import convert, data, jobs, losses, plan, report
 from megatron_bdpo.cli.common import example
 from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError
@@ -20,7 +20,7 @@ _DEBUG = "MEGATRON_BDPO_DEBUG"  # as in training.entry, which takes seconds to i
 
 def _print_versions(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from megatron_bdpo.cli.versions import versions
+        from megatron_bdpo.cli.version_table import versions
 
         show(versions())
         context.exit()
@@ -44,8 +44,8 @@ def cli(debug: bool) -> None:
 
 for _subcommand in (
     data.data,
-    score.score,
-    train.train,
+    jobs.score,
+    jobs.train,
     convert.convert,
     plan.plan,
     report.report,

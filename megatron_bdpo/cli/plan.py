@@ -88,7 +88,7 @@ def plan(**options: Any) -> None:
 
 def _questions(options: dict[str, Any]) -> list[Question]:
     if options["recipe"]:
-        from megatron_bdpo.training.memory import of_recipe
+        from megatron_bdpo.training.job_memory import of_recipe
 
         model, told = of_recipe(options["recipe"])
     else:
@@ -121,7 +121,7 @@ def _questions(options: dict[str, Any]) -> list[Question]:
 def _of_hf_model(path_or_name: str) -> ModelShape:
     from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
     from megatron_bdpo.model.hf.config import read_config
-    from megatron_bdpo.model.hf.hub import model_directory
+    from megatron_bdpo.model.hf.directory import model_directory
 
     architecture = read_config(read_json(model_directory(path_or_name, weights=False) / CONFIG))
     return ModelShape.from_arguments(architecture.arguments, architecture.weights.sizes.vocab)

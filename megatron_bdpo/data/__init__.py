@@ -8,8 +8,8 @@ What is named here is of use without a training job, and needs NumPy only:
         pack = lay_out([groups[pair] for pair in pair_ids], length=4096)
 """
 
-from megatron_bdpo.data.layout import Pack, PairGroup, group_tokens, lay_out
-from megatron_bdpo.data.packing import pack_all
-from megatron_bdpo.data.plan import PlanSettings, StepPlan, plan_steps
+from megatron_bdpo.data.bin_packing import pack_all
+from megatron_bdpo.data.packs import Pack, PairGroup, group_tokens, lay_out
+from megatron_bdpo.data.step_plan import PlanSettings, StepPlan, plan_steps
 
 __all__ = ["Pack", "PairGroup", "PlanSettings", "StepPlan", "group_tokens", "lay_out", "pack_all", "plan_steps"]

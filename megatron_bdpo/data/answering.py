@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_bdpo.data.layout import IntArray, Pack, lay_out_continued
-from megatron_bdpo.data.packing import round_up
+from megatron_bdpo.data.bin_packing import round_up
+from megatron_bdpo.data.packs import IntArray, Pack, lay_out_continued
 from megatron_bdpo.data.tokenization import TokenArray
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_bdpo.data.records import RowProblem, parse_row
-from megatron_bdpo.data.report import DataReport
+from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec, describe_row, read_rows
 from megatron_bdpo.errors import UserError
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_bdpo.data.layout import IntArray, Pack
+from megatron_bdpo.data.packs import IntArray, Pack
 
 #: Chunks that a rank may get. More of them balance better, but each one gathers the keys before it once more.
 _CHUNKS_PER_RANK = (2, 4, 8)

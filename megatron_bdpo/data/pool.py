@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.data.layout import PairGroup, group_tokens
+from megatron_bdpo.data.packs import PairGroup, group_tokens
 from megatron_bdpo.data.sources import describe_row
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError

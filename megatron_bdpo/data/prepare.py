@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_bdpo.data.records import PreferenceRecord, RowProblem, parse_row
-from megatron_bdpo.data.report import DataReport
+from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import Row, SourceSpec, content_digest, describe_row, read_rows, sha256_of_file
 from megatron_bdpo.data.store import FORMAT_VERSION, PairStore, PairStoreWriter, StoreInfo
 from megatron_bdpo.data.tokenization import PairTokenizer, PairTokens

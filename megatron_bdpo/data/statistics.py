@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_bdpo.data.layout import group_tokens
+from megatron_bdpo.data.packs import group_tokens
 from megatron_bdpo.data.store import SAFE, UNKNOWN, UNSAFE, PairStore
 from megatron_bdpo.display import Block, Facts, Table
 

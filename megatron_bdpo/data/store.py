@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bdpo.data.records import PreferenceRecord
-from megatron_bdpo.data.report import DataReport
+from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec, describe_row
 from megatron_bdpo.data.tokenization import PairTokens, TokenArray
 from megatron_bdpo.errors import UserError

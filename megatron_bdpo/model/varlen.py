@@ -1,6 +1,6 @@
 """Torch's varlen flash attention, as whatever release is installed has it.
 
-It came with torch 2.10 and its parameters have changed since (all are in ``tests/unit/torch_releases.json``):
+It came with torch 2.10 and its parameters have changed since (all are in ``tests/unit/model/torch_releases.json``):
 
     2.10        is_causal
     2.11        scale, window_size

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_bdpo.data.scores import open_scores
+from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.display import Block, Facts, plain
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.files import write_whole
 from megatron_bdpo.losses.bdpo import BdpoOptions
 from megatron_bdpo.report import page, text
-from megatron_bdpo.report.comprehension import Comprehension, comprehension_of
 from megatron_bdpo.report.curves import Curves, read_curves
 from megatron_bdpo.report.figures import Picture, comprehension_pictures, training_pictures
-from megatron_bdpo.report.sources import ReportSources, find_sources
+from megatron_bdpo.report.run_files import ReportSources, find_sources
+from megatron_bdpo.report.scored_pairs import Comprehension, comprehension_of
 from megatron_bdpo.report.style import require_matplotlib
+from megatron_bdpo.training.reference.cache import open_scores
 from megatron_bdpo.training.reporting import generations_file
 from megatron_bdpo.training.reporting.generations_file import SideBySide, read_generations, side_by_side
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from megatron_bdpo.report import style
-from megatron_bdpo.report.comprehension import Comprehension, FloatArray
 from megatron_bdpo.report.curves import QUARTILES, Curves, Series, smoothed
+from megatron_bdpo.report.scored_pairs import Comprehension, FloatArray
 from megatron_bdpo.report.style import (
     CHOSEN,
     FAINT,

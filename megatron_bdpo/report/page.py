@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from megatron_bdpo.report.comprehension import PERCENTILES, Comprehension, summary
 from megatron_bdpo.report.figures import Picture
+from megatron_bdpo.report.scored_pairs import PERCENTILES, Comprehension, summary
 from megatron_bdpo.report.text import shown_value
 from megatron_bdpo.training.reporting.generations_file import SideBySide
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from megatron_bdpo.data.records import printable
 from megatron_bdpo.display import Block, Facts, Table
-from megatron_bdpo.report.comprehension import PERCENTILES, Comprehension, summary
 from megatron_bdpo.report.curves import QUARTILES, Curves, Series
+from megatron_bdpo.report.scored_pairs import PERCENTILES, Comprehension, summary
 from megatron_bdpo.training.reporting.generations_file import SideBySide
 
 COLUMNS = 80

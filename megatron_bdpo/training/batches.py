@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_bdpo.data.bin_packing import round_up
 from megatron_bdpo.data.context import ALONE, ContextRank, context_part
-from megatron_bdpo.data.layout import IntArray, Pack, lay_out
-from megatron_bdpo.data.packing import round_up
+from megatron_bdpo.data.packs import IntArray, Pack, lay_out
 from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.logprobs import ScoredPositions
 from megatron_bdpo.model.attention import AttentionPlan, KeptKeys

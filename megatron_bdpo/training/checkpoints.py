@@ -25,8 +25,8 @@ from typing import Any
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
+from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import PassingError, UserError
-from megatron_bdpo.files import write_whole
 from megatron_bdpo.json_shape import Each, misshapen, parse_json
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, is_rank_zero, say
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron.training.theoretical_memory_usage import report_theoretical_memory
 from megatron.training.training import num_floating_point_operations
 
-from megatron_bdpo.data.layout import causal_squares
+from megatron_bdpo.data.packs import causal_squares
 from megatron_bdpo.display import Block, Facts
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning.machine import Machine
@@ -23,7 +23,7 @@ from megatron_bdpo.platform.seams import initialize_megatron
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.flags.validation import refusals_of_megatron, silence
 from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.memory import job_shape, model_shape
+from megatron_bdpo.training.job_memory import job_shape, model_shape
 from megatron_bdpo.training.preparation import forget_global_state, prepare
 from megatron_bdpo.training.reporting.summary import memory, summarize
 

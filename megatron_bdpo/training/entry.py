@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_bdpo.display import Block, show
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.platform.prepare import prepare_platform
+from megatron_bdpo.platform.start import prepare_platform
 
 if TYPE_CHECKING:
     from megatron_bdpo.training.run import PreferenceRun
@@ -81,7 +81,7 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
 
     Returns:
         The directories with the scores of the training pairs and, if there are any, of the held-out ones. Read them
-        with ``megatron_bdpo.data.scores.open_scores``.
+        with ``megatron_bdpo.training.reference.cache.open_scores``.
 
     Raises:
         UserError: on every rank, printed once, for anything the user can put right.

@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 
 from megatron_bdpo.data import pool as pools
+from megatron_bdpo.data.bin_packing import pack_evenly, per_pack, round_up
 from megatron_bdpo.data.context import ContextRank, imbalance
-from megatron_bdpo.data.layout import lay_out
-from megatron_bdpo.data.packing import pack_evenly, per_pack, round_up
-from megatron_bdpo.data.plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
+from megatron_bdpo.data.packs import lay_out
 from megatron_bdpo.data.pool import PairPool, Selection
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
 from megatron_bdpo.data.prompts import EvalPrompts, PromptRow, encode_prompts, read_prompts
 from megatron_bdpo.data.sources import check_sources, parse_sources
+from megatron_bdpo.data.step_plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import registry
-from megatron_bdpo.model.hf.hub import tokenizer_directory
+from megatron_bdpo.model.hf.directory import tokenizer_directory
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.flags.arguments import given_loss_options
-from megatron_bdpo.training.flags.precision import precision_of
+from megatron_bdpo.training.flags.precision_check import precision_of
 from megatron_bdpo.training.forward import PairLossFunction
 from megatron_bdpo.training.nodes import on_every_node, shared_by_every_node
 from megatron_bdpo.training.timetable import settle_intervals

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
-from megatron_bdpo.platform.fusions import build_output_layer_without_apex
+from megatron_bdpo.platform.compilation import build_output_layer_without_apex
 
 
 def model_config(args: argparse.Namespace) -> PairGPTConfig:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_bdpo.data.store import PairStore
-from megatron_bdpo.platform.prepare import prepare_platform
+from megatron_bdpo.platform.start import prepare_platform
 
 
 def tokenized_pairs(flags: Sequence[str]) -> PairStore:
@@ -23,7 +23,7 @@ def tokenized_pairs(flags: Sequence[str]) -> PairStore:
     with contextlib.redirect_stdout(sys.stderr):
         prepare_platform()
         logging.getLogger("megatron").setLevel(logging.WARNING)  # not the padding of a vocabulary
-        from megatron_bdpo.model.hf.hub import model_directory
+        from megatron_bdpo.model.hf.directory import model_directory
         from megatron_bdpo.training import job
         from megatron_bdpo.training.distributed import process_groups
         from megatron_bdpo.training.flags import arguments

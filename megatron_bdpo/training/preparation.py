@@ -9,13 +9,13 @@ from megatron.training.training import destroy_global_state
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
-from megatron_bdpo.platform.fusions import fuse_rotary_embedding
+from megatron_bdpo.platform.compilation import fuse_rotary_embedding
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.flags.arguments import log_to_wandb_too
 from megatron_bdpo.training.flags.determinism import forget_determinism
-from megatron_bdpo.training.flags.fusions import settle_fusions
-from megatron_bdpo.training.flags.layout import check_layout
-from megatron_bdpo.training.flags.precision import check_precision
+from megatron_bdpo.training.flags.fused_layers import settle_fusions
+from megatron_bdpo.training.flags.layout_check import check_layout
+from megatron_bdpo.training.flags.precision_check import check_precision
 from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
 from megatron_bdpo.training.flags.validation import check_directories, rehearse, set_up_megatron
 from megatron_bdpo.training.hf.exporting import check_save_hf

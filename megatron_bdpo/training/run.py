@@ -23,7 +23,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.async_utils import is_empty_async_queue
 from torch import Tensor
 
-from megatron_bdpo.data.layout import causal_squares, group_tokens
+from megatron_bdpo.data.packs import causal_squares, group_tokens
 from megatron_bdpo.model.reference import weights_at_rest
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
@@ -31,14 +31,14 @@ from megatron_bdpo.training import checkpoints, identity
 from megatron_bdpo.training.batches import IntArray, PackBatch, Packs, iterate_packs
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
 from megatron_bdpo.training.finite import broken_gradient, gradients_named, reject_broken_weights
-from megatron_bdpo.training.flags import precision
+from megatron_bdpo.training.flags import precision_check
 from megatron_bdpo.training.flags.validation import keep_recipe
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.generation.generations import Generations
 from megatron_bdpo.training.hf.exporting import save_live
 from megatron_bdpo.training.preparation import forget_global_state
+from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.reference.provider import ReferenceProvider
-from megatron_bdpo.training.reference.scoring import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.reference.settling import imbalance_edges, settle
 from megatron_bdpo.training.reporting.advice import Advisor, about_data
 from megatron_bdpo.training.reporting.console import show
@@ -213,7 +213,7 @@ class PreferenceRun:
         for chunk in unwrap_model(model):  # after the reference has been built from the same configuration
             chunk.config.moe_grad_scale_func = functools.partial(self._auxiliary_loss_scale, chunk.config)
         if self.args.step_zero_check and not resumed and self.job.loss.requirements.reference:
-            self._step.gate = StepZeroGate(precision.precision_of(self.args))
+            self._step.gate = StepZeroGate(precision_check.precision_of(self.args))
 
     def _begin_files(self, save: Path) -> None:
         """What the rank with the metrics writes beside the checkpoints, for people's own tools."""

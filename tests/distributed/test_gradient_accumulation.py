@@ -41,9 +41,9 @@ def fused(flags: list[str], *, without_apex: bool = True, **overrides: Any) -> t
 
     from megatron_bdpo.logprobs import fused_linear
     from megatron_bdpo.model.pair_gpt import PairGPTBuilder
-    from megatron_bdpo.platform.fusions import build_output_layer_without_apex
+    from megatron_bdpo.platform.compilation import build_output_layer_without_apex
     from megatron_bdpo.training import model_config
-    from megatron_bdpo.training.flags import fusions
+    from megatron_bdpo.training.flags import fused_layers
 
     build, stand_in = PairGPTBuilder.build_model, fused_linear._stand_in
     by_main_grad: list[bool] = []
@@ -64,7 +64,7 @@ def fused(flags: list[str], *, without_apex: bool = True, **overrides: Any) -> t
         stack.enter_context(mock.patch.object(PairGPTBuilder, "build_model", built))
         stack.enter_context(mock.patch.object(fused_linear, "_stand_in", stands_in))
         # The flags' own part, which is about local layers, is left out; it has its test below.
-        stack.enter_context(mock.patch.object(fusions, "apex_accumulates", lambda: True))
+        stack.enter_context(mock.patch.object(fused_layers, "apex_accumulates", lambda: True))
         stack.enter_context(
             mock.patch.object(
                 model_config,
@@ -119,11 +119,11 @@ def test_megatron_by_itself_asks_for_apex(ranks):
 
 def settled(transformer_impl: str, apex: bool) -> bool:
     """On a rank: whether gradients' accumulation stays fused, as Megatron's default is."""
-    from megatron_bdpo.training.flags import arguments, fusions
+    from megatron_bdpo.training.flags import arguments, fused_layers
 
     args = arguments.parse(["--transformer-impl", transformer_impl], {"gradient_accumulation_fusion": True})
-    with mock.patch.object(fusions, "apex_accumulates", lambda: apex):
-        fusions.settle_fusions(args)
+    with mock.patch.object(fused_layers, "apex_accumulates", lambda: apex):
+        fused_layers.settle_fusions(args)
     return bool(args.gradient_accumulation_fusion)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_bdpo.data.scores import open_scores
+from megatron_bdpo.training.reference.cache import open_scores
 from tests.distributed.test_scoring import score_and_write_each_call
 from tests.harness.jobs import DATA, score
 from tests.harness.ranks import RankPool
@@ -25,8 +25,8 @@ PATIENCE = 120.0
 
 #: What torchrun runs in the place of the module: that, with a part for every call, and one block in a call.
 WRITE_EACH_CALL = (
-    "from megatron_bdpo.platform.prepare import prepare_platform; prepare_platform();"
-    "from megatron_bdpo.training.reference import scores; scores.FLUSH_SECONDS = -1e9; scores._CALL_SECONDS = 0;"
+    "from megatron_bdpo.platform.start import prepare_platform; prepare_platform();"
+    "from megatron_bdpo.training.reference import precomputed as p; p.FLUSH_SECONDS = -1e9; p._CALL_SECONDS = 0;"
     "from megatron_bdpo.training.entry import score_main; score_main()"
 )
 

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_bdpo.cli.main import main
-from megatron_bdpo.data.scores import open_scores
+from megatron_bdpo.training.reference.cache import open_scores
 from tests.harness.jobs import DATA, last_stage, scores_in, train
 from tests.harness.parity import assert_same_steps
 

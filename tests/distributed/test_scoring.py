@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_bdpo.data.scores import open_scores
+from megatron_bdpo.training.reference.cache import open_scores
 from tests.harness.jobs import DATA, last_stage, score, scores_in, train
 from tests.harness.parity import assert_same_steps
 
@@ -278,7 +278,7 @@ def score_and_tell(flags, **overrides):
     """On a rank: the blocks that ``score`` scores, their pairs by pack, and the length of the packs."""
     from unittest import mock
 
-    from megatron_bdpo.training.reference.scoring import GroupScorer
+    from megatron_bdpo.training.reference.passes import GroupScorer
 
     call, told = GroupScorer.__call__, []
 
@@ -295,9 +295,9 @@ def score_and_write_each_call(flags, **overrides):
     """The same with a part for every call of the model, and one block in a call."""
     from unittest import mock
 
-    from megatron_bdpo.training.reference import scores
+    from megatron_bdpo.training.reference import precomputed
 
-    with mock.patch.multiple(scores, FLUSH_SECONDS=-1e9, _CALL_SECONDS=0, _PIPELINED_CALL_SECONDS=0):
+    with mock.patch.multiple(precomputed, FLUSH_SECONDS=-1e9, _CALL_SECONDS=0, _PIPELINED_CALL_SECONDS=0):
         return score_and_tell(flags, **overrides)
 
 

@@ -47,8 +47,8 @@ if ! has_gpu; then
 else
     "$python" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__)'
     # At the same time: most of it is starting, compiling and CPU work. The benchmarks have the GPU to themselves.
-    tests kernels 120 tests/gpu/test_backends.py tests/unit/test_attention.py tests/unit/test_fused_linear.py \
-        tests/unit/test_softmax_passes.py &
+    tests kernels 120 tests/gpu/test_backends.py tests/unit/model/test_attention.py tests/unit/logprobs/test_fused_linear.py \
+        tests/unit/logprobs/test_softmax_passes.py &
     tests first_steps 120 tests/gpu/test_training.py -k "first_step" &
     tests training 120 tests/gpu/test_training.py tests/gpu/test_waits.py -k "not first_step" &
     has transformer_engine && tests transformer_engine 120 tests/gpu/test_te_layers.py &

@@ -7,7 +7,7 @@ import torch
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.attention_backends import BACKENDS, Layer, check_backend
-from tests.unit.test_attention import CASES, Case, attend
+from tests.unit.model.test_attention import CASES, Case, attend
 
 pytestmark = pytest.mark.gpu
 
@@ -24,7 +24,7 @@ def test_equals_sdpa(backend, name, dtype):
         check_backend(backend, True, dtype, Layer(case.head_size, case.scale, case.window))
     except UserError as refusal:
         pytest.skip(str(refusal))
-    from megatron_bdpo.platform.prepare import prepare_platform
+    from megatron_bdpo.platform.start import prepare_platform
 
     prepare_platform()
     inputs = {name: tensor.to(dtype).double() for name, tensor in case.inputs().items()}

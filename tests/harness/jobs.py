@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_bdpo.data.scores import Scores, open_scores
+from megatron_bdpo.training.reference.cache import Scores, open_scores
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
 from megatron_bdpo.model.hf.config import read_config
+from megatron_bdpo.model.hf.directory import model_directory
 from megatron_bdpo.model.hf.export import new_directory, split, write_file
-from megatron_bdpo.model.hf.files import ExportFile, Whole, in_order, index, lay_out, rounds
-from megatron_bdpo.model.hf.hub import model_directory
+from megatron_bdpo.model.hf.file_layout import ExportFile, Whole, in_order, index, lay_out, rounds
 from megatron_bdpo.model.hf.tensors import Place, place_of
 from tests.harness import jobs
 

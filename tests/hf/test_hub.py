@@ -12,7 +12,7 @@ import pytest
 
 from megatron_bdpo import hub
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.hf.hub import model_directory, tokenizer_directory
+from megatron_bdpo.model.hf.directory import model_directory, tokenizer_directory
 
 constants = pytest.importorskip("huggingface_hub.constants")
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_bdpo.comprehension import mutual_information
-from megatron_bdpo.data.scores import Scores, open_scores
+from megatron_bdpo.training.reference.cache import Scores, open_scores
 from tests.harness.jobs import score
 from tests.harness.ranks import RankFailure
 from tests.harness.tiny_models import TEMPLATE, load_model, make_model, save_tokenizer

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_bdpo.data.scores import Scores
 from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.training.reference.cache import Scores
 from tests.harness.huggingface import FAMILIES, build_model, token_log_probs
 from tests.harness.jobs import TINY_MODEL, scores_in
 from tests.harness.recording import Step, merge, train_and_record

@@ -9,12 +9,12 @@ import struct
 import pytest
 
 from megatron_bdpo.data.records import RowProblem, parse_row
-from megatron_bdpo.data.scores import KINDS, ScoreCache, open_scores
 from megatron_bdpo.data.sources import SourceSpec, check_sources, read_rows
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Each, Maybe, is_count, misshapen
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
 from megatron_bdpo.model.hf.config import read_config
+from megatron_bdpo.training.reference.cache import KINDS, ScoreCache, open_scores
 from tests.reliability.fuzz.files import CONFIGS
 
 LLAMA = CONFIGS[0]

@@ -109,7 +109,7 @@ def test_a_disk_that_becomes_read_only_while_training(ranks, disk):
 
 
 def test_a_flipped_bit_in_the_tokens(ranks, tmp_path):
-    """Their arrays are compared at every start; see tests/unit/test_store.py and test_scores.py for the other files."""
+    """Their arrays are compared at every start; tests/unit has damage to the other files."""
     cache = tmp_path / "cache"
     ranks(2)(train, ["--num-layers", "1", "--train-iters", "1"], pair_cache_dir=str(cache))
     (tokens,) = cache.glob("*/tokens.bin")

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import megatron_bdpo
-from megatron_bdpo.data.scores import KINDS, ScoreCache, open_scores
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
 from megatron_bdpo.platform.safe_pickles import restrict_pickles
+from megatron_bdpo.training.reference.cache import KINDS, ScoreCache, open_scores
 from tests.distributed.test_bad_input import refusal
 from tests.harness.jobs import train
 

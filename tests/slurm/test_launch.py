@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.slurm.cluster import ROOT, Cluster, Job
-from tests.unit.test_dry_run import LLAMA_70B
+from tests.unit.training.test_dry_run import LLAMA_70B
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor, distributed
 
-from megatron_bdpo.model.hf.files import ExportFile, Whole
+from megatron_bdpo.model.hf.file_layout import ExportFile, Whole
 from megatron_bdpo.model.hf.tensors import Place, place_of
 from megatron_bdpo.model.shards import is_main_copy, weight_shards
 

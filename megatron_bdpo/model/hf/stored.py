@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.hf.files import ExportFile, Whole
+from megatron_bdpo.model.hf.file_layout import ExportFile, Whole
 from megatron_bdpo.model.hf.tensors import Place, WeightMap, place_of
 
 

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import yaml
 
+from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.files import write_whole
 
 FLAG = "--recipe"
 

@@ -14,8 +14,8 @@ from typing import Any
 from megatron.core.utils import unwrap_model
 from torch import Tensor, distributed
 
+from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.files import write_whole
 from megatron_bdpo.model.hf.card import TrainingFacts, model_card
 from megatron_bdpo.model.hf.checkpoint import CONFIG, INDEX, read_json
 from megatron_bdpo.model.hf.config import Architecture, differences, read_config, write_config
@@ -28,7 +28,7 @@ from megatron_bdpo.model.hf.export import (
     write_file,
     write_json,
 )
-from megatron_bdpo.model.hf.files import ExportFile, Source, index, lay_out, rounds
+from megatron_bdpo.model.hf.file_layout import ExportFile, Source, index, lay_out, rounds
 from megatron_bdpo.model.hf.gather import LiveWeights
 from megatron_bdpo.model.hf.stored import StoredWeights
 from megatron_bdpo.model.hf.tensors import WeightMap

@@ -13,7 +13,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.checkpoint import CONFIG, HuggingFaceCheckpoint, read_json
 from megatron_bdpo.model.hf.config import Architecture, differences, read_config
-from megatron_bdpo.model.hf.hub import model_directory
+from megatron_bdpo.model.hf.directory import model_directory
 from megatron_bdpo.model.hf.load import load_weights
 from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
 from megatron_bdpo.training.nodes import on_every_node

@@ -10,11 +10,10 @@ from typing import Any
 
 from megatron.core.utils import unwrap_model
 
-from megatron_bdpo.data.scores import differences
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.digest import weights_digest
-from megatron_bdpo.model.hf.hub import is_model_directory
+from megatron_bdpo.model.hf.directory import is_model_directory
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.model.reference import WEIGHTS_DIR, build_reference, copy_policy, load_weights, save_weights
@@ -25,8 +24,9 @@ from megatron_bdpo.training.forward import ReferenceValues
 from megatron_bdpo.training.hf.start import weights_loader
 from megatron_bdpo.training.identity import RunIdentity, checkpoint_directory, reference_identity
 from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.reference.scores import ReferenceScores
-from megatron_bdpo.training.reference.scoring import NoReference, ResidentReference
+from megatron_bdpo.training.reference.cache import differences
+from megatron_bdpo.training.reference.passes import NoReference, ResidentReference
+from megatron_bdpo.training.reference.precomputed import ReferenceScores
 
 
 @dataclass

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from megatron_bdpo.data.plan import StepPlan
-from megatron_bdpo.data.report import DataReport
+from megatron_bdpo.data.row_report import DataReport
+from megatron_bdpo.data.step_plan import StepPlan
 
 #: Records that a rule about a running job looks at.
 WINDOW = 20

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.files import write_whole
 
 NAME = "run.json"
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from megatron_bdpo.files import write_whole
+from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.training.distributed import is_rank_zero
 
 #: Names another file, also for what goes wrong before the flags are understood.

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.files import write_whole
 from megatron_bdpo.json_shape import parse_json
 from megatron_bdpo.training.reporting.console import show
 

@@ -10,15 +10,15 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.memory import GB, fullest
 from megatron_bdpo.planning.model import Split, stage_parameters
-from megatron_bdpo.training.flags import fusions, precision
+from megatron_bdpo.training.flags import fused_layers, precision_check
 from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.memory import job_shape, model_shape
+from megatron_bdpo.training.job_memory import job_shape, model_shape
 
 
 def summarize(args: argparse.Namespace, job: PairJob) -> Facts:
     """All of it, of validated arguments; the same for a run and for its dry run."""
-    lines = [f"model: {_model(args)}", f"layout: {layout(args)}", *job.describe(), *precision.describe(args)]
-    lines += fusions.describe(args)
+    lines = [f"model: {_model(args)}", f"layout: {layout(args)}", *job.describe(), *precision_check.describe(args)]
+    lines += fused_layers.describe(args)
     lines += [*memory(args, job), *_places(args)]
     return Facts.of(lines)
 

@@ -177,7 +177,7 @@ def stores() -> Check:
 
     from megatron_bdpo.data.pool import PairPool
     from megatron_bdpo.data.records import PreferenceRecord
-    from megatron_bdpo.data.report import DataReport
+    from megatron_bdpo.data.row_report import DataReport
     from megatron_bdpo.data.sources import SourceSpec
     from megatron_bdpo.data.store import PairStore, PairStoreWriter, StoreInfo
     from megatron_bdpo.data.tokenization import PairTokens
@@ -222,8 +222,8 @@ def stores() -> Check:
 def scores() -> Check:
     import numpy as np
 
-    from megatron_bdpo.data.scores import ScoreCache, open_scores
     from megatron_bdpo.errors import UserError
+    from megatron_bdpo.training.reference.cache import ScoreCache, open_scores
 
     directory = own_directory() / "scores"
     identity = {"weights": "abc", "pairs": [1, 2]}

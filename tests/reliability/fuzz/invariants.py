@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_bdpo.data.context import ContextRank, context_part
-from megatron_bdpo.data.layout import Pack, PairGroup
-from megatron_bdpo.data.plan import PlanSettings, StepPlan, epoch_pairs, plan_steps
+from megatron_bdpo.data.packs import Pack, PairGroup
 from megatron_bdpo.data.records import PreferenceRecord, parse_row
+from megatron_bdpo.data.step_plan import PlanSettings, StepPlan, epoch_pairs, plan_steps
 
 Pools = Sequence[tuple[np.ndarray, float]]
 

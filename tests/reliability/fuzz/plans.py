@@ -14,7 +14,7 @@ from tests.reliability.fuzz.registry import Check, target
 def packs() -> Check:
     import numpy as np
 
-    from megatron_bdpo.data.layout import PairGroup, group_tokens, lay_out
+    from megatron_bdpo.data.packs import PairGroup, group_tokens, lay_out
     from tests.reliability.fuzz.invariants import check_pack, check_parts
 
     def check(data: bytes) -> bool:
@@ -47,7 +47,7 @@ def packs() -> Check:
 def plans() -> Check:
     import numpy as np
 
-    from megatron_bdpo.data.plan import PlanSettings, epoch_pairs, plan_steps
+    from megatron_bdpo.data.step_plan import PlanSettings, epoch_pairs, plan_steps
     from megatron_bdpo.errors import UserError
     from tests.reliability.fuzz.invariants import check_plan, check_same_steps, check_visits, steps_of_whole_epochs
 
@@ -106,7 +106,7 @@ def _pools(draw: Draw, count: int) -> list[tuple[Any, float]]:
 def packings() -> Check:
     import numpy as np
 
-    from megatron_bdpo.data.packing import pack_all, pack_evenly
+    from megatron_bdpo.data.bin_packing import pack_all, pack_evenly
     from megatron_bdpo.data.pool import hold_out
     from megatron_bdpo.errors import UserError
 

@@ -1,0 +1,242 @@
+"""Passes of a frozen reference: over the groups of a data set before training, or over a step's packs beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_bdpo.data.bin_packing import cut_into_blocks, pack_evenly, round_up
+from megatron_bdpo.data.packs import group_tokens
+from megatron_bdpo.logprobs import TokenScoring
+from megatron_bdpo.losses import PairLogProbs, Requirements
+from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
+from megatron_bdpo.training.distributed import sum_over_ranks
+from megatron_bdpo.training.forward import ScoringStep, forward_only
+from megatron_bdpo.training.job import PairJob
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass
+class ReferenceTable:
+    """Reference log-probs of the pairs that a run uses, in nats, summed over response tokens. P pairs; NaN of others.
+
+    Attributes:
+        conditional: [P, 2] log pi_ref(y|x) of chosen and rejected.
+        unconditional: [P, 2] log pi_ref(y) after the empty prompt, or None where the loss does not need it.
+        directories: where they are kept, by store.
+    """
+
+    conditional: FloatArray
+    unconditional: FloatArray | None
+    directories: Mapping[str, Path] = field(default_factory=dict)
+
+    def training_pairs(self, job: PairJob) -> PairLogProbs:
+        """The values of the training pairs that the run uses, in float64, with the reference as the policy."""
+        ids = job.train.ids[~np.isnan(self.conditional[job.train.ids]).any(axis=1)]
+        conditional, tokens = _flat(self.conditional[ids]), _flat(job.pool.lengths[ids, 1:])
+        unconditional = None if self.unconditional is None else _flat(self.unconditional[ids])
+        unsafe = torch.from_numpy(job.pool.unsafe[ids])
+        return PairLogProbs.of_sequences(tokens, conditional, conditional, unconditional, unsafe)
+
+    def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
+        """See ``forward.ReferenceValues``."""
+        found = [None if each is None else each[batch.pair_ids] for each in (self.conditional, self.unconditional)]
+        # In one piece, pinned: the host does not wait until the device has it.
+        sent = torch.from_numpy(np.stack([each for each in found if each is not None])).pin_memory()
+        values = iter(sent.cuda(non_blocking=True).flatten(1))
+        conditional, unconditional = (None if each is None else next(values) for each in found)
+        return conditional, unconditional
+
+
+def _flat(values: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).flatten()
+
+
+class NoReference:
+    """For losses that read no reference."""
+
+    def lookup(self, batch: PackBatch) -> tuple[None, None]:
+        """See ``forward.ReferenceValues``."""
+        return None, None
+
+
+class ResidentReference:
+    """A frozen model beside the policy that scores each step's microbatches just before the policy's own pass."""
+
+    def __init__(self, model: list[Any], requirements: Requirements, scoring: TokenScoring) -> None:
+        self.model = model
+        self.requirements = requirements
+        self.scoring = scoring
+        self._values: dict[bytes, tuple[Tensor | None, Tensor | None]] = {}
+
+    def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
+        """See ``forward.ReferenceValues``."""
+        return self._values[_batch_key(batch)]
+
+    def wrap(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
+        """A schedule that first scores its microbatches with the reference, then runs as before.
+
+        The reference's pass is a schedule of its own, before the policy's: started inside a forward step it would
+        dead-lock pipeline stages.
+        """
+
+        def run(*args: Any, data_iterator: Any, num_microbatches: int, **kwargs: Any) -> Any:
+            iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+            batches = [[next(iterator) for _ in range(num_microbatches)] for iterator in iterators]
+            self._score(batches)
+            again = [map(_conditional, chunk) for chunk in batches]
+            data_iterator = again if isinstance(data_iterator, list) else again[0]
+            return schedule(*args, data_iterator=data_iterator, num_microbatches=num_microbatches, **kwargs)
+
+        return run
+
+    def _score(self, batches: list[list[PackBatch]]) -> None:
+        """One pass over the step's packs, each followed by its answers after the empty prompt if they are needed."""
+        per_batch = 2 if self.requirements.comprehension else 1
+        count, length = per_batch * len(batches[0]), batches[0][0].pack_length
+        iterators = [_with_unconditional(chunk) for chunk in batches]
+        scores = forward_only(self.model, ScoringStep(self.scoring), iterators, count, length)
+        # Only the last stage has scores, and only it looks them up; its last chunk's batches are the ones it uses.
+        self._values = {
+            _batch_key(batch): (values[0], values[1] if len(values) > 1 else None)
+            for batch, values in zip(batches[-1], itertools.batched(scores, per_batch), strict=False)
+        }
+
+
+def _with_unconditional(batches: list[PackBatch]) -> Iterator[PackBatch]:
+    for batch in batches:
+        yield _conditional(batch)
+        if batch.unconditional is not None:
+            yield batch.unconditional
+
+
+def _conditional(batch: PackBatch) -> PackBatch:
+    """It alone, so that the device does not get its answers after the empty prompt with it."""
+    return dataclasses.replace(batch, unconditional=None)
+
+
+def _batch_key(batch: PackBatch) -> bytes:
+    """All pair ids: a pair may come twice in a step, in packs with other pairs. Equal packs have equal values."""
+    return batch.pair_ids.tobytes()
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What is to be scored: the answers of a pair after its prompt, or after the empty one. n groups.
+
+    A pair's two groups go through the model in one pass, in whichever packs have room for them.
+    """
+
+    pairs: IntArray  # [n] pair ids
+    unconditional: BoolArray  # [n]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, some: slice | IntArray) -> Groups:
+        return Groups(self.pairs[some], self.unconditional[some])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Groups that are scored together, whatever is scored before or after them: their packs are theirs alone."""
+
+    groups: Groups
+    packs: list[IntArray]  # places among the groups; equally many for every data-parallel rank
+    length: int  # positions of every pack
+    tokens: int
+
+
+@dataclass(frozen=True)
+class GroupScorer:
+    """Scores groups with a frozen model, each once, packed as tightly as they go.
+
+    Attributes:
+        make: makes packs of the pool's pairs; its limit is a multiple of ``unit``.
+        unit: the packs' lengths are multiples of this.
+        length: of packs, a multiple of ``unit``. With pipeline stages or ``fixed_length`` no group may be longer.
+        alone: every group has a pack of its own.
+        fixed_length: all packs are ``length`` long.
+    """
+
+    model: list[Any]
+    scoring: TokenScoring
+    make: PackMaker
+    unit: int
+    length: int
+    alone: bool
+    fixed_length: bool
+
+    def blocks(self, groups: Groups) -> Iterator[Block]:
+        """The groups in their order, block by block. A block has a pack for every pipeline stage of every replica.
+
+        How a block is packed depends on its groups, ``length`` and the number of data-parallel ranks and pipeline
+        stages, and on nothing else: what is scored in several goes has the bits of what is scored in one.
+        """
+        sizes = self._sizes(groups)
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        packs = parallel_state.get_data_parallel_world_size() * stages  # interleaved stages take them in groups
+        singly = (slice(first, first + packs) for first in range(0, len(groups), packs))
+        for cut in singly if self.alone else cut_into_blocks(sizes, self.length, packs):
+            yield self._block(groups[cut], sizes[cut], packs, same_length=self.fixed_length or stages > 1)
+
+    def _block(self, groups: Groups, sizes: IntArray, packs: int, *, same_length: bool) -> Block:
+        ids = np.arange(len(groups))
+        limit = max(self.length, round_up(int(sizes.max()), self.unit))
+        if self.alone:
+            packed, length = [*ids[:, None], *[ids[:0]] * (packs - len(ids))], round_up(int(sizes.max()), self.unit)
+        else:
+            packed, length = pack_evenly(ids, sizes, limit, packs, self.unit)
+        # Pipeline stages exchange packs in messages of one size, and one call has those of several blocks.
+        return Block(groups, packed, self.length if same_length else length, int(sizes.sum()))
+
+    def __call__(self, blocks: Sequence[Block]) -> FloatArray:
+        """[n, 2] log-probs of chosen and rejected of all blocks' groups, in nats, on every rank. Collective."""
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        starts = np.cumsum([0, *(len(block.groups) for block in blocks)])
+        own = [
+            (block, pack, start + pack)
+            for block, start in zip(blocks, starts, strict=False)
+            for pack in block.packs[rank::ranks]
+        ]
+        made = (self._pack(block.groups[pack], block.length) for block, pack, _ in own)
+        made_once = list(itertools.tee(made, len(self.model)))
+        scores = forward_only(self.model, ScoringStep(self.scoring), made_once, len(own), blocks[0].length)
+        result = np.zeros((int(starts[-1]), 2))
+        if _is_one_of_each_replica():
+            for (_, _, places), score in zip(own, scores, strict=True):
+                result[places] = score.reshape(-1, 2).cpu().numpy()
+        return sum_over_ranks(torch.from_numpy(result)).numpy()
+
+    def _sizes(self, groups: Groups) -> IntArray:
+        """[n] pack positions that each group takes."""
+        pool = self.make.pool
+        lengths = pool.lengths[groups.pairs]
+        empty = np.array([len(store.empty_prompt) for store in pool.stores])
+        store = np.searchsorted(pool.offsets, groups.pairs, side="right") - 1
+        lengths[:, 0] = np.where(groups.unconditional, empty[store], lengths[:, 0])
+        return group_tokens(lengths, share_prompts=self.make.share_prompts)
+
+    def _pack(self, groups: Groups, length: int) -> PackBatch:
+        return self.make.mixed(groups.pairs, groups.unconditional, length)
+
+
+def _is_one_of_each_replica() -> bool:
+    """Of the ranks that hold the same scores, exactly one counts them."""
+    return (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+    )

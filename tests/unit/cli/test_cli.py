@@ -1,0 +1,267 @@
+"""The program as a user types it: what every sub-command says, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from megatron_bdpo.cli.main import cli, main
+from megatron_bdpo.losses import registry
+from tests.harness.jobs import DATA
+
+ROOT = Path(__file__).parents[3]
+TOKENIZER = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(DATA / "tokenizer.model")]
+
+
+def commands(group: click.Group, *names: str) -> list[tuple[str, ...]]:
+    """All sub-commands, as their words."""
+    found: list[tuple[str, ...]] = []
+    for name, command in group.commands.items():
+        found += commands(command, *names, name) if isinstance(command, click.Group) else [(*names, name)]
+    return found
+
+
+ALL = commands(cli)
+
+TINY = ["--recipe", str(ROOT / "recipes" / "tiny.yaml")]
+
+#: Sub-command -> arguments that it cannot use, and a word of the reason.
+WRONG = {
+    "data check": [(["nowhere.jsonl"], "no such file"), ([], "PAIRS"), (["a.jsonl", "--show", "-1"], "--show")],
+    "data prepare": [([str(DATA / "train.jsonl")], "no tokenizer"), (["nowhere.jsonl", *TOKENIZER], "no such file")],
+    "data stats": [
+        ([str(DATA / "train.jsonl"), "--tokenizer-type", "Nonsense"], "tokenizer-type"),
+        ([str(DATA / "train.jsonl"), *TOKENIZER[:3], str(DATA / "train.jsonl")], "tokenizer cannot be built"),
+        ([str(DATA / "train.jsonl"), "--recipe", str(DATA)], "cannot be read"),
+    ],
+    "score": [(["--no-such-flag"], "--no-such-flag"), (["--pair-data", "nowhere.jsonl"], "")],
+    "train": [
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--ranks", "0"], "--ranks"),
+        ([], "missing"),
+        ([*TINY, "--train-iters", "-3"], "--train-iters must be"),
+    ],
+    "convert export": [(["--checkpoint", "x", "--output", "y"], "--family"), ([], "--checkpoint")],
+    "convert import": [(["--hf-model", "./nowhere", "--output", "y"], "nowhere"), (["--dtype", "fp8"], "--dtype")],
+    "plan": [
+        (["--hf-model", "./nowhere", "--gpus", "8"], "nowhere"),
+        (["--gpus", "8"], "--hf-model, --recipe"),
+        (["--hf-model", "x", "--gpus", "0"], "--gpus"),
+        (["--hf-model", "x", "--gpus", str(10**12)], "--gpus"),
+        (["--hf-model", "x", "--gpus", "8", "--gpu-memory", "nan"], "not a number"),
+        (["--hf-model", "x", "--gpus", "8", "--tokens-per-pair", "inf"], "--tokens-per-pair"),
+    ],
+    "report": [(["./nowhere", "--text-only"], "nowhere"), (["x", "--pairs", "-1"], "--pairs"), (["--nonsense"], "")],
+    "losses": [(["nonsense"], "unknown loss"), (["--json", "--markdown"], "two forms of one output")],
+}
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    """On a rank: exit code, output and errors."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            code = main(words)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, output.getvalue(), errors.getvalue()
+
+
+def test_every_sub_command_is_given_wrong_input():
+    assert {" ".join(names) for names in ALL} == set(WRONG)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "reason"), [(name, *case) for name, cases in WRONG.items() for case in cases]
+)
+def test_wrong_input(ranks, command, words, reason):
+    """A line of cause, one of advice, exit code 2; nothing of Python."""
+    ((code, _, errors),) = ranks(1)(run, *command.split(), *words)
+    assert code == 2, errors
+    cause, advice, *more = [line for line in errors.splitlines() if "Warning" not in line]
+    assert cause.startswith("error: ") and reason in cause
+    assert advice.startswith("advice: ") and len(advice) > 15
+    assert not more
+
+
+def test_traceback_on_request_only(capsys):
+    assert main(["--debug", "losses", "nonsense"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "error: unknown loss 'nonsense'" in shown
+    assert "MEGATRON_BDPO_DEBUG" not in os.environ
+
+
+def test_a_fault_is_one_line_too(monkeypatch, capsys):
+    monkeypatch.setattr(registry, "get", lambda name: 1 / 0)
+    assert main(["losses", "dpo"]) == 1
+    expected = [
+        "error: ZeroDivisionError: division by zero",
+        "advice: this should not happen. Its traceback: megatron-bdpo --debug losses dpo",
+    ]
+    assert capsys.readouterr().err.splitlines() == expected
+    assert main(["--debug", "losses", "dpo"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [(), *ALL])
+def test_help_has_an_example_of_its_own(names):
+    command: click.Command = cli
+    for name in names:
+        command = command.commands[name]  # type: ignore[attr-defined]
+    assert command.help and f"megatron-bdpo {' '.join(names)}".rstrip() in (command.epilog or "")
+
+
+def test_help_of_a_command_without_arguments(capsys):
+    assert main([]) == 2 and "Commands:" in capsys.readouterr().err
+    assert main(["data", "check", "--help"]) == 0 and "--show" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "score"])
+def test_help_of_the_training(ranks, command):
+    """Ours, and the whole of the parser that the flags are passed on to."""
+    ((code, output, errors),) = ranks(1)(run, command, "--help")
+    assert code == 0, errors
+    for words in (f"Usage: megatron-bdpo {command}", "Example:", "--preference-loss", "--tensor-model-parallel-size"):
+        assert words in output
+
+
+def test_flags_pass_through_untouched(monkeypatch):
+    from megatron_bdpo.training import entry
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(entry, "train", lambda flags: seen.append(list(flags)))
+    flags = ["--lr", "1e-6", "-x", "--name=value", "--recipe", "{a: -1}", "-1", "--version", "--debug"]
+    assert main(["train", "--ranks", "1", *flags]) == 0
+    assert seen == [flags]
+
+
+def test_versions(capsys):
+    assert main(["--version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.split()[0] for line in lines]
+    assert found[:6] == ["megatron_bdpo", "python", "megatron-core", "torch", "transformer-engine", "transformers"]
+    assert {"datasets", "numpy", "safetensors", "tokenizers"} <= {*found}
+    assert found[-3:] == ["commit", "CUDA", "GPU"]
+    assert all(len(line.split()) > 1 for line in lines)
+
+
+def test_completion():
+    environment = os.environ | {"_MEGATRON_BDPO_COMPLETE": "bash_complete", "COMP_WORDS": "megatron-bdpo da"}
+    environment |= {"COMP_CWORD": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-m", "megatron_bdpo.cli.main"], capture_output=True, text=True, env=environment
+    )
+    assert ended.stdout.strip() == "plain,data", ended.stderr
+
+
+def test_what_a_shell_waits_for_is_light():
+    """Completion and help start a Python per key: neither torch nor Megatron may load."""
+    script = (
+        "import sys, megatron_bdpo.cli.main; print([m for m in ('torch', 'numpy', 'megatron') if m in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert ended.stdout.strip() == "[]", ended.stderr
+
+
+# losses
+
+
+def test_losses(capsys):
+    assert main(["losses", "--json"]) == 0
+    losses = {loss["name"]: loss for loss in json.loads(capsys.readouterr().out)}
+    assert tuple(losses) == registry.names()
+    assert losses["bdpo"]["reads"] == ["reference", "comprehension"] and losses["simpo"]["reads"] == []
+    assert losses["safedpo"]["reads"] == ["reference", "safety labels"]
+    for name, loss in losses.items():
+        given = {option["flag"][2:].replace("-", "_"): option["default"] for option in loss["options"]}
+        assert registry.build_options(name, given) == registry.get(name).options()
+    assert main(["losses"]) == 0
+    assert "--bdpo-temperature 1 (or auto)\n" in capsys.readouterr().out
+    assert main(["losses", "bdpo"]) == 0
+    assert "leave this out: apply the balanced weights" in capsys.readouterr().out
+
+
+# data
+
+
+BAD = '{"prompt": "a", "chosen": "b", "rejected": "b"}\nnothing\n{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+
+
+def test_check(tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(BAD)
+    assert main(["data", "check", str(path)]) == 2
+    output = capsys.readouterr()
+    assert f"{path}, line 1: identical responses" in output.out and f"{path}, line 2: bad JSON" in output.out
+    assert "pairs: 1 kept of 3 rows (2 dropped, 66.67%)" in output.out
+    assert "error: 33.3% of the rows are malformed; --max-malformed-share allows 0.0%." in output.err
+    allowed = ["--max-malformed-share", "0.5", "--max-dropped-share", "0.7"]
+    assert main(["data", "check", str(path), "--json", *allowed]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"][1]["rows"] == [2]
+
+
+def test_check_of_mixed_forms(tmp_path, capsys):
+    chat = '{"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}\n'
+    (tmp_path / "pairs.jsonl").write_text(BAD.splitlines()[2] + "\n" + chat)
+    assert main(["data", "check", str(tmp_path / "pairs.jsonl")]) == 2
+    assert "line 2 holds chat messages" in capsys.readouterr().err
+
+
+def test_prepared_pairs_are_those_of_the_training(ranks, tmp_path):
+    """The training finds the tokens: their directory is named after everything that decides them."""
+    from tests.harness.jobs import train
+
+    words = [str(DATA / "train.jsonl"), *TOKENIZER, "--max-pairs", "48", "--pair-cache-dir", str(tmp_path)]
+    ((code, output, errors),) = ranks(1)(run, "data", "prepare", *words, "--json")
+    assert code == 0, errors
+    (store,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert json.loads(output)["directory"] == str(store)
+    ranks(1)(train, [], pair_cache_dir=str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir() if (path / "tokens.bin").exists()} == {store.name}
+
+
+def test_stats(ranks, tmp_path):
+    from megatron_bdpo.data.store import PairStore
+
+    words = [str(DATA / "train.jsonl"), *TOKENIZER, "--pair-cache-dir", str(tmp_path)]
+    ((code, output, errors),) = ranks(1)(run, "data", "stats", *words, "--json")
+    assert code == 0, errors
+    found = json.loads(output)["statistics"]
+    (directory,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    lengths = PairStore.open(directory).lengths
+    assert found["pairs"] == len(lengths)
+    assert found["mean_positions"] == pytest.approx(lengths.sum(1).mean())
+    assert found["positions"]["100"] == lengths.sum(1).max()
+    assert found["too_long"]["512"] == (lengths.sum(1) > 512).sum()
+    assert found["chosen_longer"] == pytest.approx((lengths[:, 1] > lengths[:, 2]).mean())
+    ((code, output, errors),) = ranks(1)(run, "data", "stats", *words)
+    assert code == 0 and "pairs that do not fit a pack\n  --seq-length" in output
+
+
+# train, as a program of its own
+
+
+def test_train_on_two_ranks(tmp_path):
+    """Through torchrun: a refusal ends with 2, without torchrun's table; and what is right trains."""
+    recipe = ["--recipe", str(ROOT / "recipes" / "tiny.yaml"), "--train-iters", "1", "--max-pairs", "32"]
+    recipe += ["--recipe", "{eval-pair-data: null, eval-at-start: null}", "--pair-cache-dir", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def program(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "megatron_bdpo.cli.main", "train", "--ranks", "2", *recipe, *more]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
+
+    refused = program("--preference-loss", "nonsense")
+    assert refused.returncode == 2
+    assert "error: unknown loss 'nonsense'" in refused.stderr and "Traceback" not in refused.stderr
+    trained = program("--tensor-model-parallel-size", "2")
+    assert trained.returncode == 0, trained.stderr
+    assert "loss" in trained.stdout

@@ -1,0 +1,209 @@
+"""Every form of a row, and every reason for which a row gives no record, and the report of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_bdpo.data.records import PreferenceRecord, ProblemKind, RowProblem, parse_row
+from megatron_bdpo.data.row_report import DataReport
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+ASK = [user("hello")]
+TURNS = [user("hello"), assistant("hi"), user("and now?")]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        pytest.param(
+            {"prompt": "Q: ", "chosen": "yes", "rejected": "no"}, PreferenceRecord("Q: ", "yes", "no"), id="strings"
+        ),
+        pytest.param(
+            {"prompt": "", "chosen": "yes", "rejected": "no"}, PreferenceRecord("", "yes", "no"), id="empty prompt"
+        ),
+        pytest.param(
+            {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: a\n\nAssistant: y"},
+            PreferenceRecord("\n\nHuman: a\n\nAssistant:", " x", " y"),
+            id="implicit strings",
+        ),
+        pytest.param(
+            {"prompt": None, "chosen": "A\n\nAssistant: b\n\nHuman: c\n\nAssistant: Yes, d", "rejected":
+             "A\n\nAssistant: b\n\nHuman: c\n\nAssistant: Yes, e"},
+            PreferenceRecord("A\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " Yes, d", " Yes, e"),
+            id="implicit strings, two turns, responses that begin alike",
+        ),
+        pytest.param(
+            {"prompt": TURNS, "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+            PreferenceRecord(TURNS, [assistant("yes")], [assistant("no")]),
+            id="messages",
+        ),
+        pytest.param(
+            {"prompt": TURNS, "chosen": "yes", "rejected": "no"},
+            PreferenceRecord(TURNS, [assistant("yes")], [assistant("no")]),
+            id="messages with string responses",
+        ),
+        pytest.param(
+            {"prompt": ASK, "chosen": [*ASK, assistant("yes")], "rejected": [*ASK, assistant("no")]},
+            PreferenceRecord(ASK, [assistant("yes")], [assistant("no")]),
+            id="messages that repeat the prompt",
+        ),
+        pytest.param(
+            {"prompt": "hello", "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+            PreferenceRecord(ASK, [assistant("yes")], [assistant("no")]),
+            id="string prompt, message responses",
+        ),
+        pytest.param(
+            {"prompt": "hello", "chosen": [*ASK, assistant("yes")], "rejected": [*ASK, assistant("no")]},
+            PreferenceRecord(ASK, [assistant("yes")], [assistant("no")]),
+            id="string prompt, whole conversations (UltraFeedback)",
+        ),
+        pytest.param(
+            {"chosen": [*TURNS, assistant("yes")], "rejected": [*TURNS, assistant("no")]},
+            PreferenceRecord(TURNS, [assistant("yes")], [assistant("no")]),
+            id="implicit messages",
+        ),
+    ],
+)  # fmt: skip
+def test_forms(row: dict[str, Any], expected: PreferenceRecord) -> None:
+    record = parse_row(row)
+
+    assert record == expected
+    assert record.is_chat == isinstance(expected.prompt, list)
+
+
+def test_other_fields_of_a_message_are_dropped() -> None:
+    row = {"prompt": [{**user("a"), "name": "Ann", "tool_calls": None}], "chosen": "b", "rejected": "c"}
+
+    assert parse_row(row).prompt == [user("a")]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(True, True), (False, False), (1, True), (0, False), (1.0, True), (None, None)]
+)
+def test_safety_labels(value: object, expected: bool | None) -> None:
+    record = parse_row({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_safe": value})
+
+    assert record.chosen_safe is expected
+    assert record.rejected_safe is None
+
+
+WRONG = ProblemKind.WRONG_TYPE
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "words"),
+    [
+        pytest.param({"prompt": "p", "chosen": "a"}, ProblemKind.MISSING_COLUMN, "'rejected' is missing", id="missing"),
+        pytest.param({"chosen": None, "rejected": "a"}, ProblemKind.MISSING_COLUMN, "'chosen' is null", id="null"),
+        pytest.param(
+            {"chosen": "a", "rejected": "b"}, ProblemKind.MISSING_COLUMN, "add a 'prompt' column", id="no markers"
+        ),
+        pytest.param({"prompt": 3, "chosen": "a", "rejected": "b"}, WRONG, "'prompt' is int", id="number"),
+        pytest.param({"prompt": [], "chosen": "a", "rejected": "b"}, WRONG, "empty list", id="no message"),
+        pytest.param({"prompt": "p", "chosen": "a", "rejected": [assistant("b")]}, WRONG, "both", id="mixed"),
+        pytest.param({"prompt": ["x"], "chosen": "a", "rejected": "b"}, WRONG, "message 1", id="no object"),
+        pytest.param(
+            {"prompt": [user("a"), {"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
+            WRONG, "message 2: content is list", id="picture",
+        ),
+        pytest.param(
+            {"prompt": [{**assistant("a"), "tool_calls": [{}]}], "chosen": "a", "rejected": "b"},
+            WRONG, "tool_calls", id="tool calls",
+        ),
+        pytest.param({"prompt": "p\ud800", "chosen": "a", "rejected": "b"}, WRONG, "Unicode", id="half a surrogate"),
+        pytest.param(
+            {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_safe": "yes"}, WRONG, "'yes'", id="label word"
+        ),
+        pytest.param(
+            {"prompt": "p", "chosen": "a", "rejected": "b", "rejected_safe": 2}, WRONG, "rejected_safe", id="label 2"
+        ),
+        pytest.param(
+            {"prompt": "p", "chosen": "a", "rejected": " \n"}, ProblemKind.EMPTY_RESPONSE, "rejected", id="blank"
+        ),
+        pytest.param(
+            {"prompt": ASK, "chosen": [assistant("")], "rejected": "b"}, WRONG, "both", id="mixed forms of responses"
+        ),
+        pytest.param(
+            {"prompt": ASK, "chosen": [assistant("")], "rejected": [assistant("b")]},
+            ProblemKind.EMPTY_RESPONSE, "chosen", id="empty message",
+        ),
+        pytest.param(
+            {"prompt": "p", "chosen": "a", "rejected": "a"}, ProblemKind.IDENTICAL_RESPONSES, "same", id="identical"
+        ),
+        pytest.param(
+            {"prompt": ASK, "chosen": [*ASK, assistant("a")], "rejected": [assistant("a")]},
+            ProblemKind.IDENTICAL_RESPONSES, "after the prompt", id="identical, one with the prompt before it",
+        ),
+        pytest.param(
+            {"chosen": "X\n\nAssistant: a", "rejected": "Y\n\nAssistant: b"},
+            ProblemKind.NO_COMMON_PROMPT, "first", id="other questions",
+        ),
+        pytest.param(
+            {"chosen": "Q\n\nAssistant: a\n\nHuman: b\n\nAssistant: c", "rejected": "Q\n\nAssistant: d"},
+            ProblemKind.DIVERGES_EARLY, "after character 13", id="dialogues part early",
+        ),
+        pytest.param(
+            {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]},
+            ProblemKind.NO_COMMON_PROMPT, "first message", id="other first message",
+        ),
+        pytest.param(
+            {"chosen": [*ASK, assistant("b"), *TURNS], "rejected": [*ASK, assistant("c")]},
+            ProblemKind.DIVERGES_EARLY, "message 2", id="conversations part early",
+        ),
+        pytest.param(
+            {"chosen": ASK, "rejected": [*ASK, assistant("c")]},
+            ProblemKind.DIVERGES_EARLY, "message 2", id="one conversation goes on",
+        ),
+        pytest.param(
+            {"prompt": "other", "chosen": [*ASK, assistant("b")], "rejected": [*ASK, assistant("c")]},
+            ProblemKind.NO_COMMON_PROMPT, "prompt column", id="prompt contradicts",
+        ),
+        pytest.param(
+            {"chosen": [*ASK, user("b")], "rejected": [*ASK, user("c")]},
+            ProblemKind.NOT_ONE_ASSISTANT_TURN, "chosen holds user", id="the user answers",
+        ),
+        pytest.param(
+            {"prompt": ASK, "chosen": [assistant("b"), *ASK, assistant("c")], "rejected": [assistant("d")]},
+            ProblemKind.NOT_ONE_ASSISTANT_TURN, "assistant, user, assistant", id="several turns",
+        ),
+    ],
+)  # fmt: skip
+def test_problems(row: dict[str, Any], kind: ProblemKind, words: str) -> None:
+    with pytest.raises(RowProblem) as caught:
+        parse_row(row)
+
+    assert caught.value.kind is kind
+    assert words in caught.value.detail
+
+
+def test_malformed_and_unusable_are_told_apart() -> None:
+    expected_malformed = {ProblemKind.BAD_JSON, ProblemKind.MISSING_COLUMN, ProblemKind.WRONG_TYPE}
+
+    assert {kind for kind in ProblemKind if kind.malformed} == expected_malformed
+
+
+def test_report_stays_short_and_survives_json() -> None:
+    report = DataReport([f"source{i}.jsonl" for i in range(40)])
+    for source in range(40):
+        for kind in ProblemKind:
+            report.rows_read[source] += 1
+            report.add_problem(source, 7, kind, "detail")
+    report.set_lengths(np.array([[10, 4, 6], [30, 5, 5]], dtype=np.int32))
+
+    assert len(report.format().splitlines()) <= 20
+    assert report.prompt_token_share == 40 / 60
+    assert dataclasses.astuple(report.tokens["prompt"]) == (20.0, 20.0, 29.0, 30)
+    assert DataReport.from_json(json.loads(json.dumps(report.to_json()))) == report

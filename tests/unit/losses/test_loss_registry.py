@@ -1,0 +1,273 @@
+"""What each loss says about itself, and how losses are named, given options, and added by other packages."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+import pytest
+import torch
+
+from megatron_bdpo import losses
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses import LossOptions, LossSpec, PairLogProbs, Requirements, option, registry
+from tests.unit.losses.test_losses import ORACLES, PAIRS, Pair, evaluate, inputs, random_pairs
+
+# --- what each loss says about itself ---
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected_requirements"),
+    [
+        ("dpo", {}, Requirements(reference=True)),
+        ("robust", {}, Requirements(reference=True)),
+        ("hinge", {}, Requirements(reference=True)),
+        ("ipo", {}, Requirements(reference=True, length_normalised=True)),
+        ("ipo", {"ipo_length_normalized": False}, Requirements(reference=True)),
+        ("bdpo", {}, Requirements(reference=True, comprehension=True)),
+        ("bdpo", {"bdpo_weights": False}, Requirements(reference=True, comprehension=True)),
+        ("bdpo", {"bdpo_scale": False}, Requirements(reference=True, comprehension=True)),
+        ("bdpo", {"bdpo_weights": False, "bdpo_scale": False}, Requirements(reference=True)),
+        ("safedpo", {}, Requirements(reference=True, safety=True)),
+        ("simpo", {}, Requirements(length_normalised=True)),
+        ("cpo", {}, Requirements()),
+        ("orpo", {}, Requirements(length_normalised=True)),
+    ],
+)
+def test_requirements_are_stated_and_suffice(name, given, expected_requirements):
+    needs = losses.get(name).requirements(losses.build_options(name, given))
+    assert needs == expected_requirements
+
+    asked = ["policy", "tokens"]
+    asked += ["reference"] * needs.reference + ["unconditional"] * needs.comprehension + ["unsafe"] * needs.safety
+    full = inputs(PAIRS, torch.float32)
+    known = {f.name: getattr(full, f.name) for f in fields(full) if any(word in f.name for word in asked)}
+    evaluate(name, given, PairLogProbs(**known))
+
+
+def test_options_and_defaults():
+    expected_defaults = {
+        "bdpo": {
+            "beta": 0.1,
+            "bdpo_temperature": 1.0,
+            "bdpo_weights": True,
+            "bdpo_scale": True,
+            "bdpo_comprehension": "per-token",
+            "nll_weight": 0.0,
+        },
+        "cpo": {"beta": 0.1, "nll_weight": 1.0},
+        "dpo": {"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0},
+        "hinge": {"beta": 0.1, "nll_weight": 0.0},
+        "ipo": {"beta": 0.1, "ipo_length_normalized": True, "nll_weight": 0.0},
+        "orpo": {"orpo_weight": 0.1},
+        "robust": {"beta": 0.1, "label_smoothing": 0.1, "nll_weight": 0.0},
+        "safedpo": {"beta": 0.1, "safedpo_delta": 10.0, "nll_weight": 0.0},
+        "simpo": {"beta": 2.0, "simpo_gamma": 0.5, "nll_weight": 0.0},
+    }
+    assert {name: asdict(losses.build_options(name, {})) for name in losses.names()} == expected_defaults
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "expected_message"),
+    [
+        ("dpo", "beta", 0.0, "--beta must be finite and > 0, got 0.0"),
+        ("dpo", "beta", math.inf, "--beta must be finite"),
+        ("dpo", "beta", math.nan, "--beta must be finite"),
+        ("dpo", "beta", "0.1", "--beta must be of type float, got '0.1'"),
+        ("dpo", "beta", True, "--beta must be of type float"),
+        ("dpo", "label_smoothing", -0.1, "--label-smoothing must be >= 0 and < 0.5"),
+        ("dpo", "label_smoothing", 0.5, "--label-smoothing must be >= 0 and < 0.5"),
+        ("robust", "label_smoothing", 0.5, "--label-smoothing must be >= 0 and < 0.5"),
+        ("bdpo", "bdpo_temperature", 0.0, "--bdpo-temperature must be > 0"),
+        ("bdpo", "bdpo_temperature", math.nan, "--bdpo-temperature must be > 0"),
+        ("bdpo", "bdpo_comprehension", "mean", "--bdpo-comprehension must be one of per-token, sum, got 'mean'"),
+        ("bdpo", "bdpo_scale", "no", "--bdpo-scale must be of type bool"),
+        ("orpo", "orpo_weight", -0.1, "--orpo-weight must be finite and >= 0"),
+        ("safedpo", "safedpo_delta", -1.0, "--safedpo-delta must be finite and >= 0"),
+        ("simpo", "simpo_gamma", -1.0, "--simpo-gamma must be finite and >= 0"),
+        *[(name, "beta", -1.0, "--beta must be") for name in sorted(ORACLES) if name != "orpo"],
+        *[(name, "nll_weight", -1.0, "--nll-weight must be") for name in sorted(ORACLES) if name != "orpo"],
+    ],
+)
+def test_values_out_of_range_are_refused(name, key, value, expected_message):
+    with pytest.raises(UserError) as caught:
+        losses.build_options(name, {key: value})
+    assert expected_message in str(caught.value)
+
+
+def test_an_open_temperature_is_settled_by_the_pairs():
+    pairs = inputs(random_pairs(200), torch.float64)
+    options = registry.build_options("bdpo", {"bdpo_temperature": "auto"})
+    assert registry.get("bdpo").requirements(options).all_pairs
+    with pytest.raises(ValueError, match="still open"):
+        registry.get("bdpo").function(pairs, options)
+    settled, described = registry.get("bdpo").settle(pairs, options)
+    assert isinstance(settled.bdpo_temperature, float) and settled.bdpo_temperature > 0
+    assert f"temperature {settled.bdpo_temperature:.4g}" in described
+    assert not registry.get("bdpo").requirements(settled).all_pairs
+    assert registry.get("bdpo").settle(pairs, settled) == (settled, described)
+    metrics = registry.get("bdpo").function(pairs, settled).metrics
+    larger = torch.maximum(metrics["weights/chosen"], metrics["weights/rejected"])
+    assert (larger <= 1.5 + 1e-12).double().mean().item() == pytest.approx(0.9, abs=1 / 200)
+
+
+def test_nothing_to_balance_leaves_the_temperature_open_to_nothing():
+    same = [p._replace(r_l=p.r_w, u_l=p.u_w, n_l=p.n_w) for p in random_pairs(20)]
+    options = registry.build_options("bdpo", {"bdpo_temperature": "auto"})
+    with pytest.raises(UserError, match="--bdpo-temperature auto: the reference comprehends both responses alike"):
+        registry.get("bdpo").settle(inputs(same, torch.float64), options)
+    unused = registry.build_options("bdpo", {"bdpo_temperature": "auto", "bdpo_weights": False, "bdpo_scale": False})
+    assert registry.get("bdpo").settle(inputs(same, torch.float64), unused) == (unused, "")
+
+
+def test_words_are_taken_where_the_option_knows_them():
+    with pytest.raises(UserError, match=r"--bdpo-temperature must be of type float or auto, got 'often'"):
+        registry.build_options("bdpo", {"bdpo_temperature": "often"})
+    with pytest.raises(UserError, match=r"--beta must be of type float, got 'auto'"):
+        registry.build_options("bdpo", {"beta": "auto"})
+
+
+def test_an_option_the_loss_does_not_use_is_refused():
+    with pytest.raises(UserError) as caught:
+        losses.build_options("simpo", {"beta": 1.0, "label_smoothing": 0.1})
+    expected_message = (
+        "--label-smoothing is not used by the loss 'simpo', which uses: --beta, --simpo-gamma, --nll-weight. "
+        "It is an option of: dpo, robust."
+    )
+    assert str(caught.value) == expected_message
+
+    with pytest.raises(UserError, match="No loss uses it; did you mean '--nll-weight'"):
+        losses.build_options("dpo", {"nll_wieght": 1.0})
+
+
+def test_an_unknown_loss_is_refused_with_a_suggestion():
+    with pytest.raises(UserError, match=r"unknown loss 'bpdo'; did you mean 'bdpo'.*simpo"):
+        losses.get("bpdo")
+    with pytest.raises(UserError, match=r"unknown loss 'xyz'\. Known losses: bdpo, cpo"):
+        losses.get("xyz")
+
+
+def test_option_fields_are_the_union_over_the_losses():
+    union = losses.option_fields()
+    assert set(union) == {f.name for spec in losses.all_specs() for f in fields(spec.options)}
+    assert all(f.help for f in union.values())
+
+    assert union["label_smoothing"].defaults == {"dpo": 0.0, "robust": 0.1}
+    assert union["beta"].defaults["simpo"] == 2.0
+    assert union["bdpo_temperature"].flag == "--bdpo-temperature"
+    assert union["bdpo_weights"].type is bool
+    assert (union["bdpo_comprehension"].type, union["bdpo_comprehension"].choices) == (str, ("per-token", "sum"))
+
+
+# --- registering losses ---
+
+
+@dataclass(frozen=True)
+class ClashingOptions(LossOptions):
+    beta: int = option(1, "an integer, unlike every other beta")
+
+
+def spec(name: str, options: type) -> LossSpec:
+    return LossSpec(name, lambda pairs, options: None, options, lambda options: Requirements(), "", "")
+
+
+@pytest.fixture
+def fresh_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    registry._plugins.cache_clear()
+    yield
+    registry._plugins.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_registry")
+class TestRegister:
+    def test_a_taken_name(self):
+        with pytest.raises(UserError, match="'dpo' is taken"):
+            losses.register(losses.get("dpo"))
+
+    def test_options_that_are_no_frozen_dataclass(self):
+        with pytest.raises(UserError, match="frozen dataclass"):
+            losses.register(spec("mine", dataclass(type("Thawed", (), {}))))
+
+    def test_an_option_without_a_default(self):
+        bare = dataclass(frozen=True)(type("Bare", (), {"__annotations__": {"beta": float}}))
+        with pytest.raises(UserError, match="--beta of loss 'mine' has no default"):
+            losses.register(spec("mine", bare))
+
+    def test_an_option_that_no_flag_can_carry(self):
+        odd = dataclass(frozen=True)(type("Odd", (), {"__annotations__": {"margins": tuple}, "margins": ()}))
+        with pytest.raises(UserError, match=r"Odd\.margins: .* not <class 'tuple'>"):
+            losses.register(spec("mine", odd))
+
+    def test_one_option_name_with_two_types(self):
+        losses.register(spec("mine", ClashingOptions))
+        with pytest.raises(UserError, match="--beta has other values for the loss 'bdpo' than for 'mine'"):
+            losses.option_fields()
+
+
+PLUGIN = """
+from dataclasses import dataclass, replace
+from megatron_bdpo.losses import LossOptions, LossSpec, PairLosses, Requirements, option
+
+@dataclass(frozen=True)
+class Options(LossOptions):
+    shift: float = option(1.0, "what is added")
+
+def shifted(pairs, options):
+    difference = pairs.policy_rejected - pairs.policy_chosen
+    return PairLosses(difference + options.shift, pairs.policy_chosen.detach(), pairs.policy_rejected.detach())
+
+SPEC = LossSpec("shifted", shifted, Options, lambda options: Requirements(), "a third party's loss", "none")
+OTHER = replace(SPEC, name="dpo")
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch, fresh_registry):
+    """Installs a distribution, as pip would leave it on sys.path, that offers `name = target`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "shifted_loss_plugin.py").write_text(PLUGIN)
+
+    def install(distribution: str, name: str, target: str) -> None:
+        info = tmp_path / f"{distribution}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[megatron_bdpo.losses]\n{name} = {target}\n")
+
+    return install
+
+
+def test_a_loss_from_an_entry_point(install):
+    install("acme_losses", "shifted", "shifted_loss_plugin:SPEC")
+
+    actual, _ = evaluate("shifted", {"shift": 0.25}, inputs([Pair(-5.0, -9.0, 2, 4, 0, 0, 0, 0)], torch.float64))
+    expected_loss, expected_grad_w = -3.75, -1.0
+
+    assert (actual.loss.item(), actual.grad_w.item()) == (expected_loss, expected_grad_w)
+    assert "shifted" in losses.names()
+    assert losses.option_fields()["shift"].defaults == {"shifted": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "expected_message"),
+    [
+        ("dpo", "shifted_loss_plugin:OTHER", "offers a loss 'dpo', but that name is taken"),
+        ("shifted", "no_such_module:SPEC", "cannot be used: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("shifted", "shifted_loss_plugin:MISSING", "cannot be used: AttributeError"),
+        ("shifted", "shifted_loss_plugin:shifted", "has to be a LossSpec, not function"),
+        ("another", "shifted_loss_plugin:SPEC", "the loss calls itself 'shifted'"),
+    ],
+)
+def test_a_broken_entry_point_names_its_distribution(install, name, target, expected_message):
+    install("acme_losses", name, target)
+    with pytest.raises(UserError) as caught:
+        losses.get("dpo")
+    assert "distribution 'acme_losses'" in str(caught.value) and expected_message in str(caught.value)
+
+
+def test_two_distributions_with_one_loss(install):
+    install("acme_losses", "shifted", "shifted_loss_plugin:SPEC")
+    install("other_losses", "shifted", "shifted_loss_plugin:SPEC")
+    with pytest.raises(UserError) as caught:
+        losses.names()
+    assert "acme_losses" in str(caught.value) and "other_losses" in str(caught.value)

@@ -1,0 +1,150 @@
+"""The documentation says what the code does: tables, flags, the example package, and that it builds."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_bdpo.cli.main import cli, main
+from megatron_bdpo.losses import registry
+from tests.unit.cli.test_cli import ALL
+
+ROOT = Path(__file__).parents[3]
+DOCS = ROOT / "docs"
+#: Flags of other programs, in commands and tables of these pages.
+FOREIGN = {"--nproc-per-node", "--nnodes", "--no-deps", "--no-build-isolation", "--exponential-cap", "--help"}
+#: Pages with flags of programs of their own (benchmarks, tests, other trainers), which other tests look at.
+ELSEWHERE = {"performance", "ablation", "parity", "reliability", "migrating"}
+
+
+def hooks():
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "tools" / "docs_hooks.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_losses_are_those_of_the_program(capsys):
+    page = (DOCS / "losses.md").read_text("utf-8")
+    assert main(["losses", "--markdown"]) == 0
+    assert capsys.readouterr().out in page
+    for name in registry.names():
+        assert f"### {name}\n\n::: megatron_bdpo.losses.{name}\n" in page
+
+
+def known_flags() -> set[str]:
+    """On a rank: all of a training's flags."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        main(["train", "--help"])
+    return set(re.findall(r"--[a-z0-9][a-z0-9_-]*", output.getvalue()))
+
+
+def own_flags() -> set[str]:
+    found = {"--debug", "--version"}
+    for names in ALL:
+        command = cli
+        for name in names:
+            command = command.commands[name]  # type: ignore[assignment, attr-defined]
+        found |= {flag for option in command.params for flag in option.opts}
+    return found
+
+
+def test_flags_in_documents_exist(ranks):
+    (flags,) = ranks(1)(known_flags)
+    pages = {page.stem: page for page in [*DOCS.glob("*.md"), ROOT / "README.md"] if page.stem not in ELSEWHERE}
+    texts = {name: page.read_text("utf-8") for name, page in pages.items()}
+    # Of a table "theirs | here", the right side.
+    rows = re.findall(r"^\|.*\| (.*) \|$", (DOCS / "migrating.md").read_text("utf-8"), re.M)
+    texts["migrating"] = "\n".join(rows)
+    for page, text in texts.items():
+        written = set(re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*", text))
+        assert written - flags - own_flags() - FOREIGN == set(), page
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "slurm/README.md", "examples/paper/README.md"])
+def test_links_lead_somewhere(document):
+    """Of the pages in docs/ MkDocs says it."""
+    text = (ROOT / document).read_text("utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert [link for link in links if not ((ROOT / document).parent / link).exists()] == []
+
+
+def test_lists_from_the_source():
+    """Every page's places are filled in, and the lists hold what the code says."""
+    module = hooks()
+    for page in DOCS.glob("*.md"):
+        assert "{{" not in module.on_page_markdown(page.read_text("utf-8")), page
+    text = module.on_page_markdown((DOCS / "troubleshooting.md").read_text("utf-8"))
+    assert "is named … times. Name it once, with a weight." in text
+    assert "nothing is learned. Raise --lr" in text
+    assert text.count("\n- ") > 120
+
+
+def test_every_message_is_listed():
+    """Troubleshooting by message: whatever part of the package raises it, an error for users is on the page."""
+    module = hooks()
+    listed = module.on_page_markdown((DOCS / "troubleshooting.md").read_text("utf-8"))
+    raised = {message for file in (ROOT / "megatron_bdpo").rglob("*.py") for message in module.messages(file)}
+    assert [message for message in raised if module._escaped(message) not in listed] == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_trls_settings_are_trls():
+    """The left side of the table of TRL: what no line says is of older versions, its configurations have."""
+    pytest.importorskip("trl")
+    from trl import DPOConfig
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+
+    text = (DOCS / "migrating.md").read_text("utf-8")
+    section = text[text.index("## TRL") : text.index("## ms-swift")]
+    known = {name for config in (DPOConfig, CPOConfig, ORPOConfig) for name in config.__dataclass_fields__}
+    arguments_of_the_trainer = {"model", "ref_model"}
+    for theirs, _ in re.findall(r"^\| (.*) \| (.*) \|$", section, re.M):
+        if "older versions" not in theirs:
+            names = set(re.findall(r"`([a-z_0-9]+)(?:=[^`]*)?`", theirs))
+            assert names <= known | arguments_of_the_trainer, theirs
+
+
+def test_example_of_an_own_loss(tmp_path):
+    """Installed as a package, it is in the registry, with its option as a flag and the value of its formula."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path]
+    source = tmp_path / "source"
+    for file in (ROOT / "examples" / "own_loss").rglob("*.*"):
+        if file.suffix in (".py", ".toml"):
+            (source / file.relative_to(ROOT / "examples" / "own_loss")).parent.mkdir(parents=True, exist_ok=True)
+            (source / file.relative_to(ROOT / "examples" / "own_loss")).write_bytes(file.read_bytes())
+    subprocess.run([*install, source], check=True, timeout=120)
+    script = """
+import math, torch
+from megatron_bdpo.losses import registry
+from megatron_bdpo.losses.base import PairLogProbs
+options = registry.build_options("exponential", {"exponential_cap": 0.5})
+one = torch.ones(2, dtype=torch.int64)
+pairs = PairLogProbs(torch.tensor([-3.0, -9.0]), torch.tensor([-5.0, -1.0]), one, one,
+                     reference_chosen=torch.zeros(2), reference_rejected=torch.zeros(2))
+loss = registry.get("exponential").function(pairs, options).loss
+torch.testing.assert_close(loss, torch.tensor([math.exp(-0.1 * 2), math.exp(0.5)]))
+assert registry.option_fields()["exponential_cap"].flag == "--exponential-cap"
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
+
+
+def test_it_builds(tmp_path):
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed; make docs builds it")
+    pytest.importorskip("mkdocstrings")
+    # Without --quiet: it hides warnings from --strict too, which then passes whatever there is.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert ended.returncode == 0, ended.stderr

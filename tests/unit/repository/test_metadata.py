@@ -1,0 +1,42 @@
+"""What the repository says of itself agrees with the package."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+import megatron_bdpo
+from megatron_bdpo.platform import versions
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == megatron_bdpo.__version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def test_changes_of_this_version_are_listed():
+    version = megatron_bdpo.__version__.partition(".dev")[0]
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+TORCH = f"torch>={versions.TORCH_MINIMUM}"
+MEGATRON = f"megatron-core>={versions.MEGATRON_MINIMUM},<{versions.MEGATRON_BELOW}"
+
+
+def test_what_pip_asks_for_is_what_the_start_checks():
+    settings = [node for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body if isinstance(node, ast.Assign)]
+    required = {node.targets[0].id: node.value for node in settings}["INSTALL_REQUIRES"]
+    assert {TORCH, MEGATRON} <= set(ast.literal_eval(required))
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/quickstart.md"])
+def test_documents_name_the_versions_that_the_start_checks(document):
+    text = " ".join((ROOT / document).read_text("utf-8").split())
+    assert f"`{MEGATRON}`" in text
+    assert f"torch {versions.TORCH_MINIMUM.base_version.removesuffix('.0')} or newer" in text

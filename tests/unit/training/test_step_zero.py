@@ -1,0 +1,266 @@
+"""The gate that stops a run whose policy is not its reference at the first step."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.harness.jobs import last_stage, score, train
+
+#: By precision: nats that rounding may move one token's log-prob by. An answer of n tokens: sqrt(n) times that.
+ONE_TOKEN = {torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+#: Answers in the pairs of a microbatch: (log pi_theta - log pi_ref, tokens), chosen and rejected alternating.
+Answers = list[tuple[float, int]]
+
+
+@contextlib.contextmanager
+def process_groups() -> Iterator[None]:
+    from megatron_bdpo.training import distributed
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    settings = {
+        "distributed_backend": "gloo",
+        "fake_process_group": False,
+        "distributed_timeout_minutes": 1,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    with distributed.process_groups(argparse.Namespace(**settings)):
+        yield
+
+
+def verdict(dtype: torch.dtype, microbatches_by_rank: list[list[Answers]], loss: str = "dpo", **options: Any) -> str:
+    """What the gate says on this rank."""
+    from megatron_bdpo.errors import UserError
+    from megatron_bdpo.losses import registry
+    from megatron_bdpo.model.precision import Precision
+    from megatron_bdpo.training.forward import PairLossFunction
+    from megatron_bdpo.training.step_zero import StepZeroGate
+
+    function = PairLossFunction(registry.get(loss), registry.build_options(loss, options))
+    with process_groups():
+        gate = StepZeroGate(Precision(dtype))
+        for answers in microbatches_by_rank[torch.distributed.get_rank()]:
+            off, tokens = torch.tensor(answers, dtype=torch.float64).reshape(-1, 2).unbind(1)
+            reference, safe = -3 * tokens, torch.zeros(len(tokens) // 2, 2, dtype=torch.int64)
+            given = (reference, reference - 0.5 * tokens)  # unconditional: the reference comprehends them alike
+            gate.observe(
+                lambda policy, tokens=tokens, safe=safe, given=given: (
+                    function.of_sequences(tokens, safe, policy, *given)[1].loss
+                ),
+                reference + off,
+                reference,
+                tokens,
+            )
+        try:
+            return gate.judge()
+        except UserError as error:
+            return f"stopped: {error}"
+
+
+def verdicts(cases: list[dict[str, Any]]) -> list[str]:
+    return [verdict(**case) for case in cases]
+
+
+def adverse(dtype: torch.dtype, share: float, *lengths: int) -> list[list[Answers]]:
+    """A microbatch whose answers are all off by that share of what rounding explains, chosen down and rejected up."""
+    signs = (-share, share)
+    return [[[(signs[i % 2] * ONE_TOKEN[dtype] * math.sqrt(n), n) for i, n in enumerate(lengths)]]]
+
+
+#: Tokens of a pair's answers.
+LENGTHS = [(1, 1), (1, 3), (3, 2), (40, 25), (1000, 2)]
+EVERY_LENGTH = [(dtype, lengths) for dtype in ONE_TOKEN for lengths in LENGTHS]
+
+#: Losses that read a reference, with the slopes that they come in: 1 / beta for IPO, beta for most others.
+EVERY_LOSS = [
+    {"loss": "ipo", "beta": 0.001},
+    {"loss": "ipo", "beta": 0.01},
+    {"loss": "ipo", "beta": 0.01, "ipo_length_normalized": False},
+    {"loss": "ipo", "beta": 0.5},
+    {"loss": "dpo", "beta": 0.01},
+    {"loss": "dpo", "beta": 1.0, "nll_weight": 1.0},
+    {"loss": "bdpo"},
+    {"loss": "hinge"},
+    {"loss": "robust"},
+    {"loss": "safedpo"},
+]
+
+
+def test_rounding_passes_and_more_does_not_at_every_length(ranks):
+    for share, opening in ((0.95, "step 0: policy equals reference: "), (1.05, "stopped: ")):
+        cases = [
+            {"dtype": dtype, "microbatches_by_rank": adverse(dtype, share, *lengths)} for dtype, lengths in EVERY_LENGTH
+        ]
+        for case, found in zip(EVERY_LENGTH, ranks(1)(verdicts, cases)[0], strict=True):
+            assert found.startswith(opening), (case, share, found)
+
+
+def test_the_losss_tolerance_follows_its_slope(ranks):
+    """Where every answer is off by 0.9 of its tolerance in the worse way, so is every loss, whatever its slope."""
+    answers = adverse(torch.bfloat16, 0.9, 1, 3, 40, 25)
+    cases = [{"dtype": torch.bfloat16, "microbatches_by_rank": answers, **each} for each in EVERY_LOSS]
+    for case, found in zip(EVERY_LOSS, ranks(1)(verdicts, cases)[0], strict=True):
+        share = re.search(r"policy equals reference: .*; loss off by \S+, (\S+) times", found)
+        assert share and float(share[1]) == pytest.approx(0.9, abs=0.02), (case, found)
+
+
+def losses_with_a_reference() -> set[str]:
+    from megatron_bdpo.losses import registry
+
+    return {spec.name for spec in registry.all_specs() if spec.requirements(spec.options()).reference}
+
+
+def test_every_loss_with_a_reference_is_here(ranks):
+    assert {case["loss"] for case in EVERY_LOSS} == ranks(1)(losses_with_a_reference)[0]
+
+
+def test_nan_stops(ranks):
+    (found,) = ranks(1)(verdict, torch.float32, [[[(math.nan, 4), (0.0, 4)]]])
+    assert found.startswith("stopped: ")
+
+
+def test_message_says_what_was_seen_and_the_ways_out(ranks):
+    (found,) = ranks(1)(verdict, torch.float32, [[[(-1.0, 4), (0.0, 4), (-3.0, 4), (0.0, 9)]]])
+    seen = "log-ratios off by 5.0e-01 nats per token, 2e+04 times what rounding explains; loss off by "
+    assert f"stopped: step 0: the policy is not its reference: {seen}" in found
+    assert "delete the reference cache" in found
+    assert "--no-step-zero-check" in found
+
+
+def test_every_pair_of_every_microbatch_and_rank_counts(ranks):
+    """Three pairs on one rank, one on the other: a mean over pairs, not over packs or ranks, and the same on both."""
+    one, other = [[(0.0, 1)] * 4, [(-4.0, 1), (0.0, 1)]], [[(0.0, 1)] * 2]
+    found = ranks(2)(verdict, torch.float32, [one, other], loss="hinge", beta=1.0)
+    assert found[0] == found[1]
+    assert "log-ratios off by 1.0e+00 nats" in found[0]
+    assert "loss off by 1.0e+00" in found[0]
+
+
+def test_rank_that_saw_no_pair_takes_part(ranks):
+    """Earlier pipeline stages compute no loss, and a pack may be empty."""
+    found = ranks(2)(verdict, torch.float32, [[], [[], [(0.0, 5), (0.0, 7)]]])
+    assert [message.startswith("step 0: policy equals reference") for message in found] == [True, True]
+
+
+# In a run
+
+
+def train_with_other_reference(flags: list[str], cache: str) -> list[dict[str, float]] | str:
+    """The tiny job with reference values that are off, as those of other weights would be: its steps, or why not."""
+    from megatron_bdpo.errors import UserError
+    from megatron_bdpo.training.reference.passes import ReferenceTable
+
+    original = ReferenceTable.lookup
+
+    def off(self, batch):
+        conditional, unconditional = original(self, batch)
+        return conditional - 0.01 * batch.sequence_tokens, unconditional
+
+    ReferenceTable.lookup = off
+    try:
+        return last_stage([train(flags, pair_cache_dir=cache, max_pairs=16, train_iters=1)]).steps
+    except UserError as error:
+        return str(error)
+    finally:
+        ReferenceTable.lookup = original
+
+
+def test_run_with_another_reference_is_stopped(ranks, tmp_path):
+    (message,) = ranks(1)(train_with_other_reference, [], str(tmp_path))
+    assert re.search(r"the policy is not its reference: log-ratios off by 1\.0e-02 nats per token", message)
+
+
+def test_check_can_be_switched_off(ranks, tmp_path):
+    (steps,) = ranks(1)(train_with_other_reference, ["--no-step-zero-check"], str(tmp_path))
+    assert steps[0]["rewards/chosen"] > 0.01
+
+
+# In bf16, where rounding is seen: two tensor-parallel ranks add up otherwise than the one that has scored.
+
+#: Weights of a size at which log-probs depend on what they should. IPO at this beta: 50 nats of loss per nat and token.
+SENSITIVE = ["--bf16", "--init-method-std", "0.2"]
+STEEP = [*SENSITIVE, "--preference-loss", "ipo", "--beta", "0.01"]
+
+
+def positions_doubled(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.training import batches
+
+    original = batches.to_batch
+
+    def doubled(pack: Any, *others: Any) -> Any:
+        pack.positions[:] *= 2
+        return original(pack, *others)
+
+    undo.enter_context(mock.patch.object(batches, "to_batch", doubled))
+
+
+def another_attention_scale(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.model.attention import PairAttention
+
+    original = PairAttention.forward
+
+    def scaled(self: Any, query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        return original(self, 1.5 * query, *others, **named)
+
+    undo.enter_context(mock.patch.object(PairAttention, "forward", scaled))
+
+
+def the_empty_prompt(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.training.reference.passes import ReferenceTable
+
+    original = ReferenceTable.lookup
+    undo.enter_context(mock.patch.object(ReferenceTable, "lookup", lambda self, batch: 2 * original(self, batch)[1:]))
+
+
+def first_step(flags: list[str], cache: str, mistake: Any = None) -> str:
+    """What the gate says of the first step of a run; its reference has been scored before, without the mistake."""
+    from megatron_bdpo.errors import UserError
+    from megatron_bdpo.training.step_zero import StepZeroGate
+
+    seen: list[str] = []
+    judge = StepZeroGate.judge
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(mock.patch.object(StepZeroGate, "judge", lambda gate: seen.append(judge(gate)) or seen[-1]))
+        if mistake is not None:
+            mistake(undo)
+        try:
+            train(flags, pair_cache_dir=cache, max_pairs=16, train_iters=1)
+        except UserError as error:
+            return str(error)
+    return seen[0]
+
+
+@pytest.fixture(scope="module")
+def scored(ranks, tmp_path_factory) -> str:
+    cache = str(tmp_path_factory.mktemp("scored"))
+    ranks(1)(score, [*SENSITIVE, "--preference-loss", "bdpo"], pair_cache_dir=cache, max_pairs=16)
+    return cache
+
+
+def test_rounding_under_a_steep_loss_passes(ranks, scored):
+    found = ranks(2)(first_step, [*STEEP, "--tensor-model-parallel-size", "2"], scored)[0]
+    off = re.match(r"step 0: policy equals reference: log-ratios off by (\S+) nats .* loss off by (\S+),", found)
+    assert off, found
+    assert float(off[1]) > 1e-4, "this is rounding"
+    assert float(off[2]) > 1e-3, "a loss of fixed tolerance would have to allow this for all"
+
+
+@pytest.mark.parametrize("mistake", [positions_doubled, another_attention_scale])
+def test_mistake_under_a_steep_loss_is_stopped(ranks, scored, mistake):
+    assert ranks(1)(first_step, STEEP, scored, mistake)[0].startswith("step 0: the policy is not its reference: ")
+
+
+def test_reference_of_another_prompt_is_stopped(ranks, scored):
+    (found,) = ranks(1)(first_step, [*SENSITIVE, "--preference-loss", "bdpo"], scored, the_empty_prompt)
+    assert found.startswith("step 0: the policy is not its reference: ")
