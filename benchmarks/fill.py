@@ -31,7 +31,7 @@ VOCABULARY = 32_000
 
 def sizes_of_file(path: Path) -> IntArray:
     """[P] pack positions that the pairs of a file take, with whole prompts."""
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     from megatron_bdpo.training import distributed, job

@@ -24,7 +24,7 @@ RESULT = "hf_export result: "
 
 def measure(model: Path, target: Path, flags: list[str]) -> None:
     """On a rank: export and report, from rank 0."""
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     from torch import distributed as torch_distributed

@@ -58,7 +58,7 @@ def write(size: str, directory: Path) -> None:
 
 def read(directory: Path, flags: list[str]) -> None:
     """Read it on this rank and report."""
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     from megatron_bdpo.model.hf import load

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--eval-share", type=float, default=0.02)
     options = parser.parse_args()
 
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     from megatron_bdpo.training import distributed

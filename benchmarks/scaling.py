@@ -50,7 +50,7 @@ def measure(
             pack=max(4096, 4 * (prompt + response)),
             max_prompt_length=2 * prompt,
         )
-        from megatron_bdpo.platform.start import prepare_platform
+        from megatron_bdpo.platform.boot import prepare_platform
 
         prepare_platform()
         sections, seconds = Sections(), dict[str, float]()

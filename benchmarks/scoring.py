@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--pairs-per-step", type=int, default=16)
     options = parser.parse_args()
 
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     import torch

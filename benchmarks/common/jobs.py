@@ -108,7 +108,7 @@ def run(
         judge: end at a first step that is too far from its reference.
         after_step: told the number of steps done.
     """
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     from megatron_bdpo.training import distributed

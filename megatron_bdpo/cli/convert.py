@@ -43,7 +43,7 @@ def export(
     Whatever layout it was trained in. One process; in memory are one file and one tensor.
     """
     only_one(hf_model=hf_model, family=family)
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
@@ -92,7 +92,7 @@ def import_(hf_model: str, output: Path, dtype: str) -> None:
     --pretrained-checkpoint takes it in any layout. The whole model has to fit in memory; under torchrun, its ranks
     share it by tensor parallelism. Training does not need this: it reads --hf-model directly.
     """
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     from megatron_bdpo.training.distributed import process_groups

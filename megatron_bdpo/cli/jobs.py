@@ -1,4 +1,4 @@
-"""``megatron-bdpo train`` and ``score``: a job on this machine, on one rank or, through torchrun, a training on several."""
+"""``megatron-bdpo train`` and ``score``: a job on this machine; a training on several ranks, too, through torchrun."""
 
 from __future__ import annotations
 

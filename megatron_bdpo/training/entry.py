@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_bdpo.display import Block, show
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.platform.start import prepare_platform
+from megatron_bdpo.platform.boot import prepare_platform
 
 if TYPE_CHECKING:
     from megatron_bdpo.training.run import PreferenceRun

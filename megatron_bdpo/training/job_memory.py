@@ -101,7 +101,7 @@ def of_recipe(recipes: Sequence[str]) -> tuple[ModelShape, dict[str, Any]]:
     Raises:
         UserError: the recipe cannot be used, or has no model.
     """
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     from megatron_bdpo.training.flags import arguments

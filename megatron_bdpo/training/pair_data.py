@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_bdpo.data.store import PairStore
-from megatron_bdpo.platform.start import prepare_platform
+from megatron_bdpo.platform.boot import prepare_platform
 
 
 def tokenized_pairs(flags: Sequence[str]) -> PairStore:

@@ -24,7 +24,7 @@ def test_equals_sdpa(backend, name, dtype):
         check_backend(backend, True, dtype, Layer(case.head_size, case.scale, case.window))
     except UserError as refusal:
         pytest.skip(str(refusal))
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     inputs = {name: tensor.to(dtype).double() for name, tensor in case.inputs().items()}

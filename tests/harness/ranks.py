@@ -132,7 +132,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     import megatron.training  # noqa: F401  # now rather than in the first job: what is imported stays, see below

@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     fault, rank, *flags = sys.argv[1:]
     prepare_platform()

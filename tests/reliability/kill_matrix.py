@@ -184,7 +184,7 @@ def _made_model(directory: Path) -> Path:
 
 def matrix(kills: int, seed: int, directory: Path) -> Tally:
     """Run the whole matrix below a directory."""
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     import megatron_bdpo.training.run  # noqa: F401  # before the forks: this is what takes seconds

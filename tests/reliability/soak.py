@@ -171,7 +171,7 @@ def growth(rank: int, samples: Sequence[Sequence[int]], warm_up: int) -> Growth:
 
 def soak(steps: int, interval: int, directory: Path) -> list[str]:
     """Both runs. Prints the table; returns what is wrong."""
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     import megatron_bdpo.training.run  # noqa: F401  # before the forks: this is what takes seconds

@@ -137,7 +137,7 @@ def test_nothing_goes_while_one_is_written_nor_links_nor_the_reference(ranks, tm
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megatron_bdpo.platform.start import prepare_platform
+from megatron_bdpo.platform.boot import prepare_platform
 prepare_platform()
 from megatron_bdpo.training.retention import Deletion, Retention
 root, left = Path(sys.argv[1]), int(sys.argv[2])

@@ -192,7 +192,7 @@ def attend_without_plan() -> str:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_a_dense_softmax_on_a_gpu(name, dtype):
-    from megatron_bdpo.platform.start import prepare_platform
+    from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
     case = Case(**{**vars(CASES[name]), "head_size": 64})

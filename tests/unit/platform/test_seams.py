@@ -108,7 +108,7 @@ def test_packages_for_gpus_are_left_out(tmp_path):
         (tmp_path / module).mkdir()
         (tmp_path / module / "__init__.py").write_text(content)
     program = (
-        "from megatron_bdpo.platform.start import prepare_platform\n"
+        "from megatron_bdpo.platform.boot import prepare_platform\n"
         "prepare_platform()\n"
         "import megatron.core.transformer.attention\n"
         "from megatron_bdpo.training.flags.arguments import parse\n"
