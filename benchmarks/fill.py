@@ -34,16 +34,25 @@ def sizes_of_file(path: Path) -> IntArray:
     from megatron_bdpo.platform.boot import prepare_platform
 
     prepare_platform()
-    from megatron_bdpo.training import distributed, job
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training import distributed, token_stores
+    from megatron_bdpo.training.flags.arguments import Arguments
 
     with tempfile.TemporaryDirectory() as directory:
         models.trained_tokenizer(path, VOCABULARY).save_pretrained(directory)
-        args = arguments.parse(
-            ["--pair-data", str(path), "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", directory]
+        arguments = Arguments.parse(
+            [
+                "--pair-data",
+                str(path),
+                "--tokenizer-type",
+                "HuggingFaceTokenizer",
+                "--tokenizer-model",
+                directory,
+                "--pair-cache-dir",
+                f"{directory}/cache",
+            ]
         )
-        with distributed.process_groups(args):
-            (store,) = job.open_stores(args, Path(directory) / "cache")
+        with distributed.process_groups(arguments.settings.process):
+            (store,) = token_stores.open_stores(arguments)
             return group_tokens(np.asarray(store.lengths), share_prompts=True)
 
 

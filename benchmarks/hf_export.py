@@ -30,22 +30,22 @@ def measure(model: Path, target: Path, flags: list[str]) -> None:
     from torch import distributed as torch_distributed
 
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.hf.exporting import save_live
     from megatron_bdpo.training.hf.importing import model_in_memory
 
-    args = arguments.parse(["--bf16", "--hf-model", str(model), "--save-hf", str(target), *flags])
-    with distributed.process_groups(args), model_in_memory(args) as chunks:
-        args.train_iters = 0
+    arguments = Arguments.parse(["--bf16", "--hf-model", str(model), "--save-hf", str(target), *flags])
+    with distributed.process_groups(arguments.settings.process), model_in_memory(arguments) as chunks:
+        arguments.set(train_iters=0)
         sent = count_sent(torch_distributed)
         distributed.gather(None)  # all have read
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from here
         start = time.perf_counter()
-        save_live(args, chunks, {})
+        save_live(arguments, chunks, {})
         own = {"seconds": time.perf_counter() - start, "peak": resident("VmHWM") - before, "sent": dict(sent)}
         ranks = distributed.gather(own)
-    if args.rank == 0:
+    if arguments.settings.process.rank == 0:
         into: Counter[int] = Counter()
         for rank in ranks:
             into.update(rank["sent"])

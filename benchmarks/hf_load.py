@@ -63,7 +63,7 @@ def read(directory: Path, flags: list[str]) -> None:
     prepare_platform()
     from megatron_bdpo.model.hf import load
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.hf import start as hf_model
     from megatron_bdpo.training.hf.importing import model_in_memory
 
@@ -78,8 +78,8 @@ def read(directory: Path, flags: list[str]) -> None:
         figures["peak_gib"] = resident("VmHWM") - before
 
     hf_model.load_weights = measured
-    args = arguments.parse(["--bf16", "--hf-model", str(directory), *flags])
-    with distributed.process_groups(args), model_in_memory(args) as model:
+    arguments = Arguments.parse(["--bf16", "--hf-model", str(directory), *flags])
+    with distributed.process_groups(arguments.settings.process), model_in_memory(arguments) as model:
         own = sum(parameter.nbytes for chunk in model for parameter in chunk.parameters()) / 2**30
         largest = max(file.stat().st_size for file in directory.glob("*.safetensors")) / 2**30
         for rank, (shard, found) in enumerate(distributed.gather((own, figures))):

@@ -10,7 +10,6 @@ process's resident set: now and, at the end, at its highest.
 
 import argparse
 import contextlib
-import copy
 import json
 import sys
 import tempfile
@@ -37,20 +36,20 @@ def main() -> None:
 
     prepare_platform()
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
 
     flags = (
         f"{MODEL} --pair-data generated --eval-share {options.eval_share} --pair-epochs 1 --lr 0 "
         f"--pairs-per-step {options.pairs_per_step} --seq-length {options.seq_length}"
     )
-    args = arguments.parse(flags.split())
-    with tempfile.TemporaryDirectory() as directory, distributed.process_groups(args):
-        args.reference_cache = str(Path(directory) / "scores")
+    arguments = Arguments.parse(flags.split())
+    with tempfile.TemporaryDirectory() as directory, distributed.process_groups(arguments.settings.process):
+        arguments.set(reference_cache=str(Path(directory) / "scores"))
         write_store(Path(directory) / "store", options.pairs)
-        measure(args, Path(directory) / "store", options.ranks)
+        measure(arguments, Path(directory) / "store", options.ranks)
 
 
-def measure(args: argparse.Namespace, store_directory: Path, ranks: int) -> None:
+def measure(arguments, store_directory: Path, ranks: int) -> None:
     """Run the start of a training and tell about each part."""
     import torch
 
@@ -61,20 +60,22 @@ def measure(args: argparse.Namespace, store_directory: Path, ranks: int) -> None
     from megatron_bdpo.training.forward import PairLossFunction
     from megatron_bdpo.training.reference.precomputed import ReferenceScores
     from megatron_bdpo.training.reference.settling import imbalance_edges, settle
+    from megatron_bdpo.training.setup import RunSetup
 
     def no_model() -> list:
         raise AssertionError("nothing is to be scored")
 
     torch.set_num_threads(1)
     loss = PairLossFunction(registry.get("bdpo"), registry.build_options("bdpo", {"bdpo_temperature": "auto"}))
-    planned = copy.copy(args)
-    planned.world_size = ranks
+    planned = arguments.copy()
+    planned.set(world_size=ranks)
     with told("open the token store"):
         pool = PairPool([PairStore.open(store_directory)])
     with told("plan one epoch"):
-        job = jobs._plan_job(planned, loss, pool, store_directory, None)
+        job = jobs._plan_job(planned.settings, loss, pool, None)
     print(job.describe(), flush=True)
-    scores = ReferenceScores(args, job, None, REFERENCE, job.pairs_in_use(0), no_model, pause=lambda: None)
+    setup = RunSetup(arguments, arguments.settings, job, None, None, None, resumed=False)
+    scores = ReferenceScores(setup, REFERENCE, job.pairs_in_use(0), no_model, pause=lambda: None)
     write_scores(scores)
     with told("look the reference scores up"):
         table = scores.table()
@@ -127,7 +128,7 @@ def write_store(directory: Path, pairs: int) -> None:
 
 def write_scores(scores) -> None:
     """Fill the directory that the look-up will read."""
-    store = scores.job.pool.stores[0]
+    store = scores.setup.job.pool.stores[0]
     cache = scores._open(scores.directory(0), store)
     rng = np.random.default_rng(1)
     tokens = store.lengths[:, 1:]

@@ -44,7 +44,7 @@ def main() -> None:
     import torch
 
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.reference.cache import open_scores
     from megatron_bdpo.training.reference.scoring_job import score_pairs
     from megatron_bdpo.training.run import PreferenceRun
@@ -62,15 +62,15 @@ def main() -> None:
             *["--pair-data", options.data, "--pair-cache-dir", cache],
             *["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(TOKENIZER)],
         ]
-        args = arguments.parse(flags)
-        with distributed.process_groups(args):
-            (directory,) = score_pairs(args)
+        arguments = Arguments.parse(flags)
+        with distributed.process_groups(arguments.settings.process):
+            (directory,) = score_pairs(arguments)
         scoring = open_scores(directory).manifest["jobs"][-1]
         parts = {"scoring": scoring}
         for name, sharing in (("one training epoch", []), ("the same, prompts not shared", ["--no-share-prompts"])):
-            args = arguments.parse([*flags, *sharing])
-            with distributed.process_groups(args):
-                run = PreferenceRun(args)
+            arguments = Arguments.parse([*flags, *sharing])
+            with distributed.process_groups(arguments.settings.process):
+                run = PreferenceRun(arguments)
                 run.pretrain()
             parts[name] = training_of(run)
     report(parts)

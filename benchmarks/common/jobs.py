@@ -112,10 +112,10 @@ def run(
 
     prepare_platform()
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.run import PreferenceRun
 
-    args = arguments.parse(argv)
+    arguments = Arguments.parse(argv)
     measured, memory = Measured(), PeakMemory(device)
 
     class Timed(PreferenceRun):
@@ -136,8 +136,8 @@ def run(
             measured.marks.append(Instant.now())
             after_step(len(measured.marks) - 1)
 
-    with distributed.process_groups(args):
-        job = Timed(args)
+    with distributed.process_groups(arguments.settings.process):
+        job = Timed(arguments)
         plan, pool = job.job.plan, job.job.pool
         measured.fill, measured.positions = plan.fill, plan.positions.sum() / len(plan.steps)
         measured.lengths = pool.lengths[plan.steps].astype(np.int64)

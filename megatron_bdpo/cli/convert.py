@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,8 +49,10 @@ def export(
     from megatron_bdpo.model.hf.directory import model_directory
     from megatron_bdpo.training.distributed import process_groups
     from megatron_bdpo.training.hf import exporting as hf_export
+    from megatron_bdpo.training.settings import ProcessSettings
 
-    with _written(output), process_groups(_ONE_PROCESS):
+    one_process = ProcessSettings(rank=0, local_rank=0, ranks=1, backend="gloo", timeout_minutes=10, is_made_up=False)
+    with _written(output), process_groups(one_process):
         if hf_model:
             original = model_directory(hf_model)
             config = read_json(original / CONFIG)
@@ -70,16 +71,6 @@ def _written(output: Path) -> Iterator[None]:
         raise UserError(f"{output} cannot be written: {error.strerror or error}.") from error
 
 
-_ONE_PROCESS = argparse.Namespace(
-    distributed_backend="gloo",
-    fake_process_group=False,
-    world_size=1,
-    rank=0,
-    local_rank=0,
-    distributed_timeout_minutes=10,
-)
-
-
 @convert.command("import", epilog=example("megatron-bdpo convert import --hf-model MODEL --output DIR"))
 @click.option("--hf-model", required=True, metavar="PATH_OR_NAME")
 @click.option("--output", type=PATH, required=True, metavar="DIR", help="Must not be there yet.")
@@ -96,15 +87,16 @@ def import_(hf_model: str, output: Path, dtype: str) -> None:
 
     prepare_platform()
     from megatron_bdpo.training.distributed import process_groups
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.hf.importing import import_model
 
     if output.exists():
         raise UserError(f"{output} is there already. Remove it, or name another directory.")
     precision = [] if dtype == "fp32" else [f"--{dtype}"]
-    args = arguments.parse(["--hf-model", hf_model, "--save", str(output), *precision])
-    args.tensor_model_parallel_size = args.world_size
-    with _written(output), process_groups(args):
-        import_model(args)
-    if args.rank == 0:
+    arguments = Arguments.parse(["--hf-model", hf_model, "--save", str(output), *precision])
+    process = arguments.settings.process
+    arguments.set(tensor_model_parallel_size=process.ranks)
+    with _written(output), process_groups(process):
+        import_model(arguments)
+    if process.rank == 0:
         print(f"{output}: complete")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -138,8 +140,6 @@ _FLAGS = (
 
 def _store(options: dict[str, Any]) -> PairStore:
     """The tokenized pairs, through the training's own parser and reader."""
-    from megatron_bdpo.training.pair_data import tokenized_pairs
-
     if not (options["hf_model"] or options["tokenizer_type"] or options["recipe"]):
         raise UserError(
             "no tokenizer is given. Name one with --hf-model, with --tokenizer-type and --tokenizer-model, or by a "
@@ -150,4 +150,10 @@ def _store(options: dict[str, Any]) -> PairStore:
     for name in _FLAGS:
         if options[name] is not None:
             flags += [f"--{name.replace('_', '-')}", str(options[name])]
+    from megatron_bdpo.platform.boot import prepare_platform
+
+    with contextlib.redirect_stdout(sys.stderr):
+        prepare_platform()
+    from megatron_bdpo.training.token_stores import tokenized_pairs
+
     return tokenized_pairs(flags)

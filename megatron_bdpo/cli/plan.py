@@ -88,6 +88,9 @@ def plan(**options: Any) -> None:
 
 def _questions(options: dict[str, Any]) -> list[Question]:
     if options["recipe"]:
+        from megatron_bdpo.platform.boot import prepare_platform
+
+        prepare_platform()
         from megatron_bdpo.training.job_memory import of_recipe
 
         model, told = of_recipe(options["recipe"])

@@ -12,7 +12,6 @@ Megatron's tracker names the checkpoint. So:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -29,6 +28,7 @@ from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import PassingError, UserError
 from megatron_bdpo.json_shape import Each, misshapen, parse_json
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, is_rank_zero, say
+from megatron_bdpo.training.settings import DirectorySettings
 
 _ALGORITHM = "sha256"
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp")
@@ -65,7 +65,7 @@ def damage(directory: Path) -> list[str]:
     return problems + [problem for each in gather(own) for problem in each if problem]
 
 
-def settle_checkpoints(args: argparse.Namespace) -> None:
+def choose_whole_checkpoints(directories: DirectorySettings) -> None:
     """Find out before anything is built that the checkpoints to start from are whole. Collective.
 
     Where the newest one of ``--load`` is damaged, Megatron's tracker is made to name the newest one that is not.
@@ -73,14 +73,12 @@ def settle_checkpoints(args: argparse.Namespace) -> None:
     Raises:
         UserError: on every rank; none is whole, or weights to start from are damaged.
     """
-    if not args.checkpoint_checksums or args.dry_run is not None:  # which reads and changes no checkpoint
-        return
-    if args.load and not args.finetune and args.ckpt_step is None:
-        _go_back(Path(args.load))
-    elif args.load:
-        _refuse_damaged("--load", Path(args.load), args.ckpt_step)
-    if args.pretrained_checkpoint:
-        _refuse_damaged("--pretrained-checkpoint", Path(args.pretrained_checkpoint), None)
+    if directories.load and not directories.finetune and directories.ckpt_step is None:
+        _go_back(Path(directories.load))
+    elif directories.load:
+        _refuse_damaged("--load", Path(directories.load), directories.ckpt_step)
+    if directories.pretrained_checkpoint:
+        _refuse_damaged("--pretrained-checkpoint", Path(directories.pretrained_checkpoint), None)
 
 
 def _go_back(root: Path) -> None:

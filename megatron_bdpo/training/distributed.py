@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -18,6 +17,7 @@ from megatron_bdpo.data.context import ContextRank
 from megatron_bdpo.display import Block
 from megatron_bdpo.errors import PassingError, UserError
 from megatron_bdpo.training.reporting.console import show
+from megatron_bdpo.training.settings import ProcessSettings
 
 #: One rank may tokenise or score for hours while the others wait for it.
 _PATIENCE = timedelta(days=2)
@@ -30,16 +30,16 @@ _left_alone = False
 
 
 @contextlib.contextmanager
-def process_groups(args: argparse.Namespace) -> Iterator[None]:
+def process_groups(process: ProcessSettings) -> Iterator[None]:
     """Start ``torch.distributed`` before Megatron does (it then keeps ours), so that data preparation can use it.
 
-    With ``--fake-process-group`` this process plays rank 0 of the others: collectives answer with its own values.
+    A process that is made up plays rank 0 of the others: collectives answer with its own values.
     """
     global _host_group, _failed_after_others, _left_alone
     _left_alone = False
-    backend, host_backend = args.distributed_backend, "gloo"
+    backend, host_backend = process.backend, "gloo"
     kwargs: dict[str, Any] = {}
-    if args.fake_process_group:
+    if process.is_made_up:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         backend = host_backend = "fake"
@@ -47,15 +47,15 @@ def process_groups(args: argparse.Namespace) -> Iterator[None]:
     elif backend == "nccl":
         # No device_id, as in Megatron: with it torch splits every later group off this one's communicator, and what is
         # meant to overlap (tensor, pipeline and data parallelism) waits for one another.
-        torch.cuda.set_device(args.local_rank)
-    if args.world_size == 1:
+        torch.cuda.set_device(process.local_rank)
+    if process.ranks == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     distributed.init_process_group(
         backend=backend,
-        world_size=args.world_size,
-        rank=args.rank,
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+        world_size=process.ranks,
+        rank=process.rank,
+        timeout=timedelta(minutes=process.timeout_minutes),
         **kwargs,
     )
     _host_group = distributed.new_group(backend=host_backend, timeout=_PATIENCE)

@@ -6,7 +6,6 @@ Megatron's own set-up are the real ones. What it prints about time and memory is
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import dataclass
 
@@ -20,12 +19,13 @@ from megatron_bdpo.planning.machine import Machine
 from megatron_bdpo.planning.memory import GB, fullest
 from megatron_bdpo.planning.speed import step_time
 from megatron_bdpo.platform.seams import initialize_megatron
-from megatron_bdpo.training import identity
+from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.validation import refusals_of_megatron, silence
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.job_memory import job_shape, model_shape
-from megatron_bdpo.training.preparation import forget_global_state, prepare
 from megatron_bdpo.training.reporting.summary import memory, summarize
+from megatron_bdpo.training.settings import Settings
+from megatron_bdpo.training.setup import RunSetup, forget_global_state, set_up
 
 #: Dense bf16 of an H100 SXM, by NVIDIA's data sheet.
 _TFLOPS = 989.0
@@ -35,25 +35,24 @@ _UTILISATION = 0.35
 _MIB = 2**20
 
 
-def make_up_ranks(args: argparse.Namespace) -> None:
+def make_up_ranks(arguments: Arguments) -> None:
     """Make this process rank 0 of as many as ``--dry-run`` says, by default of the launcher's.
 
     Raises:
         UserError: it is one of several processes already, or the ranks do not fill their nodes.
     """
-    if args.rank or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    settings = arguments.settings
+    if settings.process.rank or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise UserError("--dry-run plays all ranks in one process. Start it with python, or one process of torchrun.")
-    args.world_size = args.dry_run or args.world_size
-    args.local_rank = 0
-    args.fake_process_group = True
-    if args.world_size < 1:
-        raise UserError(f"--dry-run {args.dry_run}: the number of ranks must be at least 1.")
-    per_node = args.gpus_per_node
-    if per_node and (per_node < 1 or args.world_size % per_node):
-        raise UserError(f"--dry-run {args.world_size}: these ranks do not fill nodes of --gpus-per-node {per_node}.")
+    ranks, per_node = settings.dry_run.dry_run or settings.process.ranks, settings.dry_run.gpus_per_node
+    if ranks < 1:
+        raise UserError(f"--dry-run {ranks}: the number of ranks must be at least 1.")
+    if per_node and (per_node < 1 or ranks % per_node):
+        raise UserError(f"--dry-run {ranks}: these ranks do not fill nodes of --gpus-per-node {per_node}.")
+    arguments.set(world_size=ranks, local_rank=0, fake_process_group=True)
 
 
-def dry_run(args: argparse.Namespace) -> list[Block]:
+def dry_run(arguments: Arguments) -> list[Block]:
     """Prepare the job as a run would, without weights, and report on it. Within ``process_groups``.
 
     Nothing is written but the tokenised pairs, in the cache where the run will find them.
@@ -61,27 +60,27 @@ def dry_run(args: argparse.Namespace) -> list[Block]:
     Raises:
         UserError: the job cannot run.
     """
-    job, _ = prepare(args)
-    args.tp_comm_overlap = False  # its buffers are shared by real ranks
+    setup = set_up(arguments)
+    arguments.set(tp_comm_overlap=False)  # its buffers are shared by real ranks
     try:
         with refusals_of_megatron(), silence():
             initialize_megatron()
-        resumed = identity.resumed_identity(args, identity.identity_of(args, job))
-        title, *lines = _report(args, job, resumes=resumed is not None)
-        return [summarize(args, job), title, Facts.of(line.removeprefix("  ") for line in lines)]
+        title, *lines = _report(setup)
+        return [summarize(arguments, setup.job), title, Facts.of(line.removeprefix("  ") for line in lines)]
     finally:
         forget_global_state()
 
 
-def _report(args: argparse.Namespace, job: PairJob, *, resumes: bool) -> list[str]:
-    lines = [f"dry run of {_cluster(args)}"]
-    lines += _across_nodes(args)
-    if resumes:
-        lines.append(f"  start: goes on from the checkpoint in {args.load}")
-    return [*lines, *Work.of(args, job).describe(args), *_step(args, job), *_memory(args, job)]
+def _report(setup: RunSetup) -> list[str]:
+    settings, job = setup.settings, setup.job
+    lines = [f"dry run of {_cluster(settings)}", *_across_nodes(settings)]
+    if setup.resumed:
+        lines.append(f"  start: goes on from the checkpoint in {settings.directories.load}")
+    work = Work.of(setup.arguments, job)
+    return [*lines, *work.describe(settings), *_step(setup.arguments, job), *_memory(setup.arguments, job)]
 
 
-def _step(args: argparse.Namespace, job: PairJob) -> list[str]:
+def _step(arguments: Arguments, job: PairJob) -> list[str]:
     """A step of this plan by the arithmetic that layouts are compared by; it does not know a resident reference."""
     if job.resident:
         return []
@@ -89,9 +88,10 @@ def _step(args: argparse.Namespace, job: PairJob) -> list[str]:
     steps = len(plan.steps)
     tokens = int(plan.real_tokens.sum()) / steps
     squares = float(causal_squares(job.pool.lengths, share_prompts=job.share_prompts)[plan.steps].sum()) / steps
-    machine = Machine(gpus_per_node=args.gpus_per_node or 8)
+    settings = arguments.settings
+    machine = Machine(gpus_per_node=settings.dry_run.gpus_per_node or 8)
     try:
-        time = step_time(model_shape(args), job_shape(args, job), machine, tokens, keys=squares / tokens / 2)
+        time = step_time(model_shape(arguments), job_shape(settings, job), machine, tokens, keys=squares / tokens / 2)
     except UserError:  # the summary says why
         return []
     return [
@@ -100,46 +100,47 @@ def _step(args: argparse.Namespace, job: PairJob) -> list[str]:
     ]
 
 
-def _memory(args: argparse.Namespace, job: PairJob) -> list[str]:
+def _memory(arguments: Arguments, job: PairJob) -> list[str]:
     """Megatron's own report of memory, beside the summary's.
 
     Raises:
         UserError: the summary's is more than ``--gpu-memory``.
     """
+    settings = arguments.settings
     try:
-        estimate = fullest(model_shape(args), job_shape(args, job))
+        estimate = fullest(model_shape(arguments), job_shape(settings, job))
     except UserError:  # the summary says why
         return []
     with silence():
-        state, activations, _ = report_theoretical_memory(args, num_microbatches=job.plan.microbatches)
+        state, activations, _ = report_theoretical_memory(arguments.megatron, num_microbatches=job.plan.microbatches)
     line = (
         f"  memory by Megatron's report: weights, gradients and optimizer {state * _MIB / GB:.1f} GB, activations "
-        f"{activations * _MIB / GB:.1f} GB{_as_reported(args)}"
+        f"{activations * _MIB / GB:.1f} GB{_as_reported(settings)}"
     )
-    if args.gpu_memory and estimate.total > args.gpu_memory * GB:
-        parts = "\n".join(f"  {each}" for each in memory(args, job))
-        raise UserError(f"this job does not fit --gpu-memory {args.gpu_memory:g} (GB):\n{parts}\n{line}")
+    limit = settings.dry_run.gpu_memory
+    if limit and estimate.total > limit * GB:
+        parts = "\n".join(f"  {each}" for each in memory(arguments, job))
+        raise UserError(f"this job does not fit --gpu-memory {limit:g} (GB):\n{parts}\n{line}")
     return [line]
 
 
-def _cluster(args: argparse.Namespace) -> str:
-    if not args.gpus_per_node:
-        return f"{args.world_size} ranks"
-    return f"{args.world_size} ranks, {args.world_size // args.gpus_per_node} nodes of {args.gpus_per_node}"
+def _cluster(settings: Settings) -> str:
+    ranks, per_node = settings.layout.ranks, settings.dry_run.gpus_per_node
+    return f"{ranks} ranks, {ranks // per_node} nodes of {per_node}" if per_node else f"{ranks} ranks"
 
 
-def _across_nodes(args: argparse.Namespace) -> list[str]:
-    tensor = args.tensor_model_parallel_size
-    if args.gpus_per_node and args.gpus_per_node % tensor:
-        return [f"  note: {tensor} tensor-parallel ranks cross nodes of {args.gpus_per_node}, and are slow there"]
+def _across_nodes(settings: Settings) -> list[str]:
+    tensor, per_node = settings.layout.tensor, settings.dry_run.gpus_per_node
+    if per_node and per_node % tensor:
+        return [f"  note: {tensor} tensor-parallel ranks cross nodes of {per_node}, and are slow there"]
     return []
 
 
-def _as_reported(args: argparse.Namespace) -> str:
+def _as_reported(settings: Settings) -> str:
     """Which of its two formulas Megatron takes, and what it leaves out."""
-    is_parallel = args.sequence_parallel and args.recompute_granularity == "selective"
+    is_parallel = settings.layout.sequence_parallel and settings.memory.recompute_granularity == "selective"
     formula = "its formula for selective recomputation" if is_parallel else "its formula without sequence parallelism"
-    without = ", and without context parallelism" if args.context_parallel_size > 1 else ""
+    without = ", and without context parallelism" if settings.layout.context > 1 else ""
     return f" ({formula}{without})"
 
 
@@ -162,13 +163,13 @@ class Work:
     idle: float
 
     @classmethod
-    def of(cls, args: argparse.Namespace, job: PairJob) -> Work:
-        """The work of a job whose plan is applied to ``args``."""
+    def of(cls, arguments: Arguments, job: PairJob) -> Work:
+        """The work of a job, from arguments with its plan."""
         plan = job.plan
         positions = plan.positions.sum() / len(plan.steps)
         attention = causal_squares(job.pool.lengths, share_prompts=job.share_prompts)
         squares = float(attention[plan.steps].sum() / len(plan.steps))
-        step = float(num_floating_point_operations(args, plan.packs_per_step, squares, positions))
+        step = float(num_floating_point_operations(arguments.megatron, plan.packs_per_step, squares, positions))
         needs = job.loss.requirements
         passes = int(needs.reference or needs.comprehension) + int(needs.comprehension)
         scored = len(job.train.ids) + len(job.held_out.ids)
@@ -177,7 +178,8 @@ class Work:
         # A forward pass is a third of a step's arithmetic; answers without their prompts are shorter than pairs.
         scoring = passes * scored / plan.steps.shape[1] * step / 3
         steps = len(plan.steps)
-        waits = (args.pipeline_model_parallel_size - 1) / (args.virtual_pipeline_model_parallel_size or 1)
+        layout = arguments.settings.layout
+        waits = (layout.pipeline - 1) / layout.chunks
         return cls(
             steps,
             int(plan.real_tokens.sum()),
@@ -187,10 +189,10 @@ class Work:
             waits / (waits + plan.microbatches),
         )
 
-    def describe(self, args: argparse.Namespace) -> list[str]:
+    def describe(self, settings: Settings) -> list[str]:
         """Tokens, and hours at the assumed rate."""
-        peak, utilisation = args.gpu_tflops or _TFLOPS, args.assumed_mfu or _UTILISATION
-        rate = args.world_size * peak * 1e12 * utilisation
+        peak, utilisation = settings.dry_run.gpu_tflops or _TFLOPS, settings.dry_run.assumed_mfu or _UTILISATION
+        rate = settings.layout.ranks * peak * 1e12 * utilisation
         training, scoring = self.training / rate / (1 - self.idle), self.scoring / rate
         waiting = f", and stages wait {self.idle:.0%} of a step for its microbatches" if self.idle else ""
         work = (

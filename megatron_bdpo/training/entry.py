@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import socket
@@ -16,7 +15,9 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.platform.boot import prepare_platform
 
 if TYPE_CHECKING:
+    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.run import PreferenceRun
+    from megatron_bdpo.training.settings import Settings
 
 #: Set to anything, programs show the traceback of what the user can put right, too.
 DEBUG = "MEGATRON_BDPO_DEBUG"
@@ -37,40 +38,52 @@ def train(argv: Sequence[str] | None = None) -> PreferenceRun:
             the end of a ``--dry-run``.
     """
     prepare_platform()
-    from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments, determinism
     from megatron_bdpo.training.run import PreferenceRun
 
-    args = arguments.parse(argv)
-    determinism.settle_environment(args)
-    if args.dry_run is not None:
-        show(*_dry_run(args))
+    arguments = _parse(argv)
+    settings = arguments.settings
+    if settings.dry_run.is_wanted:
+        show(*_dry_run(arguments))
         raise SystemExit(0)
-    with distributed.process_groups(args), _megatron_output(args):
-        run = PreferenceRun(args)
+    with _ranks(settings):
+        run = PreferenceRun(arguments)
         run.pretrain()
         run.print_table()
     return run
 
 
-def _dry_run(args: argparse.Namespace) -> list[Block]:
-    from megatron_bdpo.training import distributed
+def _parse(argv: Sequence[str] | None) -> Arguments:
+    from megatron_bdpo.training.flags import arguments, determinism
+
+    parsed = arguments.Arguments.parse(argv)
+    determinism.settle_environment(parsed.settings)
+    return parsed
+
+
+def _dry_run(arguments: Arguments) -> list[Block]:
+    from megatron_bdpo.training.distributed import process_groups
     from megatron_bdpo.training.dry_run import dry_run, make_up_ranks
 
-    make_up_ranks(args)
-    with distributed.process_groups(args):
-        return dry_run(args)
+    make_up_ranks(arguments)
+    with process_groups(arguments.settings.process):
+        return dry_run(arguments)
 
 
-def _megatron_output(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """Megatron prints on the first and the last rank."""
+@contextlib.contextmanager
+def _ranks(settings: Settings) -> Iterator[None]:
+    """This process as one of the ranks, with Megatron's own lines where they are wanted."""
+    from megatron_bdpo.training.distributed import process_groups
     from megatron_bdpo.training.reporting.console import megatron_in_file
 
-    if args.megatron_output == "terminal":
-        return contextlib.nullcontext()
-    is_first, is_last = args.rank == 0, args.rank == args.world_size - 1
-    name = "megatron.log" if is_first else "megatron-last-rank.log"
-    return megatron_in_file(Path(args.save) / name if args.save and (is_first or is_last) else None)
+    output: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if settings.output.megatron_output == "file":
+        # Megatron prints on the first and the last rank.
+        process, save = settings.process, settings.directories.save
+        is_first, is_last = process.rank == 0, process.rank == process.ranks - 1
+        name = "megatron.log" if is_first else "megatron-last-rank.log"
+        output = megatron_in_file(Path(save) / name if save and (is_first or is_last) else None)
+    with process_groups(settings.process), output:
+        yield
 
 
 def score(argv: Sequence[str] | None = None) -> list[Path]:
@@ -87,14 +100,11 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
         UserError: on every rank, printed once, for anything the user can put right.
     """
     prepare_platform()
-    from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments, determinism
     from megatron_bdpo.training.reference.scoring_job import score_pairs
 
-    args = arguments.parse(argv)
-    determinism.settle_environment(args)
-    with distributed.process_groups(args), _megatron_output(args):
-        return score_pairs(args)
+    arguments = _parse(argv)
+    with _ranks(arguments.settings):
+        return score_pairs(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> PreferenceRun:

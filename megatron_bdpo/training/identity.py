@@ -6,7 +6,6 @@ before anything is built, so that a checkpoint of other data is refused and the 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.job import PairJob
+from megatron_bdpo.training.settings import DirectorySettings, Settings
 
 _ARGUMENT = "bdpo_run_identity"
 
@@ -44,20 +44,20 @@ class RunIdentity:
     """Directory that holds the reference's weights, if one does."""
 
 
-def identity_of(args: argparse.Namespace, job: PairJob) -> RunIdentity:
+def identity_of(settings: Settings, job: PairJob) -> RunIdentity:
     """The identity of the run that starts now; the reference is not known yet."""
     return RunIdentity(
         data=job.pool.stores[0].fingerprint,
         pairs=len(job.train.ids),
-        pairs_per_step=args.pairs_per_step,
-        seed=args.seed,
+        pairs_per_step=job.plan.steps.shape[1],
+        seed=settings.schedule.seed,
         loss=f"{job.loss.spec.name} {job.loss.options}",
     )
 
 
-def keep(args: argparse.Namespace, identity: RunIdentity) -> None:
-    """Have every checkpoint from now on carry the identity."""
-    setattr(args, _ARGUMENT, asdict(identity))
+def identity_argument(identity: RunIdentity) -> dict[str, object]:
+    """The argument of Megatron's that has every checkpoint from now on carry the identity."""
+    return {_ARGUMENT: asdict(identity)}
 
 
 def checkpoint_directory(root: str | None) -> Path | None:
@@ -83,13 +83,13 @@ def _newest(root: str) -> str | None:
     return get_checkpoint_name(root, iteration, release=text == "release", return_base_dir=True)
 
 
-def resumed_identity(args: argparse.Namespace, current: RunIdentity) -> RunIdentity | None:
+def resumed_identity(directories: DirectorySettings, current: RunIdentity) -> RunIdentity | None:
     """The identity in the checkpoint that ``--load`` will resume, or None for a fresh start. Collective.
 
     Raises:
         UserError: the checkpoint is of other data, or was not written by a preference run.
     """
-    directory = None if args.finetune else checkpoint_directory(args.load)
+    directory = None if directories.finetune else checkpoint_directory(directories.load)
     if directory is None:
         return None
     stored: dict[str, Any] | None = None
@@ -106,8 +106,8 @@ def resumed_identity(args: argparse.Namespace, current: RunIdentity) -> RunIdent
     return replace(found, loss=current.loss)
 
 
-def stored_arguments(directory: Path) -> argparse.Namespace:
-    """The arguments that a checkpoint was written with.
+def stored_arguments(directory: Path) -> dict[str, Any]:
+    """The arguments that a checkpoint was written with, by name.
 
     Raises:
         UserError: the directory holds no checkpoint.
@@ -116,10 +116,9 @@ def stored_arguments(directory: Path) -> argparse.Namespace:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        arguments: argparse.Namespace = load_common_state_dict(str(directory))["args"]
+        return vars(load_common_state_dict(str(directory))["args"])
     except (Exception, CheckpointException) as error:  # many kinds, and one that is no Exception
         raise UserError(f"the checkpoint {directory} cannot be read: {type(error).__name__}: {error}") from error
-    return arguments
 
 
 def identity_in(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -128,7 +127,7 @@ def identity_in(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _read(directory: Path) -> dict[str, Any]:
-    stored = identity_in(vars(stored_arguments(directory)))
+    stored = identity_in(stored_arguments(directory))
     if not stored:
         raise UserError(
             f"the checkpoint {directory} was not written by a preference run, so there is nothing to resume. To start "
@@ -164,13 +163,14 @@ _ARITHMETIC = (
 )  # fmt: skip
 
 
-def reference_identity(args: argparse.Namespace, weights: str, vocab_size: int) -> dict[str, Any]:
+def reference_identity(arguments: Mapping[str, Any], weights: str, vocab_size: int) -> dict[str, Any]:
     """Everything that changes reference log-probs besides the pairs, by name: weights, and what is computed with them.
 
     Args:
+        arguments: Megatron's, validated, by name.
         weights: ``model.digest.weights_digest`` of the reference.
     """
-    settings = {name: getattr(args, name) for name in _ARITHMETIC}
+    settings = {name: arguments[name] for name in _ARITHMETIC}
     plain = {name: value if isinstance(value, _JSON) else str(value) for name, value in settings.items()}
     return {"weights": weights, "vocabulary": vocab_size, **plain}
 

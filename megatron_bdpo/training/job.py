@@ -1,12 +1,10 @@
-"""The data side of a run, before Megatron starts: loss, pairs, step plan, and the Megatron arguments that follow."""
+"""The data side of a run, before Megatron starts: loss, pairs, step plan."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,22 +13,17 @@ from megatron_bdpo.data.bin_packing import pack_evenly, per_pack, round_up
 from megatron_bdpo.data.context import ContextRank, imbalance
 from megatron_bdpo.data.packs import lay_out
 from megatron_bdpo.data.pool import PairPool, Selection
-from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
 from megatron_bdpo.data.prompts import EvalPrompts, PromptRow, encode_prompts, read_prompts
-from megatron_bdpo.data.sources import check_sources, parse_sources
 from megatron_bdpo.data.step_plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses import registry
-from megatron_bdpo.model.hf.directory import tokenizer_directory
 from megatron_bdpo.training.batches import PackMaker
-from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
-from megatron_bdpo.training.flags.arguments import given_loss_options
-from megatron_bdpo.training.flags.precision_check import precision_of
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero
+from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.forward import PairLossFunction
-from megatron_bdpo.training.nodes import on_every_node, shared_by_every_node
-from megatron_bdpo.training.timetable import settle_intervals
+from megatron_bdpo.training.settings import Settings
+from megatron_bdpo.training.token_stores import build_tokenizer, cache_directory, open_stores
 
 
 @dataclass(frozen=True)
@@ -127,43 +120,41 @@ def _range(lengths: IntArray) -> str:
     return str(longest) if shortest == longest else f"{shortest} to {longest}"
 
 
-def build_job(args: argparse.Namespace) -> PairJob:
+def build_job(arguments: Arguments) -> PairJob:
     """Read, tokenise and plan. Rank 0 does the reading; all ranks open its result. Collective.
 
     Raises:
         UserError: on every rank, for anything wrong with flags or data.
     """
+    settings = arguments.settings
     with all_ranks_agree():
-        loss = PairLossFunction(
-            registry.get(args.preference_loss), registry.build_options(args.preference_loss, given_loss_options(args))
-        )
-        if loss.requirements.all_pairs and args.reference == "resident":
+        loss = PairLossFunction(*settings.loss.build())
+        if loss.requirements.all_pairs and settings.reference.is_resident:
             raise UserError(
                 "--reference resident knows no scores before the first step, and an option of the loss is to follow "
                 "from them (auto). Give it a value, or leave --reference out."
             )
-        _plan_settings(args)  # what is wrong with the plan whatever the pairs: before they are read
+        plan_settings(settings)  # what is wrong with the plan whatever the pairs: before they are read
+    file = settings.evaluation.eval_prompts
     with all_ranks_agree():
-        rows = read_prompts(args.eval_prompts) if args.eval_prompts and is_rank_zero() else []
-    cache_dir = cache_dir_of(args)
-    stores = open_stores(args, cache_dir)
-    prompts = _prompts(args, rows, stores[0]) if args.eval_prompts else None
+        rows = read_prompts(file) if file and is_rank_zero() else []
+    stores = open_stores(arguments)
+    prompts = _prompts(arguments, rows, stores[0]) if file else None
     with all_ranks_agree():
-        return _plan_job(args, loss, PairPool(stores), cache_dir, prompts)
+        return _plan_job(settings, loss, PairPool(stores), prompts)
 
 
-def _prompts(args: argparse.Namespace, rows: list[PromptRow], store: PairStore) -> EvalPrompts:
+def _prompts(arguments: Arguments, rows: list[PromptRow], store: PairStore) -> EvalPrompts:
     """The prompts of --eval-prompts, which rank 0 has read, beside pairs of this store. Collective."""
-    prompts = None
+    prompts, settings = None, arguments.settings
+    file, longest = settings.evaluation.eval_prompts, settings.evaluation.eval_prompt_tokens
     with all_ranks_agree():
-        if is_rank_zero():
-            tokenizer = PairTokenizer(build_tokenizer(args))
+        if file and is_rank_zero():
+            tokenizer = PairTokenizer(build_tokenizer(arguments))
             # The prompt that says nothing has its template's words in chats, and only there.
             chats = store.empty_prompt.tolist() != tokenizer.empty_prompt(chat=False).tolist()
-            longest = DEFAULT_ANSWER if args.eval_prompt_tokens is None else args.eval_prompt_tokens
-            prompts = encode_prompts(
-                rows, tokenizer, args.eval_prompts, chats=chats, longest=longest, room=args.seq_length
-            )
+            longest, room = DEFAULT_ANSWER if longest is None else longest, settings.schedule.seq_length
+            prompts = encode_prompts(rows, tokenizer, file, chats=chats, longest=longest, room=room)
     return broadcast(prompts)
 
 
@@ -171,106 +162,26 @@ def _prompts(args: argparse.Namespace, rows: list[PromptRow], store: PairStore) 
 DEFAULT_ANSWER = 64
 
 
-def cache_dir_of(args: argparse.Namespace) -> Path:
-    """Where tokens and reference values are kept."""
-    if args.pair_cache_dir:
-        return Path(args.pair_cache_dir)
-    return Path(args.save) / "cache" if args.save else Path("runs") / "cache"
-
-
-def open_stores(args: argparse.Namespace, cache_dir: Path, *, report: bool = True) -> list[PairStore]:
-    """The pairs of training and, where they have sources of their own, the held-out ones. Rank 0 reads. Collective.
-
-    Raises:
-        UserError: on every rank, for anything wrong with tokenizer or data.
-    """
-    settings: list[PairDataSettings] = []
-    directories: list[str] = []
-    with all_ranks_agree():
-        for tokens, limit in ((args.pair_data, args.max_pairs), (args.eval_pair_data, None)):
-            if tokens:
-                settings.append(_data_settings(args, tokens, limit, cache_dir))
-                if is_rank_zero():
-                    check_sources(settings[-1].sources)
-    shared_by_every_node("--pair-cache-dir", cache_dir)
-    named = args.tokenizer_model
-    with all_ranks_agree():
-        if is_rank_zero():
-            tokenizer = PairTokenizer(build_tokenizer(args))
-            directories = [str(prepare_pairs(each, tokenizer).directory) for each in settings]
-    if named:  # Megatron builds it on every rank
-        args.tokenizer_model = on_every_node("--tokenizer-model", named, args.tokenizer_model, tokenizer_directory)
-    with all_ranks_agree():
-        # Every rank maps the files that rank 0 has written: ranks of one node share the pages.
-        stores = [
-            PairStore.open(directory, sources=each.sources)
-            for directory, each in zip(broadcast(directories), settings, strict=True)
-        ]
-    if report:
-        for name, store in zip(("training pairs", "held-out pairs"), stores, strict=False):
-            say(name, *store.report.blocks())
-    return stores
-
-
-def _data_settings(args: argparse.Namespace, tokens: list[str], limit: int | None, cache_dir: Path) -> PairDataSettings:
-    return PairDataSettings(
-        sources=parse_sources(tokens),
-        cache_dir=cache_dir,
-        max_prompt_tokens=args.max_prompt_length,
-        max_response_tokens=args.max_response_length,
-        max_pairs=limit,
-        max_malformed_share=args.max_malformed_share,
-        max_dropped_share=args.max_dropped_share,
-    )
-
-
-def build_tokenizer(args: argparse.Namespace) -> Any:
-    """Megatron's tokenizer of these arguments. A name on the hub becomes the directory that it has been fetched to.
-
-    Raises:
-        UserError: it cannot be built.
-    """
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
-
-    if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model:
-        args.tokenizer_model = str(tokenizer_directory(args.tokenizer_model))
-    try:
-        return build(argparse.Namespace(**vars(args)))  # a copy: it writes the vocabulary size into its argument
-    # NameError: its library is not installed; RuntimeError: sentencepiece's, for a file that is no model
-    except (ValueError, OSError, TypeError, NameError, ImportError, RuntimeError) as error:
-        if isinstance(error, ImportError | NameError):
-            advice = "For Hugging Face tokenizers: pip install 'megatron_bdpo[hf]'."
-        elif "trust_remote_code" in str(error):
-            advice = "It brings code of its own, which is not run unless you trust it: --trust-remote-code."
-        else:
-            advice = "Name a tokenizer's file or directory, whole, and its type."
-        raise UserError(
-            f"the tokenizer cannot be built (--tokenizer-type {args.tokenizer_type}, --tokenizer-model "
-            f"{args.tokenizer_model}). {advice} Its library says: {' '.join(str(error).split())}"
-        ) from error
-
-
-def _plan_job(
-    args: argparse.Namespace, loss: PairLossFunction, pool: PairPool, cache_dir: Path, prompts: EvalPrompts | None
-) -> PairJob:
+def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:
     all_train = pool.store_ids(0)
     if len(pool.stores) > 1:
         train, held_out = Selection(all_train), Selection(pool.store_ids(1))
     else:
-        train, held_out = map(Selection, pools.hold_out(all_train, args.eval_share, args.seed))
+        train, held_out = map(Selection, pools.hold_out(all_train, settings.pairs.eval_share, settings.schedule.seed))
     if loss.requirements.safety:
         for selection in (train, held_out):
             pools.order_by_safety(pool, selection)
-    sizes = pool.sizes(share_prompts=args.share_prompts)
+    sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length
     for selection in (train, held_out):
-        pools.drop_long(pool, selection, sizes, args.seq_length, drop=args.long_pairs == "drop")
+        pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
     sources = pool.pools(0, train.ids)
-    settings = _plan_settings(args)
-    steps = args.train_iters
+    for_plan = plan_settings(settings)
+    steps, epochs = settings.schedule.train_iters, settings.steps.pair_epochs
     if steps is None:
-        steps = max(1, round(args.pair_epochs * epoch_pairs(sources) / settings.pairs_per_step))
-    plan = plan_steps(sizes, settings, steps, sources)
-    eval_packs, eval_length = _eval_packs(held_out.ids, sizes, plan, settings)
+        assert epochs is not None, "one of both is given: see flags.refusals"
+        steps = max(1, round(epochs * epoch_pairs(sources) / for_plan.pairs_per_step))
+    plan = plan_steps(sizes, for_plan, steps, sources)
+    eval_packs, eval_length = _eval_packs(held_out.ids, sizes, plan, for_plan)
     return PairJob(
         loss,
         pool,
@@ -280,30 +191,34 @@ def _plan_job(
         eval_packs,
         eval_length,
         sizes,
-        cache_dir,
-        args.share_prompts,
-        args.reference == "resident",
-        args.context_parallel_size,
-        args.seq_length,
-        args.fixed_pack_length,
+        cache_directory(settings),
+        settings.steps.share_prompts,
+        settings.reference.is_resident,
+        settings.layout.context,
+        settings.schedule.seq_length,
+        settings.steps.fixed_pack_length,
         prompts,
     )
 
 
-def _plan_settings(args: argparse.Namespace) -> PlanSettings:
-    pipeline = args.pipeline_model_parallel_size
-    virtual_stages = getattr(args, "virtual_pipeline_model_parallel_size", None) or 1  # Megatron's, once it has looked
+def plan_settings(settings: Settings) -> PlanSettings:
+    """What the step plan depends on, besides the pairs.
+
+    Raises:
+        UserError: no plan can be made of these.
+    """
+    steps, layout = settings.steps, settings.layout
     return PlanSettings(
-        pairs_per_step=args.pairs_per_step,
-        data_parallel=args.world_size // (args.tensor_model_parallel_size * pipeline * args.context_parallel_size),
-        max_pack_length=args.seq_length,
+        pairs_per_step=steps.pairs_per_step or 0,
+        data_parallel=layout.data,
+        max_pack_length=settings.schedule.seq_length,
         # Megatron's interleaved schedule takes microbatches in groups of the pipeline's size.
-        microbatch_multiple=pipeline if virtual_stages > 1 else 1,
-        length_multiple=length_unit(args),
-        pipeline_wait=(pipeline - 1) / virtual_stages,
-        seed=args.seed,
-        pack_pairs=args.pack_pairs,
-        fixed_length=args.fixed_pack_length,
+        microbatch_multiple=layout.pipeline if layout.chunks > 1 else 1,
+        length_multiple=settings.length_unit,
+        pipeline_wait=(layout.pipeline - 1) / layout.chunks,
+        seed=settings.schedule.seed,
+        pack_pairs=steps.pack_pairs,
+        fixed_length=steps.fixed_pack_length,
     )
 
 
@@ -318,40 +233,3 @@ def _eval_packs(ids: IntArray, sizes: IntArray, plan: StepPlan, settings: PlanSe
         # No longer than the packs of training, if the pairs allow it: they are what has been reckoned to fit.
         packs, longest = pack_evenly(ids, sizes[ids], max(longest, plan.longest), group, settings.length_multiple)
     return packs, settings.max_pack_length if settings.fixed_length else longest
-
-
-def made_up_plan(args: argparse.Namespace) -> StepPlan:
-    """A plan of nothing in the shapes a real one could have, for Megatron to validate the other arguments against.
-
-    Whether stages are interleaved is not known yet: the number of packs suits both.
-    """
-    settings = _plan_settings(args)
-    if args.train_iters is not None and args.train_iters < 1:
-        raise UserError(f"--train-iters must be at least 1, not {args.train_iters}.")
-    steps = np.zeros((args.train_iters or 10**6, 0), np.int64)
-    lengths = np.broadcast_to(args.seq_length, (len(steps), args.pipeline_model_parallel_size))
-    return StepPlan(steps, steps, lengths, settings.data_parallel, np.zeros(len(steps), np.int64))
-
-
-def position_shares(args: argparse.Namespace) -> int:
-    """Ranks that a pack's positions are split over: context parallelism, times tensor parallelism under SP."""
-    return int(args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1))
-
-
-def length_unit(args: argparse.Namespace) -> int:
-    """Packs are multiples of this many positions long, so that each rank's part suits the kernels."""
-    return precision_of(args).row_multiple * position_shares(args)
-
-
-def apply_plan(args: argparse.Namespace, plan: StepPlan, eval_packs: int) -> None:
-    """Tell Megatron the shapes that the plan has chosen. To Megatron a sample is a pack, and all are as the longest."""
-    evaluate = eval_packs > 0 and args.eval_iters != 0
-    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
-    args.seq_length = plan.longest
-    args.micro_batch_size = args.eval_micro_batch_size = 1
-    args.global_batch_size = plan.packs_per_step
-    args.train_iters = len(plan.steps)
-    settle_intervals(args)
-    args.dataloader_type = "external"
-    args.eval_iters = 1 if evaluate else 0
-    args.eval_global_batch_size = eval_packs if evaluate else plan.packs_per_step

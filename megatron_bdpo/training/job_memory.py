@@ -2,121 +2,119 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.hf.directory import model_directory
+from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.planning.activations import Recompute
-from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.memory import KEPT_BYTES, JobShape
 from megatron_bdpo.planning.model import ModelShape, Split
-from megatron_bdpo.training.flags.precision_check import precision_of
-from megatron_bdpo.training.job import PairJob, build_tokenizer
-
-#: Pipelines that are split in ways not reckoned with.
-_UNEVEN = ("account_for_embedding_in_pipeline_split", "pipeline_model_parallel_layout")
+from megatron_bdpo.training.flags.arguments import Arguments
+from megatron_bdpo.training.hf.start import architecture_of
+from megatron_bdpo.training.job import PairJob
+from megatron_bdpo.training.settings import MemorySettings, Settings
+from megatron_bdpo.training.token_stores import build_tokenizer
 
 _ADAM = "adam"
 
 
-def model_shape(args: argparse.Namespace) -> ModelShape:
+def model_shape(arguments: Arguments) -> ModelShape:
     """The model of validated arguments.
 
     Raises:
         UserError: its memory is not estimated.
     """
-    return ModelShape.from_arguments(vars(args), args.scored_vocab_size)
+    return ModelShape.from_arguments(vars(arguments.megatron), arguments.scored_vocab_size)
 
 
-def job_shape(args: argparse.Namespace, job: PairJob) -> JobShape:
+def job_shape(settings: Settings, job: PairJob) -> JobShape:
     """What else memory depends on, of validated arguments, with the plan's packs and the data's share of prompts.
 
     Raises:
         UserError: it is not estimated for these settings.
     """
-    unreckoned = [f"--{name.replace('_', '-')}" for name in _UNEVEN if getattr(args, name)]
-    if args.optimizer != _ADAM or args.optimizer_cpu_offload or args.use_precision_aware_optimizer:
+    layout, memory = settings.layout, settings.memory
+    uneven = {
+        "--account-for-embedding-in-pipeline-split": layout.embedding_as_layer,
+        "--pipeline-model-parallel-layout": layout.pipeline_layout,
+    }
+    unreckoned = [flag for flag, value in uneven.items() if value]
+    if memory.optimizer != _ADAM or memory.optimizer_cpu_offload or memory.use_precision_aware_optimizer:
         unreckoned.append("optimizers other than Adam in fp32 on the GPU")
     if unreckoned:
         raise UserError(f"memory is not estimated with {', '.join(unreckoned)}.")
     prompts, *answers = job.pool.lengths[job.train.ids].sum(axis=0, dtype=np.int64)
     tokens = int(prompts + sum(answers))
-    fill = job.plan.fill
+    fill, kept = job.plan.fill, settings.log_probs.kept_bytes
     return JobShape(
-        ranks=args.world_size,
+        ranks=layout.ranks,
         split=Split(
-            layout=Layout(
-                args.tensor_model_parallel_size,
-                args.pipeline_model_parallel_size,
-                args.context_parallel_size,
-                args.expert_model_parallel_size,
-            ),
-            chunks=args.virtual_pipeline_model_parallel_size or 1,
-            first_layers=args.decoder_first_pipeline_num_layers,
-            last_layers=args.decoder_last_pipeline_num_layers,
-            loss_as_layer=args.account_for_loss_in_pipeline_split,
-            expert_tensor=args.expert_tensor_parallel_size or 0,
+            layout=layout.sizes,
+            chunks=layout.chunks,
+            first_layers=layout.first_layers,
+            last_layers=layout.last_layers,
+            loss_as_layer=layout.loss_as_layer,
+            expert_tensor=layout.expert_tensor or 0,
         ),
         pack_length=job.plan.longest,
         microbatches=job.plan.microbatches,
-        precision=precision(args),
-        sequence_parallel=args.sequence_parallel,
-        distributed_optimizer=args.use_distributed_optimizer,
-        gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or precision(args) == "fp32" else 2,
-        recompute=_recompute(args),
+        precision=_precision(settings.precision),
+        sequence_parallel=layout.sequence_parallel,
+        distributed_optimizer=memory.use_distributed_optimizer,
+        gradient_bytes=4 if memory.fp32_gradients or settings.precision.dtype == torch.float32 else 2,
+        recompute=_recompute(memory),
         resident=job.resident,
-        fused_log_probs=args.log_probs == "fused",
-        kept_softmax_bytes=KEPT_BYTES if args.log_prob_kept_mib is None else args.log_prob_kept_mib * 2**20,
+        fused_log_probs=settings.log_probs.log_probs == "fused",
+        kept_softmax_bytes=KEPT_BYTES if kept is None else kept,
         # Without a GPU local layers are chosen for the user; the job is to run on one.
-        fused_layers=not (args.transformer_impl == "local" and "transformer_impl" in args.given_flags),
+        fused_layers=not (settings.architecture.implementation == "local" and "transformer_impl" in settings.given),
         keys=fill * ((3 * prompts + sum(answers)) / tokens if job.share_prompts else 1.0),
         scored_share=fill * sum(answers) / (tokens if job.share_prompts else tokens + int(prompts)),
     )
 
 
-def precision(args: argparse.Namespace) -> str:
+def _precision(precision: Precision) -> str:
     """bf16, fp16, fp32 or fp8."""
-    found = precision_of(args)
-    return "fp8" if found.fp8_recipe else str(found)
+    return "fp8" if precision.fp8_recipe else str(precision)
 
 
-def _recompute(args: argparse.Namespace) -> Recompute:
-    if args.recompute_granularity is None:
+def _recompute(memory: MemorySettings) -> Recompute:
+    if memory.recompute_granularity is None:
         return Recompute()
     return Recompute(
-        granularity=args.recompute_granularity,
-        modules=frozenset(args.recompute_modules or {"core_attn"}),
-        method=args.recompute_method or "uniform",
-        layers=args.recompute_num_layers or 1,
+        granularity=memory.recompute_granularity,
+        modules=frozenset(memory.recompute_modules or {"core_attn"}),
+        method=memory.recompute_method or "uniform",
+        layers=memory.recompute_num_layers or 1,
     )
 
 
 def of_recipe(recipes: Sequence[str]) -> tuple[ModelShape, dict[str, Any]]:
-    """The model of a recipe, and what else of it a plan depends on.
+    """The model of a recipe, and what else of it a plan depends on. After ``platform.boot``.
 
     Raises:
         UserError: the recipe cannot be used, or has no model.
     """
-    from megatron_bdpo.platform.boot import prepare_platform
-
-    prepare_platform()
-    from megatron_bdpo.training.flags import arguments
-    from megatron_bdpo.training.hf.start import architecture_of, model_directory
-
     words = [word for recipe in recipes for word in ("--recipe", recipe)]
     # A plan needs no data and writes nothing: the recipe's variables for these need not be set.
-    args = arguments.parse([*words, "--pair-data", "", "--save", "", "--load", ""])
-    told = {"seq_length": args.seq_length, "pairs_per_step": args.pairs_per_step, "reference": args.reference}
-    told["precision"] = precision(args)
+    arguments = Arguments.parse([*words, "--pair-data", "", "--save", "", "--load", ""])
+    settings = arguments.settings
+    told = {
+        "seq_length": settings.schedule.seq_length,
+        "pairs_per_step": settings.steps.pairs_per_step,
+        "reference": settings.reference.reference,
+        "precision": _precision(settings.precision),
+    }
     told = {name: value for name, value in told.items() if value}
-    if args.hf_model:
-        architecture = architecture_of(Path(model_directory(args.hf_model, weights=False)))
+    if settings.model.hf_model:
+        architecture = architecture_of(model_directory(settings.model.hf_model, weights=False))
         return ModelShape.from_arguments(architecture.arguments, architecture.weights.sizes.vocab), told
-    if not args.num_layers or not args.tokenizer_type:
+    if not settings.architecture.layers or not settings.tokenizer.type:
         raise UserError("the recipe names neither an --hf-model nor a model's flags and its tokenizer.")
-    vocab = args.vocab_size or int(build_tokenizer(args).vocab_size)
-    return ModelShape.from_arguments(vars(args), vocab), told
+    vocab = settings.architecture.vocab_size or int(build_tokenizer(arguments).vocab_size)
+    return ModelShape.from_arguments(vars(arguments.megatron), vocab), told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 
 from megatron.training.argument_utils import gpt_config_from_args
@@ -11,22 +10,24 @@ from torch.nn import functional
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.compilation import build_output_layer_without_apex
+from megatron_bdpo.training.flags.arguments import Arguments
 
 
-def model_config(args: argparse.Namespace) -> PairGPTConfig:
+def model_config(arguments: Arguments) -> PairGPTConfig:
     """The configuration of policy and reference, from validated arguments.
 
     Raises:
         UserError: ``--geglu-tanh`` without the gated layers that it changes.
     """
-    config: PairGPTConfig = gpt_config_from_args(args, model_config_cls=PairGPTConfig)
-    config.rope_scaling_factor = args.rope_scaling_factor  # Megatron leaves the flag's value behind
-    config.scale_embeddings = args.scale_embeddings
-    config.pair_attention = None if args.pair_attention == "auto" else args.pair_attention
-    config.fuse_local_layers = args.fuse_local_layers
-    build_output_layer_without_apex(args.transformer_impl == "transformer_engine")
-    if args.geglu_tanh:
-        if not args.swiglu:
+    settings = arguments.settings
+    config: PairGPTConfig = gpt_config_from_args(arguments.megatron, model_config_cls=PairGPTConfig)
+    config.rope_scaling_factor = settings.architecture.rope_scaling_factor  # Megatron leaves the flag's value behind
+    config.scale_embeddings = settings.model.scale_embeddings
+    config.pair_attention = None if settings.model.pair_attention == "auto" else settings.model.pair_attention
+    config.fuse_local_layers = bool(settings.model.fuse_local_layers)
+    build_output_layer_without_apex(settings.architecture.implementation == "transformer_engine")
+    if settings.model.geglu_tanh:
+        if not settings.architecture.gated:
             raise UserError("--geglu-tanh is the activation of gated layers: add --swiglu.")
         config.transformer.activation_func = functools.partial(functional.gelu, approximate="tanh")
         config.transformer.bias_activation_fusion = False  # Megatron's fused kernels are for SiLU and plain GELU

@@ -5,12 +5,11 @@ A node is told by the first of its ranks, which torchrun numbers one after anoth
 
 from __future__ import annotations
 
-import argparse
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_bdpo.errors import UserError
@@ -25,17 +24,20 @@ def is_first_of_node() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
-def same_flags(args: argparse.Namespace) -> None:
+def same_flags(recipe: Mapping[str, object]) -> None:
     """Refuse flags that differ between nodes: another recipe under the same name, another environment.
+
+    Args:
+        recipe: what this rank was given (see ``flags.arguments.Arguments``).
 
     Raises:
         UserError: on every rank, naming a node and its flags.
     """
-    first = broadcast(args.recipe)
+    first = broadcast(recipe)
     with all_ranks_agree():
-        if is_first_of_node() and args.recipe != first:
-            keys = {*args.recipe, *first}
-            differing = sorted(f"--{key}" for key in keys if args.recipe.get(key) != first.get(key))
+        if is_first_of_node() and recipe != first:
+            keys = {*recipe, *first}
+            differing = sorted(f"--{key}" for key in keys if recipe.get(key) != first.get(key))
             raise UserError(
                 f"on {socket.gethostname()} these flags are not what they are on the first node: "
                 f"{', '.join(differing)}. Give every node the same --recipe files, environment and command line."

@@ -15,7 +15,6 @@ when it is killed, and leaves half of a checkpoint that looks like one. So here 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shutil
 import threading
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bdpo.training.checkpoints import is_whole, iteration_of, named_iteration
+from megatron_bdpo.training.settings import Settings
 
 _DOOMED = ".deleted"
 
@@ -39,12 +39,12 @@ class Retention:
     """Steps whose multiples are kept, too."""
 
     @classmethod
-    def take_from(cls, args: argparse.Namespace) -> Retention | None:
-        """That of validated arguments, or None: all stay. Megatron itself is told to delete none."""
-        every, args.save_retain_interval = args.save_retain_interval, None
-        if not args.save or (every is None and args.keep_checkpoints is None):
+    def of(cls, settings: Settings) -> Retention | None:
+        """That of a job, or None: all stay."""
+        every, newest = settings.directories.save_retain_interval, settings.checkpoints.keep_checkpoints
+        if not settings.directories.save or (every is None and newest is None):
             return None
-        return cls(args.keep_checkpoints or 1, every)
+        return cls(newest or 1, every)
 
     def outdated(
         self, root: Path, abandoned: AbstractSet[int] = frozenset(), foreign: AbstractSet[int] = frozenset()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -29,14 +28,13 @@ from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import checkpoints, identity
 from megatron_bdpo.training.batches import IntArray, PackBatch, Packs, iterate_packs
+from megatron_bdpo.training.directories import keep_recipe
 from megatron_bdpo.training.distributed import all_ranks_agree, context_rank, say
 from megatron_bdpo.training.finite import broken_gradient, gradients_named, reject_broken_weights
-from megatron_bdpo.training.flags import precision_check
-from megatron_bdpo.training.flags.validation import keep_recipe
+from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.generation.generations import Generations
 from megatron_bdpo.training.hf.exporting import save_live
-from megatron_bdpo.training.preparation import forget_global_state
 from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.reference.provider import ReferenceProvider
 from megatron_bdpo.training.reference.settling import imbalance_edges, settle
@@ -49,7 +47,7 @@ from megatron_bdpo.training.reporting.run_record import write_record
 from megatron_bdpo.training.reporting.status import State, write_status
 from megatron_bdpo.training.reporting.summary import summarize
 from megatron_bdpo.training.retention import Deletion, Retention
-from megatron_bdpo.training.setup import set_up
+from megatron_bdpo.training.setup import forget_global_state, set_up
 from megatron_bdpo.training.step_zero import StepZeroGate
 from megatron_bdpo.training.stopping import StopRequest
 from megatron_bdpo.training.timetable import Timetable
@@ -67,35 +65,42 @@ class PreferenceRun:
         stop: whether the run has been asked to stop, and why.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, arguments: Arguments) -> None:
         """Read pairs, plan steps, validate Megatron's arguments. Collective.
 
         Raises:
             UserError: on every rank.
         """
-        self.args = args
-        self._setup = set_up(args)
+        self.arguments = arguments
+        self._setup = set_up(arguments)
+        self.settings = settings = self._setup.settings
         self.job, self.scoring, self._identity = self._setup.job, self._setup.scoring, self._setup.identity
-        keep_recipe(args)
+        keep_recipe(arguments)
         advisor = Advisor(self.job.loss.requirements.reference)
-        self.progress = Progress(args.log_interval, args.train_iters, advisor)
+        self.progress = Progress(settings.schedule.log_interval, settings.schedule.train_iters or 0, advisor)
         self._step = PreferenceStep(
             self.job.loss,
             NoReference(),
-            replace(self.scoring, entropy=args.log_entropy),
-            check_nan=args.check_for_nan_in_loss_and_grad,
+            replace(self.scoring, entropy=settings.log_probs.log_entropy),
+            check_nan=settings.schedule.check_finite,
             describe=self.job.pool.describe,
         )
         self.model: list[Any] = []
-        self.stop = StopRequest(args.stop_file or ())
-        self._timetable = Timetable(args, is_saving)
-        self._generations = Generations(args, self.job, self.scoring.vocab_size, self.stop)
-        args.exit_signal_handler = True  # now Megatron's loop asks after each step
+        self.stop = StopRequest(settings.checkpoints.stop_file or ())
+        self._timetable = Timetable(arguments, is_saving)
+        self._generations = Generations(settings, self.job, self.scoring.vocab_size, self.stop)
+        arguments.set(
+            exit_signal_handler=True, save_retain_interval=None
+        )  # we delete checkpoints; now Megatron's loop asks after each step
         self._iteration = 0
         self._step_started = 0.0
-        say(summarize(args, self.job))
-        retention = Retention.take_from(args)
-        self._deletion = Deletion(retention, Path(args.save), is_saving) if retention and args.rank == 0 else None
+        say(summarize(arguments, self.job))
+        retention = Retention.of(settings)
+        self._deletion = (
+            Deletion(retention, Path(settings.directories.save or ""), is_saving)
+            if retention and settings.process.rank == 0
+            else None
+        )
         for advice in about_data(self.job.pool.stores[0].report, self.job.plan):
             say(f"WARNING: {advice}")
 
@@ -103,12 +108,14 @@ class PreferenceRun:
         """Hand over to Megatron's trainer until the last step is done. Collective."""
         self._setup.add_initial_weights()
         try:
-            with trainer_seams(self), self.stop.listening(signal.SIGTERM, self.args.exit_signal):
-                container = pretrain_cfg_container_from_args(self.args, self._setup.config)
+            with trainer_seams(self), self.stop.listening(signal.SIGTERM, self.settings.schedule.exit_signal):
+                container = pretrain_cfg_container_from_args(self.arguments.megatron, self._setup.config)
                 pretrain(container, self._dataset_provider(), ModelType.encoder_or_decoder, self._step)
             self._delete_outdated(wait=True)
-            if self.args.save_hf:
-                save_live(self.args, self.model, self.progress.evaluations[-1] if self.progress.evaluations else {})
+            if self.settings.model.save_hf:
+                save_live(
+                    self.arguments, self.model, self.progress.evaluations[-1] if self.progress.evaluations else {}
+                )
             self._report("finished")
         except SystemExit as leaving:
             if not leaving.code:
@@ -126,14 +133,20 @@ class PreferenceRun:
             self._deletion.finish() if wait else self._deletion.delete()
 
     def _report(self, state: State, reason: str = "") -> None:
-        write_status(state, self.args.save, step=self._iteration, of=self.args.train_iters, reason=reason)
+        write_status(
+            state,
+            self.settings.directories.save,
+            step=self._iteration,
+            of=(self.settings.schedule.train_iters or 0),
+            reason=reason,
+        )
 
     def _farewell(self) -> str:
         reason = f" ({self.stop.reason})" if self.stop.reason else ""
-        place = f"stopped{reason} after step {self._iteration} of {self.args.train_iters}"
-        if not self.args.save:
+        place = f"stopped{reason} after step {self._iteration} of {(self.settings.schedule.train_iters or 0)}"
+        if not self.settings.directories.save:
             return f"{place}; no step was kept, for want of --save."
-        return f"{place}; the same command with --load {self.args.save} goes on."
+        return f"{place}; the same command with --load {self.settings.directories.save} goes on."
 
     def _given_up(self, code: object) -> str:
         """With --rerun-mode, Megatron ends a run whose numbers it does not trust."""
@@ -143,7 +156,7 @@ class PreferenceRun:
     def print_table(self) -> None:
         """Print held-out results and answers of before and after, from the last rank. After ``pretrain``."""
         for table in (self.progress.table(), self._generations.table()):
-            if table and self.args.rank == self.args.world_size - 1:
+            if table and self.settings.process.rank == self.settings.process.ranks - 1:
                 show("", table)
 
     # Data ------------------------------------------------------------------------------------------------------------
@@ -154,12 +167,14 @@ class PreferenceRun:
         It calls once for each virtual stage of the rank. All stages take the same packs, so they share what makes them:
         a pack is kept until the last stage has taken it.
         """
-        stages = self.args.virtual_pipeline_model_parallel_size or 1
+        stages = self.settings.layout.chunks
 
         @functools.cache  # made at the first call: then Megatron has its groups
         def iterators() -> list[tuple[Any, Any]]:
             train = itertools.tee(self._train_batches(), stages)
-            held_out = itertools.tee(self._eval_batches(), stages) if self.args.eval_iters else [None] * stages
+            held_out = (
+                itertools.tee(self._eval_batches(), stages) if self.settings.schedule.eval_iters else [None] * stages
+            )
             return list(zip(train, held_out, strict=True))
 
         def provide(num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
@@ -176,9 +191,9 @@ class PreferenceRun:
             return plan.packs(step, rank)[microbatch], int(plan.lengths[step, microbatch])
 
         # The position is the step, whatever the layout was when the checkpoint was written.
-        first = self.args.iteration * plan.microbatches
+        first = self.arguments.iteration * plan.microbatches
         order = iter(range(first, len(plan.steps) * plan.microbatches))
-        return self._iterate(packs, order, workers=self.args.num_workers)
+        return self._iterate(packs, order, workers=self.settings.schedule.num_workers)
 
     def _eval_batches(self) -> Iterator[PackBatch]:
         own = self.job.eval_packs[parallel_state.get_data_parallel_rank() :: self.job.plan.data_parallel]
@@ -195,25 +210,23 @@ class PreferenceRun:
     def after_load(self, model: list[Any]) -> None:
         """The policy holds its weights: settle the reference and what checkpoints will say about this run."""
         self.model = model
-        self._iteration = self.args.iteration
+        self._iteration = self.arguments.iteration
         resumed = self._iteration > 0
-        provider = ReferenceProvider(
-            self.args, self.job, self._setup.config, self.scoring, self._pairs_in_use(), pause=self.stop.leave_if_asked
-        )
+        provider = ReferenceProvider(self._setup, self._pairs_in_use(), pause=self.stop.leave_if_asked)
         self._step.reference, self._identity = provider.provide(model, self._identity, resumed=resumed)
         if isinstance(self._step.reference, ReferenceTable):
             self._settle(self._step.reference, resumed=resumed)
-        identity.keep(self.args, self._identity)
+        self.arguments.set(**identity.identity_argument(self._identity))
         if self._deletion:
-            is_own = resumed and Path(self.args.load).resolve() == Path(self.args.save).resolve()
+            is_own = resumed and self.settings.directories.goes_on_in_place
             self._deletion.begin(self._iteration if is_own else None, self._identity.reference_weights)
         with all_ranks_agree():
-            if self.args.save and self.args.rank == self.args.world_size - 1:
-                self._begin_files(Path(self.args.save))
+            if self.settings.directories.save and self.settings.process.rank == self.settings.process.ranks - 1:
+                self._begin_files(Path(self.settings.directories.save))
         for chunk in unwrap_model(model):  # after the reference has been built from the same configuration
             chunk.config.moe_grad_scale_func = functools.partial(self._auxiliary_loss_scale, chunk.config)
-        if self.args.step_zero_check and not resumed and self.job.loss.requirements.reference:
-            self._step.gate = StepZeroGate(precision_check.precision_of(self.args))
+        if self.settings.reference.step_zero_check and not resumed and self.job.loss.requirements.reference:
+            self._step.gate = StepZeroGate(self.settings.precision)
 
     def _begin_files(self, save: Path) -> None:
         """What the rank with the metrics writes beside the checkpoints, for people's own tools."""
@@ -226,16 +239,20 @@ class PreferenceRun:
                 "pairs": {"train": len(self.job.train.ids), "heldout": len(self.job.held_out.ids)},
                 "reference_scores": reference.directories if isinstance(reference, ReferenceTable) else {},
                 "imbalance_quartiles": None if edges is None else edges.tolist(),
-                **provenance(self.args, self.job, self._identity),
+                **provenance(self.arguments, self.job, self._identity),
             },
         )
         self.progress.file = MetricsFile(save / NAME, self._iteration)
         self._generations.begin(save, self._iteration)
 
     def _pairs_in_use(self) -> IntArray:
-        if not self.args.eval_iters:
+        if not self.settings.schedule.eval_iters:
             return self.job.pairs_in_use(None)
-        return self.job.pairs_in_use(0 if self.args.eval_at_start else self.args.eval_interval or self.args.train_iters)
+        return self.job.pairs_in_use(
+            0
+            if self.settings.evaluation.eval_at_start
+            else self.settings.schedule.eval_interval or (self.settings.schedule.train_iters or 0)
+        )
 
     def _settle(self, reference: ReferenceTable, *, resumed: bool) -> None:
         """What follows from the reference's values: options of the loss, quartiles. A resumed run keeps its start's."""
@@ -260,7 +277,7 @@ class PreferenceRun:
         self._report("running")
         self._timetable.begin()
         self.stop.leave_if_asked()
-        if self.args.eval_at_start and self.args.eval_iters and self._iteration == 0:
+        if self.settings.evaluation.eval_at_start and self.settings.schedule.eval_iters and self._iteration == 0:
             gate, self._step.gate = self._step.gate, None
             with weights_at_rest(self.model):
                 evaluate()
@@ -334,7 +351,7 @@ class PreferenceRun:
 
     def after_files(self, directory: Path) -> None:
         """Leave the digests of the checkpoint's files."""
-        if self.args.checkpoint_checksums:
+        if self.settings.checkpoints.checkpoint_checksums:
             checkpoints.write_manifest(directory)
         if self._deletion:
             self._deletion.written(directory)

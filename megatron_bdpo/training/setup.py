@@ -1,69 +1,133 @@
-"""What every run begins with, whether it trains or only scores: the job, what it resumes, the model's first weights."""
+"""The road from flags to a job that is ready to begin: training, scoring and dry run all take it, top to bottom."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from megatron.training.training import destroy_global_state
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
+from megatron_bdpo.platform.compilation import fuse_rotary_embedding
 from megatron_bdpo.training import identity
-from megatron_bdpo.training.hf.start import weights_loader
+from megatron_bdpo.training.directories import check_directories
+from megatron_bdpo.training.distributed import all_ranks_agree
+from megatron_bdpo.training.flags.arguments import Arguments
+from megatron_bdpo.training.flags.determinism import forget_determinism
+from megatron_bdpo.training.flags.fused_layers import fusion_arguments
+from megatron_bdpo.training.flags.layout_check import check_layout
+from megatron_bdpo.training.flags.precision_check import check_precision
+from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
+from megatron_bdpo.training.flags.validation import rehearse, validate
+from megatron_bdpo.training.hf.exporting import check_save_hf
+from megatron_bdpo.training.hf.start import start_from_hugging_face, weights_loader
 from megatron_bdpo.training.identity import RunIdentity
-from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.preparation import forget_global_state, prepare
+from megatron_bdpo.training.job import PairJob, build_job
+from megatron_bdpo.training.nodes import same_flags
+from megatron_bdpo.training.settings import Settings
 
 
 @dataclass
 class RunSetup:
-    """A run before its model exists. ``args`` are validated.
+    """A job before its model exists."""
 
-    Attributes:
-        job: loss, pairs and plan.
-        config: of policy and reference.
-        scoring: how positions are scored; its vocabulary is the tokenizer's.
-        identity: of this run, or of the one that it resumes.
-        resumed: there is a checkpoint of this run to go on from.
-    """
-
-    args: argparse.Namespace
+    arguments: Arguments
+    """Validated by Megatron, with the shapes of the plan."""
+    settings: Settings
+    """What they say."""
     job: PairJob
+    """Loss, pairs and plan."""
     config: PairGPTConfig
+    """Of policy and reference."""
     scoring: TokenScoring
+    """How positions are scored; its vocabulary is the tokenizer's."""
     identity: RunIdentity
+    """Of this run, or of the one that it resumes."""
     resumed: bool
+    """There is a checkpoint of this run to go on from."""
 
     def add_initial_weights(self) -> None:
         """Where there is no checkpoint to load, have the model filled as it is built. Collective."""
-        if any(map(identity.checkpoint_directory, (self.args.load, self.args.pretrained_checkpoint))):
+        directories = self.settings.directories
+        if any(map(identity.checkpoint_directory, (directories.load, directories.pretrained_checkpoint))):
             return
-        if self.args.hf_model:
+        if self.settings.model.hf_model:
             self.config.transformer.perform_initialization = False
-            self.config.pre_wrap_hooks.append(weights_loader(self.args.hf_model))
+            self.config.pre_wrap_hooks.append(weights_loader(self.settings.model.hf_model))
         else:
-            self.config.pre_wrap_hooks.append(functools.partial(initialize_by_name, seed=self.args.seed))
+            seed = self.settings.schedule.seed
+            self.config.pre_wrap_hooks.append(functools.partial(initialize_by_name, seed=seed))
 
 
-def set_up(args: argparse.Namespace) -> RunSetup:
-    """Prepare the job, and find out what it resumes. Collective.
+def set_up(arguments: Arguments) -> RunSetup:
+    """Check everything, read the pairs, plan the steps, and find out what is resumed. Collective.
+
+    Args:
+        arguments: parsed. Afterwards Megatron has validated them, and its globals are set: :func:`forget_global_state`
+            is for when the job is over.
 
     Raises:
-        UserError: on every rank.
+        UserError: on every rank, for anything that the user can put right.
     """
-    job, config = prepare(args)
-    scoring = TokenScoring(
-        args.scored_vocab_size,
-        kernel=args.log_probs,
-        chunk_size=args.log_prob_chunk_size,
-        kept_bytes=None if args.log_prob_kept_mib is None else args.log_prob_kept_mib * 2**20,
+    same_flags(arguments.recipe)
+    start_from_hugging_face(arguments)
+    check_save_hf(arguments.settings)
+    with all_ranks_agree():
+        refuse_what_cannot_be_honoured(arguments.megatron)
+        check_layout(arguments.settings)
+        check_precision(arguments.settings)
+        arguments.set(**fusion_arguments(arguments.settings))
+    arguments.log_to_wandb_too()
+    rehearse(arguments)
+    check_directories(arguments.settings)
+    job = build_job(arguments)
+    _check_evaluation(arguments.settings, job)
+    check_save_hf(arguments.settings, last_step=len(job.plan.steps))
+    fuse_rotary_embedding(bool(arguments.settings.model.fuse_local_layers))
+    with _forgotten_on_error():
+        config = validate(arguments, job)
+        settings = arguments.settings
+        current = identity.identity_of(settings, job)
+        found = identity.resumed_identity(settings.directories, current)
+    scoring = token_scoring(arguments)
+    return RunSetup(arguments, settings, job, config, scoring, found or current, resumed=found is not None)
+
+
+def _check_evaluation(settings: Settings, job: PairJob) -> None:
+    evaluation = settings.evaluation
+    wanted = {"--eval-every-minutes": evaluation.eval_every_minutes, "--eval-prompts": evaluation.eval_prompts}
+    for flag, value in wanted.items():
+        if value is not None and not (job.eval_packs and settings.schedule.eval_iters != 0):
+            raise UserError(f"{flag}: there are no held-out pairs. Add --eval-share or --eval-pair-data.")
+
+
+def token_scoring(arguments: Arguments) -> TokenScoring:
+    """How log-probs are computed, by validated arguments."""
+    log_probs = arguments.settings.log_probs
+    return TokenScoring(
+        arguments.scored_vocab_size,
+        kernel=log_probs.log_probs,
+        chunk_size=log_probs.log_prob_chunk_size,
+        kept_bytes=log_probs.kept_bytes,
     )
-    current = identity.identity_of(args, job)
+
+
+@contextlib.contextmanager
+def _forgotten_on_error() -> Iterator[None]:
     try:
-        found = identity.resumed_identity(args, current)
+        yield
     except UserError:
         forget_global_state()
         raise
-    return RunSetup(args, job, config, scoring, found or current, resumed=found is not None)
+
+
+def forget_global_state() -> None:
+    """Leave the process as it was, so that another run can follow in it."""
+    forget_determinism()
+    with contextlib.suppress(Exception):  # after a failure at start, some of it was never made
+        destroy_global_state()

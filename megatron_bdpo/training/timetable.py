@@ -8,7 +8,6 @@ is trained: a run that is stopped and goes on keeps its numbers, although its ch
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_bdpo.training.distributed import is_rank_zero, sum_over_ranks
+from megatron_bdpo.training.flags.arguments import Arguments
+from megatron_bdpo.training.settings import Settings
 
 
 @dataclass
@@ -41,19 +42,22 @@ class Timetable:
     """
 
     def __init__(
-        self, args: argparse.Namespace, is_saving: Callable[[], bool], now: Callable[[], float] = time.monotonic
+        self, arguments: Arguments, is_saving: Callable[[], bool], now: Callable[[], float] = time.monotonic
     ) -> None:
         """
         Args:
-            args: validated.
+            arguments: validated.
             is_saving: whether an earlier checkpoint is still being written; until it is, none is due by the clock.
             now: seconds, on rank 0.
         """
-        self._args, self._is_saving, self._now = args, is_saving, now
-        self._save = _Clock("save_interval", args.save_every_minutes if args.save else None, args.save_interval)
-        self._evaluation = _Clock(
-            "eval_interval", args.eval_every_minutes if args.eval_iters else None, args.eval_interval
-        )
+        self._arguments, self._is_saving, self._now = arguments, is_saving, now
+        settings = arguments.settings
+        schedule, directories = settings.schedule, settings.directories
+        self._last_step = schedule.train_iters or 0
+        save_minutes = settings.checkpoints.save_every_minutes if directories.save else None
+        eval_minutes = settings.evaluation.eval_every_minutes if schedule.eval_iters else None
+        self._save = _Clock("save_interval", save_minutes, directories.save_interval)
+        self._evaluation = _Clock("eval_interval", eval_minutes, schedule.eval_interval)
         self.begin()
 
     def begin(self) -> None:
@@ -74,21 +78,23 @@ class Timetable:
         if self._save.minutes is None and self._evaluation.minutes is None:
             return
         due = torch.zeros(2)
-        if is_rank_zero() and iteration < self._args.train_iters:  # the end of a training saves and evaluates by itself
+        if is_rank_zero() and iteration < self._last_step:  # the end of a training saves and evaluates by itself
             now = self._now()
             due[0] = self._save.is_over(now) and not self._is_saving()
             due[1] = self._evaluation.is_over(now)
         for clock, is_due in zip((self._save, self._evaluation), sum_over_ranks(due).tolist(), strict=True):
             if clock.minutes is not None:
-                setattr(self._args, clock.interval, iteration if is_due else clock.steps)
+                self._arguments.set(**{clock.interval: iteration if is_due else clock.steps})
 
 
-def settle_intervals(args: argparse.Namespace) -> None:
-    """Where only the clock decides, leave the end to Megatron. ``args.train_iters`` is known.
+def intervals(settings: Settings, last_step: int) -> dict[str, int]:
+    """Megatron's arguments that leave the end to it where only the clock decides.
 
     It saves at the last step if an interval divides it, and after it if none does; it evaluates after it in any case.
     """
-    if args.save and args.save_interval is None:
-        args.save_interval = args.train_iters
-    if args.eval_every_minutes is not None and "eval_interval" not in args.given_flags:
-        args.eval_interval = args.train_iters + 1
+    found = {}
+    if settings.directories.save and settings.directories.save_interval is None:
+        found["save_interval"] = last_step
+    if settings.evaluation.eval_every_minutes is not None and "eval_interval" not in settings.given:
+        found["eval_interval"] = last_step + 1
+    return found

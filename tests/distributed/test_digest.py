@@ -50,7 +50,7 @@ def look(flags: list[str], edit: bool = False) -> Seen:
     from megatron_bdpo.model.digest import weights_digest
     from megatron_bdpo.model.shards import weight_shards
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.run import PreferenceRun
 
     seen: list[Seen] = []
@@ -72,10 +72,10 @@ def look(flags: list[str], edit: bool = False) -> Seen:
             seen.append(Seen(first, shards, padding, flipped, elements, layers, digest()))
             raise _Enough
 
-    args = arguments.parse([*ODD_VOCABULARY, *flags], TINY_MODEL | TINY_JOB | {"max_pairs": 8, "train_iters": 1})
-    with distributed.process_groups(args):
+    arguments = Arguments.parse([*ODD_VOCABULARY, *flags], TINY_MODEL | TINY_JOB | {"max_pairs": 8, "train_iters": 1})
+    with distributed.process_groups(arguments.settings.process):
         try:
-            LookingRun(args).pretrain()
+            LookingRun(arguments).pretrain()
         except _Enough:
             return seen[0]
     raise AssertionError("the run ended before its model was built")

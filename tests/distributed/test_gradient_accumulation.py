@@ -119,12 +119,13 @@ def test_megatron_by_itself_asks_for_apex(ranks):
 
 def settled(transformer_impl: str, apex: bool) -> bool:
     """On a rank: whether gradients' accumulation stays fused, as Megatron's default is."""
-    from megatron_bdpo.training.flags import arguments, fused_layers
+    from megatron_bdpo.training.flags import fused_layers
+    from megatron_bdpo.training.flags.arguments import Arguments
 
-    args = arguments.parse(["--transformer-impl", transformer_impl], {"gradient_accumulation_fusion": True})
+    arguments = Arguments.parse(["--transformer-impl", transformer_impl], {"gradient_accumulation_fusion": True})
     with mock.patch.object(fused_layers, "apex_accumulates", lambda: apex):
-        fused_layers.settle_fusions(args)
-    return bool(args.gradient_accumulation_fusion)
+        arguments.set(**fused_layers.fusion_arguments(arguments.settings))
+    return bool(arguments.megatron.gradient_accumulation_fusion)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def by_name(caches: list[str], flags: list[str], **overrides: object) -> tuple[s
 
     from megatron_bdpo.errors import UserError
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.run import PreferenceRun
     from tests.harness.jobs import TINY_JOB
 
@@ -122,13 +122,13 @@ def by_name(caches: list[str], flags: list[str], **overrides: object) -> tuple[s
     constants.HF_HUB_OFFLINE = True
     constants.HF_HUB_CACHE = caches[int(os.environ["RANK"])]
     own_tokenizer = {"tokenizer_type": None, "tokenizer_model": None}
-    args = arguments.parse([*flags, "--hf-model", "org/tiny"], TINY_JOB | own_tokenizer | overrides)
+    arguments = Arguments.parse([*flags, "--hf-model", "org/tiny"], TINY_JOB | own_tokenizer | overrides)
     try:
-        with distributed.process_groups(args):
-            PreferenceRun(args).pretrain()
+        with distributed.process_groups(arguments.settings.process):
+            PreferenceRun(arguments).pretrain()
     except UserError as error:
         return str(error), ""
-    return "", args.hf_model
+    return "", arguments.settings.model.hf_model
 
 
 def test_a_name_is_fetched_once_for_each_node(nodes, tmp_path):

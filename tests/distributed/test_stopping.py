@@ -20,7 +20,7 @@ def train_and_ask(flags, *, at_step, rank, sends=None, touches=None):
     class Asking(last_weights_kept()):
         def after_step(self, losses, iteration, skipped):
             super().after_step(losses, iteration, skipped)
-            if iteration == at_step and self.args.rank == rank:
+            if iteration == at_step and self.settings.process.rank == rank:
                 if sends:
                     os.kill(os.getpid(), sends)
                 if touches:

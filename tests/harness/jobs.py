@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,22 +74,30 @@ def refusals(check: str, command_lines: Sequence[tuple[str, int]]) -> list[str]:
     """What a check says of each command line of the tiny job, with so many ranks; empty where it passes.
 
     Args:
-        check: ``package.module.function``, of parsed arguments.
+        check: ``package.module.function``, of parsed settings.
     """
     from megatron_bdpo.errors import UserError
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
 
     module, _, name = check.rpartition(".")
     found = []
     for flags, ranks in command_lines:
-        args = arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)
-        args.world_size = ranks
+        arguments = Arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)
+        arguments.set(world_size=ranks)
         try:
-            getattr(importlib.import_module(module), name)(args)
+            getattr(importlib.import_module(module), name)(arguments.settings)
             found.append("")
         except UserError as error:
             found.append(str(error))
     return found
+
+
+def own_process() -> Any:
+    """This rank's ``ProcessSettings``, from the environment that the pool has given it."""
+    from megatron_bdpo.training.settings import ProcessSettings
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return ProcessSettings(rank=rank, local_rank=rank, ranks=ranks, backend="gloo", timeout_minutes=1, is_made_up=False)
 
 
 def last_weights_kept() -> type[Any]:
@@ -112,22 +121,22 @@ def last_weights_kept() -> type[Any]:
 def score(flags: list[str], **overrides: Any) -> list[Path]:
     """Score the tiny job's pairs on this rank, in a job of its own. Returns the directories of the scores."""
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.reference.scoring_job import score_pairs
 
-    args = arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
-    with distributed.process_groups(args):
-        return score_pairs(args)
+    arguments = Arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
+    with distributed.process_groups(arguments.settings.process):
+        return score_pairs(arguments)
 
 
 def run_job(run_type: type[Any], flags: list[str], overrides: dict[str, Any]) -> tuple[Any, int | None]:
     """Run the tiny job to its end. Returns the run and, where Megatron has left its loop early, its exit code."""
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
 
-    args = arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
-    with distributed.process_groups(args):
-        run = run_type(args)
+    arguments = Arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
+    with distributed.process_groups(arguments.settings.process):
+        run = run_type(arguments)
         try:
             run.pretrain()
         except SystemExit as stop:  # --exit-interval and signals end Megatron's loop this way

@@ -64,11 +64,11 @@ def show_phases(board: PhaseBoard, rank: int) -> None:
     """Have this process's job write its phases to the board. Megatron is imported here."""
     import megatron.training.training as trainer
 
-    from megatron_bdpo.training import preparation, run
+    from megatron_bdpo.training import run, setup
     from megatron_bdpo.training.reference.provider import ReferenceProvider
 
     places: list[tuple[Any, str, str, str | None]] = [
-        (preparation, "build_job", "data", None),
+        (setup, "build_job", "data", None),
         (ReferenceProvider, "provide", "scoring", None),
         (trainer, "train", "training", None),
         (trainer, "evaluate", "evaluation", None),
@@ -81,7 +81,7 @@ def show_phases(board: PhaseBoard, rank: int) -> None:
 
     @functools.wraps(loaded)
     def after_load(self: run.PreferenceRun, model: list[Any]) -> None:
-        board.tell_resumed(rank, self.args.iteration)
+        board.tell_resumed(rank, self.arguments.iteration)
         loaded(self, model)
 
     run.PreferenceRun.after_load = after_load  # type: ignore[method-assign]

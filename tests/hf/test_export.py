@@ -64,11 +64,11 @@ def export(flags: list[str], target: Path, hindered: tuple[int, str] | None = No
     from megatron_bdpo.model.hf.checkpoint import read_json
     from megatron_bdpo.model.hf.gather import LiveWeights
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.hf import exporting
     from megatron_bdpo.training.hf.importing import model_in_memory
 
-    args = arguments.parse(flags)
+    arguments = Arguments.parse(flags)
     facts = TrainingFacts("", "", {}, {}, {})
     written: list[str] = []
 
@@ -77,14 +77,14 @@ def export(flags: list[str], target: Path, hindered: tuple[int, str] | None = No
         writing.write_file(path, tensors)
 
     rank, name = hindered or (-1, "nothing")
-    hindrance = HINDRANCES[name] if args.rank == rank else nothing
+    hindrance = HINDRANCES[name] if arguments.settings.process.rank == rank else nothing
     with (
-        distributed.process_groups(args),
-        model_in_memory(args) as model,
+        distributed.process_groups(arguments.settings.process),
+        model_in_memory(arguments) as model,
         mock.patch.object(exporting, "write_file", note),
     ):
         source = LiveWeights(model, distributed.host_group())
-        original = Path(args.hf_model)
+        original = Path(arguments.settings.model.hf_model)
         with hindrance():
             try:
                 exporting.write_model(source, target, read_json(original / "config.json"), original, facts)

@@ -79,7 +79,6 @@ def answers(
     """On this rank: answers to PROMPTS, which have ended, and in how many passes; None if they were given up."""
     from megatron_bdpo.data.prompts import EvalPrompts
     from megatron_bdpo.training.generation.decoding import PackShape, answer_greedily
-    from megatron_bdpo.training.job import length_unit
     from megatron_bdpo.training.run import PreferenceRun
 
     class Answering(PreferenceRun):
@@ -88,7 +87,7 @@ def answers(
         def after_load(self, model: list[Any]) -> None:
             self.model = model
             prompts = EvalPrompts([], PROMPTS, [ends] * len(PROMPTS), LONGEST, "")
-            shape = PackShape(limit, length_unit(self.args), fixed=False)
+            shape = PackShape(limit, self.settings.length_unit, fixed=False)
             passes: list[bool] = []
 
             def is_to_stop() -> bool:

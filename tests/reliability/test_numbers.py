@@ -66,7 +66,7 @@ def broken_gradient(step, value):
     class Faulty(last_weights_kept()):
         def before_training(self, evaluate):
             weight = next(self.model[0].parameters())
-            if self.args.rank == 0:
+            if self.settings.process.rank == 0:
 
                 def spoil(gradient):
                     gradient = gradient.clone()
@@ -86,7 +86,7 @@ def broken_weights():
     class Faulty(last_weights_kept()):
         def after_step(self, losses, iteration, skipped):
             super().after_step(losses, iteration, skipped)
-            if iteration == 2 and self.args.rank == 1:
+            if iteration == 2 and self.settings.process.rank == 1:
                 next(self.model[0].parameters()).data.view(-1)[0] = math.inf
 
     return Faulty

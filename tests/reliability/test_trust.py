@@ -246,13 +246,13 @@ def tokenizer_with_code(tmp_path, mark):
 
 def refusal_to_build(directory: str) -> str:
     """What this rank says of a tokenizer."""
-    from megatron_bdpo.training.flags import arguments
-    from megatron_bdpo.training.job import build_tokenizer
+    from megatron_bdpo.training.flags.arguments import Arguments
+    from megatron_bdpo.training.token_stores import build_tokenizer
 
-    args = arguments.parse(["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", directory])
-    assert not args.trust_remote_code
+    arguments = Arguments.parse(["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", directory])
+    assert not arguments.megatron.trust_remote_code
     try:
-        build_tokenizer(args)
+        build_tokenizer(arguments)
     except UserError as error:
         return str(error)
     return "built"

@@ -14,21 +14,21 @@ log-probs' kernels are.
 
 from __future__ import annotations
 
-import argparse
 import os
 
 import torch
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.training.settings import Settings
 
 
-def settle_environment(args: argparse.Namespace) -> None:
+def settle_environment(settings: Settings) -> None:
     """Before the process groups: what libraries read once, as ``--deterministic-mode`` needs it.
 
     Raises:
         UserError: the environment has a value that is not deterministic.
     """
-    if not args.deterministic_mode:
+    if not settings.schedule.deterministic_mode:
         return
     from megatron.training.determinism import apply_determinism_env
 

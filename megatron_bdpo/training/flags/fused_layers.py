@@ -11,51 +11,52 @@ local linear layers alone: Transformer Engine's have it built in, and so has the
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from collections.abc import Iterator
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs.vocab_parallel import apex_accumulates
 from megatron_bdpo.platform import cpu
+from megatron_bdpo.training.settings import Settings
 
 #: Megatron's arguments that turn on its compiled functions.
 _OF_MEGATRON = {"bias_swiglu_fusion": "SwiGLU", "bias_dropout_fusion": "dropout and residual"}
 
 
-def settle_fusions(args: argparse.Namespace) -> None:
-    """Decide where the user has not; Megatron's flags that were given stay as they are.
+def fusion_arguments(settings: Settings) -> dict[str, object]:
+    """Arguments that decide where the user has not; Megatron's flags that were given stay as they are.
 
     Raises:
         UserError: ``--fuse-local-layers`` where it cannot be honoured.
     """
-    reason = _reason_against(args)
-    if args.fuse_local_layers and reason:
+    reason, wanted = _reason_against(settings), settings.model.fuse_local_layers
+    if wanted and reason:
         raise UserError(f"--fuse-local-layers: {reason}. Leave it out: it is on where it works.")
-    if args.fuse_local_layers is None:
-        args.fuse_local_layers = not reason
-    if args.fuse_local_layers:
-        for name in _OF_MEGATRON.keys() - args.given_flags.keys():
-            setattr(args, name, True)
-    if args.transformer_impl == "local" and not apex_accumulates():
-        args.gradient_accumulation_fusion = False  # Megatron has a flag against it, and none for it
+    fuse = not reason if wanted is None else wanted
+    decided: dict[str, object] = {"fuse_local_layers": fuse}
+    if fuse:
+        decided |= dict.fromkeys(_OF_MEGATRON.keys() - settings.given.keys(), True)
+    if settings.architecture.implementation == "local" and not apex_accumulates():
+        decided["gradient_accumulation_fusion"] = False  # Megatron has a flag against it, and none for it
+    return decided
 
 
-def describe(args: argparse.Namespace) -> Iterator[str]:
-    """A line on the layers, of settled arguments."""
-    if args.transformer_impl != "local":
+def describe(settings: Settings) -> Iterator[str]:
+    """A line on the layers, once the fusions are decided."""
+    architecture = settings.architecture
+    if architecture.implementation != "local":
         yield "layers: Transformer Engine's"
-    elif args.fuse_local_layers:
-        on = [
-            what for name, what in _OF_MEGATRON.items() if getattr(args, name) and (args.swiglu or "swiglu" not in name)
-        ]
+    elif settings.model.fuse_local_layers:
+        fused = {"bias_swiglu_fusion": architecture.fused_swiglu and architecture.gated}
+        fused["bias_dropout_fusion"] = architecture.fused_dropout
+        on = [what for name, what in _OF_MEGATRON.items() if fused[name]]
         yield f"layers: Megatron's local ones; torch.compile fuses {', '.join(['rotary embedding', *on])}"
-    elif args.dry_run is None:
-        yield f"layers: Megatron's local ones, not fused ({_reason_against(args) or '--no-fuse-local-layers'})"
+    elif not settings.dry_run.is_wanted:
+        yield f"layers: Megatron's local ones, not fused ({_reason_against(settings) or '--no-fuse-local-layers'})"
 
 
-def _reason_against(args: argparse.Namespace) -> str:
-    if args.transformer_impl != "local":
+def _reason_against(settings: Settings) -> str:
+    if settings.architecture.implementation != "local":
         return "Transformer Engine's layers are fused kernels"
     if cpu.is_active():
         return "there is no GPU"

@@ -5,25 +5,18 @@ Megatron finds most of these out too, one at a time and after minutes of data pr
 
 from __future__ import annotations
 
-import argparse
-
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.planning.layout import Divisible, Layout
+from megatron_bdpo.planning.layout import Divisible
+from megatron_bdpo.training.settings import Settings
 
 
-def check_layout(args: argparse.Namespace) -> None:
+def check_layout(settings: Settings) -> None:
     """Refuse a layout that cannot work.
 
     Raises:
         UserError: with every reason, and the nearest layout on as many ranks that works.
     """
-    layout = Layout(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.context_parallel_size,
-        args.expert_model_parallel_size,
-    )
-    shape = divisible(args)
+    layout, shape = settings.layout.sizes, divisible(settings)
     problems = list(shape.problems(layout))
     if problems:
         nearest, sizes = shape.nearest(layout), shape.tensor_sizes()
@@ -33,28 +26,29 @@ def check_layout(args: argparse.Namespace) -> None:
         if nearest:
             lines.append(f"The nearest that works on {shape.ranks} ranks: {nearest}.")
         raise UserError("\n".join(lines))
-    if args.num_experts and layout.tensor > 1 and not args.sequence_parallel:
+    if settings.architecture.experts and layout.tensor > 1 and not settings.layout.sequence_parallel:
         raise UserError("Megatron trains experts with tensor parallelism only under --sequence-parallel. Add it.")
 
 
-def divisible(args: argparse.Namespace) -> Divisible:
+def divisible(settings: Settings) -> Divisible:
     """What of the job a layout has to divide."""
+    layout, model = settings.layout, settings.architecture
     is_uneven = (
-        args.decoder_first_pipeline_num_layers
-        or args.decoder_last_pipeline_num_layers
-        or args.account_for_embedding_in_pipeline_split
-        or args.account_for_loss_in_pipeline_split
-        or args.pipeline_model_parallel_layout
+        layout.first_layers
+        or layout.last_layers
+        or layout.embedding_as_layer
+        or layout.loss_as_layer
+        or layout.pipeline_layout
     )
-    ffn = args.ffn_hidden_size or 0
+    ffn = model.ffn or 0
     return Divisible(
-        ranks=args.world_size,
-        layers=0 if is_uneven else args.num_layers,
-        layers_per_chunk=0 if is_uneven else args.num_layers_per_virtual_pipeline_stage or 0,
-        heads=args.num_attention_heads,
-        groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        ffn=0 if args.num_experts else ffn,  # layers between those of experts are Megatron's to check
-        experts=args.num_experts or 0,
-        expert_ffn=args.moe_ffn_hidden_size or ffn,
-        expert_tensor=args.expert_tensor_parallel_size or 0,
+        ranks=layout.ranks,
+        layers=0 if is_uneven else model.layers,
+        layers_per_chunk=0 if is_uneven else layout.layers_per_chunk or 0,
+        heads=model.heads,
+        groups=model.groups,
+        ffn=0 if model.experts else ffn,  # layers between those of experts are Megatron's to check
+        experts=model.experts or 0,
+        expert_ffn=model.expert_ffn or ffn,
+        expert_tensor=layout.expert_tensor or 0,
     )

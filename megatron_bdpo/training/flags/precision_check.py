@@ -2,48 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from collections.abc import Iterator
 
 import torch
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.attention import window_of
 from megatron_bdpo.model.attention_backends import DESCRIPTIONS, Layer, check_backend, default_backend, why_slow
 from megatron_bdpo.model.precision import FP8_CAPABILITIES, FP8_MULTIPLES, Precision
 from megatron_bdpo.platform import cpu
+from megatron_bdpo.training.settings import Settings
 
 
-def precision_of(args: argparse.Namespace) -> Precision:
-    """What the run computes in. Before or after Megatron's validation."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    return Precision(dtype, str(getattr(args.fp8_recipe, "value", args.fp8_recipe)) if args.fp8 else None)
-
-
-def check_precision(args: argparse.Namespace) -> None:
+def check_precision(settings: Settings) -> None:
     """Refuse FP8 that cannot work, and an attention backend that cannot. A dry run asks nothing of this machine.
 
     Raises:
         UserError: with every reason.
     """
-    precision = precision_of(args)
-    problems = list(_problems(args, precision)) if precision.fp8_recipe else []
+    precision = settings.precision
+    problems = list(_problems(settings, precision)) if precision.fp8_recipe else []
     if problems:
         raise UserError("\n".join(["FP8 cannot work here:", *(f"  {problem}" for problem in problems)]))
-    if args.pair_attention != "auto" and args.dry_run is None:
-        for layer in _attention_layers(args):
-            check_backend(args.pair_attention, not cpu.is_active(), precision.dtype, layer)
+    if settings.model.pair_attention != "auto" and not settings.dry_run.is_wanted:
+        for layer in _attention_layers(settings):
+            check_backend(settings.model.pair_attention, not cpu.is_active(), precision.dtype, layer)
 
 
-def describe(args: argparse.Namespace) -> Iterator[str]:
+def describe(settings: Settings) -> Iterator[str]:
     """Precision and attention, a line each, and what is slow about it."""
-    precision = precision_of(args)
-    chosen = args.pair_attention
-    if args.dry_run is not None and chosen == "auto":
+    precision = settings.precision
+    chosen = settings.model.pair_attention
+    if settings.dry_run.is_wanted and chosen == "auto":
         return  # the job is to run elsewhere
     yield f"precision: {precision}"
     here = (not cpu.is_active(), precision.dtype)
-    layers = _attention_layers(args)
+    layers = _attention_layers(settings)
     backends = {layer: default_backend(*here, layer) if chosen == "auto" else chosen for layer in layers}
     yield "attention: " + "; in layers with a window ".join(
         DESCRIPTIONS[name] for name in dict.fromkeys(backends.values())
@@ -52,16 +47,15 @@ def describe(args: argparse.Namespace) -> Iterator[str]:
         yield from filter(None, dict.fromkeys(why_slow(backends[layer], *here, layer) for layer in layers))
 
 
-def _attention_layers(args: argparse.Namespace) -> list[Layer]:
+def _attention_layers(settings: Settings) -> list[Layer]:
     """The kinds of layer that the model has, those without a window first."""
-    from megatron_bdpo.model.attention import window_of  # here, as it imports Megatron
-
-    head_size = args.kv_channels or args.hidden_size // args.num_attention_heads
-    windows = {window_of(args, number) for number in range(1, args.num_layers + 1)}
+    model = settings.architecture
+    windows = {window_of(model, number) for number in range(1, model.layers + 1)}
+    head_size = model.head_size
     return [Layer(head_size, head_size**-0.5, window) for window in sorted(windows, key=lambda window: window or -1)]
 
 
-def _problems(args: argparse.Namespace, precision: Precision) -> Iterator[str]:
+def _problems(settings: Settings, precision: Precision) -> Iterator[str]:
     recipe = str(precision.fp8_recipe)
     if recipe == "delayed":
         # Transformer Engine updates the scales of all modules of the process, and only where gradients are enabled.
@@ -76,22 +70,22 @@ def _problems(args: argparse.Namespace, precision: Precision) -> Iterator[str]:
         return
     if precision.dtype != torch.bfloat16:
         yield "add --bf16: it is the precision of everything that is not FP8."
-    if args.fp8_param_gather and args.reference == "resident":
+    if settings.memory.fp8_param_gather and settings.reference.is_resident:
         yield "--fp8-param-gather: a resident reference copies half-precision weights. Use --reference precomputed."
-    if args.tp_comm_overlap:
-        yield from _problems_of_overlap(args, recipe)
-    if misfits := precision.misfits(matrix_sides(args)):
+    if settings.layout.tp_comm_overlap:
+        yield from _problems_of_overlap(settings, recipe)
+    if misfits := precision.misfits(matrix_sides(settings)):
         yield f"--fp8-recipe {recipe}: these sides of a rank's weight matrices do not fit it: {', '.join(misfits)}."
-    if args.dry_run is None:
+    if not settings.dry_run.is_wanted:
         yield from _problems_of_this_machine(recipe)
 
 
-def _problems_of_overlap(args: argparse.Namespace, recipe: str) -> Iterator[str]:
+def _problems_of_overlap(settings: Settings, recipe: str) -> Iterator[str]:
     """What ``fill_userbuffers_buffer_for_all_gather`` of Transformer Engine (2.14 to 2.20) raises in the first step."""
-    shares = args.tensor_model_parallel_size * args.context_parallel_size
+    shares = settings.layout.tensor * settings.layout.context
     if recipe == "blockwise":
         yield "--tp-comm-overlap: Transformer Engine's buffers know no blockwise tensors. Use --fp8-recipe tensorwise."
-    if recipe == "mxfp8" and args.seq_length % (128 * shares):
+    if recipe == "mxfp8" and settings.schedule.seq_length % (128 * shares):
         yield (
             f"--tp-comm-overlap: with mxfp8 each rank's part of a pack has to be a multiple of 128. Use a --seq-length "
             f"that is a multiple of {128 * shares}."
@@ -108,22 +102,19 @@ def _problems_of_this_machine(recipe: str) -> Iterator[str]:
         yield "Transformer Engine is not installed (pip install '.[gpu]')."
 
 
-def matrix_sides(args: argparse.Namespace) -> dict[str, int]:
+def matrix_sides(settings: Settings) -> dict[str, int]:
     """The sides of a rank's weight matrices inside the layers, by what they are."""
-    tensor = args.tensor_model_parallel_size
-    heads = args.num_attention_heads
-    head_size = args.kv_channels or args.hidden_size // heads
-    groups = args.num_query_groups if args.group_query_attention else heads
+    model, tensor = settings.architecture, settings.layout.tensor
     sides = {
-        "hidden size": args.hidden_size,
-        "queries, keys and values": (heads + 2 * max(groups, tensor)) * head_size // tensor,
-        "attention output": heads * head_size // tensor,
+        "hidden size": model.hidden,
+        "queries, keys and values": (model.heads + 2 * max(model.groups, tensor)) * model.head_size // tensor,
+        "attention output": model.heads * model.head_size // tensor,
     }
-    ffn = args.ffn_hidden_size
-    if args.num_experts:
-        expert_ffn = args.moe_ffn_hidden_size or ffn
+    ffn = model.ffn
+    if model.experts:
+        expert_ffn = model.expert_ffn or ffn
         if expert_ffn:
-            sides["expert MLP"] = expert_ffn // (args.expert_tensor_parallel_size or tensor)
+            sides["expert MLP"] = expert_ffn // (settings.layout.expert_tensor or tensor)
     elif ffn:
         sides["MLP"] = ffn // tensor
     return sides

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from megatron_bdpo.data.records import printable
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.display import Table
 from megatron_bdpo.training.generation.decoding import PackShape, answer_greedily
-from megatron_bdpo.training.job import PairJob, length_unit
+from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.reporting.console import show
 from megatron_bdpo.training.reporting.generations_file import (
     NAME,
@@ -27,6 +26,7 @@ from megatron_bdpo.training.reporting.generations_file import (
     side_by_side,
 )
 from megatron_bdpo.training.reporting.step_lines import StepLines
+from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.stopping import StopRequest
 
 #: Prompts in the table at the end of a run, and characters of a text there.
@@ -40,10 +40,10 @@ class Generations:
         rows: all that were made or found, in order, on the last rank. See ``reporting.generations_file``.
     """
 
-    def __init__(self, args: argparse.Namespace, job: PairJob, vocab_size: int, stop: StopRequest) -> None:
+    def __init__(self, settings: Settings, job: PairJob, vocab_size: int, stop: StopRequest) -> None:
         """
         Args:
-            args: validated.
+            settings: of the job.
             job: with its prompts.
             vocab_size: entries of the tokenizer.
             stop: listened to before every token. Answers that are not all there yet are given up; Megatron's loop hears
@@ -51,9 +51,9 @@ class Generations:
         """
         self.rows: list[Row] = []
         self._prompts = job.prompts
-        self._shape = PackShape(job.max_pack_length, length_unit(args), job.fixed_length)
+        self._shape = PackShape(job.max_pack_length, settings.length_unit, job.fixed_length)
         self._vocab_size, self._stop = vocab_size, stop
-        self._is_last = args.rank == args.world_size - 1
+        self._is_last = settings.process.rank == settings.process.ranks - 1
         self._file: StepLines | None = None
         self._asked_at: int | None = None
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
 import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +33,8 @@ from megatron_bdpo.model.hf.tensors import WeightMap
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.checkpoints import refuse_damaged
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, host_group, is_rank_zero, say
+from megatron_bdpo.training.flags.arguments import Arguments
+from megatron_bdpo.training.settings import DirectorySettings, Settings
 
 #: What a reader of the model card wants to know of a run's arguments.
 _SETTINGS = (
@@ -49,7 +49,7 @@ _SETTINGS = (
 _RECORD = "export.json"
 
 
-def check_save_hf(args: argparse.Namespace, last_step: int | None = None) -> None:
+def check_save_hf(settings: Settings, last_step: int | None = None) -> None:
     """Refuse what would fail after the training: called before it. Collective.
 
     What this run has written itself is no obstacle: its end may have been killed, or it is started once more.
@@ -57,16 +57,19 @@ def check_save_hf(args: argparse.Namespace, last_step: int | None = None) -> Non
     Args:
         last_step: of the training, once it is known.
     """
+    target = settings.model.save_hf
+    if not target:
+        return
     with all_ranks_agree():
-        if args.save_hf and not args.hf_model:
+        if not settings.model.hf_model:
             raise UserError(
                 "--save-hf writes the configuration of --hf-model, which is not given. Export from a checkpoint "
                 "instead: megatron-bdpo convert export."
             )
-        if args.save_hf and is_rank_zero() and not _is_own_export(args, last_step):
-            refuse_existing(Path(args.save_hf))
-    if args.save_hf and last_step is None:
-        _check_shared(Path(args.save_hf))
+        if is_rank_zero() and not _is_own_export(settings.directories, Path(target), last_step):
+            refuse_existing(Path(target))
+    if last_step is None:
+        _check_shared(Path(target))
 
 
 def _check_shared(target: Path) -> None:
@@ -85,22 +88,15 @@ def _check_shared(target: Path) -> None:
             mark.unlink()
 
 
-def _is_own_export(args: argparse.Namespace, last_step: int | None) -> bool:
-    """Whether the run that is resumed has written what is at --save-hf, after its step ``last_step``."""
-    if not args.save or args.finetune or not args.load or Path(args.load).resolve() != Path(args.save).resolve():
+def _is_own_export(directories: DirectorySettings, target: Path, last_step: int | None) -> bool:
+    """Whether the run that is resumed has written what is at ``target``, after its step ``last_step``."""
+    if not directories.save or not directories.goes_on_in_place:
         return False
     try:
-        record = json.loads((Path(args.save) / _RECORD).read_bytes())
-        is_same = record["directory"] == _number(Path(args.save_hf))
-        return is_same and last_step in (None, record["step"])
+        record = json.loads((Path(directories.save) / _RECORD).read_bytes())
+        return record["directory"] == _number(target) and last_step in (None, record["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _keep_record(args: argparse.Namespace, directory: Path) -> None:
-    if args.save:
-        record = {"step": args.train_iters, "directory": _number(directory), "name": str(args.save_hf)}
-        write_whole(Path(args.save) / _RECORD, json.dumps(record) + "\n")
 
 
 def _number(directory: Path) -> int:
@@ -108,23 +104,31 @@ def _number(directory: Path) -> int:
     return directory.stat().st_ino
 
 
-def save_live(args: argparse.Namespace, model: list[Any], metrics: Mapping[str, float]) -> None:
+def save_live(arguments: Arguments, model: list[Any], metrics: Mapping[str, float]) -> None:
     """Write the policy in ``model`` to ``--save-hf``. Collective.
 
     Args:
+        arguments: of a run that is done.
         model: the chunks, perhaps in DDP.
         metrics: of the last evaluation, where this rank has them.
     """
-    if broadcast(is_rank_zero() and _is_own_export(args, args.train_iters)):
-        return say(f"policy written to {args.save_hf} before")
+    settings = arguments.settings
+    directories, last_step = settings.directories, settings.schedule.train_iters
+    original, target = Path(settings.model.hf_model or ""), Path(settings.model.save_hf or "")
+    if broadcast(is_rank_zero() and _is_own_export(directories, target, last_step)):
+        return say(f"policy written to {target} before")
+
+    def keep_record(directory: Path) -> None:
+        if directories.save:
+            record = {"step": last_step, "directory": _number(directory), "name": str(target)}
+            write_whole(Path(directories.save) / _RECORD, json.dumps(record) + "\n")
+
     known = [each for each in gather(dict(metrics)) if each]
-    done = {**vars(args), "iteration": args.train_iters}  # Megatron leaves there where the run began
+    done = {**vars(arguments.megatron), "iteration": last_step}  # Megatron leaves there where the run began
     facts = training_facts(done, known[0] if known else {})
-    original = Path(args.hf_model)
-    config = read_json(original / CONFIG)
     source = LiveWeights(unwrap_model(model), host_group())
-    write_model(source, Path(args.save_hf), config, original, facts, functools.partial(_keep_record, args))
-    say(f"policy written to {args.save_hf}")
+    write_model(source, target, read_json(original / CONFIG), original, facts, keep_record)
+    say(f"policy written to {target}")
 
 
 def write_model(
@@ -217,7 +221,7 @@ def export_checkpoint(
     directory = identity.checkpoint_directory(str(checkpoint)) or checkpoint
     if compare_digests:
         refuse_damaged(directory)
-    arguments = vars(identity.stored_arguments(directory))
+    arguments = identity.stored_arguments(directory)
     architecture = read_config(config)
     check_architecture(architecture, arguments, directory)
     source = StoredWeights(directory, architecture.weights)
@@ -227,7 +231,7 @@ def export_checkpoint(
 def config_of(checkpoint: Path, family: str) -> dict[str, Any]:
     """The ``config.json`` of a checkpoint's model, from the arguments that it was trained with."""
     directory = identity.checkpoint_directory(str(checkpoint)) or checkpoint
-    arguments = vars(identity.stored_arguments(directory))
+    arguments = identity.stored_arguments(directory)
     if "scored_vocab_size" not in arguments:
         raise UserError(f"the checkpoint {directory} was not written by a preference run. Give --hf-model.")
     return write_config(family, arguments, arguments["scored_vocab_size"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -16,41 +15,40 @@ from megatron.training.training import destroy_global_state
 from megatron_bdpo.platform.seams import initialize_megatron, save_seam
 from megatron_bdpo.training.checkpoints import ChecksummedSave
 from megatron_bdpo.training.distributed import all_ranks_agree
+from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.validation import refusals_of_megatron
-from megatron_bdpo.training.hf.start import apply_hf_model, weights_loader
+from megatron_bdpo.training.hf.start import start_from_hugging_face, weights_loader
 from megatron_bdpo.training.model_config import model_config
 
 
-def import_model(args: argparse.Namespace) -> None:
+def import_model(arguments: Arguments) -> None:
     """Write the model of ``--hf-model`` to ``--save``, digests and all. Collective over all ranks, which share it.
 
     Args:
-        args: parsed, not validated yet.
+        arguments: parsed, not validated yet.
     """
-    args.save_interval = 1
-    args.no_save_optim = args.no_save_rng = True
-    with model_in_memory(args) as model, save_seam(ChecksummedSave()):
+    arguments.set(save_interval=1, no_save_optim=True, no_save_rng=True)
+    with model_in_memory(arguments) as model, save_seam(ChecksummedSave()):
         save_checkpoint(0, model, None, None, 0, release=True)
 
 
 @contextlib.contextmanager
-def model_in_memory(args: argparse.Namespace) -> Iterator[list[Any]]:
+def model_in_memory(arguments: Arguments) -> Iterator[list[Any]]:
     """This rank's chunks of the model of ``--hf-model``, with its weights, outside of a run. Collective.
 
     Args:
-        args: parsed, not validated yet.
+        arguments: parsed, not validated yet.
     """
-    apply_hf_model(args)
-    args.micro_batch_size = 1
-    args.seq_length = args.max_position_embeddings = args.seq_length or 1
-    args.perform_initialization = False
+    start_from_hugging_face(arguments)
+    length = arguments.settings.schedule.seq_length or 1
+    arguments.set(micro_batch_size=1, seq_length=length, max_position_embeddings=length, perform_initialization=False)
     try:
         with all_ranks_agree(), refusals_of_megatron():
-            validate_args(args)
-        set_global_variables(args, build_tokenizer=False)
+            validate_args(arguments.megatron)
+        set_global_variables(arguments.megatron, build_tokenizer=False)
         initialize_megatron()
-        config = model_config(args)
-        config.pre_wrap_hooks.append(weights_loader(args.hf_model))
+        config = model_config(arguments)
+        config.pre_wrap_hooks.append(weights_loader(arguments.settings.model.hf_model or ""))
         yield config.get_builder_cls()(config).build_distributed_models(
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,39 +15,43 @@ from megatron_bdpo.model.hf.config import Architecture, differences, read_config
 from megatron_bdpo.model.hf.directory import model_directory
 from megatron_bdpo.model.hf.load import load_weights
 from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
+from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.nodes import on_every_node
+from megatron_bdpo.training.settings import Settings
 
 
-def apply_hf_model(args: argparse.Namespace) -> None:
+def start_from_hugging_face(arguments: Arguments) -> None:
     """Set the arguments that ``--hf-model`` decides, and check that its weights are all there. Collective.
 
     Raises:
         UserError: on every rank, for a model that cannot be had or used, and for flags that contradict it.
     """
-    if not args.hf_model:
+    settings = arguments.settings
+    named, weights = settings.model.hf_model, not settings.dry_run.is_wanted
+    if not named:
         return
-    named, weights = args.hf_model, args.dry_run is None
     found: Path | None = None
     with all_ranks_agree():
-        if args.pretrained_checkpoint:
+        if settings.directories.pretrained_checkpoint:
             raise UserError("--hf-model and --pretrained-checkpoint both say where the policy starts. Give one.")
-        if args.fp8_param_gather or args.fp4_param_gather:
+        if settings.memory.fp8_param_gather or settings.memory.fp4_param_gather:
             raise UserError(
                 "--fp8-param-gather, --fp4-param-gather: --hf-model is read into bf16 or fp32 weights only."
             )
         if is_rank_zero():
             found = model_directory(named, weights=weights)
     fetch = functools.partial(model_directory, weights=weights)
-    args.hf_model = on_every_node("--hf-model", named, str(found), fetch)
+    directory = Path(on_every_node("--hf-model", named, str(found), fetch))
+    arguments.set(hf_model=str(directory))
     with all_ranks_agree():
-        architecture = architecture_of(Path(args.hf_model))
+        architecture = architecture_of(directory)
         if architecture.remark:
             say(architecture.remark)
-        if args.dry_run is None or any(Path(args.hf_model).glob("*.safetensors")):
-            HuggingFaceCheckpoint.open(Path(args.hf_model)).check(architecture.weights.shapes())
+        if weights or any(directory.glob("*.safetensors")):
+            HuggingFaceCheckpoint.open(directory).check(architecture.weights.shapes())
         else:
-            say(f"weights: not in {args.hf_model}, so not checked")
-        _set_arguments(args, architecture)
+            say(f"weights: not in {directory}, so not checked")
+        arguments.set(**_arguments(arguments, architecture))
 
 
 def architecture_of(directory: Path) -> Architecture:
@@ -59,37 +62,45 @@ def architecture_of(directory: Path) -> Architecture:
         raise UserError(f"--hf-model {directory}: {error}") from error
 
 
-def _set_arguments(args: argparse.Namespace, architecture: Architecture) -> None:
-    vocab_size = architecture.weights.sizes.vocab
-    given = {name: getattr(args, name) for name in args.given_flags}
-    contradicting = differences({**architecture.arguments, "vocab_size": vocab_size}, given)
+def _arguments(arguments: Arguments, architecture: Architecture) -> dict[str, object]:
+    """What a model decides.
+
+    Raises:
+        UserError: a flag says otherwise.
+    """
+    settings, vocab_size = arguments.settings, architecture.weights.sizes.vocab
+    hf_model, tokenizer = settings.model.hf_model, settings.tokenizer
+    decided = {**architecture.arguments, "vocab_size": vocab_size}
+    contradicting = differences(decided, arguments.given_values)
     if contradicting:
-        named = [f"{args.given_flags[line.split(':')[0]]} (given {line.split(': ', 1)[1]})" for line in contradicting]
-        raise UserError(f"flags that contradict --hf-model {args.hf_model}. Leave them out: {'; '.join(named)}.")
-    vars(args).update(architecture.arguments)
-    args.vocab_size = vocab_size
-    args.padded_vocab_size = calculate_padded_vocab_size(
-        vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
+        named = [f"{arguments.given[line.split(':')[0]]} (given {line.split(': ', 1)[1]})" for line in contradicting]
+        raise UserError(f"flags that contradict --hf-model {hf_model}. Leave them out: {'; '.join(named)}.")
+    padded = calculate_padded_vocab_size(
+        vocab_size, settings.architecture.vocab_multiple, settings.layout.tensor, logging_enabled=False
     )
-    args.tokenizer_type = args.tokenizer_type or "HuggingFaceTokenizer"
-    args.tokenizer_model = args.tokenizer_model or args.hf_model
+    return {
+        **decided,
+        "padded_vocab_size": padded,
+        "tokenizer_type": tokenizer.type or "HuggingFaceTokenizer",
+        "tokenizer_model": tokenizer.model or hf_model,
+    }
 
 
-def vocabulary_size(args: argparse.Namespace, tokenizer: Any) -> int:
+def vocabulary_size(settings: Settings, tokenizer: Any) -> int:
     """Entries that log-probs are normalised over: the model's, which may have more than its tokenizer.
 
     Raises:
         UserError: the tokenizer has tokens that the model has no embedding for.
     """
-    size = int(tokenizer.vocab_size)
-    if not args.hf_model:
+    size, own, hf_model = int(tokenizer.vocab_size), settings.architecture.vocab_size, settings.model.hf_model
+    if not hf_model or own is None:
         return size
-    if size > args.vocab_size:
+    if size > own:
         raise UserError(
-            f"the tokenizer {args.tokenizer_model} has {size} entries, the model {args.hf_model} {args.vocab_size}. "
-            "Use the model's own tokenizer."
+            f"the tokenizer {settings.tokenizer.model} has {size} entries, the model {hf_model} {own}. Use the model's "
+            "own tokenizer."
         )
-    return int(args.vocab_size)
+    return own
 
 
 def weights_loader(directory: str | Path) -> Callable[[list[Any]], list[Any]]:

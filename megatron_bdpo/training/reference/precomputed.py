@@ -7,7 +7,6 @@ numbers of one that was not. How many blocks one call scores, and when they are 
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import functools
 import hashlib
@@ -28,15 +27,14 @@ from megatron_bdpo.data.bin_packing import round_up
 from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.versions import installed_versions
 from megatron_bdpo.training.batches import IntArray, PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, context_rank, is_rank_zero, say
 from megatron_bdpo.training.finite import check_reference
-from megatron_bdpo.training.job import PairJob, length_unit
 from megatron_bdpo.training.reference.cache import KINDS, Arrays, ScoreCache
 from megatron_bdpo.training.reference.passes import BoolArray, FloatArray, Groups, GroupScorer, ReferenceTable
+from megatron_bdpo.training.setup import RunSetup
 from megatron_bdpo.training.stopping import StopRequested
 
 #: Names of the stores, and of their directories below --reference-cache.
@@ -64,9 +62,7 @@ class ReferenceScores:
         pause: called after each call of the model, on all ranks; may raise StopRequested to leave.
     """
 
-    args: argparse.Namespace
-    job: PairJob
-    scoring: TokenScoring
+    setup: RunSetup
     reference: Mapping[str, Any]
     pairs: IntArray
     model: Callable[[], list[Any]]
@@ -80,7 +76,7 @@ class ReferenceScores:
             UserError: a directory is of something else, cannot be written, or what is missing cannot be scored.
             StopRequested: what was scored is on disk.
         """
-        pool = self.job.pool
+        pool = self.setup.job.pool
         parts = [self._store_scores(index) for index in range(len(pool.stores))]
         table = {kind: np.concatenate([part[kind] for part in parts]) for kind in self._kinds}
         for values in table.values():
@@ -91,18 +87,18 @@ class ReferenceScores:
 
     def directory(self, index: int) -> Path:
         """Where the scores of a store are kept."""
-        if self.args.reference_cache:
-            return Path(self.args.reference_cache) / STORES[index]
+        if cache := self.setup.settings.reference.reference_cache:
+            return Path(cache) / STORES[index]
         reference = f"reference-{self.reference['weights']}-{_digest(self.reference)[:8]}"
-        return self.job.cache_dir / reference / _digest(_data_identity(self.job.pool.stores[index]))[:16]
+        return self.setup.job.cache_dir / reference / _digest(_data_identity(self.setup.job.pool.stores[index]))[:16]
 
     @property
     def _kinds(self) -> tuple[str, ...]:
-        return KINDS if self.job.loss.requirements.comprehension else KINDS[:1]
+        return KINDS if self.setup.job.loss.requirements.comprehension else KINDS[:1]
 
     def _store_scores(self, index: int) -> Arrays:
         """The values of a store's pairs by kind, [pairs, 2] in the store's order; NaN of those that are not needed."""
-        store, directory, rows = self.job.pool.stores[index], self.directory(index), self._rows_in_use(index)
+        store, directory, rows = self.setup.job.pool.stores[index], self.directory(index), self._rows_in_use(index)
         if not len(rows):
             return {kind: np.full((len(store), 2), np.nan) for kind in self._kinds}
         cache: ScoreCache | None = None
@@ -132,9 +128,11 @@ class ReferenceScores:
         return known
 
     def _open(self, directory: Path, store: PairStore) -> ScoreCache:
+        settings = self.setup.settings
+        directories = settings.directories
         about = {
             "sources": [source.path for source in store.sources],
-            "model": self.args.hf_model or self.args.pretrained_checkpoint or self.args.load or "",
+            "model": settings.model.hf_model or directories.pretrained_checkpoint or directories.load or "",
         }
         return ScoreCache.open(directory, {**_data_identity(store), **self.reference}, about)
 
@@ -152,7 +150,7 @@ class ReferenceScores:
 
     def _rows_in_use(self, index: int) -> IntArray:
         """Those of ``pairs`` that belong to a store, as its rows."""
-        first, stop = self.job.pool.offsets[index : index + 2]
+        first, stop = self.setup.job.pool.offsets[index : index + 2]
         return self.pairs[(self.pairs >= first) & (self.pairs < stop)] - first
 
     # Scoring -------------------------------------------------------------------------------------------------------
@@ -162,7 +160,7 @@ class ReferenceScores:
         all_groups = len(self._rows_in_use(index)) * len(self._kinds)
         with _progress(all_groups, all_groups - len(groups)) as bar:
             scorer = self._scorer()
-            blocks, clock = scorer.blocks(groups), _Clock(self.args.pipeline_model_parallel_size)
+            blocks, clock = scorer.blocks(groups), _Clock(self.setup.settings.layout.pipeline)
             tokens = done = written = 0
             start = time.perf_counter()
             try:
@@ -191,26 +189,33 @@ class ReferenceScores:
     def _scorer(self) -> GroupScorer:
         if self._chunks is None:
             self._chunks = self.model()
-        args, job, unit = self.args, self.job, length_unit(self.args)
+        settings, job = self.setup.settings, self.setup.job
+        unit = settings.length_unit
         length = job.max_pack_length
         if cpu.is_active() and not job.fixed_length:
             length = min(length, round_up(_CPU_PACK, unit))
-            if args.pipeline_model_parallel_size > 1:
+            if settings.layout.pipeline > 1:
                 length = max(length, round_up(int(job.sizes[self.pairs].max()), unit))
         make = PackMaker(job.pool, job.max_pack_length, job.share_prompts, context=context_rank())
         return GroupScorer(
-            self._chunks, self.scoring, make, unit, length, alone=not args.pack_pairs, fixed_length=job.fixed_length
+            self._chunks,
+            self.setup.scoring,
+            make,
+            unit,
+            length,
+            alone=not settings.steps.pack_pairs,
+            fixed_length=job.fixed_length,
         )
 
     def _groups(self, index: int, missing: dict[str, BoolArray], rows: IntArray) -> Groups:
         """The missing groups of a store's rows, in their order, those of a pair beside each other."""
         is_missing = np.stack([mask[rows] for mask in missing.values()], axis=1)  # [rows, kinds]
         row, kind = np.nonzero(is_missing)
-        return Groups(rows[row] + self.job.pool.offsets[index], kind == KINDS.index("unconditional"))
+        return Groups(rows[row] + self.setup.job.pool.offsets[index], kind == KINDS.index("unconditional"))
 
     def _take(self, index: int, groups: Groups, values: FloatArray, known: Arrays) -> None:
         """Put values into ``known``, in the data's order of chosen and rejected. Refuses what is not finite."""
-        pool = self.job.pool
+        pool = self.setup.job.pool
         swapped = pool.swapped[groups.pairs]
         values[swapped] = values[swapped][:, ::-1]
         for kind in self._kinds:
@@ -224,7 +229,7 @@ class ReferenceScores:
         """Put the values of these groups on disk, and no others: a damaged part loses whole blocks. Collective."""
         with all_ranks_agree():
             if cache is not None and len(groups):
-                store, own = self.job.pool.stores[index], groups.pairs - self.job.pool.offsets[index]
+                store, own = self.setup.job.pool.stores[index], groups.pairs - self.setup.job.pool.offsets[index]
                 rows, place = np.unique(own, return_inverse=True)
                 values = {kind: np.full((len(rows), 2), np.nan) for kind in KINDS}
                 for kind in self._kinds:
@@ -234,7 +239,7 @@ class ReferenceScores:
 
     def _record(self, pairs: int, groups: int, tokens: int, seconds: float) -> dict[str, Any]:
         """Who has scored, for the manifest."""
-        args = self.args
+        settings = self.setup.settings
         return {
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "pairs": pairs,
@@ -242,13 +247,13 @@ class ReferenceScores:
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "versions": installed_versions(),
-            "precision": str(args.params_dtype),
-            "device": torch.cuda.get_device_name() if args.distributed_backend == "nccl" else "cpu",
-            "ranks": args.world_size,
-            "tensor_parallel": args.tensor_model_parallel_size,
-            "pipeline_parallel": args.pipeline_model_parallel_size,
-            "context_parallel": args.context_parallel_size,
-            "expert_parallel": args.expert_model_parallel_size,
+            "precision": str(settings.precision.dtype),
+            "device": torch.cuda.get_device_name() if settings.process.backend == "nccl" else "cpu",
+            "ranks": settings.layout.ranks,
+            "tensor_parallel": settings.layout.tensor,
+            "pipeline_parallel": settings.layout.pipeline,
+            "context_parallel": settings.layout.context,
+            "expert_parallel": settings.layout.expert,
         }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 from megatron.core.utils import unwrap_model
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.digest import weights_digest
 from megatron_bdpo.model.hf.directory import is_model_directory
 from megatron_bdpo.model.initialization import initialize_by_name
-from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.model.reference import WEIGHTS_DIR, build_reference, copy_policy, load_weights, save_weights
 from megatron_bdpo.training.batches import IntArray
 from megatron_bdpo.training.checkpoints import damage
@@ -23,10 +20,10 @@ from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
 from megatron_bdpo.training.forward import ReferenceValues
 from megatron_bdpo.training.hf.start import weights_loader
 from megatron_bdpo.training.identity import RunIdentity, checkpoint_directory, reference_identity
-from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.reference.cache import differences
 from megatron_bdpo.training.reference.passes import NoReference, ResidentReference
 from megatron_bdpo.training.reference.precomputed import ReferenceScores
+from megatron_bdpo.training.setup import RunSetup
 
 
 @dataclass
@@ -38,10 +35,7 @@ class ReferenceProvider:
         pause: called again and again while scoring, on all ranks; may raise to leave.
     """
 
-    args: argparse.Namespace
-    job: PairJob
-    config: PairGPTConfig
-    scoring: TokenScoring
+    setup: RunSetup
     pairs: IntArray
     pause: Callable[[], None]
 
@@ -58,7 +52,7 @@ class ReferenceProvider:
         Raises:
             UserError: on resume, when the original reference is nowhere to be had.
         """
-        if not self.job.loss.requirements.reference and not self.job.loss.requirements.comprehension:
+        if not self.setup.job.loss.requirements.reference and not self.setup.job.loss.requirements.comprehension:
             return NoReference(), identity
         if not resumed:
             identity = self.identify(identity, policy)
@@ -67,7 +61,7 @@ class ReferenceProvider:
                 "the resumed run had no reference (its loss reads none), but this loss needs one. Start a new run from "
                 "its weights with --finetune."
             )
-        if self.job.resident:
+        if self.setup.job.resident:
             return self._resident(policy, identity, resumed=resumed)
         return self.scores(policy, identity, resumed=resumed).table(), identity
 
@@ -82,19 +76,22 @@ class ReferenceProvider:
         def model() -> list[Any]:
             return self._load_original(identity) if resumed else policy
 
-        return ReferenceScores(self.args, self.job, self.scoring, identity.reference, self.pairs, model, self.pause)
+        return ReferenceScores(self.setup, identity.reference, self.pairs, model, self.pause)
 
     def _identify(self, model: list[Any]) -> dict[str, Any]:
-        vocab_size = self.scoring.vocab_size
-        return reference_identity(self.args, weights_digest(unwrap_model(model), vocab_size), vocab_size)
+        vocab_size = self.setup.scoring.vocab_size
+        return reference_identity(
+            vars(self.setup.arguments.megatron), weights_digest(unwrap_model(model), vocab_size), vocab_size
+        )
 
     def _pretrained(self) -> str:
         """The checkpoint the policy has just been loaded from, as far as it can serve as the reference later."""
-        for root in (self.args.load, self.args.pretrained_checkpoint):
+        directories = self.setup.settings.directories
+        for root in (directories.load, directories.pretrained_checkpoint):
             directory = checkpoint_directory(root)
             if directory is not None:
                 return str(directory.resolve())
-        return self.args.hf_model or ""
+        return self.setup.settings.model.hf_model or ""
 
     # Resident ------------------------------------------------------------------------------------------------------
 
@@ -104,26 +101,27 @@ class ReferenceProvider:
         if resumed:
             reference = self._load_original(identity)
         else:
-            reference = build_reference(self.config)
+            reference = build_reference(self.setup.config)
             copy_policy(policy, reference)
-            if not identity.reference_weights and self.args.save:
-                directory = (Path(self.args.save) / WEIGHTS_DIR).resolve()
+            save = self.setup.settings.directories.save
+            if not identity.reference_weights and save:
+                directory = (Path(save) / WEIGHTS_DIR).resolve()
                 if not broadcast(directory.exists()):
                     save_weights(reference, directory)
                 identity = replace(identity, reference_weights=str(directory))
         say("reference: resident, a frozen copy beside the policy")
-        return ResidentReference(reference, self.job.loss.requirements, self.scoring), identity
+        return ResidentReference(reference, self.setup.job.loss.requirements, self.setup.scoring), identity
 
     def _load_original(self, identity: RunIdentity) -> list[Any]:
         source = identity.reference_weights or f"--seed {identity.seed}"
         if not identity.reference_weights:
-            reference = build_reference(self.config, with_weights=True)
+            reference = build_reference(self.setup.config, with_weights=True)
             initialize_by_name(unwrap_model(reference), identity.seed)
         elif problems := damage(Path(source)):
             listed = "\n".join(f"  {line}" for line in problems)
             raise UserError(f"the weights of the original reference are damaged:\n{listed}\nRestore them.")
         else:
-            reference = build_reference(self.config)
+            reference = build_reference(self.setup.config)
             self._load(reference, source)
         found = self._identify(reference)
         if found != identity.reference:

@@ -11,7 +11,6 @@ machine        of the rank that writes this
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_bdpo.platform.versions import installed_versions, libraries
+from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.identity import RunIdentity
 from megatron_bdpo.training.job import PairJob
 
@@ -34,20 +34,21 @@ _ENVIRONMENT = (
 )  # fmt: skip
 
 
-def provenance(args: argparse.Namespace, job: PairJob, identity: RunIdentity) -> dict[str, Any]:
+def provenance(arguments: Arguments, job: PairJob, identity: RunIdentity) -> dict[str, Any]:
     """The entries of the record, by the names above."""
+    settings, told = arguments.settings, vars(arguments.megatron)
     return {
-        "seed": args.seed,
+        "seed": settings.schedule.seed,
         "data": dict(zip(("train", "heldout"), (store.fingerprint for store in job.pool.stores), strict=False)),
         "reference": identity.reference,
-        "layout": {"ranks": args.world_size, **{name: getattr(args, name) for name in _LAYOUT}},
+        "layout": {"ranks": settings.layout.ranks, **{name: told[name] for name in _LAYOUT}},
         "precision": {
-            "parameters": str(args.params_dtype),
-            "fp8": args.fp8,
-            "fp8_recipe": args.fp8 and args.fp8_recipe,
+            "parameters": str(told["params_dtype"]),
+            "fp8": told["fp8"],
+            "fp8_recipe": told["fp8"] and told["fp8_recipe"],
         },
         "determinism": {
-            "deterministic_mode": args.deterministic_mode,
+            "deterministic_mode": settings.schedule.deterministic_mode,
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
             "cudnn_deterministic": torch.backends.cudnn.deterministic,
             "cudnn_benchmark": torch.backends.cudnn.benchmark,

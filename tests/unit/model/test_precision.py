@@ -62,10 +62,9 @@ def test_allowed(messages, flags):
 
 
 def length_units(all_flags: list[str]) -> list[int]:
-    from megatron_bdpo.training.flags import arguments
-    from megatron_bdpo.training.job import length_unit
+    from megatron_bdpo.training.flags.arguments import Arguments
 
-    return [length_unit(arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)) for flags in all_flags]
+    return [Arguments.parse(flags.split(), TINY_MODEL | TINY_JOB).settings.length_unit for flags in all_flags]
 
 
 def test_each_ranks_part_of_a_pack_is_a_multiple_of_the_recipes_tile(ranks):
@@ -113,17 +112,18 @@ def described(cases: list[tuple[str, str]]) -> list[list[str]]:
     """What the log says of attention on a pretended GPU: flags, and a release of torch."""
     from megatron_bdpo.model import varlen
     from megatron_bdpo.platform import cpu
-    from megatron_bdpo.training.flags import arguments, precision_check
+    from megatron_bdpo.training.flags import precision_check
+    from megatron_bdpo.training.flags.arguments import Arguments
     from tests.unit.model.test_varlen import SIGNATURES, as_in
 
     told = []
     for flags, release in cases:
-        args = arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)
+        arguments = Arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)
         attend = varlen.Varlen.of(as_in(SIGNATURES[release])) if release in SIGNATURES else None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu, "is_active", lambda: False)
             patch.setattr(varlen, "installed", lambda attend=attend: attend)
-            told.append(list(precision_check.describe(args))[1:])
+            told.append(list(precision_check.describe(arguments.settings))[1:])
     return told
 
 

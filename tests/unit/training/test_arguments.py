@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_bdpo.training.flags import arguments
-from megatron_bdpo.training.flags.arguments import log_to_wandb_too
+from megatron_bdpo.training.flags.arguments import Arguments
 
 
 @pytest.mark.parametrize(
@@ -22,9 +22,10 @@ from megatron_bdpo.training.flags.arguments import log_to_wandb_too
 )
 def test_wandb_gets_metrics_without_a_tensorboard_directory(given, expected):
     """Megatron logs to W&B only where it logs to TensorBoard."""
-    args = Namespace(**{"wandb_project": "", "save": None, "wandb_save_dir": None, "tensorboard_dir": None} | given)
-    log_to_wandb_too(args)
-    assert args.tensorboard_dir == expected
+    told = {"wandb_project": "", "save": None, "wandb_save_dir": None, "tensorboard_dir": None, "seq_length": None}
+    arguments = Arguments(Namespace(**told | given), {}, {})
+    arguments.log_to_wandb_too()
+    assert arguments.megatron.tensorboard_dir == expected
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.unit.training.test_dry_run import ROOT
 START = """
 import os, sys
 from megatron_bdpo.training import distributed, entry
-def process_groups(args):
+def process_groups(process):
     print({name: os.environ.get(name) for name in ("NCCL_ALGO", "CUBLAS_WORKSPACE_CONFIG")}, flush=True)
     sys.exit(3)
 distributed.process_groups = process_groups

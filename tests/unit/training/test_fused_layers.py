@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from tests.harness.jobs import refusals
 
-SETTLE = "megatron_bdpo.training.flags.fused_layers.settle_fusions"
+SETTLE = "megatron_bdpo.training.flags.fused_layers.fusion_arguments"
 
 #: fp32: a fused kernel rounds its last result only, an eager one each of some ten.
 ALLOWED = 1e-5
@@ -102,7 +102,7 @@ def value_and_gradient(function: Callable[..., Tensor], parts: list[Tensor]) -> 
 @pytest.mark.skipif(" " in torch.__file__, reason="torch hands its own path to the compiler without quotes")
 def test_fused_functions_equal_the_eager_ones():
     """In a process of its own: where a GPU is emulated, nothing is compiled."""
-    code = "from tests.unit import test_fusions as t; import json; print(json.dumps([t.deviations(), t.graphs()]))"
+    code = "from tests.unit.training import test_fused_layers as t; import json; print(json.dumps([t.deviations(), t.graphs()]))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False
     )
@@ -122,7 +122,7 @@ def graphs() -> int:
 
 def test_rotary_embedding_compiles_no_kernel_for_the_cpu():
     """Its graphs take tensors and sizes: a number would be a tensor on the CPU, with a C++ kernel of its own."""
-    code = "from tests.unit import test_fusions as t; import json; print(json.dumps(t.inputs_without_dimensions()))"
+    code = "from tests.unit.training import test_fused_layers as t; import json; print(json.dumps(t.inputs_without_dimensions()))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False
     )
@@ -148,17 +148,18 @@ def inputs_without_dimensions() -> list[int]:
 
 def settled(flags: str) -> dict[str, Any]:
     """What the fusions' arguments are on a GPU, by this rank's parser; the GPU is made up."""
-    from megatron_bdpo.training.flags import arguments, fused_layers
+    from megatron_bdpo.training.flags import fused_layers
+    from megatron_bdpo.training.flags.arguments import Arguments
 
-    args = arguments.parse(flags.split())
+    arguments = Arguments.parse(flags.split())
     with (
         mock.patch.object(fused_layers.cpu, "is_active", lambda: False),
         mock.patch.object(fused_layers.importlib.util, "find_spec", lambda name: object()),
     ):
-        fused_layers.settle_fusions(args)
-        (line,) = fused_layers.describe(args)
+        arguments.set(**fused_layers.fusion_arguments(arguments.settings))
+        (line,) = fused_layers.describe(arguments.settings)
     names = ("fuse_local_layers", "bias_swiglu_fusion", "bias_dropout_fusion")
-    return {name: getattr(args, name) for name in names} | {"line": line}
+    return {name: vars(arguments.megatron)[name] for name in names} | {"line": line}
 
 
 def test_on_a_gpu_they_are_on_unless_told_otherwise(ranks):

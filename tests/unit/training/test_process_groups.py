@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_bdpo.training import distributed
+from megatron_bdpo.training.settings import ProcessSettings
 
 
 class Asked(Exception):
@@ -27,15 +27,8 @@ def test_nccl_groups_are_not_split_off_one_communicator(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "init_process_group", start)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
-    args = argparse.Namespace(
-        distributed_backend="nccl",
-        fake_process_group=False,
-        world_size=8,
-        rank=3,
-        local_rank=3,
-        distributed_timeout_minutes=10,
-    )
-    with pytest.raises(Asked), distributed.process_groups(args):
+    process = ProcessSettings(rank=3, local_rank=3, ranks=8, backend="nccl", timeout_minutes=10, is_made_up=False)
+    with pytest.raises(Asked), distributed.process_groups(process):
         pass
     assert asked["backend"] == "nccl" and asked["rank"] == 3
     assert "device_id" not in asked

@@ -164,13 +164,13 @@ def test_each_start_that_differs_is_kept(tmp_path):
 
 
 def parsed(flags: list[str]) -> dict[str, object]:
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
 
-    args = arguments.parse(flags)
-    if not args.hf_model:
-        refuse_what_cannot_be_honoured(args)
-    return args.recipe
+    arguments = Arguments.parse(flags)
+    if not arguments.settings.model.hf_model:
+        refuse_what_cannot_be_honoured(arguments.megatron)
+    return arguments.recipe
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -185,11 +185,11 @@ def test_megatron_knows_the_flags_of_the_shipped_recipes(ranks, path):
 def start_and_parse_again(flags: list[str], directory: str) -> tuple[dict[str, object], dict[str, object]]:
     """The arguments of a job that is run, and those of the recipe that it leaves behind."""
     from megatron_bdpo.training import entry
-    from megatron_bdpo.training.flags import arguments
+    from megatron_bdpo.training.flags.arguments import Arguments
 
     entry.train(flags)
-    given, kept = (arguments.parse(each) for each in (flags, ["--recipe", f"{directory}/recipe.yaml"]))
-    return vars(given), vars(kept)
+    given, kept = (Arguments.parse(each) for each in (flags, ["--recipe", f"{directory}/recipe.yaml"]))
+    return vars(given.megatron), vars(kept.megatron)
 
 
 def test_what_a_run_keeps_starts_it_again(ranks, tmp_path):

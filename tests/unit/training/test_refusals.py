@@ -173,14 +173,14 @@ LINES = {" ".join(line): line for line in command_lines()}
 def refusals(all_flags: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     """The reasons each command line is refused with, and the messages of all refusals that there are."""
     from megatron_bdpo.errors import UserError
-    from megatron_bdpo.training.flags import arguments
     from megatron_bdpo.training.flags import refusals as module
+    from megatron_bdpo.training.flags.arguments import Arguments
 
     found = {}
     for flags in all_flags:
-        args = arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)
+        arguments = Arguments.parse(flags.split(), TINY_MODEL | TINY_JOB)
         try:
-            module.refuse_what_cannot_be_honoured(args)
+            module.refuse_what_cannot_be_honoured(arguments.megatron)
             found[flags] = []
         except UserError as error:
             title, *lines = str(error).split("\n")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.harness.jobs import last_stage, score, train
+from tests.harness.jobs import last_stage, own_process, score, train
 
 #: By precision: nats that rounding may move one token's log-prob by. An answer of n tokens: sqrt(n) times that.
 ONE_TOKEN = {torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -27,15 +25,7 @@ Answers = list[tuple[float, int]]
 def process_groups() -> Iterator[None]:
     from megatron_bdpo.training import distributed
 
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    settings = {
-        "distributed_backend": "gloo",
-        "fake_process_group": False,
-        "distributed_timeout_minutes": 1,
-        "rank": rank,
-        "world_size": world_size,
-    }
-    with distributed.process_groups(argparse.Namespace(**settings)):
+    with distributed.process_groups(own_process()):
         yield
 
 

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
-import os
+from typing import Any
 
 import pytest
+
+from tests.harness.jobs import own_process
 
 PATIENT = {"save_every_minutes": 30.0, "eval_every_minutes": 10.0, "save_interval": 500, "eval_interval": 500}
 
 
-def due_steps(settings: dict[str, object], seconds_a_step: float, *, saving_until: int = 0) -> dict[str, list[int]]:
+def job(flags: dict[str, object]) -> Any:
+    """Arguments of a job of 500 steps, as after Megatron's validation, with these."""
+    from megatron_bdpo.training.flags.arguments import Arguments
+
+    return Arguments.parse([], {"save": "run", "eval_iters": 1, "train_iters": 500} | flags)
+
+
+def due_steps(flags: dict[str, object], seconds_a_step: float, *, saving_until: int = 0) -> dict[str, list[int]]:
     """Steps of 500, after which Megatron would save and evaluate. Only rank 0's clock runs."""
     from torch import distributed as groups
 
     from megatron_bdpo.training import distributed
     from megatron_bdpo.training.timetable import Timetable
 
-    args = argparse.Namespace(**({"save": "run", "eval_iters": 1, "train_iters": 500} | settings))
+    arguments = job(flags)
     found: dict[str, list[int]] = {"save": [], "eval": []}
-    args.distributed_backend, args.fake_process_group, args.distributed_timeout_minutes = "gloo", False, 1
-    args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with distributed.process_groups(args):
+    with distributed.process_groups(own_process()):
         clock, is_saving = [0.0], [False]
-        table = Timetable(args, lambda: is_saving[0], now=lambda: clock[0])
+        table = Timetable(arguments, lambda: is_saving[0], now=lambda: clock[0])
         for iteration in range(1, 501):
             clock[0] += seconds_a_step * (groups.get_rank() == 0)
             is_saving[0] = iteration <= saving_until
             table.after_step(iteration)
-            if iteration % args.save_interval == 0:
+            due = arguments.megatron
+            if iteration % due.save_interval == 0:
                 found["save"].append(iteration)
                 table.saving()
-            if args.eval_interval and iteration % args.eval_interval == 0:
+            if due.eval_interval and iteration % due.eval_interval == 0:
                 found["eval"].append(iteration)
                 table.evaluated()
     return found
@@ -62,16 +69,14 @@ def test_none_is_due_while_one_is_being_written(ranks):
     assert found["save"] == [201, 381, 500]
 
 
-def settled(settings: dict[str, object]) -> tuple[int, int]:
-    from megatron_bdpo.training.timetable import settle_intervals
+def intervals(flags: list[str]) -> dict[str, int]:
+    from megatron_bdpo.training.flags.arguments import Arguments
+    from megatron_bdpo.training.timetable import intervals
 
-    args = argparse.Namespace(save="run", eval_every_minutes=5.0, train_iters=70, **settings)
-    settle_intervals(args)
-    return args.save_interval, args.eval_interval
+    arguments = Arguments.parse(["--save", "run", "--eval-every-minutes", "5", *flags])
+    return intervals(arguments.settings, last_step=70)
 
 
 def test_without_intervals_in_steps_the_end_is_left_to_megatron(ranks):
-    by_clock = {"save_interval": None, "eval_interval": 100, "given_flags": {}}
-    assert ranks(1)(settled, by_clock) == [(70, 71)]
-    in_steps = {"save_interval": 10, "eval_interval": 20, "given_flags": {"eval_interval": "--eval-interval"}}
-    assert ranks(1)(settled, in_steps) == [(10, 20)]
+    assert ranks(1)(intervals, []) == [{"save_interval": 70, "eval_interval": 71}]
+    assert ranks(1)(intervals, ["--save-interval", "10", "--eval-interval", "20"]) == [{}]

@@ -1,0 +1,466 @@
+"""What a job is told, as frozen dataclasses: our flags, made from their fields, and what we read of Megatron's.
+
+``flags.arguments.Arguments`` reads all of it from Megatron's parsed arguments at once. Below that nobody sees those: a
+function takes ``Settings``, or the part of it that concerns it.
+"""
+
+# Field types are evaluated: Megatron makes flags of them. So no ``from __future__ import annotations`` here.
+
+import argparse
+import math
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Self
+
+import torch
+
+from megatron_bdpo.logprobs import KERNELS
+from megatron_bdpo.losses import registry
+from megatron_bdpo.model.attention_backends import BACKENDS
+from megatron_bdpo.model.precision import Precision
+from megatron_bdpo.planning.layout import Layout
+
+# Our flags ------------------------------------------------------------------------------------------------------------
+
+
+def _flag(default: Any = None, **keywords: Any) -> Any:
+    """A field whose flag is more than its type says: ``keywords`` are argparse's."""
+    return field(default=default, metadata={"argparse_meta": keywords})
+
+
+def _switch(name: str, default: bool | None) -> Any:
+    """A field with a flag and its --no-... form."""
+    return _flag(default, arg_names=[f"--{name}"], action=argparse.BooleanOptionalAction)
+
+
+def _minutes(text: str) -> float:
+    if not 0 <= (number := float(text)) < math.inf:
+        raise ValueError
+    return number
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """Which pairs are trained on and held out, and how much of them may be wrong."""
+
+    pair_data: list[str] | None = _flag(metavar="[WEIGHT] PATH")
+    """training pairs: JSONL(.gz), Parquet, Arrow, Hugging Face data sets; each with an optional weight"""
+    eval_pair_data: list[str] | None = _flag(metavar="[WEIGHT] PATH")
+    """held-out pairs, evaluated every --eval-interval steps"""
+    eval_share: float = 0.0
+    """share of the training pairs to hold out instead of --eval-pair-data"""
+    pair_cache_dir: str | None = None
+    """where tokenised pairs and reference values are kept; every node must see it (default: beside --save, else
+    ./runs/cache)"""
+    max_prompt_length: int | None = None
+    """truncate prompts to this many tokens, keeping their end"""
+    max_response_length: int | None = None
+    """truncate responses to this many tokens, keeping their start"""
+    max_pairs: int | None = None
+    """use only the first N usable training pairs"""
+    long_pairs: Literal["error", "drop"] = "error"
+    """pairs that do not fit a pack of --seq-length"""
+    max_malformed_share: float = 0.0
+    """share of unreadable rows above which the run stops"""
+    max_dropped_share: float = 0.5
+    """share of unusable rows above which the run stops"""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How pairs make up optimizer steps, and steps packs."""
+
+    pairs_per_step: int | None = None
+    """preference pairs per optimizer step, over all ranks; exact"""
+    pair_epochs: float | None = _flag(type=_finite)
+    """train for this many passes over the pairs instead of --train-iters"""
+    pack_pairs: bool = _switch("pack-pairs", True)
+    """several pairs in one pack"""
+    fixed_pack_length: bool = False
+    """pad every pack to --seq-length, in scoring and evaluation too; --tp-comm-overlap needs it"""
+    share_prompts: bool = _switch("share-prompts", True)
+    """encode each prompt once for both answers"""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Where the policy comes from and goes to, and what computes its layers."""
+
+    hf_model: str | None = _flag(metavar="PATH_OR_NAME")
+    """Hugging Face model (directory or hub name) that the policy starts from and the reference is: sets the model's
+    arguments and the tokenizer, and is read into each rank's part directly"""
+    save_hf: str | None = _flag(metavar="DIR")
+    """at the end of training, write the policy as a Hugging Face model"""
+    scale_embeddings: bool = False
+    """multiply embeddings by the root of the hidden size (Gemma)"""
+    geglu_tanh: bool = False
+    """with --swiglu: tanh-approximated GELU in the place of SiLU (Gemma)"""
+    pair_attention: str = _flag("auto", choices=("auto", *BACKENDS))
+    """what computes attention; auto: on a GPU in half precision varlen, te where torch has none; else sdpa"""
+    fuse_local_layers: bool | None = _switch("fuse-local-layers", None)
+    """torch.compile the small functions of layers that are not Transformer Engine's: rotary embedding, SwiGLU, dropout
+    and residual. Default: on a GPU"""
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """The frozen model that the policy is measured against."""
+
+    reference: Literal["precomputed", "resident"] = "precomputed"
+    """score the reference once before training, or keep a frozen copy beside the policy"""
+    reference_cache: str | None = _flag(metavar="DIR")
+    """where the reference scores of this data and model are kept"""
+    step_zero_check: bool = _switch("step-zero-check", True)
+    """check at the first step that the policy equals its reference"""
+
+    @property
+    def is_resident(self) -> bool:
+        return self.reference == "resident"
+
+
+@dataclass(frozen=True)
+class LogProbSettings:
+    """How log-probs are computed."""
+
+    log_probs: str = _flag("fused", choices=tuple(KERNELS))
+    """fused: output layer and log-softmax in one, a chunk of the vocabulary at a time, so that the logits never exist
+    as a whole; plain: make the logits of the scored positions, for Megatron's cross entropy"""
+    log_prob_chunk_size: int | None = _flag(type=int, metavar="N")
+    """vocabulary rows in a chunk of the fused log-probs (default: as many as fill 64 MiB of fp32 logits)"""
+    log_prob_kept_mib: int | None = _flag(type=int, metavar="N")
+    """most memory for the softmax of a pack's scored positions, in the model's precision, that the fused log-probs keep
+    for the backward pass; where it is more, the logits are made a second time (default: 2560)"""
+    log_entropy: bool = False
+    """report the policy's entropy per response token, of chosen and rejected"""
+
+    @property
+    def kept_bytes(self) -> int | None:
+        return None if self.log_prob_kept_mib is None else self.log_prob_kept_mib * 2**20
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Checkpoints, beside Megatron's own settings, and when to stop."""
+
+    save_every_minutes: float | None = _flag(type=_minutes, metavar="N")
+    """save a checkpoint when the last one began this long ago: beside --save-interval, or in its place"""
+    keep_checkpoints: int | None = _flag(type=int, metavar="N")
+    """keep this many of the newest checkpoints and the multiples of --save-retain-interval, delete older ones (default:
+    keep all; with --save-retain-interval: 1)"""
+    checkpoint_checksums: bool = _switch("checkpoint-checksums", True)
+    """write the digests of a checkpoint's files beside them, and compare them before a checkpoint is used"""
+    stop_file: list[str] | None = _flag(metavar="PATH")
+    """when one of these files appears, save a checkpoint after the current step and end, as SIGTERM does"""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluations, beside Megatron's own settings."""
+
+    eval_every_minutes: float | None = _flag(type=_minutes, metavar="N")
+    """evaluate when the last evaluation is this long ago: beside --eval-interval, or in its place"""
+    eval_at_start: bool = False
+    """evaluate the held-out pairs before the first step, too"""
+    eval_prompts: str | None = _flag(metavar="FILE")
+    """prompts (rows as in --pair-data, without answers) that the policy answers greedily at every evaluation; kept in
+    generations.jsonl in the directory of --save"""
+    eval_prompt_tokens: int | None = _flag(type=int, metavar="N")
+    """longest answer to them, in tokens (default: 64)"""
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What goes to the terminal."""
+
+    megatron_output: Literal["file", "terminal"] = "file"
+    """where Megatron's own lines go: megatron.log in the directory of --save (without one they are dropped), or between
+    ours"""
+
+
+@dataclass(frozen=True)
+class DryRunSettings:
+    """A dry run. All but --dry-run are refused without it."""
+
+    dry_run: int | None = _flag(nargs="?", type=int, const=0, metavar="RANKS")
+    """check the whole job as one process on a CPU, for this many ranks (default: WORLD_SIZE), without weights: flags,
+    layout, data, steps; and estimate time and memory"""
+    gpus_per_node: int | None = None
+    """for the report: which ranks share a node"""
+    gpu_memory: float | None = _flag(type=float, metavar="GB")
+    """refuse a job that is estimated to need more"""
+    gpu_tflops: float | None = None
+    """peak of a GPU for the estimated time (default: 989, an H100)"""
+    assumed_mfu: float | None = None
+    """share of that peak to assume (default: 0.35)"""
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.dry_run is not None
+
+
+#: In the order of the help text.
+FLAG_GROUPS: tuple[type, ...] = (
+    PairSettings,
+    StepSettings,
+    ModelSettings,
+    ReferenceSettings,
+    LogProbSettings,
+    CheckpointSettings,
+    EvaluationSettings,
+    OutputSettings,
+    DryRunSettings,
+)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which loss, and those of its options that were given; their flags are the losses' own (``losses.options``)."""
+
+    name: str
+    options: Mapping[str, object]
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Those among all arguments."""
+        values = {name: arguments[name] for name in registry.option_fields()}
+        return cls(
+            arguments["preference_loss"],
+            MappingProxyType({name: value for name, value in values.items() if value is not None}),
+        )
+
+    def build(self) -> tuple[registry.AnyLossSpec, Any]:
+        """The loss and its options, defaults filled in.
+
+        Raises:
+            UserError: there is no such loss, or an option is not its own or out of range.
+        """
+        return registry.get(self.name), registry.build_options(self.name, self.options)
+
+
+# Of Megatron's arguments ----------------------------------------------------------------------------------------------
+
+
+def _of(argument: str) -> Any:
+    """A field that is one of Megatron's arguments under a shorter name."""
+    return field(metadata={"argument": argument})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSettings:
+    """This process among the ranks."""
+
+    rank: int
+    local_rank: int
+    ranks: int = _of("world_size")
+    backend: str = _of("distributed_backend")
+    timeout_minutes: int = _of("distributed_timeout_minutes")
+    is_made_up: bool = _of("fake_process_group")
+    """It plays one of ranks that do not exist: a dry run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutSettings:
+    """Over how many ranks what is split."""
+
+    ranks: int = _of("world_size")
+    tensor: int = _of("tensor_model_parallel_size")
+    pipeline: int = _of("pipeline_model_parallel_size")
+    virtual: int | None = _of("virtual_pipeline_model_parallel_size")
+    """Model chunks per rank, known once Megatron has validated its arguments; None: one."""
+    layers_per_chunk: int | None = _of("num_layers_per_virtual_pipeline_stage")
+    context: int = _of("context_parallel_size")
+    expert: int = _of("expert_model_parallel_size")
+    expert_tensor: int | None = _of("expert_tensor_parallel_size")
+    sequence_parallel: bool
+    tp_comm_overlap: bool
+    first_layers: int | None = _of("decoder_first_pipeline_num_layers")
+    last_layers: int | None = _of("decoder_last_pipeline_num_layers")
+    embedding_as_layer: bool = _of("account_for_embedding_in_pipeline_split")
+    loss_as_layer: bool = _of("account_for_loss_in_pipeline_split")
+    pipeline_layout: object = _of("pipeline_model_parallel_layout")
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks per rank."""
+        return self.virtual or 1
+
+    @property
+    def sizes(self) -> Layout:
+        """Of the parallel groups."""
+        return Layout(self.tensor, self.pipeline, self.context, self.expert)
+
+    @property
+    def data(self) -> int:
+        """Data-parallel ranks."""
+        return self.ranks // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def position_shares(self) -> int:
+        """Ranks that a pack's positions are split over: context parallelism, times tensor parallelism under SP."""
+        return self.context * (self.tensor if self.sequence_parallel else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureSettings:
+    """The model."""
+
+    layers: int = _of("num_layers")
+    hidden: int = _of("hidden_size")
+    heads: int = _of("num_attention_heads")
+    grouped: bool = _of("group_query_attention")
+    query_groups: int | None = _of("num_query_groups")
+    kv_channels: int | None
+    ffn: int | None = _of("ffn_hidden_size")
+    experts: int | None = _of("num_experts")
+    expert_ffn: int | None = _of("moe_ffn_hidden_size")
+    gated: bool = _of("swiglu")
+    window_size: tuple[int, int] | None
+    window_attn_skip_freq: object
+    implementation: str = _of("transformer_impl")
+    fused_swiglu: bool = _of("bias_swiglu_fusion")
+    fused_dropout: bool = _of("bias_dropout_fusion")
+    vocab_size: int | None
+    vocab_multiple: int = _of("make_vocab_size_divisible_by")
+    rope_scaling_factor: float
+
+    @property
+    def groups(self) -> int:
+        """Key and value heads."""
+        return int(self.query_groups or 1) if self.grouped else self.heads
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels or self.hidden // self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """Megatron's tokenizer."""
+
+    type: str | None = _of("tokenizer_type")
+    model: str | None = _of("tokenizer_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """What memory depends on besides model and layout."""
+
+    optimizer: str
+    optimizer_cpu_offload: bool
+    use_precision_aware_optimizer: bool
+    use_distributed_optimizer: bool
+    fp32_gradients: bool = _of("accumulate_allreduce_grads_in_fp32")
+    fp8_param_gather: bool
+    fp4_param_gather: bool
+    recompute_granularity: str | None
+    recompute_modules: list[str] | None
+    recompute_method: str | None
+    recompute_num_layers: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectorySettings:
+    """Checkpoints to start from and to write."""
+
+    save: str | None
+    load: str | None
+    pretrained_checkpoint: str | None
+    finetune: bool
+    ckpt_step: int | None
+    save_interval: int | None
+    save_retain_interval: int | None
+
+    @property
+    def goes_on_in_place(self) -> bool:
+        """The checkpoints that a run goes on from are its own: those of --save."""
+        return bool(
+            self.save and self.load and not self.finetune and Path(self.load).resolve() == Path(self.save).resolve()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """Steps, evaluations and logging."""
+
+    train_iters: int | None
+    """Optimizer steps; of a job whose plan is made: all of them."""
+    seq_length: int
+    """Most positions of a pack, as the user has set it."""
+    max_position_embeddings: int | None
+    lr: float | None
+    seed: int
+    eval_interval: int | None
+    eval_iters: int | None
+    """None or 1: evaluate; 0: do not."""
+    log_interval: int
+    num_workers: int
+    exit_signal: signal.Signals
+    check_finite: bool = _of("check_for_nan_in_loss_and_grad")
+    deterministic_mode: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that a preference job is told."""
+
+    pairs: PairSettings
+    steps: StepSettings
+    model: ModelSettings
+    loss: LossSettings
+    reference: ReferenceSettings
+    log_probs: LogProbSettings
+    checkpoints: CheckpointSettings
+    evaluation: EvaluationSettings
+    output: OutputSettings
+    dry_run: DryRunSettings
+    process: ProcessSettings
+    layout: LayoutSettings
+    architecture: ArchitectureSettings
+    precision: Precision
+    tokenizer: TokenizerSettings
+    memory: MemorySettings
+    directories: DirectorySettings
+    schedule: ScheduleSettings
+    given: Mapping[str, str]
+    """Argument name -> flag, of what the command line and the recipes have."""
+
+    @property
+    def length_unit(self) -> int:
+        """Packs are multiples of this many positions long, so that each rank's part suits the kernels."""
+        return self.precision.row_multiple * self.layout.position_shares
+
+
+def read_settings(arguments: Mapping[str, Any], given: Mapping[str, str]) -> Settings:
+    """All of it, from Megatron's arguments and ours by name.
+
+    Args:
+        given: see ``Settings.given``.
+    """
+    groups: dict[str, Any] = {
+        "loss": LossSettings.of(arguments),
+        "precision": _precision(arguments),
+        "given": MappingProxyType(dict(given)),
+    }
+    for each in fields(Settings):
+        if each.name not in groups:
+            kind: Any = each.type
+            groups[each.name] = kind(
+                **{own.name: arguments[own.metadata.get("argument", own.name)] for own in fields(kind)}
+            )
+    return Settings(**groups)
+
+
+def _precision(arguments: Mapping[str, Any]) -> Precision:
+    """Before or after Megatron's validation, which makes an enumeration of the FP8 recipe."""
+    dtype = torch.bfloat16 if arguments["bf16"] else torch.float16 if arguments["fp16"] else torch.float32
+    recipe = arguments["fp8_recipe"]
+    return Precision(dtype, str(getattr(recipe, "value", recipe)) if arguments["fp8"] else None)
