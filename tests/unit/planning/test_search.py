@@ -190,7 +190,7 @@ def test_a_recipe(ranks, tmp_path):
 @pytest.mark.parametrize(("model", "gpus"), [("LLAMA_70B", ["32", "64", "128"]), ("LLAMA_8B", ["8"])])
 @pytest.mark.parametrize("document", ["slurm/README.md"])
 def test_tables_in_documents_are_what_the_program_prints(document, model, gpus, tmp_path, capsys):
-    from tests.unit import test_dry_run
+    from tests.unit.training import test_dry_run
 
     (tmp_path / "config.json").write_text(json.dumps(getattr(test_dry_run, model)))
     assert main(["plan", "--hf-model", str(tmp_path), "--gpus", *gpus, "--markdown", "--rows", "3"]) == 0
