@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.tensor_parallel import layers
 
 
 def fuse_rotary_embedding(fused: bool) -> None:
     """Have Megatron's local layers use a compiled version of its function, or its own again."""
-    from megatron.core.models.common.embeddings import rope_utils
-
     rope_utils._apply_rotary_pos_emb_bshd = _compiled() if fused else _eager()
 
 
@@ -29,23 +29,17 @@ def build_output_layer_without_apex(allowed: bool) -> None:
 
     Of models in which the output layer alone is one.
     """
-    from megatron.core.tensor_parallel import layers
-
     own_answer = _has_apex()
     layers._grad_accum_fusion_available = allowed or own_answer
 
 
 @functools.cache  # Megatron's own answer, which the first call finds
 def _has_apex() -> bool:
-    from megatron.core.tensor_parallel import layers
-
     return bool(layers._grad_accum_fusion_available)
 
 
 @functools.cache  # Megatron's own, which the first call finds
 def _eager() -> Callable[..., Any]:
-    from megatron.core.models.common.embeddings import rope_utils
-
     original: Callable[..., Any] = rope_utils._apply_rotary_pos_emb_bshd
     return original
 

@@ -18,6 +18,8 @@ import pickle
 import types
 from typing import IO, Any
 
+from torch.distributed.checkpoint import filesystem
+
 from megatron_bdpo.errors import UserError
 
 _TORCH_SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -73,8 +75,6 @@ def restrict_pickles() -> None:
             f"{_OPPOSITE} is set: torch would run code from checkpoints, which nothing here needs. Unset it."
         )
     os.environ[_TORCH_SWITCH] = "1"
-    from torch.distributed.checkpoint import filesystem
-
     if filesystem.pickle is pickle:
         names = {name: getattr(pickle, name) for name in pickle.__all__}
         filesystem.pickle = types.SimpleNamespace(**names | {"load": _load})  # type: ignore[assignment]

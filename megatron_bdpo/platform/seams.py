@@ -27,7 +27,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import megatron.core.datasets.utils as dataset_utils
+import megatron.training.initialize as megatron_initialize
+import megatron.training.training as trainer
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.writing import replace_dead_writer, written_by_this_process
@@ -83,10 +88,6 @@ class TrainerHooks(SaveHooks, Protocol):
 @contextlib.contextmanager
 def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
     """Wrap the trainer's functions with ``hooks`` inside the ``with`` block."""
-    import megatron.core.datasets.utils as dataset_utils
-    import megatron.training.training as trainer
-    from megatron.core import dist_checkpointing
-
     replacements = [
         (dataset_utils, "compile_helpers", lambda: None),
         (trainer, "initialize_megatron", _initialize(trainer.initialize_megatron)),
@@ -108,19 +109,14 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
 @contextlib.contextmanager
 def save_seam(hooks: SaveHooks) -> Iterator[None]:
     """Outside of ``pretrain``: checkpoints saved in the ``with`` block are saved as within the trainer's seams."""
-    from megatron.core import dist_checkpointing
-
     with _replaced([(dist_checkpointing, "save", _save(dist_checkpointing.save, hooks))]):
         yield
 
 
 def initialize_megatron() -> None:
     """Megatron's own, outside of ``pretrain`` and as it is within the seams."""
-    import megatron.core.datasets.utils as dataset_utils
-    from megatron.training.initialize import initialize_megatron as initialize
-
     with _replaced([(dataset_utils, "compile_helpers", lambda: None)]):
-        initialize(allow_no_cuda=cpu.is_active())
+        megatron_initialize.initialize_megatron(allow_no_cuda=cpu.is_active())
 
 
 @contextlib.contextmanager
@@ -186,8 +182,6 @@ def _create_state(adam: torch.optim.Optimizer) -> None:
 
 def _scheduler(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_optimizer_param_scheduler(optimizer: Any) -> Any:
-        from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-
         scheduler = original(optimizer)
         packs = get_current_global_batch_size()
         state_dict, load_state_dict = scheduler.state_dict, scheduler.load_state_dict
@@ -227,8 +221,6 @@ def _train(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., A
         step: Any, model: Any, optimizer: Any, scheduler: Any, train_data: Any, valid_data: Any, process: Any,
         config: Any, *rest: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        import megatron.training.training as trainer
-
         def evaluate() -> None:
             trainer.evaluate_and_print_results("the start", step, valid_data, model, 0, None, config)
 

@@ -6,6 +6,9 @@ import contextlib
 import queue
 from collections.abc import Iterator
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, PersistentAsyncCaller
+
 
 @contextlib.contextmanager
 def written_by_this_process() -> Iterator[None]:
@@ -15,8 +18,6 @@ def written_by_this_process() -> Iterator[None]:
     save whoever writes. Where the rank writes by itself, one within the process does. The other costs 0.3 GB of memory
     for each rank, imports torch once more, and outlives a rank that is killed.
     """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
     before = filesystem_async._results_queue
     filesystem_async._results_queue = queue.Queue()
     try:
@@ -31,8 +32,6 @@ def replace_dead_writer() -> None:
     Megatron would hand it the next checkpoint and wait for ever. It dies by a signal of the system (out of memory), or
     by its own collection of garbage after a write that failed, which ends CPython 3.12 with a fault.
     """
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, PersistentAsyncCaller
-
     process = PersistentAsyncCaller._persistent_process
     if process is None or process.is_alive():
         return

@@ -23,6 +23,8 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
+from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import PassingError, UserError
@@ -195,8 +197,6 @@ def _files(directory: Path) -> list[Path]:
 
 def _own_share(files: list[Path]) -> list[Path]:
     """Each rank reads what it has written, which its machine may still hold in memory, and its share of the rest."""
-    from torch import distributed
-
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     writers = [int(match[1]) if (match := _WRITER.fullmatch(path.name)) else index for index, path in enumerate(files)]
     return [path for path, writer in zip(files, writers, strict=True) if writer % ranks == rank]
@@ -243,8 +243,6 @@ def _failures(directory: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def failures_to_save(directory: Path) -> Iterator[None]:
     """What stops Megatron from writing a checkpoint, as a UserError: on all ranks, or only where it happened."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
     try:
         yield
     except CheckpointException as error:  # which is no Exception; on all ranks, with the reasons of those that failed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -151,8 +152,6 @@ def show_error(error: UserError, where: str = "") -> None:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -211,7 +210,7 @@ def is_rank_zero() -> bool:
 
 def context_rank() -> ContextRank:
     """This rank's place among those that share its packs. After Megatron has set up its groups."""
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state  # here: this file is read before the platform is prepared
 
     return ContextRank(parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank())
 

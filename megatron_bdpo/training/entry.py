@@ -1,4 +1,4 @@
-"""Starting a preference job: the platform first, then everything that imports Megatron."""
+"""Starting a program: the platform first, then everything that imports Megatron."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_bdpo.display import Block, show
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.platform.boot import prepare_platform
+from megatron_bdpo.training.distributed import failed_after_others, left_alone
+from megatron_bdpo.training.reporting.status import write_status
 
 if TYPE_CHECKING:
-    from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.run import PreferenceRun
-    from megatron_bdpo.training.settings import Settings
 
 #: Set to anything, programs show the traceback of what the user can put right, too.
 DEBUG = "MEGATRON_BDPO_DEBUG"
@@ -38,52 +37,9 @@ def train(argv: Sequence[str] | None = None) -> PreferenceRun:
             the end of a ``--dry-run``.
     """
     prepare_platform()
-    from megatron_bdpo.training.run import PreferenceRun
+    from megatron_bdpo.training import programs  # imports Megatron
 
-    arguments = _parse(argv)
-    settings = arguments.settings
-    if settings.dry_run.is_wanted:
-        show(*_dry_run(arguments))
-        raise SystemExit(0)
-    with _ranks(settings):
-        run = PreferenceRun(arguments)
-        run.pretrain()
-        run.print_table()
-    return run
-
-
-def _parse(argv: Sequence[str] | None) -> Arguments:
-    from megatron_bdpo.training.flags import arguments, determinism
-
-    parsed = arguments.Arguments.parse(argv)
-    determinism.settle_environment(parsed.settings)
-    return parsed
-
-
-def _dry_run(arguments: Arguments) -> list[Block]:
-    from megatron_bdpo.training.distributed import process_groups
-    from megatron_bdpo.training.dry_run import dry_run, make_up_ranks
-
-    make_up_ranks(arguments)
-    with process_groups(arguments.settings.process):
-        return dry_run(arguments)
-
-
-@contextlib.contextmanager
-def _ranks(settings: Settings) -> Iterator[None]:
-    """This process as one of the ranks, with Megatron's own lines where they are wanted."""
-    from megatron_bdpo.training.distributed import process_groups
-    from megatron_bdpo.training.reporting.console import megatron_in_file
-
-    output: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if settings.output.megatron_output == "file":
-        # Megatron prints on the first and the last rank.
-        process, save = settings.process, settings.directories.save
-        is_first, is_last = process.rank == 0, process.rank == process.ranks - 1
-        name = "megatron.log" if is_first else "megatron-last-rank.log"
-        output = megatron_in_file(Path(save) / name if save and (is_first or is_last) else None)
-    with process_groups(settings.process), output:
-        yield
+    return programs.train(argv)
 
 
 def score(argv: Sequence[str] | None = None) -> list[Path]:
@@ -100,11 +56,9 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
         UserError: on every rank, printed once, for anything the user can put right.
     """
     prepare_platform()
-    from megatron_bdpo.training.reference.scoring_job import score_pairs
+    from megatron_bdpo.training import programs  # imports Megatron
 
-    arguments = _parse(argv)
-    with _ranks(arguments.settings):
-        return score_pairs(arguments)
+    return programs.score(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> PreferenceRun:
@@ -134,8 +88,6 @@ def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequen
         _leave_if_alone()
         raise SystemExit(2) from None
     except Exception as error:
-        from megatron_bdpo.training.distributed import failed_after_others
-
         if not failed_after_others():
             raise
         rank = os.environ.get("RANK", "0")
@@ -145,8 +97,6 @@ def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequen
 
 def _leave_if_alone() -> None:
     """End this process at once if the other ranks wait for it in a collective: a clean end might wait for them."""
-    from megatron_bdpo.training.distributed import left_alone
-
     if left_alone():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -163,8 +113,6 @@ def refusals_told() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        from megatron_bdpo.training.reporting.status import write_status
-
         if error.is_final:
             write_status("refused", None, reason=str(error))
         raise

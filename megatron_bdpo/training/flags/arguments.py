@@ -1,7 +1,4 @@
-"""Megatron's arguments and ours: parsed from the command line, read into ``Settings``, and changed here alone.
-
-Nothing here imports Megatron at module level: :meth:`Arguments.parse` does, after the platform is prepared.
-"""
+"""Megatron's arguments and ours: parsed from the command line, read into ``Settings``, and changed here alone."""
 
 from __future__ import annotations
 
@@ -15,6 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_args
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import registry
@@ -90,8 +90,6 @@ class Arguments:
                 be used.
             SystemExit: argparse's own, for ``--help``.
         """
-        from megatron.training.arguments import parse_args
-
         parsers: list[argparse.ArgumentParser] = []
         program = sys.argv
         flags = program[1:] if argv is None else argv
@@ -190,8 +188,6 @@ def _default_groups(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     """Add every flag of ours to ``parser``: a group for each part of the settings, and one for the losses' options."""
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
     group = parser.add_argument_group("recipes and losses (megatron_bdpo)")
     group.add_argument(
         recipe.FLAG,

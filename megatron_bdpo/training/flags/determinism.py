@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 
 import torch
+from megatron.training.determinism import apply_determinism_env
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.settings import Settings
@@ -30,8 +31,6 @@ def settle_environment(settings: Settings) -> None:
     """
     if not settings.schedule.deterministic_mode:
         return
-    from megatron.training.determinism import apply_determinism_env
-
     try:
         apply_determinism_env(os.environ)
     except AssertionError as error:

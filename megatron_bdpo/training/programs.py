@@ -1,0 +1,59 @@
+"""The programs: a training with its dry run, and scoring. Imported once the platform is prepared: see ``entry``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_bdpo.display import show
+from megatron_bdpo.training.distributed import process_groups
+from megatron_bdpo.training.dry_run import dry_run, make_up_ranks
+from megatron_bdpo.training.flags.arguments import Arguments
+from megatron_bdpo.training.flags.determinism import settle_environment
+from megatron_bdpo.training.reference.scoring_job import score_pairs
+from megatron_bdpo.training.reporting.console import megatron_in_file
+from megatron_bdpo.training.run import PreferenceRun
+from megatron_bdpo.training.settings import Settings
+
+
+def train(argv: Sequence[str] | None) -> PreferenceRun:
+    """See ``entry.train``."""
+    arguments = _parse(argv)
+    if arguments.settings.dry_run.is_wanted:
+        make_up_ranks(arguments)
+        with process_groups(arguments.settings.process):
+            show(*dry_run(arguments))
+        raise SystemExit(0)
+    with _ranks(arguments.settings):
+        run = PreferenceRun(arguments)
+        run.pretrain()
+        run.print_table()
+    return run
+
+
+def score(argv: Sequence[str] | None) -> list[Path]:
+    """See ``entry.score``."""
+    arguments = _parse(argv)
+    with _ranks(arguments.settings):
+        return score_pairs(arguments)
+
+
+def _parse(argv: Sequence[str] | None) -> Arguments:
+    arguments = Arguments.parse(argv)
+    settle_environment(arguments.settings)
+    return arguments
+
+
+@contextlib.contextmanager
+def _ranks(settings: Settings) -> Iterator[None]:
+    """This process as one of the ranks, with Megatron's own lines where they are wanted."""
+    output: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if settings.output.megatron_output == "file":
+        # Megatron prints on the first and the last rank.
+        process, save = settings.process, settings.directories.save
+        is_first, is_last = process.rank == 0, process.rank == process.ranks - 1
+        name = "megatron.log" if is_first else "megatron-last-rank.log"
+        output = megatron_in_file(Path(save) / name if save and (is_first or is_last) else None)
+    with process_groups(settings.process), output:
+        yield
