@@ -207,18 +207,18 @@ class DryRunSettings:
         return self.dry_run is not None
 
 
-#: In the order of the help text.
-FLAG_GROUPS: tuple[type, ...] = (
-    PairSettings,
-    StepSettings,
-    ModelSettings,
-    ReferenceSettings,
-    LogProbSettings,
-    CheckpointSettings,
-    EvaluationSettings,
-    OutputSettings,
-    DryRunSettings,
-)
+#: Title in the help text -> flags.
+FLAG_GROUPS: Mapping[str, type] = {
+    "preference pairs": PairSettings,
+    "steps and packs": StepSettings,
+    "policy": ModelSettings,
+    "reference": ReferenceSettings,
+    "log-probs": LogProbSettings,
+    "checkpoints": CheckpointSettings,
+    "evaluation": EvaluationSettings,
+    "output": OutputSettings,
+    "dry run": DryRunSettings,
+}
 
 
 @dataclass(frozen=True)

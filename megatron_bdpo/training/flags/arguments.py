@@ -7,7 +7,6 @@ import copy
 import difflib
 import functools
 import importlib.util
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -196,9 +195,8 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         help="flags in a YAML file, or in braces: '{lr: 1e-6}'. Later recipes win, the command line wins over all",
     )
     group.add_argument("--preference-loss", default="bdpo", help=f"one of: {', '.join(registry.names())}")
-    for settings in FLAG_GROUPS:
-        words = re.findall("[A-Z][a-z]+", settings.__name__.removesuffix("Settings"))
-        ArgumentGroupFactory(settings).build_group(parser, f"{' '.join(words).lower()} (megatron_bdpo)")
+    for title, settings in FLAG_GROUPS.items():
+        ArgumentGroupFactory(settings).build_group(parser, f"{title} (megatron_bdpo)")
     _add_loss_options(parser)
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from tests.harness.jobs import refusals
 
+IN_A_PROCESS = "from tests.unit.training import test_fused_layers as t; import json"
 SETTLE = "megatron_bdpo.training.flags.fused_layers.fusion_arguments"
 
 #: fp32: a fused kernel rounds its last result only, an eager one each of some ten.
@@ -102,7 +103,7 @@ def value_and_gradient(function: Callable[..., Tensor], parts: list[Tensor]) -> 
 @pytest.mark.skipif(" " in torch.__file__, reason="torch hands its own path to the compiler without quotes")
 def test_fused_functions_equal_the_eager_ones():
     """In a process of its own: where a GPU is emulated, nothing is compiled."""
-    code = "from tests.unit.training import test_fused_layers as t; import json; print(json.dumps([t.deviations(), t.graphs()]))"
+    code = f"{IN_A_PROCESS}; print(json.dumps([t.deviations(), t.graphs()]))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False
     )
@@ -122,7 +123,7 @@ def graphs() -> int:
 
 def test_rotary_embedding_compiles_no_kernel_for_the_cpu():
     """Its graphs take tensors and sizes: a number would be a tensor on the CPU, with a C++ kernel of its own."""
-    code = "from tests.unit.training import test_fused_layers as t; import json; print(json.dumps(t.inputs_without_dimensions()))"
+    code = f"{IN_A_PROCESS}; print(json.dumps(t.inputs_without_dimensions()))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False
     )
