@@ -169,7 +169,7 @@ def _directory(root: Path, iteration: int) -> Path:
 
 
 class ChecksummedSave:
-    """``platform.seams.SaveHooks`` for a checkpoint of no run: failures as UserErrors, and a manifest."""
+    """``platform.hooks.SaveHooks`` for a checkpoint of no run: failures as UserErrors, and a manifest."""
 
     def saving(self, directory: Path) -> contextlib.AbstractContextManager[None]:
         return failures_to_save(directory)

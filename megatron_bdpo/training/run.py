@@ -54,7 +54,7 @@ from megatron_bdpo.training.timetable import Timetable
 
 
 class PreferenceRun:
-    """Owns what is between Megatron's trainer and our parts; implements ``platform.seams.TrainerHooks``.
+    """Owns what is between Megatron's trainer and our parts; implements ``platform.hooks.TrainerHooks``.
 
     Attributes:
         args: Megatron's arguments, validated.

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_bdpo.platform.seams import HOOKS_ONLY
+from megatron_bdpo.platform.hooks import HOOKS_ONLY
 
 #: The metric of a loss that the quartiles are of.
 IMBALANCE = "comprehension/imbalance"
