@@ -49,7 +49,7 @@ def export(
     from megatron_bdpo.model.hf.directory import model_directory
     from megatron_bdpo.training.distributed import process_groups
     from megatron_bdpo.training.hf import exporting as hf_export
-    from megatron_bdpo.training.settings import ProcessSettings
+    from megatron_bdpo.training.megatron_settings import ProcessSettings
 
     one_process = ProcessSettings(rank=0, local_rank=0, ranks=1, backend="gloo", timeout_minutes=10, is_made_up=False)
     with _written(output), process_groups(one_process):

@@ -30,7 +30,7 @@ from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import PassingError, UserError
 from megatron_bdpo.json_shape import Each, misshapen, parse_json
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, is_rank_zero, say
-from megatron_bdpo.training.settings import DirectorySettings
+from megatron_bdpo.training.megatron_settings import DirectorySettings
 
 _ALGORITHM = "sha256"
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp")

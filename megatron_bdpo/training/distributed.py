@@ -17,8 +17,8 @@ from torch import distributed
 from megatron_bdpo.data.context import ContextRank
 from megatron_bdpo.display import Block
 from megatron_bdpo.errors import PassingError, UserError
+from megatron_bdpo.training.megatron_settings import ProcessSettings
 from megatron_bdpo.training.reporting.console import show
-from megatron_bdpo.training.settings import ProcessSettings
 
 #: One rank may tokenise or score for hours while the others wait for it.
 _PATIENCE = timedelta(days=2)

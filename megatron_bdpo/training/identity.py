@@ -14,7 +14,8 @@ from typing import Any
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.settings import DirectorySettings, Settings
+from megatron_bdpo.training.megatron_settings import DirectorySettings
+from megatron_bdpo.training.settings import Settings
 
 _ARGUMENT = "bdpo_run_identity"
 

@@ -17,7 +17,8 @@ from megatron_bdpo.planning.model import ModelShape, Split
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.hf.start import architecture_of
 from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.settings import MemorySettings, Settings
+from megatron_bdpo.training.megatron_settings import MemorySettings
+from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.token_stores import build_tokenizer
 
 _ADAM = "adam"

@@ -94,7 +94,7 @@ def refusals(check: str, command_lines: Sequence[tuple[str, int]]) -> list[str]:
 
 def own_process() -> Any:
     """This rank's ``ProcessSettings``, from the environment that the pool has given it."""
-    from megatron_bdpo.training.settings import ProcessSettings
+    from megatron_bdpo.training.megatron_settings import ProcessSettings
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return ProcessSettings(rank=rank, local_rank=rank, ranks=ranks, backend="gloo", timeout_minutes=1, is_made_up=False)

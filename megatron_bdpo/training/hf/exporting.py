@@ -34,7 +34,8 @@ from megatron_bdpo.training import identity
 from megatron_bdpo.training.checkpoints import refuse_damaged
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, host_group, is_rank_zero, say
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.settings import DirectorySettings, Settings
+from megatron_bdpo.training.megatron_settings import DirectorySettings
+from megatron_bdpo.training.settings import Settings
 
 #: What a reader of the model card wants to know of a run's arguments.
 _SETTINGS = (

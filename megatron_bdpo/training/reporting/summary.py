@@ -13,7 +13,8 @@ from megatron_bdpo.training.flags import fused_layers, precision_check
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.job_memory import job_shape, model_shape
-from megatron_bdpo.training.settings import LayoutSettings, Settings
+from megatron_bdpo.training.megatron_settings import LayoutSettings
+from megatron_bdpo.training.settings import Settings
 
 
 def summarize(arguments: Arguments, job: PairJob) -> Facts:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_bdpo.training import distributed
-from megatron_bdpo.training.settings import ProcessSettings
+from megatron_bdpo.training.megatron_settings import ProcessSettings
 
 
 class Asked(Exception):
