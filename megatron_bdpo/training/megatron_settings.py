@@ -1,4 +1,4 @@
-"""What we read of Megatron's own arguments, as frozen dataclasses: the parts of ``Settings`` that have no flags of ours."""
+"""What we read of Megatron's own arguments, as frozen dataclasses: the parts of ``Settings`` without flags of ours."""
 
 import signal
 from dataclasses import dataclass, field
