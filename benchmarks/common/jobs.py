@@ -129,9 +129,9 @@ def run(
             measured.marks.append(Instant.now())
 
         def after_step(self, *step: Any) -> None:
-            if self._step.gate is not None:
-                measured.step_zero = asdict(self._step.gate.deviation())
-                self._step.gate = self._step.gate if judge else None
+            if self.step.gate is not None:
+                measured.step_zero = asdict(self.step.gate.deviation())
+                self.step.gate = self.step.gate if judge else None
             super().after_step(*step)
             measured.marks.append(Instant.now())
             after_step(len(measured.marks) - 1)

@@ -208,6 +208,11 @@ def is_rank_zero() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_last_rank() -> bool:
+    """Whether this is the last global rank: it is of the last pipeline stage, which has the metrics."""
+    return bool(distributed.get_rank() == distributed.get_world_size() - 1)
+
+
 def context_rank() -> ContextRank:
     """This rank's place among those that share its packs. After Megatron has set up its groups."""
     from megatron.core import parallel_state  # here: this file is read before the platform is prepared

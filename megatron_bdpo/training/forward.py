@@ -7,7 +7,6 @@ ranks and microbatches, so a step is the exact mean over its pairs however they 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +19,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_bdpo.logprobs import TokenScoring
-from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses, Requirements
+from megatron_bdpo.losses import PairLogProbs, PairLosses
 from megatron_bdpo.model.attention import KeptKeys
 from megatron_bdpo.model.pair_gpt import NextTokenContext, ScoringContext, next_tokens, score_sequences
 from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import PackBatch
 from megatron_bdpo.training.finite import check_losses
+from megatron_bdpo.training.loss import PairLossFunction
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_report
 from megatron_bdpo.training.step_zero import StepZeroGate
 
@@ -38,36 +38,6 @@ class ReferenceValues(Protocol):
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
         """(conditional, unconditional) log-probs of the batch's sequences, each [S] float64 or None if not needed."""
-
-
-@dataclass(frozen=True)
-class PairLossFunction:
-    """A loss of the registry with its options: sequence log-probs of a batch -> losses of its pairs."""
-
-    spec: LossSpec[Any]
-    options: Any
-
-    def describe(self) -> str:
-        """Name and options in a line."""
-        options = (f"{field.name} {getattr(self.options, field.name)}" for field in dataclasses.fields(self.options))
-        return ", ".join([self.spec.name, *options])
-
-    @property
-    def requirements(self) -> Requirements:
-        return self.spec.requirements(self.options)
-
-    def __call__(
-        self, batch: PackBatch, policy: Tensor, reference: Tensor | None, unconditional: Tensor | None
-    ) -> tuple[PairLogProbs, PairLosses]:
-        """Evaluate. ``policy``, ``reference``, ``unconditional`` are [S], chosen and rejected alternating."""
-        return self.of_sequences(batch.sequence_tokens, batch.unsafe, policy, reference, unconditional)
-
-    def of_sequences(
-        self, tokens: Tensor, unsafe: Tensor, policy: Tensor, reference: Tensor | None, unconditional: Tensor | None
-    ) -> tuple[PairLogProbs, PairLosses]:
-        """The same of any pairs: ``tokens`` is [S], ``unsafe`` [P, 2]."""
-        pairs = PairLogProbs.of_sequences(tokens, policy, reference, unconditional, unsafe)
-        return pairs, self.spec.function(pairs, self.options)
 
 
 def score_pack(model: Any, batch: PackBatch, scoring: TokenScoring) -> Tensor:

@@ -21,7 +21,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.forward import PairLossFunction
+from megatron_bdpo.training.loss import PairLossFunction
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.token_stores import build_tokenizer, cache_directory, open_stores
 
@@ -61,6 +61,10 @@ class PairJob:
         """Makes the packs of training and evaluation, as a context-parallel rank sees them."""
         unconditional = self.resident and self.loss.requirements.comprehension
         return PackMaker(self.pool, self.max_pack_length, self.share_prompts, unconditional, context)
+
+    def pairs_of_step(self, iteration: int) -> IntArray:
+        """Ids of the pairs of a step; steps are counted from 1."""
+        return self.plan.steps[iteration - 1]
 
     def pairs_in_use(self, evaluated_after: int | None) -> IntArray:
         """Ids of the pairs that steps and evaluations read, in the order in which they come first.

@@ -34,7 +34,7 @@ def train_and_tell(flags, **overrides):
 
     def told(run, model):
         after_load(run, model)
-        temperatures.append((run._step.loss.options.bdpo_temperature, run.job.loss.options.bdpo_temperature))
+        temperatures.append((run.step.loss.options.bdpo_temperature, run.job.loss.options.bdpo_temperature))
 
     printed = io.StringIO()
     PreferenceRun.after_load = told
@@ -103,7 +103,7 @@ def train_and_tell_pairs(flags, **overrides):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         run, _ = run_job(last_weights_kept(), flags, overrides)
-    return np.unique(run.job.plan.steps), run._step.imbalance_edges.tolist(), printed.getvalue()
+    return np.unique(run.job.plan.steps), run.step.imbalance_edges.tolist(), printed.getvalue()
 
 
 def _resume_with_other_rule(flags, **overrides):

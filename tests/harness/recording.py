@@ -130,7 +130,7 @@ def _recorded_run() -> type[Any]:
             redraw_vectors(unwrap_model(model))
             self.now = _Seen(copy_shards(model))
             super().after_load(model)
-            self._step.loss = self._recorded(self._step.loss)  # now that its options are settled
+            self.step.loss = self._recorded(self.step.loss)  # now that its options are settled
 
         def wrap_schedule(self, schedule: Any) -> Any:
             inner = super().wrap_schedule(schedule)

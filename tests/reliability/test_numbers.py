@@ -41,11 +41,11 @@ def broken_loss():
     class Faulty(last_weights_kept()):
         def __init__(self, args):
             super().__init__(args)
-            step, loss = self._step, self._step.loss
+            step, loss = self.step, self.step.loss
 
             class Loss(type(loss)):
                 def __call__(inner, batch, policy, reference, unconditional):
-                    if self._iteration == 1:
+                    if self.iteration == 1:
                         policy = policy.clone()
                         policy[0] = math.nan
                     return super().__call__(batch, policy, reference, unconditional)
@@ -54,7 +54,7 @@ def broken_loss():
             step.loss = self._faulty(loss)
 
         def before_training(self, evaluate):
-            self._step.loss = self._faulty(self._step.loss)  # the start has settled its options
+            self.step.loss = self._faulty(self.step.loss)  # the start has settled its options
             super().before_training(evaluate)
 
     return Faulty
@@ -70,7 +70,7 @@ def broken_gradient(step, value):
 
                 def spoil(gradient):
                     gradient = gradient.clone()
-                    if self._iteration == step - 1:
+                    if self.iteration == step - 1:
                         gradient.view(-1)[0] = value
                     return gradient
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,8 +37,8 @@ def left(root: Path) -> list[int]:
 
 
 def outdated(root: Path, newest: int, every: int | None = None) -> list[int]:
+    from megatron_bdpo.training.callbacks.retention import Retention
     from megatron_bdpo.training.checkpoints import iteration_of
-    from megatron_bdpo.training.retention import Retention
 
     return sorted(iteration_of(path) or 0 for path in Retention(newest, every).outdated(root))
 
@@ -70,14 +71,23 @@ def test_without_a_whole_checkpoint_that_is_named_all_stay(ranks, tmp_path, trac
     assert ranks(1)(outdated, tmp_path, 1) == [[]]
 
 
-def save_a_fifth(root: Path, goes_on_from: int | None) -> None:
-    from megatron_bdpo.training.retention import Deletion, Retention
+def start(goes_on_from: int | None, reference: str = "") -> Any:
+    """Of a run that goes on from that checkpoint of its own, or begins."""
+    from megatron_bdpo.training.callbacks.base import Start
+    from megatron_bdpo.training.identity import RunIdentity
 
-    deletion = Deletion(Retention(2), root, lambda: False)
-    deletion.begin(goes_on_from, "")
-    deletion.written(checkpoint(root, 50))
+    identity = RunIdentity("", 0, 0, 0, "", reference_weights=reference)
+    return Start([], goes_on_from or 0, None, identity, {}, [])
+
+
+def save_a_fifth(root: Path, goes_on_from: int | None) -> None:
+    from megatron_bdpo.training.callbacks.retention import Deletion, Retention
+
+    deletion = Deletion(Retention(2), root, lambda: False, goes_on_in_place=True)
+    deletion.after_load(start(goes_on_from))
+    deletion.after_files(checkpoint(root, 50))
     name(root, 50)
-    deletion.finish()
+    deletion.finished()
 
 
 def test_what_is_not_whole_does_not_count(ranks, tmp_path):
@@ -110,15 +120,15 @@ def test_what_a_new_run_finds_in_its_directory_stays(ranks, tmp_path, tracker):
 
 
 def delete_while_saving_and_after(root: Path, protected: Path) -> list[list[int]]:
-    from megatron_bdpo.training.retention import Deletion, Retention
+    from megatron_bdpo.training.callbacks.retention import Deletion, Retention
 
     saving = [True]
-    deletion = Deletion(Retention(1), root, lambda: saving[0])
-    deletion.begin(40, str(protected))
-    deletion.written(root / "iter_0000040")
+    deletion = Deletion(Retention(1), root, lambda: saving[0], goes_on_in_place=True)
+    deletion.after_load(start(40, str(protected)))
+    deletion.after_files(root / "iter_0000040")
     found = []
     for saving[0] in (True, False):
-        deletion.finish()
+        deletion.finished()
         found.append(left(root))
     return found
 
@@ -139,7 +149,7 @@ import os, signal, sys
 from pathlib import Path
 from megatron_bdpo.platform.boot import prepare_platform
 prepare_platform()
-from megatron_bdpo.training.retention import Deletion, Retention
+from megatron_bdpo.training.callbacks.retention import Deletion, Retention
 root, left = Path(sys.argv[1]), int(sys.argv[2])
 def counted(event, args):
     global left
@@ -147,11 +157,12 @@ def counted(event, args):
         left -= 1
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
-deletion = Deletion(Retention(2), root, lambda: False)
-deletion.begin(40, "")
-deletion.written(root / "iter_0000050")
+from tests.reliability.test_retention import start
+deletion = Deletion(Retention(2), root, lambda: False, goes_on_in_place=True)
+deletion.after_load(start(40))
+deletion.after_files(root / "iter_0000050")
 sys.addaudithook(counted)
-deletion.finish()
+deletion.finished()
 """
 
 

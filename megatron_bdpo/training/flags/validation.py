@@ -20,7 +20,6 @@ from megatron_bdpo.training.hf.start import vocabulary_size
 from megatron_bdpo.training.job import PairJob, plan_settings
 from megatron_bdpo.training.model_config import model_config
 from megatron_bdpo.training.settings import Settings
-from megatron_bdpo.training.timetable import intervals
 
 
 def validate(arguments: Arguments, job: PairJob) -> PairGPTConfig:
@@ -95,6 +94,19 @@ def plan_arguments(settings: Settings, plan: StepPlan, eval_packs: int) -> dict[
         "eval_global_batch_size": eval_packs if evaluates else plan.packs_per_step,
         **intervals(settings, steps),
     }
+
+
+def intervals(settings: Settings, last_step: int) -> dict[str, int]:
+    """Megatron's arguments that leave the end to it where only the clock decides.
+
+    It saves at the last step if an interval divides it, and after it if none does; it evaluates after it in any case.
+    """
+    found = {}
+    if settings.directories.save and settings.directories.save_interval is None:
+        found["save_interval"] = last_step
+    if settings.evaluation.eval_every_minutes is not None and "eval_interval" not in settings.given:
+        found["eval_interval"] = last_step + 1
+    return found
 
 
 def silence() -> contextlib.AbstractContextManager[object]:

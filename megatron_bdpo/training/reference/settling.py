@@ -13,7 +13,7 @@ from typing import Any
 from megatron_bdpo.losses import PairLogProbs
 from megatron_bdpo.losses.options import open_options
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
-from megatron_bdpo.training.forward import PairLossFunction
+from megatron_bdpo.training.loss import PairLossFunction
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_edges
 
 

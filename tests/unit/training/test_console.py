@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bdpo.training.callbacks.progress import _fitting
 from megatron_bdpo.training.reporting import console
-from megatron_bdpo.training.reporting.progress import _fitting
 
 ROOT = Path(__file__).parents[3]
 

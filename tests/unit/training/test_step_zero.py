@@ -34,7 +34,7 @@ def verdict(dtype: torch.dtype, microbatches_by_rank: list[list[Answers]], loss:
     from megatron_bdpo.errors import UserError
     from megatron_bdpo.losses import registry
     from megatron_bdpo.model.precision import Precision
-    from megatron_bdpo.training.forward import PairLossFunction
+    from megatron_bdpo.training.loss import PairLossFunction
     from megatron_bdpo.training.step_zero import StepZeroGate
 
     function = PairLossFunction(registry.get(loss), registry.build_options(loss, options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ def due_steps(flags: dict[str, object], seconds_a_step: float, *, saving_until: 
     from torch import distributed as groups
 
     from megatron_bdpo.training import distributed
-    from megatron_bdpo.training.timetable import Timetable
+    from megatron_bdpo.training.callbacks.base import StepResult
+    from megatron_bdpo.training.callbacks.timetable import Timetable
 
     arguments = job(flags)
     found: dict[str, list[int]] = {"save": [], "eval": []}
@@ -33,14 +35,14 @@ def due_steps(flags: dict[str, object], seconds_a_step: float, *, saving_until: 
         for iteration in range(1, 501):
             clock[0] += seconds_a_step * (groups.get_rank() == 0)
             is_saving[0] = iteration <= saving_until
-            table.after_step(iteration)
+            table.after_step(StepResult(iteration, {}, skipped=False, seconds=0.0, pairs=1, tokens=1))
             due = arguments.megatron
             if iteration % due.save_interval == 0:
                 found["save"].append(iteration)
-                table.saving()
+                table.saving(Path())
             if due.eval_interval and iteration % due.eval_interval == 0:
                 found["eval"].append(iteration)
-                table.evaluated()
+                table.after_evaluation({}, iteration)
     return found
 
 
@@ -71,7 +73,7 @@ def test_none_is_due_while_one_is_being_written(ranks):
 
 def intervals(flags: list[str]) -> dict[str, int]:
     from megatron_bdpo.training.flags.arguments import Arguments
-    from megatron_bdpo.training.timetable import intervals
+    from megatron_bdpo.training.flags.validation import intervals
 
     arguments = Arguments.parse(["--save", "run", "--eval-every-minutes", "5", *flags])
     return intervals(arguments.settings, last_step=70)

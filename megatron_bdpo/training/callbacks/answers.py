@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.training.global_vars import get_tokenizer, get_wandb_writer
+from torch import Tensor
 
 from megatron_bdpo.data.answering import GreedyAnswers
 from megatron_bdpo.data.prompts import ANSWER_COLUMNS, EvalPrompts
 from megatron_bdpo.data.records import printable
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.display import Table
+from megatron_bdpo.training.callbacks.base import Callback, Start
+from megatron_bdpo.training.distributed import all_ranks_agree, is_last_rank
 from megatron_bdpo.training.generation.decoding import PackShape, answer_greedily
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.reporting.console import show
@@ -33,7 +36,7 @@ from megatron_bdpo.training.stopping import StopRequest
 _SHOWN, _CHARACTERS = 4, 200
 
 
-class Generations:
+class Answers(Callback):
     """Answers of the policy to the prompts of a job; without prompts it does nothing.
 
     Attributes:
@@ -53,28 +56,33 @@ class Generations:
         self._prompts = job.prompts
         self._shape = PackShape(job.max_pack_length, settings.length_unit, job.fixed_length)
         self._vocab_size, self._stop = vocab_size, stop
-        self._is_last = settings.process.rank == settings.process.ranks - 1
+        self._save = settings.directories.save
+        self._model: list[Any] = []
         self._file: StepLines | None = None
         self._asked_at: int | None = None
 
-    def begin(self, save: Path, iteration: int) -> None:
-        """On the last rank: open the file in ``save`` at the step that the run starts from.
+    def after_load(self, start: Start) -> None:
+        """Open the file, on the last rank, at the step that the run starts from. Collective.
 
         Raises:
             UserError: it cannot be read or written.
         """
-        if self._prompts or (save / NAME).exists():  # without prompts: what another run has left there
-            self._file = open_generations(save / NAME, iteration)
-            self.rows = list(self._file.found)
+        self._model = start.model
+        with all_ranks_agree():
+            if self._save and is_last_rank():
+                path = Path(self._save) / NAME
+                if self._prompts or path.exists():  # without prompts: what another run has left there
+                    self._file = open_generations(path, start.iteration)
+                    self.rows = list(self._file.found)
 
-    def after_evaluation(self, model: list[Any], iteration: int) -> None:
+    def after_evaluation(self, metrics: Mapping[str, Tensor], iteration: int) -> None:
         """Have the policy answer, and keep, show and send what it says. Collective over all ranks."""
         if self._prompts is None or iteration == self._asked_at:  # Megatron evaluates twice after a last step
             return
         self._asked_at = iteration
         began = time.perf_counter()
-        answers = answer_greedily(model, self._prompts, self._shape, self._vocab_size, self._is_to_stop)
-        if not self._is_last:
+        answers = answer_greedily(self._model, self._prompts, self._shape, self._vocab_size, self._is_to_stop)
+        if not is_last_rank():
             return
         if answers is None:
             show(f"prompts, after step {iteration} | given up: {self._stop.reason}")

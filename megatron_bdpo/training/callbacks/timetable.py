@@ -9,14 +9,16 @@ is trained: a run that is stopped and goes on keeps its numbers, although its ch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from megatron_bdpo.training.callbacks.base import Callback, StepResult
 from megatron_bdpo.training.distributed import is_rank_zero, sum_over_ranks
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.settings import Settings
 
 
 @dataclass
@@ -34,7 +36,7 @@ class _Clock:
         return self.minutes is not None and now - self.since >= 60 * self.minutes
 
 
-class Timetable:
+class Timetable(Callback):
     """Sets ``args.save_interval`` and ``args.eval_interval`` before every step's end.
 
     With ``--save-every-minutes`` and without ``--save-interval`` only the clock and the end of the training are left;
@@ -42,15 +44,15 @@ class Timetable:
     """
 
     def __init__(
-        self, arguments: Arguments, is_saving: Callable[[], bool], now: Callable[[], float] = time.monotonic
+        self, arguments: Arguments, is_writing: Callable[[], bool], now: Callable[[], float] = time.monotonic
     ) -> None:
         """
         Args:
             arguments: validated.
-            is_saving: whether an earlier checkpoint is still being written; until it is, none is due by the clock.
+            is_writing: whether an earlier checkpoint is still being written; until it is, none is due by the clock.
             now: seconds, on rank 0.
         """
-        self._arguments, self._is_saving, self._now = arguments, is_saving, now
+        self._arguments, self._is_writing, self._now = arguments, is_writing, now
         settings = arguments.settings
         schedule, directories = settings.schedule, settings.directories
         self._last_step = schedule.train_iters or 0
@@ -58,43 +60,30 @@ class Timetable:
         eval_minutes = settings.evaluation.eval_every_minutes if schedule.eval_iters else None
         self._save = _Clock("save_interval", save_minutes, directories.save_interval)
         self._evaluation = _Clock("eval_interval", eval_minutes, schedule.eval_interval)
-        self.begin()
+        self.before_training()
 
-    def begin(self) -> None:
-        """Both intervals begin: training does."""
-        self.saving()
-        self.evaluated()
+    def before_training(self) -> None:
+        """Both intervals begin."""
+        self._save.since = self._evaluation.since = self._now()
 
-    def saving(self) -> None:
-        """A checkpoint is being written, for whatever reason: the next one is due an interval from now."""
+    def saving(self, directory: Path) -> None:
+        """The next one is due an interval from now, for whatever reason this one is written."""
         self._save.since = self._now()
 
-    def evaluated(self) -> None:
-        """An evaluation is done."""
+    def after_evaluation(self, metrics: Mapping[str, Tensor], iteration: int) -> None:
+        """The next one is due an interval from now."""
         self._evaluation.since = self._now()
 
-    def after_step(self, iteration: int) -> None:
+    def after_step(self, step: StepResult) -> None:
         """Decide what follows this step. Collective, where there is a clock to ask."""
+        iteration = step.iteration
         if self._save.minutes is None and self._evaluation.minutes is None:
             return
         due = torch.zeros(2)
         if is_rank_zero() and iteration < self._last_step:  # the end of a training saves and evaluates by itself
             now = self._now()
-            due[0] = self._save.is_over(now) and not self._is_saving()
+            due[0] = self._save.is_over(now) and not self._is_writing()
             due[1] = self._evaluation.is_over(now)
         for clock, is_due in zip((self._save, self._evaluation), sum_over_ranks(due).tolist(), strict=True):
             if clock.minutes is not None:
                 self._arguments.set(**{clock.interval: iteration if is_due else clock.steps})
-
-
-def intervals(settings: Settings, last_step: int) -> dict[str, int]:
-    """Megatron's arguments that leave the end to it where only the clock decides.
-
-    It saves at the last step if an interval divides it, and after it if none does; it evaluates after it in any case.
-    """
-    found = {}
-    if settings.directories.save and settings.directories.save_interval is None:
-        found["save_interval"] = last_step
-    if settings.evaluation.eval_every_minutes is not None and "eval_interval" not in settings.given:
-        found["eval_interval"] = last_step + 1
-    return found

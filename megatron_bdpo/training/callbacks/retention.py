@@ -23,6 +23,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_bdpo.training.callbacks.base import Callback, Start, StepResult
 from megatron_bdpo.training.checkpoints import is_whole, iteration_of, named_iteration
 from megatron_bdpo.training.settings import Settings
 
@@ -65,44 +66,47 @@ class Retention:
         return [found[iteration] for iteration in older if iteration not in kept]
 
 
-class Deletion:
-    """Deletes what is outdated, on the rank that has one. The deleting itself is done by a thread: it takes minutes."""
+class Deletion(Callback):
+    """Deletes what is outdated, for rank 0 alone. The deleting itself is done by a thread: it takes minutes."""
 
-    def __init__(self, retention: Retention, root: Path, is_saving: Callable[[], bool]) -> None:
+    def __init__(
+        self, retention: Retention, root: Path, is_writing: Callable[[], bool], *, goes_on_in_place: bool
+    ) -> None:
         """
         Args:
-            is_saving: whether a checkpoint is still being written.
+            is_writing: whether a checkpoint is still being written.
+            goes_on_in_place: a run that goes on does so from a checkpoint in ``root``.
         """
-        self._retention, self._root, self._is_saving = retention, root, is_saving
+        self._retention, self._root, self._is_writing = retention, root, is_writing
+        self._goes_on_in_place = goes_on_in_place
         self._abandoned: set[int] = set()
         self._foreign: set[int] = set()
         self._protected: Path | None = None
         self._thread: threading.Thread | None = None
         self._is_pending = False
 
-    def begin(self, goes_on_from: int | None, reference: str) -> None:
-        """The run has loaded what it starts from.
-
-        Args:
-            goes_on_from: its iteration, if it is in this directory.
-            reference: the directory with the reference's weights, or "".
-        """
+    def after_load(self, start: Start) -> None:
+        """Find out what in the directory is not this run's; the weights of the reference stay."""
         found = {iteration for iteration, _ in _checkpoints(self._root)}
-        if goes_on_from is None:
-            self._foreign = found
+        if start.resumed and self._goes_on_in_place:
+            self._abandoned = {iteration for iteration in found if iteration > start.iteration}
         else:
-            self._abandoned = {iteration for iteration in found if iteration > goes_on_from}
+            self._foreign = found
+        reference = start.identity.reference_weights
         self._protected = Path(reference).resolve() if reference else None
 
-    def written(self, directory: Path) -> None:
-        """The files of this checkpoint are there; the tracker will name it."""
+    def after_files(self, directory: Path) -> None:
+        """The tracker will name this checkpoint: others may go."""
         for others in (self._abandoned, self._foreign):
             others.discard(iteration_of(directory) or 0)
         self._is_pending = True
 
-    def delete(self) -> None:
+    def after_step(self, step: StepResult) -> None:
         """Begin to delete what is outdated, if a checkpoint has been written since the last time."""
-        if not self._is_pending or self._is_saving() or (self._thread and self._thread.is_alive()):
+        self._delete()
+
+    def _delete(self) -> None:
+        if not self._is_pending or self._is_writing() or (self._thread and self._thread.is_alive()):
             return
         self._is_pending = False
         for directory in self._retention.outdated(self._root, self._abandoned, self._foreign):
@@ -112,11 +116,17 @@ class Deletion:
         self._thread = threading.Thread(target=delete_doomed, args=(self._root,), daemon=True)
         self._thread.start()
 
-    def finish(self) -> None:
+    def finished(self) -> None:
         """Delete what the last checkpoint has made outdated, and wait for it."""
-        if self._thread:
-            self._thread.join()
-        self.delete()
+        self._join()
+        self._delete()
+        self._join()
+
+    def stopped(self, reason: str) -> None:
+        """The same."""
+        self.finished()
+
+    def _join(self) -> None:
         if self._thread:
             self._thread.join()
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import datetime
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from torch import Tensor
 
 from megatron_bdpo.display import Table
+from megatron_bdpo.training.callbacks.base import Callback, Start, StepResult
+from megatron_bdpo.training.distributed import all_ranks_agree, is_last_rank
 from megatron_bdpo.training.reporting.advice import Advisor
 from megatron_bdpo.training.reporting.console import show, width
-from megatron_bdpo.training.reporting.metrics_file import MetricsFile
+from megatron_bdpo.training.reporting.metrics_file import NAME, MetricsFile
 from megatron_bdpo.training.reporting.quartiles import is_of_a_quartile, within_quartiles
 
 Metrics = dict[str, float]
@@ -34,21 +39,22 @@ _SHOWN_EXTRAS = {
 
 
 @dataclass
-class Progress:
+class Progress(Callback):
     """Accumulates on the last pipeline stage; prints from the last rank, as Megatron's own log does.
 
-    Attributes:
-        steps: one record per logged interval: iteration, means of all metrics, pairs/s and tokens/s.
-        evaluations: one record per evaluation.
-        file: where the records go as well; on one rank of those that have them.
+    The records go to ``metrics.jsonl`` as well, on one rank of those that have them.
     """
 
     log_interval: int
     train_iters: int
     advisor: Advisor
+    save: str | None = None
+    """Directory of the file."""
     steps: list[Metrics] = field(default_factory=list)
+    """One record per logged interval: iteration, means of all metrics, pairs/s and tokens/s."""
     evaluations: list[Metrics] = field(default_factory=list)
-    file: MetricsFile | None = None
+    """One record per evaluation."""
+    _file: MetricsFile | None = None
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _count: int = 0
     _skipped: int = 0
@@ -58,18 +64,23 @@ class Progress:
     _pace_from: tuple[int, float] | None = None
     """A logged iteration and when it ended."""
 
-    def step(
-        self, losses: dict[str, Tensor], iteration: int, *, skipped: bool, seconds: float, pairs: int, tokens: int
-    ) -> None:
+    def after_load(self, start: Start) -> None:
+        """Open the file of records. Collective."""
+        with all_ranks_agree():
+            if self.save and is_last_rank():
+                self._file = MetricsFile(Path(self.save) / NAME, start.iteration)
+
+    def after_step(self, step: StepResult) -> None:
         """Take in one optimizer step; print and record at every log interval."""
-        self._skipped += skipped
-        if not skipped:
-            for name, value in losses.items():
+        iteration = step.iteration
+        self._skipped += step.skipped
+        if not step.skipped:
+            for name, value in step.metrics.items():
                 self._sums[name] = self._sums.get(name, 0) + value.detach()
             self._count += 1
-        self._seconds += seconds
-        self._pairs += pairs
-        self._tokens += tokens
+        self._seconds += step.seconds
+        self._pairs += step.pairs
+        self._tokens += step.tokens
         if iteration % self.log_interval == 0 or iteration == self.train_iters:
             self._close_interval(iteration)
 
@@ -86,8 +97,8 @@ class Progress:
             record = {"iteration": float(iteration), **metrics, **rates}
             self.steps.append(record)
             _write_scalars(rates | _quartiles(metrics), iteration)
-            if self.file:
-                self.file.append("step", record)
+            if self._file:
+                self._file.append("step", record)
             _print_last(_fitting(f"{self._place(iteration)} | {step_line(record, self._remaining(iteration))}"))
             for advice in self.advisor.observe(metrics):
                 _print_last(f"WARNING: {advice}")
@@ -108,15 +119,15 @@ class Progress:
     def _place(self, iteration: int) -> str:
         return f"step {iteration:>{len(str(self.train_iters))}}/{self.train_iters}"
 
-    def evaluation(self, metrics: dict[str, Tensor], iteration: int) -> None:
+    def after_evaluation(self, metrics: Mapping[str, Tensor], iteration: int) -> None:
         """Take in one evaluation."""
         if metrics:
             means = within_quartiles({name: float(value) for name, value in metrics.items()})
             record = {"iteration": float(iteration), **means}
             self.evaluations.append(record)
             _write_scalars({f"{name} validation": value for name, value in _quartiles(means).items()}, iteration)
-            if self.file:
-                self.file.append("evaluation", record)
+            if self._file:
+                self._file.append("evaluation", record)
             _print_last(_fitting(f"held out, after step {iteration} | {step_line(record)}"))
 
     def table(self) -> Table | None:
@@ -178,14 +189,12 @@ def _quartiles(metrics: Metrics) -> Metrics:
 
 
 def _print_last(message: str) -> None:
-    if distributed.get_rank() == distributed.get_world_size() - 1:
+    if is_last_rank():
         show(message)
 
 
 def _write_scalars(values: Metrics, iteration: int) -> None:
     """To TensorBoard and W&B where they are on; both live on the last rank."""
-    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
-
     tensorboard: Any = get_tensorboard_writer()
     wandb: Any = get_wandb_writer()
     for name, value in values.items():

@@ -1,0 +1,44 @@
+"""Ends the run before anything is saved of an update that was not finite. See ``training.finite``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_bdpo.data.step_plan import IntArray
+from megatron_bdpo.training.callbacks.base import Callback, Start
+from megatron_bdpo.training.finite import Describe, broken_gradient, reject_broken_weights
+
+
+class FiniteCheck(Callback):
+    """Looks at the gradients' norm after each update, and at the weights before each checkpoint.
+
+    Args:
+        pairs: ids of a step's pairs.
+        describe: a pair's name for messages.
+    """
+
+    def __init__(self, pairs: Callable[[int], IntArray], describe: Describe) -> None:
+        self._pairs, self._describe = pairs, describe
+        self._model: list[Any] = []
+
+    def after_load(self, start: Start) -> None:
+        self._model = start.model
+
+    def after_update(self, grad_norm: float, iteration: int) -> None:
+        """
+        Raises:
+            NotFiniteError: with the step's pairs.
+        """
+        if not math.isfinite(grad_norm):
+            raise broken_gradient(f"norm {grad_norm}", iteration, self._pairs(iteration), self._describe)
+
+    def saving(self, directory: Path) -> None:
+        """Collective.
+
+        Raises:
+            NotFiniteError: on every rank, with the tensors' names.
+        """
+        reject_broken_weights(self._model, directory)

@@ -1,0 +1,37 @@
+"""Keeps ``status.json``: see ``reporting.status``."""
+
+from __future__ import annotations
+
+from megatron_bdpo.training.callbacks.base import Callback, Start, StepResult
+from megatron_bdpo.training.reporting.status import State, write_status
+
+
+class StatusFile(Callback):
+    """Says whether the run is running, finished or stopped.
+
+    Args:
+        save: the directory of ``--save``, if there is one.
+        last_step: how many steps there are.
+    """
+
+    def __init__(self, save: str | None, last_step: int) -> None:
+        self._save, self._last_step = save, last_step
+        self._iteration = 0
+
+    def after_load(self, start: Start) -> None:
+        self._iteration = start.iteration
+
+    def before_training(self) -> None:
+        self._write("running")
+
+    def after_step(self, step: StepResult) -> None:
+        self._iteration = step.iteration
+
+    def finished(self) -> None:
+        self._write("finished")
+
+    def stopped(self, reason: str) -> None:
+        self._write("stopped", reason or "--exit-interval or --exit-duration-in-mins")
+
+    def _write(self, state: State, reason: str = "") -> None:
+        write_status(state, self._save, step=self._iteration, of=self._last_step, reason=reason)
