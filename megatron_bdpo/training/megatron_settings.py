@@ -25,6 +25,11 @@ class ProcessSettings:
     is_made_up: bool = _of("fake_process_group")
     """It plays one of ranks that do not exist: a dry run."""
 
+    @property
+    def is_last(self) -> bool:
+        """Of the last pipeline stage, which has the metrics."""
+        return self.rank == self.ranks - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutSettings:

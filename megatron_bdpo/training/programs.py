@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_bdpo.display import show
-from megatron_bdpo.training.distributed import is_last_rank, process_groups
+from megatron_bdpo.training.distributed import process_groups
 from megatron_bdpo.training.dry_run import dry_run, make_up_ranks
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.determinism import settle_environment
@@ -28,7 +28,7 @@ def train(argv: Sequence[str] | None) -> PreferenceRun:
     with _ranks(arguments.settings):
         run = PreferenceRun(arguments)
         run.pretrain()
-        if is_last_rank():
+        if run.settings.process.is_last:  # Megatron has taken its groups down
             show(*tables(run))
     return run
 
@@ -53,7 +53,7 @@ def _ranks(settings: Settings) -> Iterator[None]:
     if settings.output.megatron_output == "file":
         # Megatron prints on the first and the last rank.
         process, save = settings.process, settings.directories.save
-        is_first, is_last = process.rank == 0, process.rank == process.ranks - 1
+        is_first, is_last = process.rank == 0, process.is_last
         name = "megatron.log" if is_first else "megatron-last-rank.log"
         output = megatron_in_file(Path(save) / name if save and (is_first or is_last) else None)
     with process_groups(settings.process), output:
