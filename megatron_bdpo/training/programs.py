@@ -6,13 +6,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_bdpo.display import show
 from megatron_bdpo.training.distributed import process_groups
 from megatron_bdpo.training.dry_run import dry_run, make_up_ranks
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.determinism import settle_environment
 from megatron_bdpo.training.reference.scoring_job import score_pairs
-from megatron_bdpo.training.reporting.console import megatron_in_file
+from megatron_bdpo.training.reporting.console import megatron_in_file, show
 from megatron_bdpo.training.run import PreferenceRun, tables
 from megatron_bdpo.training.settings import Settings
 
