@@ -48,7 +48,7 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
         Checksums(wanted=settings.checkpoints.checkpoint_checksums),
         *_deletion(arguments),
         Timetable(arguments, is_writing),
-        *_of_other_packages(setup),
+        *of_other_packages(setup),
     ]
     if settings.model.save_hf:
         found.append(ExportAtEnd(arguments, progress.evaluations))
@@ -64,8 +64,9 @@ def _deletion(arguments: Arguments) -> Iterator[Callback]:
         yield Deletion(retention, Path(directories.save), is_writing, goes_on_in_place=in_place)
 
 
-def _of_other_packages(setup: RunSetup) -> Iterator[Callback]:
-    """
+def of_other_packages(setup: RunSetup) -> Iterator[Callback]:
+    """Those of the entry points.
+
     Raises:
         UserError: one cannot be made; the message names its distribution.
     """

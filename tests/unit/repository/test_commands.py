@@ -29,6 +29,8 @@ EXAMPLES = "tests/unit/examples"
 EXAMPLES = "tests/unit/examples"
 OWN_LOSS = "tests/unit/repository/test_docs.py::test_example_of_an_own_loss"
 
+OWN_CALLBACK = "tests/unit/repository/test_docs.py::test_example_of_an_own_callback"
+
 #: Beginning of a command -> the test that runs it.
 ELSEWHERE = {
     "python examples/plain_torch.py": f"{EXAMPLES}/test_plain_torch.py::test_the_example_learns",
@@ -38,6 +40,7 @@ ELSEWHERE = {
     "scancel": "tests/slurm/test_launch.py::test_stop_in_mid_run",
     "touch RUN_DIR/STOP": "tests/slurm/test_launch.py::test_kill_switch",
     "pip install --no-deps --no-build-isolation examples/own_loss": OWN_LOSS,
+    "pip install --no-deps --no-build-isolation examples/own_callback": OWN_CALLBACK,
     "megatron-bdpo losses exponential": OWN_LOSS,
     "megatron-bdpo train --preference-loss exponential": OWN_LOSS,
     "megatron-bdpo --debug": "tests/unit/cli/test_cli.py::test_traceback_on_request_only",

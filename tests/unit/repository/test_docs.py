@@ -116,15 +116,22 @@ def test_trls_settings_are_trls():
             assert names <= known | arguments_of_the_trainer, theirs
 
 
+def in_a_process_with(package: str, script: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script where a package of examples/ is installed."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", directory]
+    origin, source = ROOT / "examples" / package, directory / "source"
+    for file in origin.rglob("*.*"):
+        if file.suffix in (".py", ".toml"):
+            (source / file.relative_to(origin)).parent.mkdir(parents=True, exist_ok=True)
+            (source / file.relative_to(origin)).write_bytes(file.read_bytes())
+    subprocess.run([*install, source], check=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{directory}"}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, check=True, env=environment, timeout=120, capture_output=True, text=True)
+
+
 def test_example_of_an_own_loss(tmp_path):
     """Installed as a package, it is in the registry, with its option as a flag and the value of its formula."""
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path]
-    source = tmp_path / "source"
-    for file in (ROOT / "examples" / "own_loss").rglob("*.*"):
-        if file.suffix in (".py", ".toml"):
-            (source / file.relative_to(ROOT / "examples" / "own_loss")).parent.mkdir(parents=True, exist_ok=True)
-            (source / file.relative_to(ROOT / "examples" / "own_loss")).write_bytes(file.read_bytes())
-    subprocess.run([*install, source], check=True, timeout=120)
     script = """
 import math, torch
 from megatron_bdpo.losses import registry
@@ -137,8 +144,24 @@ loss = registry.get("exponential").function(pairs, options).loss
 torch.testing.assert_close(loss, torch.tensor([math.exp(-0.1 * 2), math.exp(0.5)]))
 assert registry.option_fields()["exponential_cap"].flag == "--exponential-cap"
 """
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
+    in_a_process_with("own_loss", script, tmp_path)
+
+
+def test_example_of_an_own_callback(tmp_path):
+    """Installed as a package, a run finds it, and it is told of the steps."""
+    script = """
+from megatron_bdpo.platform.boot import prepare_platform
+prepare_platform()
+from types import SimpleNamespace
+from megatron_bdpo.training.callbacks.base import StepResult
+from megatron_bdpo.training.callbacks.standard import of_other_packages
+(callback,) = of_other_packages(SimpleNamespace(settings=None, job=None))
+for iteration in range(1, 21):
+    callback.after_step(StepResult(iteration, {}, False, 10.0 if iteration == 15 else 2.0, 8, 100))
+"""
+    told = in_a_process_with("own_callback", script, tmp_path).stdout
+    assert "WARNING: step 15 took 10.0 s, those before it 2.0 s" in told
+    assert told.count("WARNING") == 1
 
 
 def test_it_builds(tmp_path):
