@@ -48,10 +48,12 @@ class PreferenceRun:
 
     Attributes:
         settings: what the user has said.
+        setup: what there was before the model.
         job: loss, pairs and plan.
         config: of the model.
         model: the policy's chunks, once they are loaded.
         scoring: how positions are scored; its vocabulary is the tokenizer's.
+        step: Megatron's ``forward_step``.
         callbacks: in the order in which they are told of a moment.
         progress: of these, the metrics of steps and evaluations, on the last pipeline stage.
         stop: whether the run has been asked to stop, and why.
@@ -66,8 +68,8 @@ class PreferenceRun:
         Raises:
             UserError: on every rank.
         """
-        self.arguments, self._setup = arguments, set_up(arguments)
-        setup = self._setup
+        self.arguments = arguments
+        self.setup = setup = set_up(arguments)
         self.settings, self.job, self.config, self.scoring = setup.settings, setup.job, setup.config, setup.scoring
         schedule, job = self.settings.schedule, self.job
         keep_recipe(arguments)
@@ -96,29 +98,16 @@ class PreferenceRun:
 
     def pretrain(self) -> None:
         """Hand over to Megatron's trainer until the last step is done. Collective."""
-        self._setup.add_initial_weights()
-        try:
-            with trainer_seams(self), self.stop.listening(signal.SIGTERM, self.settings.schedule.exit_signal):
-                container = pretrain_cfg_container_from_args(self.arguments.megatron, self._setup.config)
-                provider = dataset_provider(self.arguments, self.job)
-                pretrain(container, provider, ModelType.encoder_or_decoder, self.step)
-            for each in self.callbacks:
-                each.finished()
-        except SystemExit as leaving:
-            if not leaving.code:
-                for each in self.callbacks:
-                    each.stopped(self.stop.reason)
-            say(_farewell(self, leaving.code))
-            raise
-        finally:
-            forget_global_state()
+        with in_megatron(self):
+            container = pretrain_cfg_container_from_args(self.arguments.megatron, self.config)
+            pretrain(container, dataset_provider(self.arguments, self.job), ModelType.encoder_or_decoder, self.step)
 
     def after_load(self, model: list[Any]) -> None:
         """The policy holds its weights: get the reference, and what follows from its values."""
         self.model, self.iteration = model, self.arguments.iteration
         resumed = self.iteration > 0
-        provider = ReferenceProvider(self._setup, _pairs_in_use(self), pause=self.stop.leave_if_asked)
-        reference, known = provider.provide(model, self._setup.identity, resumed=resumed)
+        provider = ReferenceProvider(self.setup, _pairs_in_use(self), pause=self.stop.leave_if_asked)
+        reference, known = provider.provide(model, self.setup.identity, resumed=resumed)
         self.step.reference = reference
         if isinstance(reference, ReferenceTable):
             known = _decide_by_data(self, reference, known, resumed=resumed)
@@ -200,6 +189,29 @@ class PreferenceRun:
         """See ``Callback``."""
         for each in self.callbacks:
             each.after_files(directory)
+
+
+@contextlib.contextmanager
+def in_megatron(run: PreferenceRun) -> Iterator[None]:
+    """Inside the block, Megatron's ``pretrain`` trains this run. Collective.
+
+    Raises:
+        SystemExit: Megatron's loop ends early, after its checkpoint.
+    """
+    run.setup.add_initial_weights()
+    try:
+        with trainer_seams(run), run.stop.listening(signal.SIGTERM, run.settings.schedule.exit_signal):
+            yield
+        for each in run.callbacks:
+            each.finished()
+    except SystemExit as leaving:
+        if not leaving.code:
+            for each in run.callbacks:
+                each.stopped(run.stop.reason)
+        say(_farewell(run, leaving.code))
+        raise
+    finally:
+        forget_global_state()
 
 
 def tables(run: PreferenceRun) -> list[Block]:
