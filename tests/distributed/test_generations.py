@@ -99,11 +99,11 @@ def test_another_run_in_the_directory_leaves_no_answers_of_the_first(ranks, tmp_
 
 def told_to_wandb(flags: list[str]) -> list[tuple[dict[str, Any], int]]:
     """What is logged, with tables as their arguments: those of wandb 0.31's Table."""
-    from megatron_bdpo.training.generation import generations
+    from megatron_bdpo.training.callbacks import answers
 
     logged: list[tuple[dict[str, Any], int]] = []
     wandb = SimpleNamespace(Table=lambda columns, data: [columns, *data], log=lambda *told: logged.append(told))
-    with mock.patch.object(generations, "get_wandb_writer", lambda: wandb):
+    with mock.patch.object(answers, "get_wandb_writer", lambda: wandb):
         train(flags, **JOB)
     return logged
 
