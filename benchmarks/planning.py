@@ -56,9 +56,8 @@ def measure(args: argparse.Namespace, store_directory: Path, ranks: int) -> None
 
     from megatron_bdpo.data.pool import PairPool
     from megatron_bdpo.data.store import PairStore
-    from megatron_bdpo.losses import registry
+    from megatron_bdpo.losses import PairLossFunction, registry
     from megatron_bdpo.training import job as jobs
-    from megatron_bdpo.training.forward import PairLossFunction
     from megatron_bdpo.training.reference.precomputed import ReferenceScores
     from megatron_bdpo.training.reference.settling import imbalance_edges, settle
 

@@ -22,13 +22,12 @@ from megatron_bdpo.data.step_plan import IntArray, PlanSettings, StepPlan, epoch
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses import registry
+from megatron_bdpo.losses import PairLossFunction, registry
 from megatron_bdpo.model.hf.directory import tokenizer_directory
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.flags.arguments import given_loss_options
 from megatron_bdpo.training.flags.precision_check import precision_of
-from megatron_bdpo.training.forward import PairLossFunction
 from megatron_bdpo.training.nodes import on_every_node, shared_by_every_node
 from megatron_bdpo.training.timetable import settle_intervals
 
@@ -258,9 +257,8 @@ def _plan_job(
         train, held_out = Selection(all_train), Selection(pool.store_ids(1))
     else:
         train, held_out = map(Selection, pools.hold_out(all_train, args.eval_share, args.seed))
-    if loss.requirements.safety:
-        for selection in (train, held_out):
-            pools.order_by_safety(pool, selection)
+    for selection in (train, held_out):
+        pools.select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
     sizes = pool.sizes(share_prompts=args.share_prompts)
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, args.seq_length, drop=args.long_pairs == "drop")
@@ -269,7 +267,7 @@ def _plan_job(
     steps = args.train_iters
     if steps is None:
         steps = max(1, round(args.pair_epochs * epoch_pairs(sources) / settings.pairs_per_step))
-    plan = plan_steps(sizes, settings, steps, sources)
+    plan = plan_steps(sizes, settings, steps, sources, costs=sizes**2)  # attention's, nearly
     eval_packs, eval_length = _eval_packs(held_out.ids, sizes, plan, settings)
     return PairJob(
         loss,
