@@ -53,15 +53,14 @@ class Heads:
 
 def groups_of(options: argparse.Namespace) -> list[Any]:
     """Pairs with lengths from half to one and a half of the mean."""
-    from megatron_bdpo.data.packs import PairGroup
+    from megatron_bdpo.data.packs import Group
 
     rng = np.random.default_rng(0)
 
     def part(mean: int) -> Any:
         return np.ones(max(1, int(mean * rng.uniform(0.5, 1.5))), np.int32)
 
-    lengths = (options.prompt, options.response, options.response)
-    return [PairGroup(index, *map(part, lengths)) for index in range(options.pairs)]
+    return [Group(part(options.prompt), [part(options.response), part(options.response)]) for _ in range(options.pairs)]
 
 
 def along_plan(groups: list[Any], share: bool, heads: Heads, device: str, dtype: torch.dtype) -> Callable[[], None]:
@@ -70,18 +69,18 @@ def along_plan(groups: list[Any], share: bool, heads: Heads, device: str, dtype:
     from megatron_bdpo.model.attention_backends import BACKENDS, Layer, default_backend
     from megatron_bdpo.training.batches import to_batch
 
-    lengths = np.array([[len(g.prompt), len(g.chosen), len(g.rejected)] for g in groups])
+    lengths = np.array([[len(g.prompt), *map(len, g.answers)] for g in groups])
     positions = int(group_tokens(lengths, share_prompts=share).sum())
     pack = lay_out(groups, positions, share_prompts=share)
-    plan = to_batch(pack, np.zeros((len(groups), 2)), positions, positions)
-    plan = plan.to_device() if device == "cuda" else plan
+    batch = to_batch(pack, positions, positions)
+    plan = (batch.to_device() if device == "cuda" else batch).attention
     query, key, value = heads.inputs(positions, device, dtype)
     scale = heads.size**-0.5
     attend = BACKENDS[default_backend(device == "cuda", dtype, Layer(heads.size, scale, None))]
 
     def step() -> None:
         keys, values = (each.index_select(0, plan.key_index) for each in (key, value))
-        gradients(attend(query, keys, values, plan.attention_plan(), scale, None), query, key, value)
+        gradients(attend(query, keys, values, plan, scale, None), query, key, value)
 
     return step
 
@@ -90,7 +89,7 @@ def dense_packing(groups: list[Any], heads: Heads, device: str, dtype: torch.dty
     """One varlen call over whole sequences."""
     from megatron_bdpo.model.varlen import installed
 
-    lengths = [len(g.prompt) + len(answer) for g in groups for answer in (g.chosen, g.rejected)]
+    lengths = [len(g.prompt) + len(answer) for g in groups for answer in g.answers]
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
     query, key, value = heads.inputs(sum(lengths), device, dtype)
     attend, longest = installed(), max(lengths)
@@ -105,7 +104,7 @@ def dense_packing(groups: list[Any], heads: Heads, device: str, dtype: torch.dty
 
 def padded(groups: list[Any], heads: Heads, device: str, dtype: torch.dtype) -> Callable[[], None]:
     """Every sequence as long as the longest."""
-    lengths = [len(g.prompt) + len(answer) for g in groups for answer in (g.chosen, g.rejected)]
+    lengths = [len(g.prompt) + len(answer) for g in groups for answer in g.answers]
     flat = heads.inputs(len(lengths) * max(lengths), device, dtype)
     query, key, value = (each.unflatten(0, (len(lengths), -1)).transpose(1, 2) for each in flat)
 

@@ -55,9 +55,8 @@ def measure(arguments, store_directory: Path, ranks: int) -> None:
 
     from megatron_bdpo.data.pool import PairPool
     from megatron_bdpo.data.store import PairStore
-    from megatron_bdpo.losses import registry
+    from megatron_bdpo.losses import PairLossFunction, registry
     from megatron_bdpo.training import job as jobs
-    from megatron_bdpo.training.loss import PairLossFunction
     from megatron_bdpo.training.reference.precomputed import ReferenceScores
     from megatron_bdpo.training.reference.settling import imbalance_edges, settle
     from megatron_bdpo.training.setup import RunSetup

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_bdpo import losses
-from megatron_bdpo.data import Pack, PairGroup, PlanSettings, group_tokens, lay_out, pack_all, plan_steps
-from megatron_bdpo.logprobs import ScoredPositions, fused_log_probs, sequence_log_probs
+from megatron_bdpo.data import Group, Pack, PlanSettings, group_tokens, lay_out, pack_all, plan_steps
+from megatron_bdpo.logprobs import ScoredPositions, answer_log_probs, fused_log_probs
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -44,7 +44,7 @@ def main() -> None:
     # The policy is still the reference: what the loss reads of it is scored now, once.
     no_prompt = np.array([tokenizer.bos_id()], np.int32)
     reference, reference_held_out = score(model, train), score(model, held_out)
-    unconditional = score(model, [PairGroup(pair.pair_id, no_prompt, pair.chosen, pair.rejected) for pair in train])
+    unconditional = score(model, [Group(no_prompt, pair.answers) for pair in train])
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     settings = PlanSettings(args.pairs_per_step, data_parallel=1, max_pack_length=1024)
@@ -53,11 +53,11 @@ def main() -> None:
         step_loss = 0.0
         for ids in plan.packs(step, rank=0):
             pack = lay_out([train[pair] for pair in ids], int(sizes(train)[ids].sum()))
-            pairs = losses.PairLogProbs.of_sequences(
-                tokens=torch.from_numpy(pack.sequence_tokens),
-                policy=log_probs(model, pack),
-                reference=reference[ids].flatten(),
-                unconditional=unconditional[ids].flatten(),
+            pairs = losses.PairLogProbs.of_pairs(
+                tokens=torch.from_numpy(pack.answer_tokens).view(-1, 2),
+                policy=log_probs(model, pack).view(-1, 2),
+                reference=reference[ids],
+                unconditional=unconditional[ids],
             )
             loss = spec.function(pairs, options).loss.sum() / args.pairs_per_step  # the step's mean, however packed
             loss.backward()
@@ -78,19 +78,15 @@ def can_train(name: str) -> bool:
     return not spec.requirements(spec.options()).safety
 
 
-def read_pairs(path: Path, tokenizer: Any) -> list[PairGroup]:
-    """Token ids of prompt, chosen and rejected. Each is tokenized by itself; the data puts a space between them."""
+def read_pairs(path: Path, tokenizer: Any) -> list[Group]:
+    """Token ids of prompts and answers (chosen, rejected), each by itself: the data puts a space between them."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     return [
-        PairGroup(
-            pair_id,
+        Group(
             np.array([tokenizer.bos_id(), *tokenizer.encode(row["prompt"])], np.int32),
-            *(
-                np.array([*tokenizer.encode(row[name]), tokenizer.eos_id()], np.int32)
-                for name in ("chosen", "rejected")
-            ),
+            [np.array([*tokenizer.encode(row[name]), tokenizer.eos_id()], np.int32) for name in ("chosen", "rejected")],
         )
-        for pair_id, row in enumerate(rows)
+        for row in rows
     ]
 
 
@@ -108,27 +104,27 @@ def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def sizes(pairs: list[PairGroup]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def sizes(pairs: list[Group]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """[P] positions of a pack that each pair takes: its prompt once, and both answers."""
-    lengths = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    lengths = [(len(pair.prompt), *map(len, pair.answers)) for pair in pairs]
     return group_tokens(np.array(lengths), share_prompts=True)
 
 
 def log_probs(model: LlamaForCausalLM, pack: Pack) -> Tensor:
-    """[S] log pi(y|x) of the pack's answers, chosen and rejected alternating, in nats; the logits are never made."""
+    """[A] log pi(y|x) of the pack's answers, pair after pair, in nats; the logits are never made."""
     hidden = model.model(
         input_ids=torch.from_numpy(pack.tokens)[None],
         position_ids=torch.from_numpy(pack.positions)[None],
         attention_mask=torch.from_numpy(pack.attention_mask())[None, None],
         use_cache=False,
     ).last_hidden_state
-    scored = ScoredPositions.of(pack.scored_hidden, pack.scored_target, pack.sequence_tokens)
+    scored = ScoredPositions.of(pack.scored_hidden, pack.scored_target, pack.answer_tokens)
     tokens = fused_log_probs(hidden.transpose(0, 1), model.lm_head.weight, None, scored)
-    return sequence_log_probs(tokens.log_probs, scored)
+    return answer_log_probs(tokens.log_probs, scored)
 
 
 @torch.no_grad()
-def score(model: LlamaForCausalLM, pairs: list[PairGroup]) -> Tensor:
+def score(model: LlamaForCausalLM, pairs: list[Group]) -> Tensor:
     """[P, 2] log-probs of all pairs' answers: chosen, rejected."""
     values = torch.empty(len(pairs), 2, dtype=torch.float64)
     for ids in pack_all(np.arange(len(pairs)), sizes(pairs), length=1024, multiple=1):

@@ -9,7 +9,7 @@ What is named here is of use without a training job, and needs NumPy only:
 """
 
 from megatron_bdpo.data.bin_packing import pack_all
-from megatron_bdpo.data.packs import Pack, PairGroup, group_tokens, lay_out
+from megatron_bdpo.data.packs import Group, Pack, group_tokens, lay_out
 from megatron_bdpo.data.step_plan import PlanSettings, StepPlan, plan_steps
 
-__all__ = ["Pack", "PairGroup", "PlanSettings", "StepPlan", "group_tokens", "lay_out", "pack_all", "plan_steps"]
+__all__ = ["Group", "Pack", "PlanSettings", "StepPlan", "group_tokens", "lay_out", "pack_all", "plan_steps"]

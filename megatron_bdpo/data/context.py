@@ -40,8 +40,8 @@ def context_part(pack: Pack, context: ContextRank) -> Pack:
     """What one rank holds of a pack: T / C positions in the pack's order, padding last.
 
     Token, position, query and scored arrays are about these positions, ``scored_hidden`` counts them from 0.
-    ``key_index`` points into the keys of all ranks, gathered one rank after the other. ``sequence_tokens``,
-    ``scored_sequence`` and ``pair_ids`` still number the whole pack's sequences and pairs.
+    ``key_index`` points into the keys of all ranks, gathered one rank after the other. ``answer_tokens`` and
+    ``scored_answer`` still number the whole pack's answers.
 
     Raises:
         ValueError: if the ranks cannot get equal shares.
@@ -64,7 +64,7 @@ def context_part(pack: Pack, context: ContextRank) -> Pack:
         key_index=gathered_place[np.concatenate([*keys, np.zeros(0, np.int64)])],
         scored_hidden=local_place[pack.scored_hidden[scored]],
         scored_target=pack.scored_target[scored],
-        scored_sequence=pack.scored_sequence[scored],
+        scored_answer=pack.scored_answer[scored],
     )
 
 

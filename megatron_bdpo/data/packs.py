@@ -1,15 +1,15 @@
-"""One pack of token positions: pair groups laid out with shared prompts, and who attends to whom.
+"""One pack of token positions: groups laid out with shared prompts, and who attends to whom.
 
-A *group* is a prompt P with its branches, here the chosen answer W and the rejected answer L of one pair:
+A *group* is a prompt P and its k >= 1 answers. Two answers, as a pair's chosen and rejected ones:
 
-    tokens     [ P ........ | W ....... | L ..... ]
-    positions    0 .. |P|-1  |P| ..       |P| ..          both branches continue the prompt
-    attends to   P, causal   P + W        P + L           a branch never sees its sibling
+    tokens     [ P ........ | A ....... | B ..... ]
+    positions    0 .. |P|-1  |P| ..       |P| ..          every answer continues the prompt
+    attends to   P, causal   P + A        P + B           an answer never sees another one
 
-P is encoded once for both branches. The first token of W and of L is predicted from P's last hidden state, so what
-is scored is a list (hidden index, target id, sequence) and not a label row shifted by one.
+P is encoded once for all its answers. The first token of each answer is predicted from P's last hidden state, so what
+is scored is a list (hidden index, target id, answer) and not a label row shifted by one.
 
-Shapes: T pack length, R runs, K gathered keys, N scored positions, P pairs, S = 2P sequences (chosen, rejected).
+Shapes: T pack length, R runs, K gathered keys, N scored positions, G groups, A answers of all groups.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+TokenArray = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class PairGroup:
-    """One pair to be laid out. All token arrays are int32 [length]."""
+class Group:
+    """A prompt and its answers, to be laid out. All token arrays are int32 [length]."""
 
-    pair_id: int
-    prompt: npt.NDArray[np.int32]
-    chosen: npt.NDArray[np.int32]
-    rejected: npt.NDArray[np.int32]
+    prompt: TokenArray
+    answers: Sequence[TokenArray]  # at least one
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A laid-out pack of length T; everything the model and the loss need, as NumPy arrays.
+    """A laid-out pack of length T: everything that the model needs to score its A answers, as NumPy arrays.
+
+    Answers are numbered through the pack, group after group. Which of them are compared, the pack does not say.
 
     Attention is a list of R *runs*: the queries ``[sum(query_lengths[:r]), +query_lengths[r])`` of the pack attend to
     ``key_index[sum(key_lengths[:r]) : +key_lengths[r]]`` under a bottom-right causal mask. Runs cover the used part of
@@ -49,9 +50,8 @@ class Pack:
     key_index: IntArray  # [K] pack index of each gathered key
     scored_hidden: IntArray  # [N] pack index whose hidden state predicts the target
     scored_target: IntArray  # [N] token id
-    scored_sequence: IntArray  # [N] in [0, S), non-decreasing
-    sequence_tokens: IntArray  # [S] response tokens of each sequence
-    pair_ids: IntArray  # [P]
+    scored_answer: IntArray  # [N] in [0, A), non-decreasing
+    answer_tokens: IntArray  # [A] tokens of each answer
 
     @property
     def used(self) -> int:
@@ -73,28 +73,28 @@ class Pack:
 
 
 def group_tokens(lengths: npt.NDArray[np.integer], *, share_prompts: bool) -> IntArray:
-    """Pack positions each pair takes. ``lengths`` [P, 3] are prompt, chosen and rejected tokens; returns [P]."""
-    prompt_copies = 1 if share_prompts else 2
-    return lengths[:, 0].astype(np.int64) * prompt_copies + lengths[:, 1] + lengths[:, 2]
+    """Pack positions that each group takes. ``lengths`` [G, 1 + k] are tokens of prompt and answers; returns [G]."""
+    prompt_copies = 1 if share_prompts else lengths.shape[1] - 1
+    return lengths[:, 0].astype(np.int64) * prompt_copies + lengths[:, 1:].sum(axis=1, dtype=np.int64)
 
 
 def causal_squares(lengths: npt.NDArray[np.integer], *, share_prompts: bool) -> IntArray:
-    """Attention of each pair: twice the keys that its queries see, which for a sequence of n tokens is n squared.
+    """Attention of each group: twice the keys that its queries see, which for a sequence of n tokens is n squared.
 
-    ``lengths`` as in :func:`group_tokens`; returns [P].
+    ``lengths`` as in :func:`group_tokens`; returns [G].
     """
-    prompt, chosen, rejected = lengths.astype(np.int64).T
-    both = (prompt + chosen) ** 2 + (prompt + rejected) ** 2
-    return both - prompt**2 if share_prompts else both
+    prompt, answers = lengths[:, :1].astype(np.int64), lengths[:, 1:]
+    squares: IntArray = ((prompt + answers) ** 2).sum(axis=1)
+    return squares - (answers.shape[1] - 1) * prompt[:, 0] ** 2 if share_prompts else squares
 
 
-def lay_out(groups: Sequence[PairGroup], length: int, *, share_prompts: bool = True) -> Pack:
-    """Lay pair groups out in one pack of ``length`` positions.
+def lay_out(groups: Sequence[Group], length: int, *, share_prompts: bool = True) -> Pack:
+    """Lay groups out in one pack of ``length`` positions.
 
     Args:
-        groups: the pairs, in order; may be empty (a rank with nothing to do still takes part in collectives).
+        groups: in order; may be none (a rank with nothing to do still takes part in collectives).
         length: T. Positions after the last group are padding: token 0, position 0, attended by nothing.
-        share_prompts: encode each prompt once; otherwise each branch gets its own copy (the plain layout, kept as the
+        share_prompts: encode each prompt once; otherwise each answer gets its own copy (the plain layout, kept as the
             oracle and for measuring what sharing saves).
 
     Raises:
@@ -104,17 +104,15 @@ def lay_out(groups: Sequence[PairGroup], length: int, *, share_prompts: bool = T
     for group in groups:
         if share_prompts:
             prompt = builder.add_segment(group.prompt, prefix=_NOTHING, first_position=0)
-            for branch in (group.chosen, group.rejected):
-                builder.add_branch(branch, prompt)
+            for answer in group.answers:
+                builder.add_branch(answer, prompt)
         else:
-            for branch in (group.chosen, group.rejected):
-                builder.add_sequence(group.prompt, branch)
-    return builder.finish([group.pair_id for group in groups])
+            for answer in group.answers:
+                builder.add_sequence(group.prompt, answer)
+    return builder.finish()
 
 
-def lay_out_continued(
-    sequences: Sequence[tuple[npt.NDArray[np.int32], IntArray]], length: int
-) -> tuple[Pack, list[IntArray]]:
+def lay_out_continued(sequences: Sequence[tuple[TokenArray, IntArray]], length: int) -> tuple[Pack, list[IntArray]]:
     """Lay out the next tokens of sequences whose earlier keys were kept: the whole prompts first, then token by token.
 
     A kept key is known by its place among all keys of the passes so far, those of the last pass first. The pass that is
@@ -137,7 +135,7 @@ def lay_out_continued(
         own = builder.add_segment(tokens, prefix=used + kept, first_position=len(kept))
         builder.scored.append((own[-1:], _NO_TARGET))
         places.append(np.concatenate([used + kept, own]))
-    return builder.finish([]), places
+    return builder.finish(), places
 
 
 _NOTHING: IntArray = np.zeros(0, np.int64)
@@ -151,9 +149,9 @@ class _PackBuilder:
         self.used = 0
         self.query_lengths: list[int] = []
         self.keys: list[IntArray] = []
-        self.scored: list[tuple[IntArray, npt.NDArray[np.int32]]] = []
+        self.scored: list[tuple[IntArray, TokenArray]] = []
 
-    def add_segment(self, tokens: npt.NDArray[np.int32], prefix: IntArray, first_position: int) -> IntArray:
+    def add_segment(self, tokens: TokenArray, prefix: IntArray, first_position: int) -> IntArray:
         """Append tokens that attend to ``prefix`` and, causally, to themselves. Returns their pack indices."""
         start, stop = self.used, self.used + len(tokens)
         if stop > len(self.tokens):
@@ -166,16 +164,16 @@ class _PackBuilder:
         self.used = stop
         return own
 
-    def add_branch(self, response: npt.NDArray[np.int32], prompt: IntArray) -> None:
-        own = self.add_segment(response, prefix=prompt, first_position=len(prompt))
-        self.scored.append((np.concatenate([prompt[-1:], own[:-1]]), response))
+    def add_branch(self, answer: TokenArray, prompt: IntArray) -> None:
+        own = self.add_segment(answer, prefix=prompt, first_position=len(prompt))
+        self.scored.append((np.concatenate([prompt[-1:], own[:-1]]), answer))
 
-    def add_sequence(self, prompt: npt.NDArray[np.int32], response: npt.NDArray[np.int32]) -> None:
-        own = self.add_segment(np.concatenate([prompt, response]), prefix=_NOTHING, first_position=0)
-        self.scored.append((own[len(prompt) - 1 : -1], response))
+    def add_sequence(self, prompt: TokenArray, answer: TokenArray) -> None:
+        own = self.add_segment(np.concatenate([prompt, answer]), prefix=_NOTHING, first_position=0)
+        self.scored.append((own[len(prompt) - 1 : -1], answer))
 
-    def finish(self, pair_ids: list[int]) -> Pack:
-        sequence_tokens = np.array([len(response) for _, response in self.scored], np.int64)
+    def finish(self) -> Pack:
+        answer_tokens = np.array([len(answer) for _, answer in self.scored], np.int64)
         return Pack(
             tokens=self.tokens,
             positions=self.positions,
@@ -183,10 +181,9 @@ class _PackBuilder:
             key_lengths=np.array([len(keys) for keys in self.keys], np.int64),
             key_index=_concatenate(self.keys),
             scored_hidden=_concatenate([hidden for hidden, _ in self.scored]),
-            scored_target=_concatenate([response.astype(np.int64) for _, response in self.scored]),
-            scored_sequence=np.repeat(np.arange(len(sequence_tokens)), sequence_tokens),
-            sequence_tokens=sequence_tokens,
-            pair_ids=np.array(pair_ids, np.int64),
+            scored_target=_concatenate([answer.astype(np.int64) for _, answer in self.scored]),
+            scored_answer=np.repeat(np.arange(len(answer_tokens)), answer_tokens),
+            answer_tokens=answer_tokens,
         )
 
 

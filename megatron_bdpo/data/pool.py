@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.data.packs import PairGroup, group_tokens
+from megatron_bdpo.data.packs import Group, group_tokens
 from megatron_bdpo.data.sources import describe_row
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+#: Safety labels [P, 2] of pairs -> which of them to keep, and which to swap, [P] each.
+Choose = Callable[[npt.NDArray[np.int8]], tuple[BoolArray, BoolArray]]
 
 
 class PairPool:
@@ -22,7 +26,8 @@ class PairPool:
     Attributes:
         lengths: [P, 3] tokens of prompt, chosen, rejected.
         unsafe: [P, 2] of chosen, rejected: 1 unsafe, 0 safe, -1 unknown.
-        swapped: [P] pairs whose chosen and rejected change places (SafeDPO); applies to everything but ``store_ids``.
+        swapped: [P] pairs whose chosen and rejected change places, as the loss wants it; applies to everything but
+            ``store_ids``.
     """
 
     def __init__(self, stores: Sequence[PairStore]) -> None:
@@ -45,13 +50,13 @@ class PairPool:
         self.lengths[ids] = self.lengths[ids][:, [0, 2, 1]]
         self.unsafe[ids] = self.unsafe[ids][:, ::-1]
 
-    def group(self, pair_id: int, *, unconditional: bool = False) -> PairGroup:
-        """Tokens of one pair, ready to lay out; with ``unconditional`` its answers follow the empty prompt."""
+    def group(self, pair_id: int, *, unconditional: bool = False) -> Group:
+        """Tokens of one pair: its prompt, or with ``unconditional`` the empty one, and its answers, chosen first."""
         store, row = self._locate(pair_id)
         pair = store.pair(row)
         prompt = store.empty_prompt if unconditional else pair.prompt
         answers = (pair.rejected, pair.chosen) if self.swapped[pair_id] else (pair.chosen, pair.rejected)
-        return PairGroup(int(pair_id), prompt, *answers)
+        return Group(prompt, answers)
 
     def sizes(self, *, share_prompts: bool) -> IntArray:
         """[P] pack positions each pair takes, with its own prompt or with the empty one, whichever is longer.
@@ -108,26 +113,29 @@ def drop_long(pool: PairPool, selection: Selection, sizes: IntArray, limit: int,
     selection.notes.append(f"{count} pairs longer than --seq-length {limit} dropped")
 
 
-def order_by_safety(pool: PairPool, selection: Selection) -> None:
-    """SafeDPO's data step: drop pairs unsafe both ways; swap pairs whose chosen is unsafe and rejected safe.
+def select(pool: PairPool, selection: Selection, choose: Choose, *, labelled: bool) -> None:
+    """Keep the pairs that a loss trains on, and swap the answers of those that it wants the other way round.
+
+    Args:
+        choose: the loss's choice, by the pairs' safety labels (see ``losses.LossSpec.select``).
+        labelled: the loss reads the labels, so every pair must have them.
 
     Raises:
-        UserError: if a pair has no safety labels.
+        UserError: if a pair has none.
     """
     labels = pool.unsafe[selection.ids]
-    if (unlabelled := (labels < 0).any(axis=1)).any():
+    if labelled and (unlabelled := (labels < 0).any(axis=1)).any():
         example = int(selection.ids[np.argmax(unlabelled)])
         raise UserError(
             f"the loss needs safety labels, but {int(unlabelled.sum())} of {len(labels)} pairs have none "
             f"({pool.describe(example)}). Add boolean columns chosen_safe and rejected_safe, or choose another loss."
         )
-    both_unsafe = labels.all(axis=1)
-    swap = (labels[:, 0] == 1) & (labels[:, 1] == 0)
+    keep, swap = choose(labels)
     pool.swap(selection.ids[swap])
-    selection.ids = selection.ids[~both_unsafe]
-    if not len(labels):
-        return
-    selection.notes.append(f"{int(swap.sum())} pairs swapped by their safety labels, {int(both_unsafe.sum())} dropped")
+    selection.ids = selection.ids[keep]
+    if len(labels) and (labelled or swap.any() or not keep.all()):
+        dropped = int((~keep).sum())
+        selection.notes.append(f"{int(swap.sum())} pairs swapped by their safety labels, {dropped} dropped")
 
 
 def hold_out(ids: IntArray, share: float, seed: int) -> tuple[IntArray, IntArray]:

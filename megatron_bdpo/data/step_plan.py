@@ -122,14 +122,20 @@ class PlanSettings:
 
 
 def plan_steps(
-    sizes: IntArray, settings: PlanSettings, num_steps: int, pools: Sequence[tuple[IntArray, float]] | None = None
+    sizes: IntArray,
+    settings: PlanSettings,
+    num_steps: int,
+    pools: Sequence[tuple[IntArray, float]] | None = None,
+    costs: IntArray | None = None,
 ) -> StepPlan:
     """Plan the first ``num_steps`` optimizer steps.
 
     Args:
-        sizes: [pairs] pack positions that each pair takes (see ``layout.group_tokens``).
+        sizes: [pairs] pack positions that each pair takes (see ``packs.group_tokens``).
         pools: (pair ids, weight) per data source; weight 2 visits each pair twice an epoch, 0.5 half of them.
             Default: all pairs once.
+        costs: [pairs] what a pair costs beside its positions, in any unit, as attention does: of packs of like length
+            every rank gets about the same. Default: the positions.
 
     Raises:
         UserError: no step at all, fewer pairs than one step needs, or a pair longer than a pack.
@@ -146,7 +152,8 @@ def plan_steps(
     steps = _draw_steps(sizes, settings, num_steps, pools)
     step_sizes = sizes[steps]
     pack_of, packs = _choose_packs(step_sizes, settings)
-    pack_of, lengths = _deal_to_ranks(step_sizes, pack_of, packs, settings)
+    step_costs = step_sizes if costs is None else costs[steps]
+    pack_of, lengths = _deal_to_ranks(step_sizes, step_costs, pack_of, packs, settings)
     return StepPlan(steps, pack_of, lengths, settings.data_parallel, step_sizes.sum(axis=1))
 
 
@@ -253,15 +260,14 @@ def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[IntArra
 
 
 def _deal_to_ranks(
-    step_sizes: IntArray, pack_of: IntArray, packs: int, settings: PlanSettings
+    step_sizes: IntArray, step_costs: IntArray, pack_of: IntArray, packs: int, settings: PlanSettings
 ) -> tuple[IntArray, IntArray]:
     """Number the packs so that rank r's are [r M, (r+1) M). Returns the packs [B, N] and their lengths [B, M].
 
-    The m-th packs of all ranks are of like length, and every rank's attention cost, which grows with the square of a
-    pair, is about the same.
+    The m-th packs of all ranks are of like length, and the costs of every rank's pairs are about the same.
     """
     ranks = settings.data_parallel
-    load, cost = (per_pack(values, pack_of, packs) for values in (step_sizes, step_sizes.astype(np.int64) ** 2))
+    load, cost = (per_pack(values, pack_of, packs) for values in (step_sizes, step_costs))
     lengths = _lengths(load, settings)
     own = np.full_like(load, lengths[:, :1]) if settings.one_length else _rounded(load, settings)
     order = np.lexsort((-cost, -own), axis=1)  # longest first, of equal lengths the most expensive

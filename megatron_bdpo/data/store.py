@@ -147,14 +147,6 @@ class PairStore:
         tokens = self._tokens[start : start + prompt + chosen + rejected]
         return PairTokens(tokens[:prompt], tokens[prompt : prompt + chosen], tokens[prompt + chosen :])
 
-    def empty_prompt_of(self, index: int) -> TokenArray:
-        """The empty prompt of one pair, int32 [length]; one data set has one prompt form, hence one empty prompt."""
-        return self.empty_prompt
-
-    def empty_prompt_lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of every pair's empty prompt, int64 [P]."""
-        return np.full(len(self), len(self.empty_prompt), dtype=np.int64)
-
     def describe(self, index: int) -> str:
         """Where a pair comes from, in words for a message: ``pairs.jsonl, line 17``."""
         return describe_row(self.sources[self.source[index]], int(self.row[index]))

@@ -1,6 +1,6 @@
-"""The positions of a pack whose next token is scored, and sums over sequences.
+"""The positions of a pack whose next token is scored, and sums over answers.
 
-Shapes: N scored positions, S sequences.
+Shapes: N scored positions, A answers.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScoredPositions:
-    """Which hidden state predicts which token of which sequence.
+    """Which hidden state predicts which token of which answer.
 
-    A hidden state may appear twice: the last prompt position predicts the first token of both answers of a pair.
+    A hidden state may come more than once: a prompt's last position predicts the first token of each of its answers.
     """
 
     hidden: Tensor  # [N] int64, position in the pack
     target: Tensor  # [N] int64, token id
-    sequence: Tensor  # [N] int64 in [0, S), non-decreasing
-    sequence_tokens: Tensor  # [S] int64, scored tokens of each sequence on this rank
-    longest: int  # largest of sequence_tokens, 0 without sequences; known to the host, so that no one waits for the GPU
+    answer: Tensor  # [N] int64 in [0, A), non-decreasing
+    answer_tokens: Tensor  # [A] int64, scored tokens of each answer on this rank
+    longest: int  # largest of answer_tokens, 0 without answers; known to the host, so that no one waits for the GPU
 
     @classmethod
     def of(
         cls,
         hidden: npt.ArrayLike,
         target: npt.ArrayLike,
-        sequence_tokens: npt.ArrayLike,
+        answer_tokens: npt.ArrayLike,
         device: torch.device | str | None = None,
     ) -> ScoredPositions:
         """From arrays or lists on the host, such as those of a ``data.Pack``.
 
         Args:
-            hidden: [N] position whose hidden state predicts the target; sequence after sequence.
+            hidden: [N] position whose hidden state predicts the target; answer after answer.
             target: [N] token ids.
-            sequence_tokens: [S] how many of them belong to each sequence; they sum to N.
+            answer_tokens: [A] how many of them belong to each answer; they sum to N.
             device: where the tensors go; the default device when None.
 
         Raises:
             ValueError: the lengths do not fit.
         """
-        tokens = np.asarray(sequence_tokens, np.int64)
-        sequence = np.repeat(np.arange(len(tokens)), tokens)
+        tokens = np.asarray(answer_tokens, np.int64)
+        answer = np.repeat(np.arange(len(tokens)), tokens)
         index, ids = (np.asarray(array, np.int64) for array in (hidden, target))
-        if not len(index) == len(ids) == len(sequence):
-            raise ValueError(f"{len(index)} positions, {len(ids)} targets, {len(sequence)} tokens of sequences")
+        if not len(index) == len(ids) == len(answer):
+            raise ValueError(f"{len(index)} positions, {len(ids)} targets, {len(answer)} tokens of answers")
 
         def on_device(array: npt.NDArray[np.int64]) -> Tensor:
             return torch.as_tensor(array, device=device)
 
         longest = int(tokens.max(initial=0))
-        return cls(on_device(index), on_device(ids), on_device(sequence), on_device(tokens), longest)
+        return cls(on_device(index), on_device(ids), on_device(answer), on_device(tokens), longest)
 
 
 class OneRank:
@@ -96,21 +96,21 @@ def select_scored(hidden_states: Tensor, scored: ScoredPositions, *, tp_group: A
     return hidden_states.squeeze(1).index_select(0, scored.hidden)
 
 
-def sequence_log_probs(token_log_probs: Tensor, scored: ScoredPositions, context_group: Any = None) -> Tensor:
-    """Sum token log-probs over each sequence: log pi(y|x) in nats. Entropies are summed the same way.
+def answer_log_probs(token_log_probs: Tensor, scored: ScoredPositions, context_group: Any = None) -> Tensor:
+    """Sum token log-probs over each answer: log pi(y|x) in nats. Entropies are summed the same way.
 
     Log-ratios are small differences of these large sums, so they are added and kept in fp64. The sum runs over a
     padded matrix rather than a scatter-add, whose order is not fixed on a GPU.
 
-    Collectives: with context parallelism one all-reduce of [S] forward, none backward: every rank of the group has the
+    Collectives: with context parallelism one all-reduce of [A] forward, none backward: every rank of the group has the
     whole sums, hence the same loss and the same gradient for its own terms.
 
     Args:
         token_log_probs: [N] of any floating type.
-        context_group: process group over which the sequences' positions are split, if they are.
+        context_group: process group over which the answers' positions are split, if they are.
 
     Returns:
-        [S] float64, differentiable, the same on all ranks of ``context_group``. A sequence without tokens sums to 0.
+        [A] float64, differentiable, the same on all ranks of ``context_group``. An answer without tokens sums to 0.
     """
     sums = _own_sums(token_log_probs, scored)
     if context_group is None or context_group.size() == 1:
@@ -121,11 +121,11 @@ def sequence_log_probs(token_log_probs: Tensor, scored: ScoredPositions, context
 
 
 def _own_sums(token_log_probs: Tensor, scored: ScoredPositions) -> Tensor:
-    lengths = scored.sequence_tokens
-    sequences = lengths.numel()
-    if sequences == 0:
+    lengths = scored.answer_tokens
+    answers = lengths.numel()
+    if answers == 0:
         return token_log_probs.double()  # [0]: keeps the graph, so that an empty rank still runs its backward
     starts = torch.cumsum(lengths, 0) - lengths
-    offset = torch.arange(scored.sequence.numel(), device=lengths.device) - starts[scored.sequence]
-    padded = token_log_probs.new_zeros((sequences, scored.longest), dtype=torch.float64)
-    return padded.index_put((scored.sequence, offset), token_log_probs.double()).sum(dim=1)
+    offset = torch.arange(scored.answer.numel(), device=lengths.device) - starts[scored.answer]
+    padded = token_log_probs.new_zeros((answers, scored.longest), dtype=torch.float64)
+    return padded.index_put((scored.answer, offset), token_log_probs.double()).sum(dim=1)

@@ -7,7 +7,7 @@ To add one: a file like `dpo.py` with a `SPEC`, and its line below; from another
 """
 
 from megatron_bdpo.losses import bdpo, cpo, dpo, hinge, ipo, orpo, robust, safedpo, simpo
-from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, Requirements
+from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, PairLossFunction, Requirements
 from megatron_bdpo.losses.options import LossOptions, Range, option
 from megatron_bdpo.losses.registry import OptionField, all_specs, build_options, get, names, option_fields, register
 
@@ -19,6 +19,7 @@ __all__ = [
     "LossSpec",
     "OptionField",
     "PairLogProbs",
+    "PairLossFunction",
     "PairLosses",
     "Range",
     "Requirements",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
+
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +43,7 @@ class PairLogProbs:
     """h_l"""
 
     @classmethod
-    def of_sequences(
+    def of_pairs(
         cls,
         tokens: Tensor,
         policy: Tensor,
@@ -47,28 +51,20 @@ class PairLogProbs:
         unconditional: Tensor | None = None,
         unsafe: Tensor | None = None,
     ) -> PairLogProbs:
-        """From values of S = 2 P sequences, chosen and rejected alternating, as a pack has them.
+        """From tables of pairs, [P, 2] of chosen and rejected: values [A] of answers, indexed with pairs [P, 2].
 
         Args:
-            tokens: [S] response tokens.
-            policy: [S] log-probs, in nats.
-            reference: [S], or None where the loss does not read it.
-            unconditional: [S], the reference's after the empty prompt, or None.
-            unsafe: [P, 2] of chosen and rejected, or None.
+            tokens: response tokens.
+            policy: log-probs, in nats.
+            reference: None where the loss does not read it.
+            unconditional: the reference's after the empty prompt, or None.
+            unsafe: labels, or None.
         """
 
-        def pair(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-            return (None, None) if values is None else (values[0::2], values[1::2])
+        def columns(table: Tensor | None) -> tuple[Tensor | None, ...]:
+            return (None, None) if table is None else table.unbind(1)
 
-        return cls(
-            policy[0::2],
-            policy[1::2],
-            tokens[0::2],
-            tokens[1::2],
-            *pair(reference),
-            *pair(unconditional),
-            *((None, None) if unsafe is None else (unsafe[:, 0], unsafe[:, 1])),
-        )
+        return cls(*policy.unbind(1), *tokens.unbind(1), *columns(reference), *columns(unconditional), *columns(unsafe))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +97,11 @@ class Requirements:
     """The preference term compares log-probs per token, not their sums."""
 
 
+def keep_all(labels: npt.NDArray[np.int8]) -> tuple[BoolArray, BoolArray]:
+    """All pairs, as they are. See `LossSpec.select`."""
+    return np.ones(len(labels), bool), np.zeros(len(labels), bool)
+
+
 @dataclass(frozen=True)
 class LossSpec[Options]:
     """A preference loss as the registry holds it.
@@ -125,6 +126,33 @@ class LossSpec[Options]:
     settle: Callable[[PairLogProbs, Options], tuple[Options, str]] | None = None
     """Looks at the reference's log-probs of all pairs that the run trains on, where they are known before the first
     step: settles the options that follow from them, and describes what it has seen. The policy is the reference."""
+    select: Callable[[npt.NDArray[np.int8]], tuple[BoolArray, BoolArray]] = keep_all
+    """Which pairs the loss trains on, and which of them with chosen and rejected swapped: (keep [P], swap [P]).
+
+    Their safety labels [P, 2] decide, of chosen and rejected: 1 unsafe, 0 safe, -1 unknown (never with
+    `Requirements.safety`: there a pair without labels ends the run). An answer takes its label with it."""
 
 
 AnyLossSpec = LossSpec[Any]
+
+
+@dataclass(frozen=True)
+class PairLossFunction:
+    """A loss of the registry with its options."""
+
+    spec: AnyLossSpec
+    options: Any
+
+    def describe(self) -> str:
+        """Name and options in a line."""
+        options = (f"{field.name} {getattr(self.options, field.name)}" for field in fields(self.options))
+        return ", ".join([self.spec.name, *options])
+
+    @property
+    def requirements(self) -> Requirements:
+        """What the loss reads, as configured."""
+        return self.spec.requirements(self.options)
+
+    def __call__(self, pairs: PairLogProbs) -> PairLosses:
+        """The losses of pairs, every tensor [P]."""
+        return self.spec.function(pairs, self.options)

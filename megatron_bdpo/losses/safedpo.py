@@ -7,7 +7,7 @@
     delta   = safedpo_delta >= 0 (the paper's Delta), in the unit of the rewards beta Delta_i
 
 The pairs have been through the paper's data transformation: chosen unsafe and rejected safe are swapped, pairs unsafe
-both ways are dropped. So h_l - h_w is 0 or 1; that is the data layer's doing, and not checked here.
+both ways are dropped (`select`). So h_l - h_w is 0 or 1, which the loss itself does not check.
 
 Source: arXiv 2505.20065. The default delta of 10 goes with beta 0.1, as a published note on the paper reports its
 settings; we have not checked it against the paper.
@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from torch.nn.functional import logsigmoid
 
-from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, Requirements
+from megatron_bdpo.losses.base import BoolArray, LossSpec, PairLogProbs, PairLosses, Requirements
 from megatron_bdpo.losses.options import NON_NEGATIVE, LossOptions, beta, nll_weight, option
 from megatron_bdpo.losses.terms import add_nll, log_ratios, required, rewarded
 
@@ -40,6 +42,12 @@ def safedpo(pairs: PairLogProbs, options: SafeDpoOptions) -> PairLosses:
     return add_nll(rewarded(loss, options.beta, delta_w, delta_l), pairs, options.nll_weight)
 
 
+def select(labels: npt.NDArray[np.int8]) -> tuple[BoolArray, BoolArray]:
+    """The data transformation: which pairs to keep, and which to swap, by their labels [P, 2]; all are known."""
+    chosen_unsafe, rejected_unsafe = (labels == 1).T
+    return ~(chosen_unsafe & rejected_unsafe), chosen_unsafe & ~rejected_unsafe
+
+
 SPEC = LossSpec(
     name="safedpo",
     function=safedpo,
@@ -47,4 +55,5 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True, safety=True),
     summary="SafeDPO: DPO with a margin between safe and unsafe responses",
     source="arXiv 2505.20065",
+    select=select,
 )

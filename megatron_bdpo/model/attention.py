@@ -1,6 +1,6 @@
-"""Attention over packed pair groups: the ``core_attention`` of every layer.
+"""Attention over packed groups: the ``core_attention`` of every layer.
 
-The plan (built on the host, see ``data.layout``) is a list of runs: contiguous queries that attend to a gathered list
+The plan (built on the host, see ``data.packs``) is a list of runs: contiguous queries that attend to a gathered list
 of keys under a bottom-right causal mask. Packing, shared prompts, plain sequences and context parallelism, where each
 rank has the queries of its own positions and the keys of all, are the same few lines.
 
@@ -53,7 +53,7 @@ class AttentionPlan(PackedSeqParams):
     query_lengths: tuple[int, ...] = ()
     key_lengths: tuple[int, ...] = ()
     kept: KeptKeys | None = None
-    """With it the pack goes on with sequences of earlier ones (``data.layout.lay_out_continued``), and every
+    """With it the pack goes on with sequences of earlier ones (``data.packs.lay_out_continued``), and every
     context-parallel rank has the whole of it."""
 
     @property

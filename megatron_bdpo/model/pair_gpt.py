@@ -1,4 +1,4 @@
-"""Megatron's GPT model, made to read packed pair groups: config, builder, and the one override it needs.
+"""Megatron's GPT model, made to read packed groups: config, builder, and the one override it needs.
 
 This is the only file that names GPTModel (Megatron announces its replacement by HybridModel).
 """
@@ -17,7 +17,7 @@ from megatron.training.models import GPTModelConfig
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
-from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, likeliest_tokens, sequence_log_probs
+from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, answer_log_probs, likeliest_tokens
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.moe import with_pair_router
 from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm
@@ -132,14 +132,14 @@ class ScoringOutputLayer(ColumnParallelLinear):
     """
 
     def forward(self, hidden_states: Tensor, weight: Tensor | None, context: ScoringContext) -> Tensor:
-        """Hidden states of a pack -> log pi(y|x) of its sequences.
+        """Hidden states of a pack -> log pi(y|x) of its answers.
 
         Args:
             hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
             weight: [V/tp, H] of the tied embedding; None for the layer's own.
 
         Returns:
-            [S] float64, in nats; with the entropy [2, S], its sums over each sequence in the second row.
+            [A] float64, in nats; with the entropy [2, A], its sums over each answer in the second row.
         """
         tokens = context.scoring(
             hidden_states,
@@ -150,10 +150,10 @@ class ScoringOutputLayer(ColumnParallelLinear):
             sequence_parallel=self.config.sequence_parallel,
             gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
         )
-        sums = sequence_log_probs(tokens.log_probs, context.scored, context.context_group)
+        sums = answer_log_probs(tokens.log_probs, context.scored, context.context_group)
         if tokens.entropy is None:
             return sums
-        return torch.stack([sums, sequence_log_probs(tokens.entropy, context.scored, context.context_group)])
+        return torch.stack([sums, answer_log_probs(tokens.entropy, context.scored, context.context_group)])
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,10 @@ class ScoringContext:
     scored: ScoredPositions
     scoring: TokenScoring
     context_group: Any
-    """Process group over which the sequences' positions are split."""
+    """Process group over which the answers' positions are split."""
 
 
-def score_sequences(
+def score_answers(
     *,
     hidden_states: Tensor,
     output_layer: ScoringOutputLayer,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,102 +22,88 @@ from megatron_bdpo.data.context import ALONE, ContextRank, context_part
 from megatron_bdpo.data.packs import IntArray, Pack, lay_out
 from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.logprobs import ScoredPositions
-from megatron_bdpo.model.attention import AttentionPlan, KeptKeys
+from megatron_bdpo.model.attention import AttentionPlan
 
 
-@dataclass
+@dataclass(frozen=True)
+class PackPairs:
+    """The P pairs of a pack: which of its A answers are compared."""
+
+    ids: IntArray  # [P], on the host
+    answers: Tensor  # [P, 2] numbers of the chosen and the rejected answer
+    unsafe: Tensor  # [P, 2] safety labels: 1 unsafe, 0 safe, -1 unknown
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+NO_PAIRS = PackPairs(np.zeros(0, np.int64), *torch.zeros(2, 0, 2, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
 class PackBatch:
-    """One microbatch: a pack as tensors, or this context-parallel rank's part of one. Shapes as in ``data.layout``.
+    """One microbatch: a pack, or this context-parallel rank's part of one, as the model and the loss take it.
 
-    A part has T / C positions, but all S sequences and P pairs of the pack (see ``data.context``). All tensors are
-    views of one piece of memory, which is pinned and sent to the device as a whole.
+    A part has T / C positions, but all A answers and P pairs of the pack (see ``data.context``). All tensors are views
+    of one piece of memory, which is pinned and sent to the device as a whole.
     """
 
-    whole: Tensor  # [bytes] uint8
-
+    memory: Tensor  # [bytes] uint8
     tokens: Tensor  # [1, T]
-    positions: Tensor  # [1, T]
-    key_index: Tensor  # [K]
-    query_starts: Tensor  # [R + 1] int32
-    key_starts: Tensor  # [R + 1] int32
-    query_lengths: tuple[int, ...]
-    key_lengths: tuple[int, ...]
-    scored_hidden: Tensor  # [N]
-    scored_target: Tensor  # [N]
-    scored_sequence: Tensor  # [N]
-    scored_tokens: Tensor  # [S] positions scored here, of each sequence
-    most_scored: int  # largest of scored_tokens
-    sequence_tokens: Tensor  # [S] response tokens, here or on other ranks
-    pack_length: int  # T
-    table_length: int  # of the rotary table, the same for all packs of a run
-    unsafe: Tensor  # [P, 2]
-    pair_ids: IntArray  # [P], on the host
+    attention: AttentionPlan
+    scored: ScoredPositions  # those of this rank
+    answer_tokens: Tensor  # [A] tokens of each answer, scored here or on other ranks
+    pairs: PackPairs
+    length: int  # of the whole pack
     unconditional: PackBatch | None = None
     """The same answers after the empty prompt, where the reference is scored on the fly and the loss needs it."""
 
-    @property
-    def pairs(self) -> int:
-        return len(self.pair_ids)
-
-    def attention_plan(self, kept: KeptKeys | None = None) -> AttentionPlan:
-        """Who attends to whom. ``kept``: where keys of earlier packs are, if this one goes on with them."""
-        return AttentionPlan(
-            qkv_format="sbhd",
-            max_seqlen_q=self.table_length,
-            max_seqlen_kv=self.table_length,
-            positions=self.positions[0],
-            key_index=self.key_index,
-            query_starts=self.query_starts,
-            key_starts=self.key_starts,
-            query_lengths=self.query_lengths,
-            key_lengths=self.key_lengths,
-            kept=kept,
-        )
-
-    def scored(self) -> ScoredPositions:
-        return ScoredPositions(
-            self.scored_hidden, self.scored_target, self.scored_sequence, self.scored_tokens, self.most_scored
-        )
-
     def to_device(self) -> PackBatch:
         """This batch on the current CUDA device (the CPU where there is none)."""
-        return self._moved(lambda whole: whole.cuda(non_blocking=True))
+        return self._moved(lambda memory: memory.cuda(non_blocking=True))
 
     def pin_memory(self) -> PackBatch:
         """Called by the data loader."""
         return self._moved(Tensor.pin_memory)
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> PackBatch:
-        whole = move(self.whole)
-        changes: dict[str, Any] = {"whole": whole}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor) and field.name != "whole":
-                changes[field.name] = _view(whole, int(value.storage_offset()) * value.element_size(), value)
-            elif isinstance(value, PackBatch):
-                changes[field.name] = value._moved(move)
-        return dataclasses.replace(self, **changes)
+        memory = move(self.memory)
+
+        def views(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return _view(memory, int(value.storage_offset()) * value.element_size(), value)
+            if isinstance(value, PackBatch):
+                return value._moved(move)
+            return _replaced(value, views) if dataclasses.is_dataclass(value) else value
+
+        moved: PackBatch = _replaced(self, views)
+        return moved
 
 
-def _view(whole: Tensor, start: int, like: Tensor) -> Tensor:
-    """What ``like`` is, at byte ``start`` of ``whole``."""
-    return whole[start : start + like.nbytes].view(like.dtype).view(like.shape)
+def _replaced(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A dataclass with each of its fields changed."""
+    return dataclasses.replace(value, **{each.name: change(getattr(value, each.name)) for each in fields(value)})
+
+
+def _view(memory: Tensor, start: int, like: Tensor) -> Tensor:
+    """What ``like`` is, at byte ``start`` of ``memory``."""
+    return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 _ALIGNMENT = 16  # bytes, of each tensor: enough for any type, and for vector loads
 
 
-def _in_one_piece(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+def _in_one_piece(arrays: Mapping[str, npt.NDArray[Any] | Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Arrays, copied into one piece of memory: that, and its views by name."""
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
     ends = list(itertools.accumulate(round_up(tensor.nbytes, _ALIGNMENT) for tensor in tensors.values()))
-    whole = torch.zeros(ends[-1], dtype=torch.uint8)
+    memory = torch.zeros(ends[-1], dtype=torch.uint8)
     views = {
-        name: _view(whole, start, tensor) for (name, tensor), start in zip(tensors.items(), [0, *ends], strict=False)
+        name: _view(memory, start, tensor) for (name, tensor), start in zip(tensors.items(), [0, *ends], strict=False)
     }
     for name, view in views.items():
         view.copy_(tensors[name])
-    return whole, views
+    return memory, views
 
 
 @dataclass(frozen=True)
@@ -138,45 +124,62 @@ class PackMaker:
     def __call__(self, ids: IntArray, length: int) -> PackBatch:
         """The pack of these pairs, of ``length`` positions."""
         batch = self.mixed(ids, np.zeros(len(ids), bool), length)
-        if self.with_unconditional:
-            batch.unconditional = self.mixed(ids, np.ones(len(ids), bool), length)
-        return batch
+        if not self.with_unconditional:
+            return batch
+        return dataclasses.replace(batch, unconditional=self.mixed(ids, np.ones(len(ids), bool), length))
 
     def mixed(self, ids: IntArray, unconditional: npt.NDArray[np.bool_], length: int) -> PackBatch:
         """A pack in which the answers of some pairs follow the empty prompt: those with True in ``unconditional``."""
         groups = [self.pool.group(pair, unconditional=empty) for pair, empty in zip(ids, unconditional, strict=True)]
         pack = lay_out(groups, length, share_prompts=self.share_prompts)
-        return to_batch(context_part(pack, self.context), self.pool.unsafe[ids], length, self.limit)
+        answers = torch.arange(2 * len(ids)).view(-1, 2)
+        pairs = PackPairs(ids, answers, torch.from_numpy(self.pool.unsafe[ids].astype(np.int64)))
+        return to_batch(context_part(pack, self.context), length, self.limit, pairs)
 
 
-def to_batch(pack: Pack, unsafe: np.ndarray[Any, Any], pack_length: int, table_length: int) -> PackBatch:
-    """The arrays of a pack, or of one rank's part of a pack of ``pack_length`` positions, as tensors on the host."""
-    scored_tokens = np.bincount(pack.scored_sequence, minlength=len(pack.sequence_tokens))
-    whole, tensors = _in_one_piece(
+def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_PAIRS) -> PackBatch:
+    """A pack, or one rank's part of a pack of ``length`` positions, on the host; ``pairs`` are those of its answers."""
+    scored_tokens = np.bincount(pack.scored_answer, minlength=len(pack.answer_tokens))
+    memory, views = _in_one_piece(
         {
             "tokens": pack.tokens[None],
-            "positions": pack.positions[None],
+            "positions": pack.positions,
             "key_index": pack.key_index,
             "query_starts": _starts(pack.query_lengths),
             "key_starts": _starts(pack.key_lengths),
-            "scored_hidden": pack.scored_hidden,
-            "scored_target": pack.scored_target,
-            "scored_sequence": pack.scored_sequence,
+            "hidden": pack.scored_hidden,
+            "target": pack.scored_target,
+            "answer": pack.scored_answer,
             "scored_tokens": scored_tokens,
-            "sequence_tokens": pack.sequence_tokens,
-            "unsafe": unsafe.astype(np.int64),
+            "answer_tokens": pack.answer_tokens,
+            "pair_answers": pairs.answers,
+            "unsafe": pairs.unsafe,
         }
     )
     return PackBatch(
-        whole=whole,
-        **tensors,
-        query_lengths=tuple(pack.query_lengths.tolist()),
-        key_lengths=tuple(pack.key_lengths.tolist()),
-        most_scored=int(scored_tokens.max(initial=0)),
-        pack_length=pack_length,
-        table_length=table_length,
-        pair_ids=pack.pair_ids,
-        unconditional=None,
+        memory=memory,
+        tokens=views["tokens"],
+        attention=AttentionPlan(
+            qkv_format="sbhd",
+            max_seqlen_q=table_length,
+            max_seqlen_kv=table_length,
+            positions=views["positions"],
+            key_index=views["key_index"],
+            query_starts=views["query_starts"],
+            key_starts=views["key_starts"],
+            query_lengths=tuple(pack.query_lengths.tolist()),
+            key_lengths=tuple(pack.key_lengths.tolist()),
+        ),
+        scored=ScoredPositions(
+            views["hidden"],
+            views["target"],
+            views["answer"],
+            views["scored_tokens"],
+            longest=int(scored_tokens.max(initial=0)),
+        ),
+        answer_tokens=views["answer_tokens"],
+        pairs=PackPairs(pairs.ids, views["pair_answers"], views["unsafe"]),
+        length=length,
     )
 
 

@@ -7,6 +7,7 @@ ranks and microbatches, so a step is the exact mean over its pairs however they 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +20,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_bdpo.logprobs import TokenScoring
-from megatron_bdpo.losses import PairLogProbs, PairLosses
+from megatron_bdpo.losses import PairLogProbs, PairLosses, PairLossFunction
 from megatron_bdpo.model.attention import KeptKeys
-from megatron_bdpo.model.pair_gpt import NextTokenContext, ScoringContext, next_tokens, score_sequences
+from megatron_bdpo.model.pair_gpt import NextTokenContext, ScoringContext, next_tokens, score_answers
 from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import PackBatch
 from megatron_bdpo.training.finite import check_losses
-from megatron_bdpo.training.loss import PairLossFunction
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_report
 from megatron_bdpo.training.step_zero import StepZeroGate
 
@@ -37,21 +37,34 @@ class ReferenceValues(Protocol):
     """Where a batch's reference log-probs come from."""
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
-        """(conditional, unconditional) log-probs of the batch's sequences, each [S] float64 or None if not needed."""
+        """(conditional, unconditional) log-probs of the batch's pairs, each [P, 2] float64 or None if not needed."""
 
 
 def score_pack(model: Any, batch: PackBatch, scoring: TokenScoring) -> Tensor:
-    """Run one pipeline stage on a pack: see ``score_sequences`` on the last stage, hidden states on the others.
+    """Run one pipeline stage on a pack: see ``score_answers`` on the last stage, hidden states on the others.
 
-    Context-parallel ranks each run their part of the pack and all get the log-probs of its whole sequences.
+    Context-parallel ranks each run their part of the pack and all get the log-probs of its whole answers.
     """
     return model(
         input_ids=batch.tokens,
-        position_ids=batch.positions,
+        position_ids=batch.attention.positions[None],
         attention_mask=None,
-        packed_seq_params=batch.attention_plan(),
-        output_processor=score_sequences,
-        output_processor_context=ScoringContext(batch.scored(), scoring, parallel_state.get_context_parallel_group()),
+        packed_seq_params=batch.attention,
+        output_processor=score_answers,
+        output_processor_context=ScoringContext(batch.scored, scoring, parallel_state.get_context_parallel_group()),
+    )
+
+
+def pairs_of(batch: PackBatch, policy: Tensor, reference: Tensor | None, unconditional: Tensor | None) -> PairLogProbs:
+    """What the loss reads of a batch.
+
+    Args:
+        policy: [A] log-probs of the batch's answers.
+        reference, unconditional: [P, 2] of its pairs, or None.
+    """
+    answers = batch.pairs.answers
+    return PairLogProbs.of_pairs(
+        batch.answer_tokens[answers], policy[answers], reference, unconditional, batch.pairs.unsafe
     )
 
 
@@ -76,23 +89,18 @@ class PreferenceStep:
 
     def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
         policy, entropy = scores if self.scoring.entropy else (scores, None)
-        reference, unconditional = self.reference.lookup(batch)
-        pairs, losses = self.loss(batch, policy, reference, unconditional)
+        pairs = pairs_of(batch, policy, *self.reference.lookup(batch))
+        losses = self.loss(pairs)
         loss_sum = losses.loss.sum().float()
         if self.check_nan:
-            check_losses(losses.loss, pairs, batch.pair_ids, self.describe)
-        if self.gate is not None and reference is not None:
-            self.gate.observe(
-                lambda others: self.loss(batch, others, reference, unconditional)[1].loss,
-                policy,
-                reference,
-                batch.sequence_tokens,
-            )
+            check_losses(losses.loss, pairs, batch.pairs.ids, self.describe)
+        if self.gate is not None:
+            self.gate.observe(pairs, self.loss)
         report = pair_report(pairs, losses, self.imbalance_edges)
         if entropy is not None:
-            report |= entropy_report(entropy, batch.sequence_tokens)
+            report |= entropy_report(entropy[batch.pairs.answers], pairs)
         # Megatron adds the counts of all data- and context-parallel ranks; those of one context have the same pairs.
-        pairs_counted_here = batch.pairs if parallel_state.get_context_parallel_rank() == 0 else 0
+        pairs_counted_here = len(batch.pairs) if parallel_state.get_context_parallel_rank() == 0 else 0
         count = torch.full((), pairs_counted_here, dtype=torch.int, device=loss_sum.device)
         return loss_sum, count, report
 
@@ -116,11 +124,12 @@ def pair_report(pairs: PairLogProbs, losses: PairLosses, imbalance_edges: Tensor
     return report
 
 
-def entropy_report(entropy: Tensor, tokens: Tensor) -> Report:
-    """The policy's entropy per scored token, in nats: its sums over sequences and their tokens, [S] each."""
+def entropy_report(entropy: Tensor, pairs: PairLogProbs) -> Report:
+    """The policy's entropy per scored token, in nats. ``entropy`` [P, 2]: sums over chosen and rejected answers."""
+    chosen, rejected = entropy.detach().unbind(1)
     return {
-        f"entropy/{name}": torch.stack([entropy[start::2].detach().sum(), tokens[start::2].sum()]).float()
-        for start, name in enumerate(("chosen", "rejected"))
+        "entropy/chosen": torch.stack([chosen.sum(), pairs.chosen_tokens.sum()]).float(),
+        "entropy/rejected": torch.stack([rejected.sum(), pairs.rejected_tokens.sum()]).float(),
     }
 
 
@@ -142,12 +151,17 @@ def _sums(values: dict[str, Tensor]) -> Report:
 
 @dataclass
 class ScoringStep:
-    """``forward_step`` of a scoring pass: collects each pack's sequence log-probs (``collect_non_loss_data``)."""
+    """``forward_step`` of a scoring pass: collects the log-probs [P, 2] of each pack's pairs."""
 
     scoring: TokenScoring
 
     def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        return score_pack(model, next(data_iterator).to_device(), self.scoring), _collect
+        batch = next(data_iterator).to_device()
+
+        def collect(log_probs: Tensor, non_loss_data: bool = True) -> Tensor:
+            return log_probs.detach()[batch.pairs.answers]
+
+        return score_pack(model, batch, self.scoring), collect
 
 
 @dataclass
@@ -162,11 +176,11 @@ class NextTokenStep:
         batch, kept = next(data_iterator)
         tokens = model(
             input_ids=batch.tokens,
-            position_ids=batch.positions,
+            position_ids=batch.attention.positions[None],
             attention_mask=None,
-            packed_seq_params=batch.attention_plan(kept),
+            packed_seq_params=dataclasses.replace(batch.attention, kept=kept),
             output_processor=next_tokens,
-            output_processor_context=NextTokenContext(batch.scored(), self.vocab_size),
+            output_processor_context=NextTokenContext(batch.scored, self.vocab_size),
         )
         return tokens, _collect
 

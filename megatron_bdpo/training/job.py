@@ -18,10 +18,10 @@ from megatron_bdpo.data.step_plan import IntArray, PlanSettings, StepPlan, epoch
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses import PairLossFunction
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.loss import PairLossFunction
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.token_stores import build_tokenizer, cache_directory, open_stores
 
@@ -172,9 +172,8 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
         train, held_out = Selection(all_train), Selection(pool.store_ids(1))
     else:
         train, held_out = map(Selection, pools.hold_out(all_train, settings.pairs.eval_share, settings.schedule.seed))
-    if loss.requirements.safety:
-        for selection in (train, held_out):
-            pools.order_by_safety(pool, selection)
+    for selection in (train, held_out):
+        pools.select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
     sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
@@ -184,7 +183,7 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
     if steps is None:
         assert epochs is not None, "one of both is given: see flags.refusals"
         steps = max(1, round(epochs * epoch_pairs(sources) / for_plan.pairs_per_step))
-    plan = plan_steps(sizes, for_plan, steps, sources)
+    plan = plan_steps(sizes, for_plan, steps, sources, costs=sizes**2)  # attention's, nearly
     eval_packs, eval_length = _eval_packs(held_out.ids, sizes, plan, for_plan)
     return PairJob(
         loss,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses import PairLogProbs, PairLosses
 from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.training.distributed import sum_over_ranks
 
@@ -79,24 +80,26 @@ class StepZeroGate:
     precision: Precision
     _sums: list[Tensor] = field(default_factory=list)
 
-    def observe(self, losses: Callable[[Tensor], Tensor], policy: Tensor, reference: Tensor, tokens: Tensor) -> None:
-        """Record the pairs of a microbatch. P pairs, S = 2 P answers, chosen and rejected alternating.
+    def observe(self, pairs: PairLogProbs, loss: Callable[[PairLogProbs], PairLosses]) -> None:
+        """Record the P pairs of a microbatch under the run's loss, which reads the reference's log-probs."""
 
-        Args:
-            losses: from the policy's log-probs [S] to the pairs' losses [P].
-            policy, reference: [S] log-probs, nats.
-            tokens: [S] of the answers.
-        """
-        policy, off = policy.detach(), (policy - reference).detach().abs()
+        def losses(log_probs: Tensor) -> Tensor:
+            chosen, rejected = log_probs.unbind(1)
+            return loss(replace(pairs, policy_chosen=chosen, policy_rejected=rejected)).loss
+
+        assert pairs.reference_chosen is not None and pairs.reference_rejected is not None
+        policy = torch.stack([pairs.policy_chosen, pairs.policy_rejected], dim=1).detach()
+        reference = torch.stack([pairs.reference_chosen, pairs.reference_rejected], dim=1)
+        tokens = torch.stack([pairs.chosen_tokens, pairs.rejected_tokens], dim=1)
+        off = (policy - reference).abs()
         allowed = tolerance(self.precision) * tokens.to(off.dtype).sqrt()
         at_reference = losses(reference)
         # All losses of the registry are convex in the log-probs: farthest up in a corner, and nowhere farther down.
         corners = [
-            losses(reference + allowed * allowed.new_tensor(signs).repeat(len(at_reference)))
-            for signs in itertools.product((1, -1), repeat=2)
+            losses(reference + allowed * allowed.new_tensor(signs)) for signs in itertools.product((1, -1), repeat=2)
         ]
         explained = (torch.stack(corners) - at_reference).abs().amax(dim=0)
-        worse = [(off / each).reshape(-1, 2).amax(dim=1) for each in (tokens, allowed)]
+        worse = [(off / each).amax(dim=1) for each in (tokens, allowed)]
         own = [losses(policy) - at_reference, explained, *worse, torch.ones_like(at_reference)]
         self._sums.append(torch.stack([each.double().sum() for each in own]))
 

@@ -62,7 +62,7 @@ def scored_on_a_rank(
 
 def score(p: Problem, group: Any, sequence_parallel: bool, kernel: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Value and gradients by one kernel, on one rank."""
-    from megatron_bdpo.logprobs import TokenScoring, sequence_log_probs
+    from megatron_bdpo.logprobs import TokenScoring, answer_log_probs
 
     rank, tp = group.rank(), group.size()
     whole = torch.tensor(p.hidden, dtype=dtype)[:, None]
@@ -73,9 +73,9 @@ def score(p: Problem, group: Any, sequence_parallel: bool, kernel: Any, dtype: t
     scoring = TokenScoring(p.vocab_size, **kernel, entropy=True)
     tokens, entropy = scoring(hidden, weight, bias, scored, tp_group=group, sequence_parallel=sequence_parallel)
     assert not entropy.requires_grad
-    sequences = sequence_log_probs(tokens, scored)
-    if len(p.sequence_tokens):
-        incoming = [torch.tensor(p.token_gradient, dtype=torch.float32), torch.tensor(p.sequence_gradient)]
+    sequences = answer_log_probs(tokens, scored)
+    if len(p.answer_tokens):
+        incoming = [torch.tensor(p.token_gradient, dtype=torch.float32), torch.tensor(p.answer_gradient)]
         torch.autograd.backward([tokens, sequences], incoming)
     else:
         sequences.sum().backward()
@@ -184,28 +184,28 @@ def scored_with_lengths(lengths: list[int]) -> Any:
 
 def test_sums_are_added_in_double_precision():
     """A log-ratio of 1e-3 is the difference of two sums of size 1e4: in fp32 nothing of it would be left."""
-    from megatron_bdpo.logprobs import sequence_log_probs
+    from megatron_bdpo.logprobs import answer_log_probs
 
     tokens = -10 * torch.rand(3000, generator=torch.Generator().manual_seed(0))
-    sums = sequence_log_probs(tokens, scored_with_lengths([2000, 1000]))
+    sums = answer_log_probs(tokens, scored_with_lengths([2000, 1000]))
     expected_sums = np.array([tokens[:2000].double().sum(), tokens[2000:].double().sum()])
     assert sums.dtype == torch.float64
     assert sums.numpy() == pytest.approx(expected_sums, rel=1e-14)
 
 
 def test_sequence_without_tokens_sums_to_zero():
-    from megatron_bdpo.logprobs import sequence_log_probs
+    from megatron_bdpo.logprobs import answer_log_probs
 
-    sums = sequence_log_probs(torch.tensor([-1.0, -2.0, -4.0]), scored_with_lengths([2, 0, 1]))
+    sums = answer_log_probs(torch.tensor([-1.0, -2.0, -4.0]), scored_with_lengths([2, 0, 1]))
     assert sums.tolist() == [-3, 0, -4]
 
 
 def test_pack_without_sequences_keeps_its_graph():
     """A rank that has nothing to score still runs its backward, and with it its collectives."""
-    from megatron_bdpo.logprobs import sequence_log_probs
+    from megatron_bdpo.logprobs import answer_log_probs
 
     tokens = torch.zeros(0, requires_grad=True)
-    sums = sequence_log_probs(tokens, scored_with_lengths([]))
+    sums = answer_log_probs(tokens, scored_with_lengths([]))
     assert sums.shape == (0,)
     sums.sum().backward()
     assert tokens.grad is not None

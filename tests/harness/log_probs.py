@@ -18,7 +18,7 @@ PADDED_VOCABULARY = 64
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs as whole arrays. T positions, V padded vocabulary rows, H hidden, N scored, S sequences."""
+    """Inputs as whole arrays. T positions, V padded vocabulary rows, H hidden, N scored, A answers."""
 
     hidden: np.ndarray  # [T, H]
     weight: np.ndarray  # [V, H]
@@ -26,28 +26,28 @@ class Problem:
     vocab_size: int
     scored_hidden: np.ndarray  # [N]
     target: np.ndarray  # [N]
-    sequence_tokens: np.ndarray  # [S]
+    answer_tokens: np.ndarray  # [A]
     token_gradient: np.ndarray  # [N] gradient that comes in for each token log-prob
-    sequence_gradient: np.ndarray  # [S] and for each sum
+    answer_gradient: np.ndarray  # [A] and for each sum
 
     @property
     def sequence(self) -> np.ndarray:
-        return np.repeat(np.arange(len(self.sequence_tokens)), self.sequence_tokens)
+        return np.repeat(np.arange(len(self.answer_tokens)), self.answer_tokens)
 
     def scored(self) -> Any:
         """``ScoredPositions``. S is known to be the number of lengths, N their sum."""
         from megatron_bdpo.logprobs import ScoredPositions
 
-        index = self.scored_hidden, self.target, self.sequence, self.sequence_tokens
-        return ScoredPositions(*map(torch.tensor, index), longest=int(self.sequence_tokens.max(initial=0)))
+        index = self.scored_hidden, self.target, self.sequence, self.answer_tokens
+        return ScoredPositions(*map(torch.tensor, index), longest=int(self.answer_tokens.max(initial=0)))
 
 
-def problem(vocab_size: int, *, bias: bool = False, sequence_tokens: tuple[int, ...] = (5, 1, 9, 4)) -> Problem:
+def problem(vocab_size: int, *, bias: bool = False, answer_tokens: tuple[int, ...] = (5, 1, 9, 4)) -> Problem:
     """Random values of a size that makes some tokens nearly certain and others nearly impossible."""
     rng = np.random.default_rng(vocab_size)
     weight = rng.normal(size=(PADDED_VOCABULARY, HIDDEN))
     weight[vocab_size:] = 50  # rows that are only padding: where they take part, nothing is right
-    n = sum(sequence_tokens)
+    n = sum(answer_tokens)
     borders = [v for first in range(0, 64, 16) for v in (first, first + 15) if v < vocab_size] + [vocab_size - 1]
     target = np.concatenate([borders, rng.integers(0, vocab_size, 64)])[:n]
     scored_hidden = rng.integers(0, POSITIONS, n)
@@ -59,9 +59,9 @@ def problem(vocab_size: int, *, bias: bool = False, sequence_tokens: tuple[int, 
         vocab_size=vocab_size,
         scored_hidden=scored_hidden,
         target=target,
-        sequence_tokens=np.array(sequence_tokens, np.int64),
+        answer_tokens=np.array(answer_tokens, np.int64),
         token_gradient=rng.normal(size=n),
-        sequence_gradient=rng.normal(size=len(sequence_tokens)),
+        answer_gradient=rng.normal(size=len(answer_tokens)),
     )
 
 
@@ -70,7 +70,7 @@ PROBLEMS = {
     "padding in the last shard": problem(50),
     "last shard all padding": problem(40),
     "bias": problem(50, bias=True),
-    "nothing scored": problem(50, sequence_tokens=()),
+    "nothing scored": problem(50, answer_tokens=()),
 }
 
 
@@ -81,9 +81,9 @@ def dense(p: Problem) -> dict[str, np.ndarray]:
     logits = leaves["hidden"] @ leaves["weight"][: p.vocab_size].T + leaves["bias"][: p.vocab_size]
     distribution = logits.log_softmax(-1)[torch.tensor(p.scored_hidden)]
     tokens = distribution.gather(1, torch.tensor(p.target)[:, None]).squeeze(1)
-    sequences = torch.stack([part.sum() for part in tokens.split(p.sequence_tokens.tolist())] or [tokens.sum()])
-    sequences = sequences[: len(p.sequence_tokens)]
-    ((tokens * torch.tensor(p.token_gradient)).sum() + (sequences * torch.tensor(p.sequence_gradient)).sum()).backward()
+    sequences = torch.stack([part.sum() for part in tokens.split(p.answer_tokens.tolist())] or [tokens.sum()])
+    sequences = sequences[: len(p.answer_tokens)]
+    ((tokens * torch.tensor(p.token_gradient)).sum() + (sequences * torch.tensor(p.answer_gradient)).sum()).backward()
     results = {"tokens": tokens, "sequences": sequences, "entropy": -(distribution.exp() * distribution).sum(-1)}
     results |= {f"{name} gradient": leaf.grad for name, leaf in leaves.items()}
     return {name: value.detach().numpy() for name, value in results.items()}

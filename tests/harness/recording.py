@@ -105,32 +105,24 @@ def _recorded_run() -> type[Any]:
             self.seen: list[_Seen] = []
 
         def pretrain(self) -> None:
-            with _token_log_probs_told(self._record_tokens):
+            with _token_log_probs_told(self._record_tokens), _pairs_told(self._record_pairs):
                 super().pretrain()
 
         def _record_tokens(self, tokens: torch.Tensor, batch: Any) -> None:
-            answers = [part.numpy() for part in tokens.split(batch.scored_tokens.tolist())]
-            pairs = zip(answers[0::2], answers[1::2], strict=True)
-            self.now.tokens |= dict(zip(batch.pair_ids.tolist(), pairs, strict=True))
+            answers = [part.numpy() for part in tokens.split(batch.scored.answer_tokens.tolist())]
+            pairs = [(answers[chosen], answers[rejected]) for chosen, rejected in batch.pairs.answers.tolist()]
+            self.now.tokens |= dict(zip(batch.pairs.ids.tolist(), pairs, strict=True))
 
-        def _recorded(self, loss: Any) -> Any:
-            def record(batch: Any, policy: torch.Tensor, *others: torch.Tensor | None) -> Any:
-                if policy.requires_grad:  # not in the check of the first step
-                    known = torch.stack([policy, *(other for other in others if other is not None)]).detach()
-                    by_pair = known.reshape(len(known), -1, 2).unbind(1)
-                    self.now.sequences |= {
-                        int(pair): values.numpy() for pair, values in zip(batch.pair_ids, by_pair, strict=True)
-                    }
-                return loss(batch, policy, *others)
-
-            return record
+        def _record_pairs(self, batch: Any, policy: torch.Tensor, *others: torch.Tensor | None) -> None:
+            known = [policy[batch.pairs.answers], *(other for other in others if other is not None)]
+            by_pair = torch.stack(known, dim=1).detach().numpy()
+            self.now.sequences |= dict(zip(batch.pairs.ids.tolist(), by_pair, strict=True))
 
         def after_load(self, model: list[Any]) -> None:
             self.model = model
             redraw_vectors(unwrap_model(model))
             self.now = _Seen(copy_shards(model))
             super().after_load(model)
-            self.step.loss = self._recorded(self.step.loss)  # now that its options are settled
 
         def wrap_schedule(self, schedule: Any) -> Any:
             inner = super().wrap_schedule(schedule)
@@ -159,18 +151,34 @@ def _token_log_probs_told(tell: Callable[[torch.Tensor, Any], None]) -> Iterator
     from megatron_bdpo.model import pair_gpt
     from megatron_bdpo.training import forward
 
-    score_pack, sequence_log_probs = forward.score_pack, pair_gpt.sequence_log_probs
+    score_pack, answer_log_probs = forward.score_pack, pair_gpt.answer_log_probs
 
     def score(model: Any, batch: Any, *args: Any) -> Any:
         def add(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
             if tokens.requires_grad:  # not in a reference's pass
                 tell(tokens.detach(), batch)
-            return sequence_log_probs(tokens, *rest)
+            return answer_log_probs(tokens, *rest)
 
-        with mock.patch.object(pair_gpt, "sequence_log_probs", add):
+        with mock.patch.object(pair_gpt, "answer_log_probs", add):
             return score_pack(model, batch, *args)
 
     with mock.patch.object(forward, "score_pack", score):
+        yield
+
+
+@contextlib.contextmanager
+def _pairs_told(tell: Callable[..., None]) -> Iterator[None]:
+    """Inside the block, ``tell`` gets in every training pass what ``forward.pairs_of`` gets."""
+    from megatron_bdpo.training import forward
+
+    pairs_of = forward.pairs_of
+
+    def told(batch: Any, policy: torch.Tensor, *others: torch.Tensor | None) -> Any:
+        if policy.requires_grad:  # not in an evaluation
+            tell(batch, policy, *others)
+        return pairs_of(batch, policy, *others)
+
+    with mock.patch.object(forward, "pairs_of", told):
         yield
 
 

@@ -185,8 +185,8 @@ def _sequences(batch: Any, places: np.ndarray, values: torch.Tensor) -> list[Seq
     """
     from megatron.core import parallel_state
 
-    used = sum(batch.query_lengths)
-    own = (places, batch.tokens[0].numpy(), batch.positions[0].numpy(), values.float().numpy())
+    used = sum(batch.attention.query_lengths)
+    own = (places, batch.tokens[0].numpy(), batch.attention.positions.numpy(), values.float().numpy())
     parts: list[Any] = [None] * parallel_state.get_context_parallel_world_size()
     torch.distributed.all_gather_object(
         parts, [each[:used] for each in own], group=parallel_state.get_context_parallel_group()

@@ -28,9 +28,9 @@ ONE_STEP = {"pairs_per_step": 24}
 def sum_of_own_positions_only(undo: contextlib.ExitStack) -> None:
     from megatron_bdpo.model import pair_gpt
 
-    original = pair_gpt.sequence_log_probs
+    original = pair_gpt.answer_log_probs
     undo.enter_context(
-        mock.patch.object(pair_gpt, "sequence_log_probs", lambda tokens, scored, group: original(tokens, scored))
+        mock.patch.object(pair_gpt, "answer_log_probs", lambda tokens, scored, group: original(tokens, scored))
     )
 
 

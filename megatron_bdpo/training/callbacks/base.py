@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_bdpo.losses import PairLossFunction
 from megatron_bdpo.training.identity import RunIdentity
-from megatron_bdpo.training.loss import PairLossFunction
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import distributed
@@ -24,8 +23,6 @@ from megatron_bdpo.model.attention import KeptKeys
 from megatron_bdpo.training.batches import to_batch
 from megatron_bdpo.training.distributed import sum_over_ranks
 from megatron_bdpo.training.forward import NextTokenStep, forward_only
-
-_NO_LABELS = np.zeros((0, 2), bool)
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def answer_greedily(
             return None
         packs = answers.next_packs(shape.limit, shape.unit, fixed_length=shape.fixed)
         length = len(packs[0].tokens)
-        batches = [to_batch(pack, _NO_LABELS, length, shape.limit).to_device() for pack in packs]
+        batches = [to_batch(pack, length, shape.limit).to_device() for pack in packs]
         iterators = [iter(list(zip(batches, kept, strict=True))) for _ in model]
         # Megatron takes the length as that of all context-parallel ranks' parts; here each has the whole.
         whole = length * parallel_state.get_context_parallel_world_size()

@@ -45,23 +45,20 @@ class ReferenceTable:
     def training_pairs(self, job: PairJob) -> PairLogProbs:
         """The values of the training pairs that the run uses, in float64, with the reference as the policy."""
         ids = job.train.ids[~np.isnan(self.conditional[job.train.ids]).any(axis=1)]
-        conditional, tokens = _flat(self.conditional[ids]), _flat(job.pool.lengths[ids, 1:])
-        unconditional = None if self.unconditional is None else _flat(self.unconditional[ids])
-        unsafe = torch.from_numpy(job.pool.unsafe[ids])
-        return PairLogProbs.of_sequences(tokens, conditional, conditional, unconditional, unsafe)
+        tokens, conditional, unsafe = map(
+            torch.from_numpy, (job.pool.lengths[ids, 1:], self.conditional[ids], job.pool.unsafe[ids])
+        )
+        unconditional = None if self.unconditional is None else torch.from_numpy(self.unconditional[ids])
+        return PairLogProbs.of_pairs(tokens, conditional, conditional, unconditional, unsafe)
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
         """See ``forward.ReferenceValues``."""
-        found = [None if each is None else each[batch.pair_ids] for each in (self.conditional, self.unconditional)]
+        found = [None if each is None else each[batch.pairs.ids] for each in (self.conditional, self.unconditional)]
         # In one piece, pinned: the host does not wait until the device has it.
         sent = torch.from_numpy(np.stack([each for each in found if each is not None])).pin_memory()
-        values = iter(sent.cuda(non_blocking=True).flatten(1))
+        values = iter(sent.cuda(non_blocking=True))
         conditional, unconditional = (None if each is None else next(values) for each in found)
         return conditional, unconditional
-
-
-def _flat(values: npt.NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).flatten()
 
 
 class NoReference:
@@ -105,7 +102,7 @@ class ResidentReference:
     def _score(self, batches: list[list[PackBatch]]) -> None:
         """One pass over the step's packs, each followed by its answers after the empty prompt if they are needed."""
         per_batch = 2 if self.requirements.comprehension else 1
-        count, length = per_batch * len(batches[0]), batches[0][0].pack_length
+        count, length = per_batch * len(batches[0]), batches[0][0].length
         iterators = [_with_unconditional(chunk) for chunk in batches]
         scores = forward_only(self.model, ScoringStep(self.scoring), iterators, count, length)
         # Only the last stage has scores, and only it looks them up; its last chunk's batches are the ones it uses.
@@ -129,7 +126,7 @@ def _conditional(batch: PackBatch) -> PackBatch:
 
 def _batch_key(batch: PackBatch) -> bytes:
     """All pair ids: a pair may come twice in a step, in packs with other pairs. Equal packs have equal values."""
-    return batch.pair_ids.tobytes()
+    return batch.pairs.ids.tobytes()
 
 
 @dataclass(frozen=True)
@@ -217,7 +214,7 @@ class GroupScorer:
         result = np.zeros((int(starts[-1]), 2))
         if _is_one_of_each_replica():
             for (_, _, places), score in zip(own, scores, strict=True):
-                result[places] = score.reshape(-1, 2).cpu().numpy()
+                result[places] = score.cpu().numpy()
         return sum_over_ranks(torch.from_numpy(result)).numpy()
 
     def _sizes(self, groups: Groups) -> IntArray:

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_bdpo.losses import PairLogProbs
+from megatron_bdpo.losses import PairLogProbs, PairLossFunction
 from megatron_bdpo.losses.options import open_options
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
-from megatron_bdpo.training.loss import PairLossFunction
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_edges
 
 
@@ -53,7 +52,7 @@ def imbalance_edges(loss: PairLossFunction, pairs: PairLogProbs, of: int, kept: 
     """
     if not loss.requirements.comprehension:
         return []
-    metrics = loss.spec.function(pairs, loss.options).metrics
+    metrics = loss(pairs).metrics
     if IMBALANCE not in metrics:
         return []
     edges = broadcast(list(kept) or quartile_edges(metrics[IMBALANCE].numpy()).tolist())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_bdpo.data.context import ContextRank, context_part
-from megatron_bdpo.data.packs import Pack, PairGroup
+from megatron_bdpo.data.packs import Group, Pack
 from megatron_bdpo.data.records import PreferenceRecord, parse_row
 from megatron_bdpo.data.step_plan import PlanSettings, StepPlan, epoch_pairs, plan_steps
 
@@ -52,13 +52,16 @@ def attention(pack: Pack, length: int) -> np.ndarray:
     return seen
 
 
-def check_pack(pack: Pack, groups: Sequence[PairGroup], length: int, *, shared: bool) -> None:
+def check_pack(pack: Pack, groups: Sequence[Group], length: int, *, shared: bool) -> None:
     """Every token is there once, at its position, sees its own past and nothing else, and answers are scored."""
     tokens, positions, branches, scored = [], [], [], []
-    for pair, group in enumerate(groups):
-        answers = (group.chosen, group.rejected)
+    for number, group in enumerate(groups):
+        answers, before = group.answers, sum(len(each.answers) for each in groups[:number])
         pieces = (
-            [(group.prompt, 0, (0, 1)), *((answer, len(group.prompt), (i,)) for i, answer in enumerate(answers))]
+            [
+                (group.prompt, 0, tuple(range(len(answers)))),
+                *((answer, len(group.prompt), (i,)) for i, answer in enumerate(answers)),
+            ]
             if shared
             else [(np.concatenate([group.prompt, answer]), 0, (i,)) for i, answer in enumerate(answers)]
         )
@@ -68,18 +71,17 @@ def check_pack(pack: Pack, groups: Sequence[PairGroup], length: int, *, shared: 
                 place |= {(branch, first + offset): len(tokens) for branch in of}
                 tokens.append(token)
                 positions.append(first + offset)
-                branches.append({(pair, branch) for branch in of})
+                branches.append({(number, branch) for branch in of})
         for branch, answer in enumerate(answers):
             first = len(group.prompt)
-            scored += [(place[branch, first + i - 1], t, 2 * pair + branch) for i, t in enumerate(answer.tolist())]
+            scored += [(place[branch, first + i - 1], t, before + branch) for i, t in enumerate(answer.tolist())]
     used = len(tokens)
     assert pack.used == used <= length == len(pack.tokens) == len(pack.positions)
     assert pack.tokens.tolist() == tokens + [0] * (length - used)
     assert pack.positions.tolist() == positions + [0] * (length - used)
-    found = zip(pack.scored_hidden.tolist(), pack.scored_target.tolist(), pack.scored_sequence.tolist(), strict=True)
+    found = zip(pack.scored_hidden.tolist(), pack.scored_target.tolist(), pack.scored_answer.tolist(), strict=True)
     assert list(found) == scored
-    assert pack.sequence_tokens.tolist() == [len(each) for group in groups for each in (group.chosen, group.rejected)]
-    assert pack.pair_ids.tolist() == [group.pair_id for group in groups]
+    assert pack.answer_tokens.tolist() == [len(each) for group in groups for each in group.answers]
     expected = [
         [bool(branches[query] <= branches[key]) and positions[key] <= positions[query] for key in range(used)]
         for query in range(used)
@@ -106,8 +108,8 @@ def check_parts(pack: Pack, ranks: int) -> None:
         assert (own[part.used :] >= pack.used).all() and (own[: part.used] < pack.used).all()
         assert (attention(part, length) == whole[own[: part.used]][:, gathered]).all()
         hidden = own[part.scored_hidden]
-        scored += zip(part.scored_target.tolist(), hidden.tolist(), part.scored_sequence.tolist(), strict=True)
-    expected = zip(range(len(pack.scored_hidden)), pack.scored_hidden.tolist(), pack.scored_sequence, strict=True)
+        scored += zip(part.scored_target.tolist(), hidden.tolist(), part.scored_answer.tolist(), strict=True)
+    expected = zip(range(len(pack.scored_hidden)), pack.scored_hidden.tolist(), pack.scored_answer, strict=True)
     assert sorted(scored) == [(target, hidden, int(sequence)) for target, hidden, sequence in expected]
 
 

@@ -10,24 +10,24 @@ from tests.reliability.fuzz.draw import Draw
 from tests.reliability.fuzz.registry import Check, target
 
 
-@target("pairs to packs, and these to context-parallel parts", share=0.06)
+@target("groups to packs, and these to context-parallel parts", share=0.06)
 def packs() -> Check:
     import numpy as np
 
-    from megatron_bdpo.data.packs import PairGroup, group_tokens, lay_out
+    from megatron_bdpo.data.packs import Group, group_tokens, lay_out
     from tests.reliability.fuzz.invariants import check_pack, check_parts
 
     def check(data: bytes) -> bool:
         draw = Draw(data)
-        groups, first = [], 1
-        for _ in range(draw.integer(0, 3)):
-            lengths = [draw.pick((1, 1, 2, 3, 4, 7)) for _ in range(3)]
-            ids = np.arange(first, first + sum(lengths), dtype=np.int32)
-            groups.append(PairGroup(draw.integer(0, 10**6), *np.split(ids, np.cumsum(lengths)[:2])))
-            first += len(ids)
         shared = not draw.chance(3)
-        lengths_of = np.array([[len(g.prompt), len(g.chosen), len(g.rejected)] for g in groups]).reshape(-1, 3)
-        used = int(group_tokens(lengths_of, share_prompts=shared).sum())
+        groups, first, used = [], 1, 0
+        for _ in range(draw.integer(0, 3)):
+            lengths = [draw.pick((1, 1, 2, 3, 4, 7)) for _ in range(1 + draw.pick((1, 2, 2, 3, 5)))]
+            ids = np.arange(first, first + sum(lengths), dtype=np.int32)
+            prompt, *answers = np.split(ids, np.cumsum(lengths)[:-1])
+            groups.append(Group(prompt, answers))
+            used += int(group_tokens(np.array([lengths]), share_prompts=shared)[0])
+            first += len(ids)
         ranks = draw.integer(1, 4)
         unit = ranks * draw.pick((1, 2, 4, 8))
         length = max(1, -(-(used + draw.integer(0, 9)) // unit)) * unit

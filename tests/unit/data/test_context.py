@@ -45,29 +45,28 @@ def test_parts_together_are_the_pack(groups, share, ranks, chunk):
             assert gathered[keys].tolist() == expected_seen[own]
         assert (part.tokens[part.used :] >= pack.used).all(), "padding comes last"
         hidden = part.tokens[part.scored_hidden]
-        scored += zip(part.scored_target.tolist(), hidden.tolist(), part.scored_sequence.tolist(), strict=True)
-        assert (np.diff(part.scored_sequence) >= 0).all()
-        assert part.sequence_tokens.tolist() == pack.sequence_tokens.tolist()
-        assert part.pair_ids.tolist() == pack.pair_ids.tolist()
+        scored += zip(part.scored_target.tolist(), hidden.tolist(), part.scored_answer.tolist(), strict=True)
+        assert (np.diff(part.scored_answer) >= 0).all()
+        assert part.answer_tokens.tolist() == pack.answer_tokens.tolist()
     expected_scored = zip(
-        pack.scored_target.tolist(), pack.scored_hidden.tolist(), pack.scored_sequence.tolist(), strict=True
+        pack.scored_target.tolist(), pack.scored_hidden.tolist(), pack.scored_answer.tolist(), strict=True
     )
     assert sorted(scored) == list(expected_scored)
 
 
 def test_one_rank_has_the_pack_itself():
-    pack = lay_out([group(0, 3, 2, 2)], 8)
+    pack = lay_out([group(3, 2, 2)], 8)
     assert context_part(pack, ContextRank()) is pack
 
 
 def test_keys_seen_are_those_of_the_runs():
-    pack = lay_out([group(0, 3, 2, 1), group(1, 1, 1, 2)], 12)
+    pack = lay_out([group(3, 2, 1), group(1, 1, 2)], 12)
     assert keys_seen(pack).tolist() == [1, 2, 3, 4, 5, 4, 1, 2, 2, 3, 0, 0]
     assert keys_seen(pack)[: pack.used].tolist() == [len(keys) for keys in seen_by(pack)]
 
 
-LONG_CONVERSATION = [group(0, 700, 120, 180)]
-MANY_SHORT = [group(i, 20 + 7 * i % 50, 30 + 11 * i % 40, 25 + 5 * i % 60) for i in range(7)]
+LONG_CONVERSATION = [group(700, 120, 180)]
+MANY_SHORT = [group(20 + 7 * i % 50, 30 + 11 * i % 40, 25 + 5 * i % 60) for i in range(7)]
 
 
 @pytest.mark.parametrize("groups", [LONG_CONVERSATION, MANY_SHORT], ids=["long", "short"])

@@ -9,56 +9,58 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bdpo.data.packs import Pack, PairGroup, group_tokens, lay_out
+from megatron_bdpo.data.packs import Group, Pack, causal_squares, group_tokens, lay_out
 
-PROMPT, CHOSEN, REJECTED = "prompt", "chosen", "rejected"
+PROMPT = "prompt"
 
 
 class Token(NamedTuple):
     """One place of a pack."""
 
-    pair: int
-    segment: str
+    group: int
+    segment: int | str  # number of the answer, or the prompt
     position: int
-    copy: str = ""  # which branch a prompt belongs to, where each branch has its own
+    copy: int | None = None  # which answer a prompt belongs to, where each answer has its own
 
 
-def group(pair_id: int, prompt: int, chosen: int, rejected: int, first_token: int = 1) -> PairGroup:
-    """A pair with these lengths and all tokens different."""
-    tokens = np.arange(first_token, first_token + prompt + chosen + rejected, dtype=np.int32)
-    return PairGroup(pair_id, *np.split(tokens, [prompt, prompt + chosen]))
+def group(prompt: int, *answers: int, first_token: int = 1) -> Group:
+    """A group with these lengths and all tokens different."""
+    lengths = [prompt, *answers]
+    tokens = np.arange(first_token, first_token + sum(lengths), dtype=np.int32)
+    first, *others = np.split(tokens, np.cumsum(lengths)[:-1])
+    return Group(first, others)
 
 
 @st.composite
-def group_lists(draw) -> list[PairGroup]:
+def group_lists(draw) -> list[Group]:
     length = st.integers(1, 5)
-    lengths = draw(st.lists(st.tuples(length, length, length), max_size=4))
-    return [group(7 + i, *each, first_token=1 + 20 * i) for i, each in enumerate(lengths)]
+    answers = st.sampled_from([1, 2, 2, 3, 5]).flatmap(lambda k: st.lists(length, min_size=k, max_size=k))
+    lengths = draw(st.lists(st.tuples(length, answers), max_size=4))
+    return [group(prompt, *answers, first_token=1 + 40 * i) for i, (prompt, answers) in enumerate(lengths)]
 
 
-def token_count(groups: list[PairGroup], share: bool) -> int:
-    lengths = np.array([[len(g.prompt), len(g.chosen), len(g.rejected)] for g in groups]).reshape(-1, 3)
-    return int(group_tokens(lengths, share_prompts=share).sum())
+def token_count(groups: list[Group], share: bool) -> int:
+    lengths = [np.array([[len(each.prompt), *map(len, each.answers)]]) for each in groups]
+    return sum(int(group_tokens(each, share_prompts=share).sum()) for each in lengths)
 
 
-def expected_tokens(groups: list[PairGroup], share: bool) -> list[tuple[Token, int]]:
+def expected_tokens(groups: list[Group], share: bool) -> list[tuple[Token, int]]:
     """Every token of the pack in order, with its id."""
     listed = []
-    for each in groups:
-        branches = [(CHOSEN, each.chosen), (REJECTED, each.rejected)]
-        for copy in [""] if share else [CHOSEN, REJECTED]:
-            listed += [(Token(each.pair_id, PROMPT, i, copy), token) for i, token in enumerate(each.prompt)]
-            for segment, response in branches:
-                if copy in ("", segment):
-                    first = len(each.prompt)
-                    listed += [(Token(each.pair_id, segment, first + i, copy), t) for i, t in enumerate(response)]
+    for number, each in enumerate(groups):
+        first = len(each.prompt)
+        for copy in [None] if share else range(len(each.answers)):
+            listed += [(Token(number, PROMPT, i, copy), token) for i, token in enumerate(each.prompt)]
+            for segment, answer in enumerate(each.answers):
+                if copy in (None, segment):
+                    listed += [(Token(number, segment, first + i, copy), t) for i, t in enumerate(answer)]
     return listed
 
 
 def may_see(query: Token, key: Token) -> bool:
-    """Its own past: the prompt before it and its own branch, of its own pair."""
+    """Its own past: the prompt before it and its own answer, of its own group."""
     same_branch = key.segment in (PROMPT, query.segment) and key.copy == query.copy
-    return key.pair == query.pair and same_branch and key.position <= query.position
+    return key.group == query.group and same_branch and key.position <= query.position
 
 
 def seen_by(pack: Pack) -> list[list[int]]:
@@ -89,37 +91,48 @@ def test_every_token_sees_its_own_past_and_nothing_else(groups, share, padding):
 
 @given(group_lists(), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_every_response_token_is_scored_from_the_token_before_it(groups, share):
+def test_every_token_of_an_answer_is_scored_from_the_token_before_it(groups, share):
     pack = lay_out(groups, token_count(groups, share), share_prompts=share)
     place = {token: index for index, (token, _) in enumerate(expected_tokens(groups, share))}
-    expected_scored = []
-    for pair, each in enumerate(groups):
-        for branch, segment, response in ((0, CHOSEN, each.chosen), (1, REJECTED, each.rejected)):
-            copy = "" if share else segment
-            for i, target in enumerate(response):
-                position = len(each.prompt) + i - 1
-                before = Token(each.pair_id, segment if i else PROMPT, position, copy)
-                expected_scored.append((place[before], int(target), 2 * pair + branch))
-    scored = zip(pack.scored_hidden.tolist(), pack.scored_target.tolist(), pack.scored_sequence.tolist(), strict=True)
+    expected_scored, answers = [], 0
+    for number, each in enumerate(groups):
+        for segment, answer in enumerate(each.answers):
+            copy = None if share else segment
+            for i, target in enumerate(answer):
+                before = Token(number, segment if i else PROMPT, len(each.prompt) + i - 1, copy)
+                expected_scored.append((place[before], int(target), answers))
+            answers += 1
+    scored = zip(pack.scored_hidden.tolist(), pack.scored_target.tolist(), pack.scored_answer.tolist(), strict=True)
     assert list(scored) == expected_scored
-    assert pack.sequence_tokens.tolist() == [len(r) for g in groups for r in (g.chosen, g.rejected)]
-    assert pack.pair_ids.tolist() == [g.pair_id for g in groups]
+    assert pack.answer_tokens.tolist() == [len(answer) for each in groups for answer in each.answers]
 
 
 @given(group_lists())
 @settings(max_examples=30, deadline=None)
 def test_both_layouts_score_the_same(groups):
     shared, unshared = (lay_out(groups, token_count(groups, share), share_prompts=share) for share in (True, False))
-    for name in ("scored_target", "scored_sequence", "sequence_tokens", "pair_ids"):
+    for name in ("scored_target", "scored_answer", "answer_tokens"):
         assert np.array_equal(getattr(shared, name), getattr(unshared, name)), name
     same = [shared.tokens[shared.scored_hidden], shared.positions[shared.scored_hidden]]
     expected_same = [unshared.tokens[unshared.scored_hidden], unshared.positions[unshared.scored_hidden]]
     assert np.array_equal(same, expected_same)
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("answers", [1, 2, 3, 5])
+def test_attention_of_a_group_is_what_its_tokens_see(answers, share):
+    """Twice the keys, less the one of each query that a square counts once: n (n + 1) = n**2 + n."""
+    lengths = np.random.default_rng(answers).integers(1, 9, (4, 1 + answers))
+    squares = causal_squares(lengths, share_prompts=share)
+    tokens = group_tokens(lengths, share_prompts=share)
+    for each, square, count in zip(lengths.tolist(), squares, tokens, strict=True):
+        pack = lay_out([group(*each)], int(count), share_prompts=share)
+        assert 2 * sum(map(len, seen_by(pack))) - count == square
+
+
 def test_example():
-    """[P P P | W W | L], written out."""
-    pack = lay_out([group(3, 3, 2, 1)], 8)
+    """[P P P | A A | B], written out."""
+    pack = lay_out([group(3, 2, 1)], 8)
     assert pack.tokens.tolist() == [1, 2, 3, 4, 5, 6, 0, 0]
     assert pack.positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 0]
     assert pack.query_lengths.tolist() == [3, 2, 1]
@@ -127,29 +140,36 @@ def test_example():
     assert pack.key_index.tolist() == [*[0, 1, 2], *[0, 1, 2, 3, 4], *[0, 1, 2, 5]]
     assert pack.scored_hidden.tolist() == [2, 3, 2]
     assert pack.scored_target.tolist() == [4, 5, 6]
-    assert pack.scored_sequence.tolist() == [0, 0, 1]
-    assert pack.sequence_tokens.tolist() == [2, 1]
+    assert pack.scored_answer.tolist() == [0, 0, 1]
+    assert pack.answer_tokens.tolist() == [2, 1]
 
 
-def test_prompt_and_responses_of_one_token():
-    pack = lay_out([group(0, 1, 1, 1), group(1, 1, 1, 1, first_token=11)], 6)
+def test_one_answer_is_a_plain_sequence():
+    pack = lay_out([group(3, 2)], 5)
+    assert pack.positions.tolist() == [0, 1, 2, 3, 4]
+    assert pack.scored_hidden.tolist() == [2, 3]
+    assert seen_by(pack) == seen_by(lay_out([group(3, 2)], 5, share_prompts=False))
+
+
+def test_prompt_and_answers_of_one_token():
+    pack = lay_out([group(1, 1, 1), group(1, 1, 1, first_token=11)], 6)
     assert pack.scored_hidden.tolist() == [0, 0, 3, 3]
     assert pack.scored_target.tolist() == [2, 3, 12, 13]
-    assert pack.scored_sequence.tolist() == [0, 1, 2, 3]
+    assert pack.scored_answer.tolist() == [0, 1, 2, 3]
 
 
-def test_pack_without_pairs():
+def test_pack_without_groups():
     pack = lay_out([], 8)
     assert pack.used == 0
     assert pack.tokens.tolist() == pack.positions.tolist() == [0] * 8
-    for name in ("key_index", "scored_hidden", "scored_target", "scored_sequence", "sequence_tokens", "pair_ids"):
+    for name in ("key_index", "scored_hidden", "scored_target", "scored_answer", "answer_tokens"):
         assert getattr(pack, name).shape == (0,), name
         assert getattr(pack, name).dtype == np.int64, name
 
 
 @pytest.mark.parametrize(("share", "needed"), [(True, 6), (False, 9)])
 def test_overflow_is_an_error(share, needed):
-    groups = [group(0, 3, 2, 1)]
+    groups = [group(3, 2, 1)]
     assert token_count(groups, share) == needed
     lay_out(groups, needed, share_prompts=share)
     with pytest.raises(ValueError, match=f"pack of {needed - 1} positions overflows: {needed} needed"):

@@ -289,7 +289,7 @@ def test_more_packs_are_taken_only_where_they_save_something():
 def test_attention_cost_is_spread_over_ranks():
     """Two packs of one long pair and two of eight short ones: attention is quadratic, so each rank gets one of each."""
     sizes = np.array([64, 64] + 16 * [8])
-    plan = plan_steps(sizes, PlanSettings(pairs_per_step=18, data_parallel=2, max_pack_length=64), 1)
+    plan = plan_steps(sizes, PlanSettings(pairs_per_step=18, data_parallel=2, max_pack_length=64), 1, costs=sizes**2)
     assert plan.fill == 1
     for rank in (0, 1):
         assert sorted(len(pack) for pack in plan.packs(0, rank)) == [1, 8]

@@ -66,8 +66,7 @@ def test_round_trip(settings: PairDataSettings, tokenizer: PairTokenizer) -> Non
     assert pairs.row.tolist() == [1, 2, 3]
     assert pairs.source.tolist() == [0, 0, 0]
     assert pairs.unsafe.tolist() == [[0, 1], [1, -1], [-1, -1]]
-    assert pairs.empty_prompt.tolist() == pairs.empty_prompt_of(1).tolist() == [99]
-    assert pairs.empty_prompt_lengths().tolist() == [1, 1, 1]
+    assert pairs.empty_prompt.tolist() == [99]
     assert pairs.describe(1) == f"{settings.sources[0].path}, line 2"
     assert pairs.info.settings["tokenizer"] == tokenizer.settings()["tokenizer"]
     assert pairs.report.pairs_kept == pairs.report.rows_read == [3]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_bdpo.data import PairGroup, lay_out
+from megatron_bdpo.data import Group, lay_out
 from megatron_bdpo.logprobs import ScoredPositions, fused_log_probs
 from tests.harness.huggingface import token_log_probs
 
@@ -64,16 +64,12 @@ def test_packed_log_probs_are_those_of_single_sequences():
     model = example().tiny_llama(64).eval()
     rng = np.random.default_rng(0)
     groups = [
-        PairGroup(index, *(rng.integers(0, 64, length, dtype=np.int32) for length in lengths))
-        for index, lengths in enumerate([(5, 3, 4), (1, 2, 6), (7, 1, 1)])
+        Group(rng.integers(0, 64, prompt, dtype=np.int32), [rng.integers(0, 64, n, dtype=np.int32) for n in answers])
+        for prompt, *answers in [(5, 3, 4), (1, 2, 6), (7, 1, 1)]
     ]
     pack = lay_out(groups, 32)  # with padding
     values = example().log_probs(model, pack)
-    expected = [
-        token_log_probs(model, group.prompt, answer).sum()
-        for group in groups
-        for answer in (group.chosen, group.rejected)
-    ]
+    expected = [token_log_probs(model, group.prompt, answer).sum() for group in groups for answer in group.answers]
     # fp32, sums of up to six log-probs of 4 nats
     np.testing.assert_allclose(values.detach().numpy(), expected, rtol=0, atol=1e-5)
 
@@ -87,5 +83,5 @@ def test_the_whole_vocabulary_is_the_default():
 
 
 def test_scored_positions_that_do_not_fit():
-    with pytest.raises(ValueError, match="2 positions, 2 targets, 3 tokens of sequences"):
+    with pytest.raises(ValueError, match="2 positions, 2 targets, 3 tokens of answers"):
         ScoredPositions.of([0, 1], [5, 6], [3])

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_bdpo.data.packs import Pack, PairGroup, lay_out
+from megatron_bdpo.data.packs import Group, Pack, lay_out
 
 
 def pack_of(lengths: list[tuple[int, int, int]], padding: int = 0, share: bool = True) -> Pack:
     """Pairs with these lengths of prompt, chosen and rejected; token ids do not matter here."""
-    groups = [PairGroup(i, *(np.zeros(n, np.int32) for n in each)) for i, each in enumerate(lengths)]
+    groups = [Group(np.zeros(n, np.int32), [np.zeros(each, np.int32) for each in answers]) for n, *answers in lengths]
     used = sum((1 if share else 2) * prompt + chosen + rejected for prompt, chosen, rejected in lengths)
     return lay_out(groups, used + padding, share_prompts=share)
 
@@ -114,9 +114,9 @@ def attend(
     module.backend = backend
     moved = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
     query, key, value = (moved[name][:, None].clone().requires_grad_() for name in ("query", "key", "value"))
-    batch = to_batch(case.pack, np.zeros((len(case.pack.pair_ids), 2)), len(case.pack.tokens), len(case.pack.tokens))
+    batch = to_batch(case.pack, len(case.pack.tokens), len(case.pack.tokens))
     batch = batch.to_device() if device == "cuda" else batch
-    out = module(query, key, value, None, packed_seq_params=batch.attention_plan())
+    out = module(query, key, value, None, packed_seq_params=batch.attention)
     assert out.dtype == dtype
     out.backward(moved["gradient"][:, None])
     results = {"out": out, "query": query.grad, "key": key.grad, "value": value.grad}

@@ -32,26 +32,18 @@ def process_groups() -> Iterator[None]:
 def verdict(dtype: torch.dtype, microbatches_by_rank: list[list[Answers]], loss: str = "dpo", **options: Any) -> str:
     """What the gate says on this rank."""
     from megatron_bdpo.errors import UserError
-    from megatron_bdpo.losses import registry
+    from megatron_bdpo.losses import PairLogProbs, PairLossFunction, registry
     from megatron_bdpo.model.precision import Precision
-    from megatron_bdpo.training.loss import PairLossFunction
     from megatron_bdpo.training.step_zero import StepZeroGate
 
     function = PairLossFunction(registry.get(loss), registry.build_options(loss, options))
     with process_groups():
         gate = StepZeroGate(Precision(dtype))
         for answers in microbatches_by_rank[torch.distributed.get_rank()]:
-            off, tokens = torch.tensor(answers, dtype=torch.float64).reshape(-1, 2).unbind(1)
-            reference, safe = -3 * tokens, torch.zeros(len(tokens) // 2, 2, dtype=torch.int64)
+            off, tokens = torch.tensor(answers, dtype=torch.float64).reshape(-1, 2, 2).unbind(2)
+            reference, safe = -3 * tokens, torch.zeros_like(tokens)
             given = (reference, reference - 0.5 * tokens)  # unconditional: the reference comprehends them alike
-            gate.observe(
-                lambda policy, tokens=tokens, safe=safe, given=given: (
-                    function.of_sequences(tokens, safe, policy, *given)[1].loss
-                ),
-                reference + off,
-                reference,
-                tokens,
-            )
+            gate.observe(PairLogProbs.of_pairs(tokens, reference + off, *given, safe), function)
         try:
             return gate.judge()
         except UserError as error:
@@ -155,7 +147,7 @@ def train_with_other_reference(flags: list[str], cache: str) -> list[dict[str, f
 
     def off(self, batch):
         conditional, unconditional = original(self, batch)
-        return conditional - 0.01 * batch.sequence_tokens, unconditional
+        return conditional - 0.01 * batch.answer_tokens[batch.pairs.answers], unconditional
 
     ReferenceTable.lookup = off
     try:
