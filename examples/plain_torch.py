@@ -79,7 +79,7 @@ def can_train(name: str) -> bool:
 
 
 def read_pairs(path: Path, tokenizer: Any) -> list[Group]:
-    """Token ids of prompts and answers (chosen, rejected), each by itself: the data puts a space between them."""
+    """Token ids of prompts and answers, each tokenized by itself: the data puts a space between them."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     return [
         Group(

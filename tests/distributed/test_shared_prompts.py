@@ -14,7 +14,7 @@ import pytest
 
 from megatron_bdpo.data.store import PairStore
 from tests.harness.huggingface import build_model, token_log_probs
-from tests.harness.jobs import TINY_MODEL, Outcome, last_stage, scores_in, train, whole_weights
+from tests.harness.jobs import TINY_MODEL, Outcome, last_stage, run_job, scores_in, train, whole_weights
 
 PAIRS = 12  # all in one step: several packs of several pairs
 ONE_AT_A_TIME = ["--no-pack-pairs", "--no-share-prompts"]
@@ -120,3 +120,65 @@ def test_the_tiny_model_reads_its_prompt(untrained):
     """Else the comparisons above would not notice a prompt that is not attended to."""
     values = untrained.log_probs
     assert np.abs(values["conditional"] - values["unconditional"]).min() > 1e-2
+
+
+# Groups of other sizes
+
+#: Tokens of prompt and answers.
+SIZES = [(9, 4, 7, 1), (3, 5), (6, 2, 8, 3, 1, 4), (12, 6, 9)]
+
+
+def log_probs_of_groups(flags: list[str]) -> dict[str, list[float]]:
+    """On this rank: log-probs of all answers of ``SIZES``, in one pack, without sharing, and each in a pack alone."""
+    import torch
+
+    from megatron_bdpo.data.context import context_part
+    from megatron_bdpo.data.packs import Group, lay_out
+    from megatron_bdpo.training.batches import to_batch
+    from megatron_bdpo.training.distributed import context_rank
+    from megatron_bdpo.training.forward import score_pack
+    from megatron_bdpo.training.run import PreferenceRun
+
+    draw = np.random.default_rng(0)
+    groups = [
+        Group(
+            draw.integers(3, 200, prompt, dtype=np.int32), [draw.integers(3, 200, n, dtype=np.int32) for n in answers]
+        )
+        for prompt, *answers in SIZES
+    ]
+    found: dict[str, list[float]] = {}
+    length = 144  # with padding
+
+    class Scoring(PreferenceRun):
+        def after_load(self, model: list[Any]) -> None:
+            super().after_load(model)
+
+            @torch.no_grad()
+            def score(some: list[Group], share: bool) -> list[float]:
+                pack = context_part(lay_out(some, length, share_prompts=share), context_rank())
+                values: list[float] = score_pack(model[0].module, to_batch(pack, length, length), self.scoring).tolist()
+                return values
+
+            alone = [Group(group.prompt, [answer]) for group in groups for answer in group.answers]
+            found["together"], found["repeated"] = score(groups, True), score(groups, False)
+            found["alone"] = [value for each in alone for value in score([each], True)]
+            raise SystemExit(0)
+
+    run_job(Scoring, [*flags, "--preference-loss", "simpo"], {"init_method_std": 0.2})
+    return found
+
+
+@pytest.mark.parametrize("flags", [[], ["--context-parallel-size", "2"]], ids=["one rank", "CP2"])
+def test_a_group_of_any_size_gives_the_log_probs_of_its_sequences(ranks, one_answer_each, flags):
+    for found in ranks(len(flags) or 1)(log_probs_of_groups, flags):
+        assert len(found["together"]) == sum(len(answers) for _, *answers in SIZES) == 11
+        for layout, values in found.items():
+            assert values == pytest.approx(one_answer_each, rel=RELATIVE), layout
+
+
+@pytest.fixture(scope="module")
+def one_answer_each(ranks) -> list[float]:
+    """Each answer alone, on one rank. They differ, so that none can stand for another."""
+    values = ranks(1)(log_probs_of_groups, [])[0]["alone"]
+    assert np.diff(np.sort(values)).min() > 1e-3
+    return values

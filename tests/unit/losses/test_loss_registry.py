@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 
+import numpy as np
 import pytest
 import torch
 
@@ -271,3 +272,19 @@ def test_two_distributions_with_one_loss(install):
     with pytest.raises(UserError) as caught:
         losses.names()
     assert "acme_losses" in str(caught.value) and "other_losses" in str(caught.value)
+
+
+# --- which pairs a loss trains on ---
+
+
+def test_safedpo_swaps_and_drops_by_the_labels():
+    labels = np.array([(0, 1), (1, 0), (0, 0), (1, 1)], np.int8)
+    keep, swap = losses.get("safedpo").select(labels)
+    assert keep.tolist() == [True, True, True, False]
+    assert swap.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("name", sorted(set(losses.names()) - {"safedpo"}))
+def test_other_losses_train_on_all_pairs_as_they_are(name):
+    keep, swap = losses.get(name).select(np.array([(0, 1), (1, 0), (-1, 0), (1, 1)], np.int8))
+    assert keep.tolist() == [True] * 4 and swap.tolist() == [False] * 4

@@ -1,0 +1,73 @@
+"""What a loss may do to the pairs of a run: leave some out, and swap the answers of others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_bdpo.data.pool import PairPool, Selection, select
+from megatron_bdpo.data.tokenization import PairTokens
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses.base import keep_all
+from megatron_bdpo.losses.safedpo import SPEC as SAFEDPO
+
+#: Labels of chosen and rejected of a store's pairs.
+LABELS = [(0, 1), (1, 0), (0, 0), (1, 1)]
+
+
+class Store:
+    """Pair i has a prompt of one token, a chosen answer of 2 + i and a rejected one of 6 + i."""
+
+    empty_prompt = np.array([99], np.int32)
+
+    def __init__(self, labels: list[tuple[int, int]]) -> None:
+        self.unsafe = np.array(labels, np.int8).reshape(-1, 2)
+        self.lengths = np.array([[1, 2 + i, 6 + i] for i in range(len(labels))], np.int32).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def pair(self, row: int) -> PairTokens:
+        return PairTokens(*(np.full(n, 10 * row + part, np.int32) for part, n in enumerate(self.lengths[row])))
+
+
+def pool_of(*labels: list[tuple[int, int]]) -> PairPool:
+    pool = PairPool([Store(each) for each in labels])
+    pool.describe = "pair {}".format  # type: ignore[method-assign]
+    return pool
+
+
+def test_pairs_are_dropped_and_swapped_whole():
+    """Tokens, lengths and labels change places together; pairs of another selection stay as they are."""
+    pool, held_out = pool_of(LABELS, LABELS), np.arange(4, 8)
+    selection = Selection(np.arange(4))
+    select(pool, selection, SAFEDPO.select, labelled=True)
+    assert selection.ids.tolist() == [0, 1, 2]
+    assert selection.notes == ["1 pairs swapped by their safety labels, 1 dropped"]
+    assert pool.unsafe[selection.ids].tolist() == [[0, 1], [0, 1], [0, 0]]
+    assert pool.lengths[:3].tolist() == [[1, 2, 6], [1, 7, 3], [1, 4, 8]]
+    for pair in range(3):
+        group = pool.group(pair)
+        assert [len(group.prompt), *map(len, group.answers)] == pool.lengths[pair].tolist()
+    assert [int(answer[0]) for answer in pool.group(1).answers] == [12, 11], "rejected first"
+    assert [int(answer[0]) for answer in pool.group(1, unconditional=True).answers] == [12, 11]
+    assert pool.unsafe[held_out].tolist() == [list(each) for each in LABELS]
+
+
+def test_a_loss_that_selects_nothing_leaves_no_trace():
+    pool, selection = pool_of([(-1, 0), *LABELS]), Selection(np.arange(5))
+    select(pool, selection, keep_all, labelled=False)
+    assert selection.ids.tolist() == [0, 1, 2, 3, 4] and not selection.notes
+    assert not pool.swapped.any()
+
+
+def test_labels_that_a_loss_reads_must_be_there():
+    pool, selection = pool_of([(0, 1), (0, -1), (-1, -1)]), Selection(np.arange(3))
+    with pytest.raises(UserError, match=r"needs safety labels, but 2 of 3 pairs have none \(pair 1\)"):
+        select(pool, selection, SAFEDPO.select, labelled=True)
+
+
+def test_no_pairs_no_note():
+    selection = Selection(np.arange(0))
+    select(pool_of(LABELS), selection, SAFEDPO.select, labelled=True)
+    assert len(selection.ids) == 0 and not selection.notes

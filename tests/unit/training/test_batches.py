@@ -1,0 +1,113 @@
+"""A pack on its way to the model and the loss: one piece of memory, and pairs wherever they are among its answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from megatron_bdpo.data.context import ContextRank, context_part
+from megatron_bdpo.data.packs import Pack, lay_out
+from tests.unit.data.test_packs import group
+
+#: Answers 0 to 2, 3, and 4 to 8.
+PACK = lay_out([group(3, 2, 1, 4), group(2, 3, first_token=20), group(4, 1, 1, 2, 3, 1, first_token=30)], 32)
+
+#: Chosen and rejected: one answer in two pairs, another in none, and no order.
+PAIRS = [[2, 0], [1, 0], [8, 4], [5, 7]]
+
+
+def batch_of(pack: Pack, length: int) -> Any:
+    import torch
+
+    from megatron_bdpo.training.batches import PackPairs, to_batch
+
+    unsafe = torch.tensor([[0, 1], [1, 0], [-1, -1], [0, 0]])
+    return to_batch(pack, length, 64, PackPairs(np.arange(50, 54), torch.tensor(PAIRS), unsafe))
+
+
+def tensors_of(value: Any, name: str = "") -> dict[str, Any]:
+    """All tensors in a batch by their place, but its memory."""
+    import dataclasses
+
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return {} if name == ".memory" else {name: value}
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
+        found |= tensors_of(getattr(value, each.name), f"{name}.{each.name}")
+    return found
+
+
+def moved() -> dict[str, Any]:
+    """What a batch has before and after it is moved, and how many pieces of memory that took."""
+    import dataclasses
+
+    batch = batch_of(PACK, 32)
+    batch = dataclasses.replace(batch, unconditional=batch_of(PACK, 32))
+    taken = []
+
+    def move(memory: Any) -> Any:
+        taken.append(memory.clone())
+        memory.zero_()  # what would still be read of it
+        return taken[-1]
+
+    before = {name: tensor.clone() for name, tensor in tensors_of(batch).items()}
+    after = tensors_of(batch._moved(move))
+    storages = {memory.untyped_storage().data_ptr() for memory in taken}
+    return {
+        "before": {name: tensor.numpy() for name, tensor in before.items() if tensor.numel()},
+        "after": {name: tensor.numpy() for name, tensor in after.items() if tensor.numel()},
+        "in place": all(t.untyped_storage().data_ptr() in storages for t in after.values() if t.numel()),
+        "moves": len(taken),
+    }
+
+
+def test_a_batch_is_moved_in_one_piece(ranks):
+    (found,) = ranks(1)(moved)
+    assert found["moves"] == 2 and found["in place"], "one for the pack, one for its answers after the empty prompt"
+    inner = {name for name in found["before"] if not name.startswith(".unconditional")}
+    assert {".tokens", ".attention.key_index", ".scored.hidden", ".pairs.answers", ".answer_tokens"} <= inner
+    memories = {name for name in found["before"] if name.endswith(".memory")}
+    for name in found["before"].keys() - memories:
+        assert np.array_equal(found["after"][name], found["before"][name]), name
+
+
+def pairs_read() -> dict[str, Any]:
+    """What a loss reads of the batch of each of two context-parallel ranks."""
+    import torch
+
+    from megatron_bdpo.training.forward import entropy_report, pairs_of
+
+    policy = torch.arange(9, dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor(PAIRS, dtype=torch.float64) - 100
+    seen = []
+    for rank in range(2):
+        batch = batch_of(context_part(PACK, ContextRank(2, rank)), 32)
+        pairs = pairs_of(batch, policy, reference, None)
+        seen.append({name: value.tolist() for name, value in vars(pairs).items() if value is not None})
+    pairs.policy_chosen.sum().backward()
+    entropy = entropy_report(policy[torch.tensor(PAIRS)], pairs)
+    return {"seen": seen, "gradient": policy.grad.tolist(), "entropy": {k: v.tolist() for k, v in entropy.items()}}
+
+
+def test_pairs_are_read_where_they_are(ranks):
+    (found,) = ranks(1)(pairs_read)
+    chosen, rejected = [list(column) for column in zip(*PAIRS, strict=True)]
+    tokens = [2, 1, 4, 3, 1, 1, 2, 3, 1]
+    for seen in found["seen"]:
+        assert seen.keys() == {
+            *("policy_chosen", "policy_rejected", "chosen_tokens", "rejected_tokens"),
+            *("reference_chosen", "reference_rejected", "chosen_unsafe", "rejected_unsafe"),
+        }
+        assert (seen["policy_chosen"], seen["policy_rejected"]) == (chosen, rejected)
+        assert seen["chosen_tokens"] == [tokens[answer] for answer in chosen], "of the whole answer, on every rank"
+        assert seen["rejected_tokens"] == [tokens[answer] for answer in rejected]
+        assert seen["reference_rejected"] == [answer - 100 for answer in rejected]
+        assert (seen["chosen_unsafe"], seen["rejected_unsafe"]) == ([0, 1, -1, 0], [1, 0, -1, 0])
+    assert found["gradient"] == [float(answer in chosen) for answer in range(9)]
+    assert found["entropy"] == {
+        "entropy/chosen": [2 + 1 + 8 + 5, 4 + 1 + 1 + 1],
+        "entropy/rejected": [11, 2 + 2 + 1 + 3],
+    }
