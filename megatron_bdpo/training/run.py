@@ -23,7 +23,7 @@ from megatron.training.async_utils import is_empty_async_queue
 from torch import Tensor
 
 from megatron_bdpo.data.packs import causal_squares, group_tokens
-from megatron_bdpo.model.reference import weights_at_rest
+from megatron_bdpo.model.evaluation import weights_at_rest
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import checkpoints, identity
@@ -35,9 +35,9 @@ from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.generation.generations import Generations
 from megatron_bdpo.training.hf.exporting import save_live
+from megatron_bdpo.training.reference.options_from_data import decide_options, imbalance_edges
 from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.reference.provider import ReferenceProvider
-from megatron_bdpo.training.reference.settling import imbalance_edges, settle
 from megatron_bdpo.training.reporting.advice import Advisor, about_data
 from megatron_bdpo.training.reporting.console import show
 from megatron_bdpo.training.reporting.metrics_file import NAME, MetricsFile
@@ -258,7 +258,7 @@ class PreferenceRun:
         """What follows from the reference's values: options of the loss, quartiles. A resumed run keeps its start's."""
         kept, kept_edges = (self._identity.settled, self._identity.imbalance_edges) if resumed else ({}, [])
         pairs, of = reference.training_pairs(self.job), len(self.job.train.ids)
-        loss, settled = settle(self.job.loss, pairs, of, kept)
+        loss, settled = decide_options(self.job.loss, pairs, of, kept)
         edges = imbalance_edges(loss, pairs, of, kept_edges)
         self._step.loss, self.job = loss, replace(self.job, loss=loss)
         self._step.imbalance_edges = torch.tensor(edges, dtype=torch.float64).cuda() if edges else None
