@@ -63,7 +63,7 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
                     f"--preference-loss {setup.settings.loss.name} reads no reference: there is nothing to score."
                 )
             if setup.job.resident:
-                raise UserError("--reference resident keeps no scores. Leave it out to score.")
+                raise UserError("--reference resident keeps no log-probs. Leave it out to score.")
         initialize_megatron()
         job = setup.job
         pairs = each_once(job.pairs_in_use(None), job.train.ids, job.held_out.ids)
