@@ -57,8 +57,8 @@ def measure(arguments, store_directory: Path, ranks: int) -> None:
     from megatron_bdpo.data.store import PairStore
     from megatron_bdpo.losses import PairLossFunction, registry
     from megatron_bdpo.training import job as jobs
-    from megatron_bdpo.training.reference.precomputed import ReferenceScores
-    from megatron_bdpo.training.reference.settling import imbalance_edges, settle
+    from megatron_bdpo.training.reference.options_from_data import decide_options, imbalance_edges
+    from megatron_bdpo.training.reference.precomputed import PrecomputedReference
     from megatron_bdpo.training.setup import RunSetup
 
     def no_model() -> list:
@@ -74,13 +74,13 @@ def measure(arguments, store_directory: Path, ranks: int) -> None:
         job = jobs._plan_job(planned.settings, loss, pool, None)
     print(job.describe(), flush=True)
     setup = RunSetup(arguments, arguments.settings, job, None, None, None, resumed=False)
-    scores = ReferenceScores(setup, REFERENCE, job.pairs_in_use(0), no_model, pause=lambda: None)
-    write_scores(scores)
+    log_probs = PrecomputedReference(setup, REFERENCE, job.pairs_in_use(0), no_model, pause=lambda: None)
+    write_log_probs(log_probs)
     with told("look the reference scores up"):
-        table = scores.table()
+        table = log_probs.table()
     with told("settle the temperature, and the quartiles of the imbalance"):
         pairs = table.training_pairs(job)
-        loss, _ = settle(loss, pairs, len(job.train.ids), {})
+        loss, _ = decide_options(loss, pairs, len(job.train.ids), {})
         imbalance_edges(loss, pairs, len(job.train.ids), [])
     with told("the packs of a step, all ranks"):
         for rank in range(ranks):
@@ -125,10 +125,10 @@ def write_store(directory: Path, pairs: int) -> None:
     (directory / "meta.json").write_text(json.dumps(meta))
 
 
-def write_scores(scores) -> None:
+def write_log_probs(log_probs) -> None:
     """Fill the directory that the look-up will read."""
-    store = scores.setup.job.pool.stores[0]
-    cache = scores._open(scores.directory(0), store)
+    store = log_probs.setup.job.pool.stores[0]
+    cache = log_probs._open(log_probs.directory(0), store)
     rng = np.random.default_rng(1)
     tokens = store.lengths[:, 1:]
     known = {kind: -tokens * rng.uniform(1, 3, tokens.shape) for kind in ("conditional", "unconditional")}

@@ -198,7 +198,7 @@ def next_tokens(
 ) -> Tensor:
     """``output_processor`` of GPTModel: the likeliest token after each position, [N] int64, the same on all TP ranks.
 
-    The output layer's weight is read, so it must not be gathered just now (see ``reference.weights_at_rest``).
+    The output layer's weight is read, so it must not be gathered just now (see ``evaluation.weights_at_rest``).
     """
     return likeliest_tokens(
         hidden_states,

@@ -22,8 +22,8 @@ from torch import Tensor
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import PairLogProbs, PairLosses, PairLossFunction
 from megatron_bdpo.model.attention import KeptKeys
+from megatron_bdpo.model.evaluation import evaluating, weights_at_rest
 from megatron_bdpo.model.pair_gpt import NextTokenContext, ScoringContext, next_tokens, score_answers
-from megatron_bdpo.model.reference import evaluating, weights_at_rest
 from megatron_bdpo.training.batches import PackBatch
 from megatron_bdpo.training.finite import check_losses
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_report

@@ -11,6 +11,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
+from torch.distributed.checkpoint.api import CheckpointException
+
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.job import PairJob
@@ -36,11 +40,11 @@ class RunIdentity:
     loss: str
     """Name and options."""
     settled: dict[str, Any] = field(default_factory=dict)
-    """Options of the loss that the start has settled by the data (see ``settling``): a resumed run keeps them."""
+    """Options of the loss that the data decided at the start (see ``options_from_data``): a resumed run keeps them."""
     imbalance_edges: list[float] = field(default_factory=list)
     """Between the quartiles of the imbalance, from the same pairs; kept likewise, as long as the loss is the same."""
     reference: dict[str, Any] = field(default_factory=dict)
-    """What the reference is (see ``reference_identity``); empty where the loss reads none."""
+    """What the reference is (see ``fingerprint.reference_identity``); empty where the loss reads none."""
     reference_weights: str = ""
     """Directory that holds the reference's weights, if one does."""
 
@@ -72,8 +76,6 @@ def checkpoint_directory(root: str | None) -> Path | None:
 
 
 def _newest(root: str) -> str | None:
-    from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
-
     tracker = Path(get_checkpoint_tracker_filename(root))
     if not tracker.is_file():
         return None
@@ -113,9 +115,6 @@ def stored_arguments(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: the directory holds no checkpoint.
     """
-    from megatron.core.dist_checkpointing import load_common_state_dict
-    from torch.distributed.checkpoint.api import CheckpointException
-
     try:
         return vars(load_common_state_dict(str(directory))["args"])
     except (Exception, CheckpointException) as error:  # many kinds, and one that is no Exception
@@ -147,33 +146,3 @@ def _check_position(found: RunIdentity, current: RunIdentity, directory: Path) -
             f"the checkpoint {directory} belongs to a run over other steps:\n{listed}\n"
             "Resume with that run's data flags, or start a new run from its weights with --finetune."
         )
-
-
-#: Megatron's arguments that change what given weights compute.
-_ARITHMETIC = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "position_embedding_type", "rotary_base",
-    "rotary_percent", "use_rope_scaling", "rope_scaling_factor", "rotary_interleaved",
-    "rotary_seq_len_interpolation_factor", "rotary_scaling_factor", "yarn_original_max_position_embeddings",
-    "yarn_beta_fast", "yarn_beta_slow", "swiglu", "squared_relu", "openai_gelu", "geglu_tanh", "scale_embeddings",
-    "qk_layernorm", "qk_l2_norm", "window_size", "window_attn_skip_freq", "apply_query_key_layer_scaling",
-    "apply_residual_connection_post_layernorm", "params_dtype", "fp8", "fp8_recipe", "fp4", "transformer_impl",
-    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
-    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups",
-    "moe_router_group_topk", "moe_router_dtype", "log_probs",
-)  # fmt: skip
-
-
-def reference_identity(arguments: Mapping[str, Any], weights: str, vocab_size: int) -> dict[str, Any]:
-    """Everything that changes reference log-probs besides the pairs, by name: weights, and what is computed with them.
-
-    Args:
-        arguments: Megatron's, validated, by name.
-        weights: ``model.digest.weights_digest`` of the reference.
-    """
-    settings = {name: arguments[name] for name in _ARITHMETIC}
-    plain = {name: value if isinstance(value, _JSON) else str(value) for name, value in settings.items()}
-    return {"weights": weights, "vocabulary": vocab_size, **plain}
-
-
-_JSON = (bool, int, float, str, list, type(None))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_bdpo.data.packs import causal_squares, group_tokens
 from megatron_bdpo.display import Block
-from megatron_bdpo.model.reference import weights_at_rest
+from megatron_bdpo.model.evaluation import weights_at_rest
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.callbacks.answers import Answers
@@ -34,9 +34,9 @@ from megatron_bdpo.training.finite import gradients_named
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.pack_iterators import dataset_provider
+from megatron_bdpo.training.reference.options_from_data import decide_options, imbalance_edges
 from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.reference.provider import ReferenceProvider
-from megatron_bdpo.training.reference.settling import imbalance_edges, settle
 from megatron_bdpo.training.reporting.advice import Advisor, about_data
 from megatron_bdpo.training.reporting.summary import summarize
 from megatron_bdpo.training.setup import forget_global_state, set_up
@@ -247,7 +247,7 @@ def _decide_by_data(
     """What follows from the reference's values: options of the loss, quartiles. A resumed run keeps its start's."""
     kept, kept_edges = (known.settled, known.imbalance_edges) if resumed else ({}, [])
     pairs, of = reference.training_pairs(run.job), len(run.job.train.ids)
-    loss, settled = settle(run.job.loss, pairs, of, kept)
+    loss, settled = decide_options(run.job.loss, pairs, of, kept)
     edges = imbalance_edges(loss, pairs, of, kept_edges)
     run.step.loss, run.job = loss, replace(run.job, loss=loss)
     run.step.imbalance_edges = torch.tensor(edges, dtype=torch.float64).cuda() if edges else None

@@ -1,4 +1,4 @@
-"""Weights as wholes: their fingerprint and their random start depend on the model and not on its layout."""
+"""Weights as wholes: their fingerprint, what names a reference, and their random start depend on no layout."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ LAYOUTS = {
     "PP2": (2, PP2),
     "PP2 with virtual stages": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
     "DP2": (2, []),
+    "CP2": (2, ["--context-parallel-size", "2", "--reference", "resident"]),
     "TP2 PP2": (4, TP2 + PP2),
 }
 
@@ -37,6 +38,7 @@ class Seen:
     digest_after_two_elements_swapped: str
     digest_after_two_layers_swapped: str
     digest_at_the_end: str
+    identities: list[dict[str, Any]]  # of the reference, before and after Megatron has set up its trainer
 
 
 class _Enough(Exception):
@@ -51,11 +53,16 @@ def look(flags: list[str], edit: bool = False) -> Seen:
     from megatron_bdpo.model.shards import weight_shards
     from megatron_bdpo.training import distributed
     from megatron_bdpo.training.flags.arguments import Arguments
+    from megatron_bdpo.training.reference.fingerprint import reference_identity
     from megatron_bdpo.training.run import PreferenceRun
 
     seen: list[Seen] = []
+    identities: list[dict[str, Any]] = []
 
     class LookingRun(PreferenceRun):
+        def identify(self, weights: str) -> None:
+            identities.append(reference_identity(self._setup.config, weights, self.scoring))
+
         def after_load(self, model: list[Any]) -> None:
             chunks = unwrap_model(model)
 
@@ -63,19 +70,22 @@ def look(flags: list[str], edit: bool = False) -> Seen:
                 return weights_digest(chunks, self.scoring.vocab_size)
 
             first, shards = digest(), copy_shards(model)
+            self.identify(first)
             with torch.no_grad():
                 for shard in weight_shards(chunks):
                     if shard.allow_shape_mismatch:
                         shard.data[max(0, VOCABULARY - shard.global_offset[0]) :] += 1
                 padding = digest()
                 flipped, elements, layers = edits(list(weight_shards(chunks)), digest) if edit else ({}, "", "")
-            seen.append(Seen(first, shards, padding, flipped, elements, layers, digest()))
+            seen.append(Seen(first, shards, padding, flipped, elements, layers, digest(), identities))
             raise _Enough
 
     arguments = Arguments.parse([*ODD_VOCABULARY, *flags], TINY_MODEL | TINY_JOB | {"max_pairs": 8, "train_iters": 1})
     with distributed.process_groups(arguments.settings.process):
         try:
-            LookingRun(arguments).pretrain()
+            run = LookingRun(arguments)
+            run.identify("not known yet")
+            run.pretrain()
         except _Enough:
             return seen[0]
     raise AssertionError("the run ended before its model was built")
@@ -129,6 +139,12 @@ def test_digest_is_the_same_in_every_layout(layout, one_rank):
     assert {seen.digest for seen in layout} == {one_rank.digest}
 
 
+def test_a_reference_has_one_identity_in_every_layout(layout, one_rank):
+    (before, after), *others = one_rank.identities, *(seen.identities for seen in layout)
+    assert others == [[before, after]] * len(layout)
+    assert before == after | {"weights": "not known yet"}
+
+
 def test_digest_leaves_out_rows_that_pad_the_vocabulary(layout, one_rank):
     assert {seen.digest_after_padding_changed for seen in [*layout, one_rank]} == {one_rank.digest}
 
@@ -155,10 +171,11 @@ def test_digest_of_half_precision_weights_is_the_same_in_every_layout(ranks, one
 
 def test_digest_of_experts_is_the_same_in_every_layout(ranks):
     experts = ["--num-experts", "4", "--moe-ffn-hidden-size", "48"]
-    expected = ranks(1)(look, experts)[0].digest
+    (expected,) = ranks(1)(look, experts)
     split = ["--expert-model-parallel-size", "2"]
-    assert {seen.digest for seen in ranks(2)(look, [*experts, *split])} == {expected}
-    assert {seen.digest for seen in ranks(4)(look, [*experts, *split, *TP2, "--sequence-parallel"])} == {expected}
+    seen = [*ranks(2)(look, [*experts, *split]), *ranks(4)(look, [*experts, *split, *TP2, "--sequence-parallel"])]
+    assert {each.digest for each in seen} == {expected.digest}
+    assert all(each.identities == expected.identities for each in seen)
 
 
 def test_seed_decides_the_random_weights(ranks, one_rank):

@@ -26,7 +26,7 @@ PATIENCE = 120.0
 #: What torchrun runs in the place of the module: that, with a part for every call, and one block in a call.
 WRITE_EACH_CALL = (
     "from megatron_bdpo.platform.boot import prepare_platform; prepare_platform();"
-    "from megatron_bdpo.training.reference import precomputed as p; p.FLUSH_SECONDS = -1e9; p._CALL_SECONDS = 0;"
+    "from megatron_bdpo.training.reference import scoring_loop as p; p.FLUSH_SECONDS = -1e9; p._CALL_SECONDS = 0;"
     "from megatron_bdpo.training.entry import score_main; score_main()"
 )
 

@@ -160,6 +160,60 @@ def _train_with_other_draw(flags):
         return train(flags)
 
 
+# Runs of an earlier version, which told references apart by 46 of Megatron's arguments
+
+
+def _as_an_earlier_version(function, *args):
+    from unittest import mock
+
+    from megatron_bdpo.training.reference import provider
+
+    def identity(config, weights, scoring):
+        named = {"num_layers": 4, "params_dtype": "torch.float32"}
+        return {"weights": weights, "vocabulary": scoring.vocab_size, **named, "log_probs": scoring.kernel}
+
+    with mock.patch.object(provider, "reference_identity", identity):
+        return function(*args)
+
+
+def _tell(function, *args):
+    import contextlib
+    import io
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        return function(*args), printed.getvalue()
+
+
+def test_a_run_of_an_earlier_version_finds_its_reference(ranks, tmp_path):
+    flags = [*STEPS, "--save", str(tmp_path), "--load", str(tmp_path)]
+    ranks(1)(_as_an_earlier_version, train, [*flags, "--exit-interval", "2"])
+    ((resumed, printed),) = ranks(1)(_tell, train, flags)
+    assert [step["iteration"] for step in resumed.steps] == [3, 4]
+    assert "0 of them scored now" in printed and "earlier version" not in printed
+    assert len(list((tmp_path / "cache").glob("reference-*"))) == 1
+
+
+def test_the_reference_of_an_earlier_version_is_known_by_its_weights(ranks, tmp_path):
+    """Where its weights are made again: here by --seed, for a run that goes on for longer."""
+    expected = ranks(1)(train, ["--train-iters", "4"])
+    flags = [*LONGER, "--save", str(tmp_path), "--load", str(tmp_path), "--train-iters"]
+    ranks(1)(_as_an_earlier_version, train, [*flags, "2"])
+    with pytest.raises(RankFailure, match=r"do not make the reference of the resumed checkpoint:\s+weights: \w+ there"):
+        ranks(1)(_train_with_other_draw, [*flags, "4"])
+    ((resumed, printed),) = ranks(1)(_tell, train, [*flags, "4"])
+    assert "an earlier version began this run: the model's settings are not compared, its weights are" in printed
+    for step, expected_step in zip(resumed.steps, last_stage(expected).steps[2:], strict=True):
+        assert step["rewards/chosen"] == pytest.approx(expected_step["rewards/chosen"], abs=1e-6)
+
+
+def test_the_reference_cache_of_an_earlier_version_is_refused(ranks, tmp_path):
+    flags = ["--train-iters", "1", "--reference-cache", str(tmp_path / "reference")]
+    ranks(1)(_as_an_earlier_version, train, flags)
+    with pytest.raises(RankFailure, match="something else:\n  they were written by an earlier version of this program"):
+        ranks(1)(train, flags)
+
+
 def test_checkpoint_of_other_data_is_refused(ranks, tmp_path):
     flags = [*STEPS, "--save", str(tmp_path), "--load", str(tmp_path)]
     ranks(1)(train, [*flags, "--exit-interval", "2"])

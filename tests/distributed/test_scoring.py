@@ -295,9 +295,9 @@ def score_and_write_each_call(flags, **overrides):
     """The same with a part for every call of the model, and one block in a call."""
     from unittest import mock
 
-    from megatron_bdpo.training.reference import precomputed
+    from megatron_bdpo.training.reference import scoring_loop
 
-    with mock.patch.multiple(precomputed, FLUSH_SECONDS=-1e9, _CALL_SECONDS=0, _PIPELINED_CALL_SECONDS=0):
+    with mock.patch.multiple(scoring_loop, FLUSH_SECONDS=-1e9, _CALL_SECONDS=0, _PIPELINED_CALL_SECONDS=0):
         return score_and_tell(flags, **overrides)
 
 

@@ -68,10 +68,10 @@ class Run:
         os.dup2(log, 2)
         os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "MASTER_ADDR": "127.0.0.1"}
         from megatron_bdpo.training.entry import main
-        from megatron_bdpo.training.reference import precomputed
+        from megatron_bdpo.training.reference import scoring_loop
 
         show_phases(self.board, int(os.environ["RANK"]))
-        precomputed.FLUSH_SECONDS = 0  # so that kills find a part of the scores on disk
+        scoring_loop.FLUSH_SECONDS = 0  # so that kills find a part of the scores on disk
         main(self.flags())
         if os.environ["RANK"] == "0":
             (self.directory / "modules").write_text("\n".join(sys.modules))

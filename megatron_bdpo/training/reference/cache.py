@@ -55,6 +55,9 @@ _SHARDS_VERSION = 2
 #: The kinds of scores.
 KINDS = ("conditional", "unconditional")
 
+#: Of an identity that has one: the version of its names. See ``fingerprint``.
+IDENTITY_VERSION = "identity_version"
+
 MANIFEST = "manifest.json"
 _MOST_SHARD_PAIRS = 2**22
 _METADATA = "scores"
@@ -392,6 +395,9 @@ def _shown(value: Any) -> str:
 
 def _mismatch(directory: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     fields = "\n".join(f"  {line}" for line in differences(there, here))
+    if (IDENTITY_VERSION in there) != (IDENTITY_VERSION in here):  # the names are others: listing them says nothing
+        which = "an earlier" if IDENTITY_VERSION in here else "a later"
+        fields = f"  they were written by {which} version of this program, which tells models apart by other settings"
     return (
         f"the reference scores in {directory} are of something else:\n{fields}\n"
         "Name another --reference-cache directory, or delete this one to score again."

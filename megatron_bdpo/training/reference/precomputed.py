@@ -1,73 +1,44 @@
-"""A run's reference values: read from the directories of earlier jobs, scored and added where they are missing.
-
-Pairs are scored in the order of their use, in blocks of a few packs. How a block is packed depends on its own pairs
-alone, and only whole blocks go to disk: a job that was killed goes on with the block where it was, and ends with the
-numbers of one that was not. How many blocks one call scores, and when they are written, is by the clock.
-"""
+"""A run's reference log-probs: those that earlier jobs have left on disk, and what is missing, scored and added."""
 
 from __future__ import annotations
 
-import datetime
-import functools
 import hashlib
-import itertools
 import json
-import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from megatron_bdpo.data.bin_packing import round_up
-from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.platform import cpu
-from megatron_bdpo.platform.versions import installed_versions
-from megatron_bdpo.training.batches import IntArray, PackMaker
-from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, context_rank, is_rank_zero, say
+from megatron_bdpo.training.batches import IntArray
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.finite import check_reference
 from megatron_bdpo.training.reference.cache import KINDS, Arrays, ScoreCache
 from megatron_bdpo.training.reference.passes import BoolArray, FloatArray, Groups, GroupScorer, ReferenceTable
+from megatron_bdpo.training.reference.scoring_loop import ScoringLoop, make_scorer, pair_columns
 from megatron_bdpo.training.setup import RunSetup
-from megatron_bdpo.training.stopping import StopRequested
 
 #: Names of the stores, and of their directories below --reference-cache.
 STORES = ("train", "heldout")
 
-#: What a killed job loses, at most, beside the call that it was in.
-FLUSH_SECONDS = 30.0
-
-#: A call of the model scores as many blocks as it can in this time, at least one: a stop is heard after each.
-_CALL_SECONDS = 1.0
-_PIPELINED_CALL_SECONDS = 4.0
-
-#: Positions of a pack on a CPU, whose speed does not grow with them. Longer ones would only take longer to stop.
-_CPU_PACK = 512
-
 
 @dataclass
-class ReferenceScores:
-    """The scores of a run's pairs under one reference. Every method is collective.
-
-    Attributes:
-        reference: what the reference is (see ``identity.reference_identity``).
-        pairs: ids of the pairs whose values are needed, in the order of their use.
-        model: makes the chunks that can score as the reference; called only if something is missing.
-        pause: called after each call of the model, on all ranks; may raise StopRequested to leave.
-    """
+class PrecomputedReference:
+    """The log-probs of a run's pairs under one reference. Every method is collective."""
 
     setup: RunSetup
-    reference: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    """What the reference is (see ``fingerprint.reference_identity``)."""
     pairs: IntArray
+    """Ids of the pairs whose values are needed, in the order of their use."""
     model: Callable[[], list[Any]]
+    """Makes the chunks that can score as the reference; called only if something is missing."""
     pause: Callable[[], None]
-    _chunks: list[Any] | None = field(default=None, init=False)
+    """Called after each call of the model, on all ranks; may raise StopRequested to leave."""
+    _scorer: GroupScorer | None = field(default=None, init=False)
 
     def table(self) -> ReferenceTable:
         """The values of all pairs that are needed; NaN of others, also where the directory knows them.
@@ -77,7 +48,7 @@ class ReferenceScores:
             StopRequested: what was scored is on disk.
         """
         pool = self.setup.job.pool
-        parts = [self._store_scores(index) for index in range(len(pool.stores))]
+        parts = [self._of_store(index) for index in range(len(pool.stores))]
         table = {kind: np.concatenate([part[kind] for part in parts]) for kind in self._kinds}
         for values in table.values():
             values[pool.swapped] = values[pool.swapped][:, ::-1]
@@ -86,17 +57,17 @@ class ReferenceScores:
         return ReferenceTable(table["conditional"], table.get("unconditional"), directories)
 
     def directory(self, index: int) -> Path:
-        """Where the scores of a store are kept."""
+        """Where the log-probs of a store are kept."""
         if cache := self.setup.settings.reference.reference_cache:
             return Path(cache) / STORES[index]
-        reference = f"reference-{self.reference['weights']}-{_digest(self.reference)[:8]}"
+        reference = f"reference-{self.identity['weights']}-{_digest(self.identity)[:8]}"
         return self.setup.job.cache_dir / reference / _digest(_data_identity(self.setup.job.pool.stores[index]))[:16]
 
     @property
     def _kinds(self) -> tuple[str, ...]:
         return KINDS if self.setup.job.loss.requirements.comprehension else KINDS[:1]
 
-    def _store_scores(self, index: int) -> Arrays:
+    def _of_store(self, index: int) -> Arrays:
         """The values of a store's pairs by kind, [pairs, 2] in the store's order; NaN of those that are not needed."""
         store, directory, rows = self.setup.job.pool.stores[index], self.directory(index), self._rows_in_use(index)
         if not len(rows):
@@ -116,15 +87,15 @@ class ReferenceScores:
         if scored:
             there = f"{len(rows) - scored} are in {directory}"
             say(f"reference: {scored} of {len(rows)} {STORES[index]} pairs to score, {there}")
-            job = self._score(index, self._groups(index, missing, rows), cache, known)
-            known, _ = self._read(cache, store)  # of two jobs' scores all use the same ones
+            job = self._score(index, missing, rows, cache, known)
+            known, _ = self._read(cache, store)  # of two jobs' log-probs all use the same ones
         with all_ranks_agree():
             if cache is not None:
                 cache.finish(len(store), {kind: _count(known[kind]) for kind in self._kinds}, job)
         for kind in self._kinds:
             check_reference(known[kind], needed, kind, store.describe)
             known[kind][~needed] = np.nan
-        say(f"reference: {len(rows)} {STORES[index]} pairs, {scored} of them scored now; scores in {directory}")
+        say(f"reference: {len(rows)} {STORES[index]} pairs, {scored} of them scored now; log-probs in {directory}")
         return known
 
     def _open(self, directory: Path, store: PairStore) -> ScoreCache:
@@ -134,7 +105,9 @@ class ReferenceScores:
             "sources": [source.path for source in store.sources],
             "model": settings.model.hf_model or directories.pretrained_checkpoint or directories.load or "",
         }
-        return ScoreCache.open(directory, {**_data_identity(store), **self.reference}, about)
+        data = _data_identity(store)
+        assert data.keys().isdisjoint(self.identity), "one name hides another"
+        return ScoreCache.open(directory, {**data, **self.identity}, about)
 
     def _read(self, cache: ScoreCache | None, store: PairStore) -> tuple[Arrays, list[str]]:
         """What the rank with the cache finds there, by kind, and what is damaged. Collective."""
@@ -153,112 +126,20 @@ class ReferenceScores:
         first, stop = self.setup.job.pool.offsets[index : index + 2]
         return self.pairs[(self.pairs >= first) & (self.pairs < stop)] - first
 
-    # Scoring -------------------------------------------------------------------------------------------------------
-
-    def _score(self, index: int, groups: Groups, cache: ScoreCache | None, known: Arrays) -> dict[str, Any]:
-        """Score groups in their order, into ``known`` and, on rank 0, into the cache. Returns what to put on record."""
-        all_groups = len(self._rows_in_use(index)) * len(self._kinds)
-        with _progress(all_groups, all_groups - len(groups)) as bar:
-            scorer = self._scorer()
-            blocks, clock = scorer.blocks(groups), _Clock(self.setup.settings.layout.pipeline)
-            tokens = done = written = 0
-            start = time.perf_counter()
-            try:
-                while turn := list(itertools.islice(blocks, clock.blocks)):
-                    some = groups[done : done + sum(len(block.groups) for block in turn)]
-                    self._take(index, some, scorer(turn), known)
-                    done, tokens = done + len(some), tokens + sum(block.tokens for block in turn)
-                    bar.update(len(some))
-                    if clock.time_to_write():
-                        self._write(index, groups[written:done], cache, known)
-                        written = done
-                        bar.set_postfix_str(f"{all_groups - len(groups) + written} on disk")
-                    self.pause()
-            except StopRequested:
-                self._write(index, groups[written:done], cache, known)
-                raise
-            self._write(index, groups[written:done], cache, known)
-            seconds = time.perf_counter() - start
-        pairs = len(np.unique(groups.pairs))
-        say(
-            f"reference: {pairs} pairs, {len(groups)} groups scored in {seconds:.1f} s: "
-            f"{pairs / seconds:,.1f} pairs/s, {tokens / seconds:,.0f} tokens/s"
-        )
-        return self._record(pairs, len(groups), tokens, seconds)
-
-    def _scorer(self) -> GroupScorer:
-        if self._chunks is None:
-            self._chunks = self.model()
-        settings, job = self.setup.settings, self.setup.job
-        unit = settings.length_unit
-        length = job.max_pack_length
-        if cpu.is_active() and not job.fixed_length:
-            length = min(length, round_up(_CPU_PACK, unit))
-            if settings.layout.pipeline > 1:
-                length = max(length, round_up(int(job.sizes[self.pairs].max()), unit))
-        make = PackMaker(job.pool, job.max_pack_length, job.share_prompts, context=context_rank())
-        return GroupScorer(
-            self._chunks,
-            self.setup.scoring,
-            make,
-            unit,
-            length,
-            alone=not settings.steps.pack_pairs,
-            fixed_length=job.fixed_length,
-        )
-
-    def _groups(self, index: int, missing: dict[str, BoolArray], rows: IntArray) -> Groups:
-        """The missing groups of a store's rows, in their order, those of a pair beside each other."""
+    def _score(
+        self, index: int, missing: dict[str, BoolArray], rows: IntArray, cache: ScoreCache | None, known: Arrays
+    ) -> dict[str, Any]:
+        """Score what is missing of a store's rows, in their order, the groups of a pair beside each other."""
         is_missing = np.stack([mask[rows] for mask in missing.values()], axis=1)  # [rows, kinds]
         row, kind = np.nonzero(is_missing)
-        return Groups(rows[row] + self.setup.job.pool.offsets[index], kind == KINDS.index("unconditional"))
+        groups = Groups(rows[row] + self.setup.job.pool.offsets[index], kind == KINDS.index("unconditional"))
+        loop = ScoringLoop(self.setup, index, self._kinds, cache, known, self.pause)
+        return loop.run(self._make_scorer, groups, already=is_missing.size - len(groups))
 
-    def _take(self, index: int, groups: Groups, values: FloatArray, known: Arrays) -> None:
-        """Put values into ``known``, in the data's order of chosen and rejected. Refuses what is not finite."""
-        pool = self.setup.job.pool
-        swapped = pool.swapped[groups.pairs]
-        values[swapped] = values[swapped][:, ::-1]
-        for kind in self._kinds:
-            of_kind = groups.unconditional == (kind == "unconditional")
-            ids = groups.pairs[of_kind]
-            names = functools.partial(_describe, pool, ids)
-            check_reference(values[of_kind], np.ones(len(ids), bool), kind, names)
-            known[kind][ids - pool.offsets[index]] = values[of_kind]
-
-    def _write(self, index: int, groups: Groups, cache: ScoreCache | None, known: Arrays) -> None:
-        """Put the values of these groups on disk, and no others: a damaged part loses whole blocks. Collective."""
-        with all_ranks_agree():
-            if cache is not None and len(groups):
-                store, own = self.setup.job.pool.stores[index], groups.pairs - self.setup.job.pool.offsets[index]
-                rows, place = np.unique(own, return_inverse=True)
-                values = {kind: np.full((len(rows), 2), np.nan) for kind in KINDS}
-                for kind in self._kinds:
-                    of_kind = groups.unconditional == (kind == "unconditional")
-                    values[kind][place[of_kind]] = known[kind][own[of_kind]]
-                cache.add(rows, {**values, **_pair_columns(store, rows)}, len(store))
-
-    def _record(self, pairs: int, groups: int, tokens: int, seconds: float) -> dict[str, Any]:
-        """Who has scored, for the manifest."""
-        settings = self.setup.settings
-        return {
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "pairs": pairs,
-            "groups": groups,
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-            "versions": installed_versions(),
-            "precision": str(settings.precision.dtype),
-            "device": torch.cuda.get_device_name() if settings.process.backend == "nccl" else "cpu",
-            "ranks": settings.layout.ranks,
-            "tensor_parallel": settings.layout.tensor,
-            "pipeline_parallel": settings.layout.pipeline,
-            "context_parallel": settings.layout.context,
-            "expert_parallel": settings.layout.expert,
-        }
-
-
-def _describe(pool: PairPool, ids: IntArray, place: int) -> str:
-    return pool.describe(int(ids[place]))
+    def _make_scorer(self) -> GroupScorer:
+        if self._scorer is None:
+            self._scorer = make_scorer(self.setup, self.model(), self.pairs)
+        return self._scorer
 
 
 def _data_identity(store: PairStore) -> dict[str, Any]:
@@ -269,14 +150,10 @@ def _digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _pair_columns(store: PairStore, rows: IntArray | slice) -> Arrays:
-    return {"tokens": store.lengths[rows, 1:], "source": store.source[rows], "row": store.row[rows]}
-
-
 def _check_pairs(arrays: Arrays, store: PairStore, directory: Path) -> None:
-    """The pairs that the scores tell of are those of the store."""
+    """The pairs that the log-probs are of are those of the store."""
     known = arrays["row"] > 0
-    for name, column in _pair_columns(store, slice(None)).items():
+    for name, column in pair_columns(store, slice(None)).items():
         if not np.array_equal(arrays[name][known], column[known]):
             raise UserError(
                 f"the reference scores in {directory} are of other pairs than those of {store.directory}, although "
@@ -286,47 +163,3 @@ def _check_pairs(arrays: Arrays, store: PairStore, directory: Path) -> None:
 
 def _count(values: FloatArray) -> int:
     return int((~np.isnan(values).any(axis=1)).sum())
-
-
-def _progress(groups: int, known: int) -> Any:
-    interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
-    return tqdm(
-        total=groups,
-        initial=known,
-        desc="scoring the reference",
-        unit=" groups",
-        disable=not is_rank_zero(),
-        mininterval=interval,
-        maxinterval=interval,
-    )
-
-
-@dataclass
-class _Clock:
-    """Rank 0's, for all: how many blocks a call scores, after which a stop is heard, and when to write.
-
-    With p pipeline stages a call of k blocks keeps them busy for k of k + 1 - 1/p parts of its time. So there calls may
-    take longer.
-
-    Attributes:
-        stages: of the pipeline.
-        blocks: that the next call shall score.
-    """
-
-    stages: int
-    blocks: int = 1
-    _call_began: float = field(default_factory=time.monotonic)
-    _written: float = field(default_factory=time.monotonic)
-
-    def time_to_write(self) -> bool:
-        """To be asked after each call: whether what was scored must go to disk before the next one. Collective."""
-        now, most = time.monotonic(), _PIPELINED_CALL_SECONDS if self.stages > 1 else _CALL_SECONDS
-        seconds = now - self._call_began
-        fitting = int(self.blocks * most / max(seconds, 1e-6))
-        blocks = max(1, min(fitting, 2 * self.blocks))
-        next_seconds = seconds * blocks / self.blocks
-        self.blocks, is_time = broadcast((blocks, now + next_seconds - self._written > FLUSH_SECONDS))
-        self._call_began = now
-        if is_time:
-            self._written = now
-        return is_time

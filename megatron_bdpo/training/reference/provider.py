@@ -1,4 +1,4 @@
-"""Getting a run its reference: scores from disk or made now, or a resident copy; on resume, always the original."""
+"""Getting a run its reference: log-probs from disk or made now, or a resident copy; on resume, always the original."""
 
 from __future__ import annotations
 
@@ -13,31 +13,35 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.digest import weights_digest
 from megatron_bdpo.model.hf.directory import is_model_directory
 from megatron_bdpo.model.initialization import initialize_by_name
-from megatron_bdpo.model.reference import WEIGHTS_DIR, build_reference, copy_policy, load_weights, save_weights
 from megatron_bdpo.training.batches import IntArray
 from megatron_bdpo.training.checkpoints import damage
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
 from megatron_bdpo.training.forward import ReferenceValues
 from megatron_bdpo.training.hf.start import weights_loader
-from megatron_bdpo.training.identity import RunIdentity, checkpoint_directory, reference_identity
+from megatron_bdpo.training.identity import RunIdentity, checkpoint_directory
 from megatron_bdpo.training.reference.cache import differences
+from megatron_bdpo.training.reference.fingerprint import is_of_this_version, of_every_version, reference_identity
 from megatron_bdpo.training.reference.passes import NoReference, ResidentReference
-from megatron_bdpo.training.reference.precomputed import ReferenceScores
+from megatron_bdpo.training.reference.precomputed import PrecomputedReference
+from megatron_bdpo.training.reference.weights import (
+    WEIGHTS_DIR,
+    build_reference,
+    copy_policy,
+    load_weights,
+    save_weights,
+)
 from megatron_bdpo.training.setup import RunSetup
 
 
 @dataclass
 class ReferenceProvider:
-    """Makes the reference of one run. Every method is collective.
-
-    Attributes:
-        pairs: ids of the pairs whose values are needed, in the order of their use.
-        pause: called again and again while scoring, on all ranks; may raise to leave.
-    """
+    """Makes the reference of one run. Every method is collective."""
 
     setup: RunSetup
     pairs: IntArray
+    """Ids of the pairs whose values are needed, in the order of their use."""
     pause: Callable[[], None]
+    """Called again and again while scoring, on all ranks; may raise to leave."""
 
     def provide(
         self, policy: list[Any], identity: RunIdentity, *, resumed: bool
@@ -63,26 +67,24 @@ class ReferenceProvider:
             )
         if self.setup.job.resident:
             return self._resident(policy, identity, resumed=resumed)
-        return self.scores(policy, identity, resumed=resumed).table(), identity
+        return self.log_probs(policy, identity, resumed=resumed).table(), identity
 
     def identify(self, identity: RunIdentity, policy: list[Any]) -> RunIdentity:
         """The identity of a run that starts now, completed by what its reference is: the policy."""
         return replace(identity, reference=self._identify(policy), reference_weights=self._pretrained())
 
-    def scores(self, policy: list[Any], identity: RunIdentity, *, resumed: bool) -> ReferenceScores:
-        """The scores of the run's pairs. What can still score as the reference: the policy before its first step, or
-        the weights that were kept."""
+    def log_probs(self, policy: list[Any], identity: RunIdentity, *, resumed: bool) -> PrecomputedReference:
+        """The log-probs of the run's pairs. What can still score as the reference: the policy before its first step,
+        or the weights that were kept."""
 
         def model() -> list[Any]:
             return self._load_original(identity) if resumed else policy
 
-        return ReferenceScores(self.setup, identity.reference, self.pairs, model, self.pause)
+        return PrecomputedReference(self.setup, identity.reference, self.pairs, model, self.pause)
 
     def _identify(self, model: list[Any]) -> dict[str, Any]:
-        vocab_size = self.setup.scoring.vocab_size
-        return reference_identity(
-            vars(self.setup.arguments.megatron), weights_digest(unwrap_model(model), vocab_size), vocab_size
-        )
+        weights = weights_digest(unwrap_model(model), self.setup.scoring.vocab_size)
+        return reference_identity(self.setup.config, weights, self.setup.scoring)
 
     def _pretrained(self) -> str:
         """The checkpoint the policy has just been loaded from, as far as it can serve as the reference later."""
@@ -123,14 +125,19 @@ class ReferenceProvider:
         else:
             reference = build_reference(self.setup.config)
             self._load(reference, source)
-        found = self._identify(reference)
-        if found != identity.reference:
-            differing = "\n".join(f"  {line}" for line in differences(identity.reference, found))
+        self._check_original(source, identity.reference, self._identify(reference))
+        return reference
+
+    def _check_original(self, source: str, kept: dict[str, Any], found: dict[str, Any]) -> None:
+        if not is_of_this_version(kept):
+            kept, found = of_every_version(kept), of_every_version(found)
+            say("reference: an earlier version began this run: the model's settings are not compared, its weights are")
+        if found != kept:
+            differing = "\n".join(f"  {line}" for line in differences(kept, found))
             raise UserError(
                 f"{source} and this run's settings do not make the reference of the resumed "
                 f"checkpoint:\n{differing}\nRestore the weights, or resume with that run's settings."
             )
-        return reference
 
     def _load(self, reference: list[Any], source: str) -> None:
         if is_model_directory(Path(source)):

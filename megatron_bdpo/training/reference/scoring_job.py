@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.reference import build_reference, load_weights
 from megatron_bdpo.platform.seams import initialize_megatron
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.distributed import all_ranks_agree, say
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.job import each_once
+from megatron_bdpo.training.reference.options_from_data import decide_options
 from megatron_bdpo.training.reference.provider import ReferenceProvider
-from megatron_bdpo.training.reference.settling import settle
+from megatron_bdpo.training.reference.weights import build_reference, load_weights
 from megatron_bdpo.training.reporting.status import write_status
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup, forget_global_state, set_up
@@ -30,7 +30,7 @@ def score_pairs(arguments: Arguments) -> list[Path]:
         arguments: parsed, not validated yet. What only training needs may be missing.
 
     Returns:
-        The directory of each token store's scores.
+        The directory of each token store's log-probs.
 
     Raises:
         UserError: on every rank; there is nothing to score, among other reasons.
@@ -63,7 +63,7 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
                     f"--preference-loss {setup.settings.loss.name} reads no reference: there is nothing to score."
                 )
             if setup.job.resident:
-                raise UserError("--reference resident keeps no scores. Leave it out to score.")
+                raise UserError("--reference resident keeps no log-probs. Leave it out to score.")
         initialize_megatron()
         job = setup.job
         pairs = each_once(job.pairs_in_use(None), job.train.ids, job.held_out.ids)
@@ -73,9 +73,9 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
         if not setup.resumed:
             model = _starting_model(setup)
             run = provider.identify(run, model)
-        scores = provider.scores(model, run, resumed=setup.resumed)
-        settle(job.loss, scores.table().training_pairs(job), len(job.train.ids), {})
-        return [scores.directory(index) for index in range(len(job.pool.stores))]
+        log_probs = provider.log_probs(model, run, resumed=setup.resumed)
+        decide_options(job.loss, log_probs.table().training_pairs(job), len(job.train.ids), {})
+        return [log_probs.directory(index) for index in range(len(job.pool.stores))]
     finally:
         forget_global_state()
 

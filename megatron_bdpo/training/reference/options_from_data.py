@@ -1,7 +1,7 @@
-"""What the data settle, once, at a run's first start: open options of the loss, and the quartiles of the imbalance.
+"""What the data decide, once, at a run's first start: open options of the loss, and the quartiles of the imbalance.
 
 Both are taken from the reference's values of the training pairs that the planned steps use: all of them, where the run
-is an epoch or longer. Held-out pairs have no part in it, nor has what else a cache of scores may hold.
+is an epoch or longer. Held-out pairs have no part in it, nor has what else a directory of log-probs may hold.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_edges
 
 
-def settle(
+def decide_options(
     loss: PairLossFunction, pairs: PairLogProbs, of: int, kept: Mapping[str, Any]
 ) -> tuple[PairLossFunction, dict[str, Any]]:
     """The loss with all its options, and by name the values of those that were open. Collective.
@@ -24,10 +24,10 @@ def settle(
     Args:
         pairs: the training pairs that the run uses, with the reference as the policy.
         of: the number of all training pairs.
-        kept: what the run's first start has settled; empty at that start.
+        kept: what the run's first start has decided; empty at that start.
 
     Raises:
-        UserError: on every rank, when the data do not settle an option.
+        UserError: on every rank, when the data do not decide an option.
     """
     if loss.spec.settle is None:
         return loss, {}
@@ -38,17 +38,17 @@ def settle(
     options = broadcast(options)  # to the bit, whatever the ranks' machines are
     if described:
         say(described)
-    settled = {name: getattr(options, name) for name in names}
-    for name, value in settled.items():
+    decided = {name: getattr(options, name) for name in names}
+    for name, value in decided.items():
         say(f"loss: {name} {value:.6g}, {_origin(name in kept, pairs, of)}")
-    return replace(loss, options=options), settled
+    return replace(loss, options=options), decided
 
 
 def imbalance_edges(loss: PairLossFunction, pairs: PairLogProbs, of: int, kept: Sequence[float]) -> list[float]:
     """The three edges between the quartiles of the pairs' imbalance; none where the loss does not read it. Collective.
 
     Args:
-        loss: with all its options; the others are as in :func:`settle`.
+        loss: with all its options; the others are as in :func:`decide_options`.
     """
     if not loss.requirements.comprehension:
         return []

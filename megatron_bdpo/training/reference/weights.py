@@ -1,4 +1,4 @@
-"""The frozen reference beside the policy: the other half of the dual model provider.
+"""Weights of the reference: model chunks that hold them, copied from the policy, saved, loaded.
 
 The reference is a second set of model chunks in the policy's own layout, without gradients, DDP or optimizer, so it is
 never in the policy's checkpoint. Its weights are the policy's at the first start; a resumed run loads them from where
@@ -7,15 +7,12 @@ they were kept, never from the resumed policy.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
@@ -23,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 
+#: Below --save, where the reference's weights are nowhere else.
 WEIGHTS_DIR = "reference_weights"
 
 
@@ -90,8 +88,6 @@ def load_weights(model: list[Any], directory: Path) -> None:
 
 
 def _sharded_weights(model: list[Any]) -> dict[str, Any]:
-    from megatron.core import parallel_state
-
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _keys(unwrap_model(model))}
 
@@ -99,35 +95,3 @@ def _sharded_weights(model: list[Any]) -> dict[str, Any]:
 def _keys(chunks: list[Any]) -> list[tuple[str, Any]]:
     """Checkpoint keys as Megatron names them: 'model', or 'model0', 'model1'... with virtual stages."""
     return [("model" if len(chunks) == 1 else f"model{index}", chunk) for index, chunk in enumerate(chunks)]
-
-
-@contextlib.contextmanager
-def weights_at_rest(model: list[Any]) -> Iterator[None]:
-    """For passes outside of training steps: the weights are all there, and nothing gathers them layer by layer.
-
-    With ``--overlap-param-gather`` each layer's first use would start to gather the next layers' weights, and leave a
-    gathering behind that the first training step does not expect.
-    """
-    gathering = [
-        chunk for chunk in model if isinstance(chunk, DistributedDataParallel) and chunk.remove_forward_pre_hook_handles
-    ]
-    for chunk in gathering:
-        chunk.disable_forward_pre_hook(param_sync=False)
-    try:
-        yield
-    finally:
-        for chunk in gathering:
-            chunk.enable_forward_pre_hook()
-
-
-@contextlib.contextmanager
-def evaluating(model: list[Any]) -> Iterator[None]:
-    """Evaluation mode inside the block, the former mode afterwards."""
-    modes = [chunk.training for chunk in model]
-    for chunk in model:
-        chunk.eval()
-    try:
-        yield
-    finally:
-        for chunk, mode in zip(model, modes, strict=True):
-            chunk.train(mode)
