@@ -141,6 +141,8 @@ def plan(options: argparse.Namespace) -> tuple[Run | None, list[Run]]:
     for seed in range(1, options.seeds + 1):
         for loss in options.losses:
             own = list(LOSSES[loss])
+            if "bdpo" not in own:  # what a recipe has for B-DPO is refused by losses that do not use it
+                own += ["--recipe", "{bdpo-temperature: null, beta: null}"]
             own += [] if "simpo" in own else ["--beta", str(options.beta)]
             if "bdpo" in own and "--bdpo-temperature" not in own:
                 own += ["--bdpo-temperature", options.bdpo_temperature]
