@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_bdpo.training.callbacks.base import Callback, Start, StepResult
+    from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
     from megatron_bdpo.training.distributed import process_groups
     from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.pack_iterators import dataset_provider
@@ -21,11 +21,11 @@ __version__ = "0.1.0.dev0"
 
 _HOMES = {
     "Arguments": "training.flags.arguments",
-    "Callback": "training.callbacks.base",
+    "Callback": "training.callbacks.callback",
     "PreferenceRun": "training.run",
     "Settings": "training.settings",
-    "Start": "training.callbacks.base",
-    "StepResult": "training.callbacks.base",
+    "Start": "training.callbacks.callback",
+    "StepResult": "training.callbacks.callback",
     "dataset_provider": "training.pack_iterators",
     "in_megatron": "training.run",
     "process_groups": "training.distributed",

@@ -20,44 +20,59 @@ from torch import Tensor
 
 from megatron_bdpo.data.packs import causal_squares, group_tokens
 from megatron_bdpo.display import Block
+from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.evaluation import weights_at_rest
+from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity
-from megatron_bdpo.training.callbacks.answers import Answers
-from megatron_bdpo.training.callbacks.base import Callback, Start, StepResult
-from megatron_bdpo.training.callbacks.progress import Progress
+from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
+from megatron_bdpo.training.callbacks.progress import LogInterval, Progress
 from megatron_bdpo.training.callbacks.standard import standard_callbacks
 from megatron_bdpo.training.checkpoints import failures_to_save
 from megatron_bdpo.training.directories import keep_recipe
-from megatron_bdpo.training.distributed import all_ranks_agree, say
+from megatron_bdpo.training.distributed import say
 from megatron_bdpo.training.finite import gradients_named
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.forward import PreferenceStep
+from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.pack_iterators import dataset_provider
 from megatron_bdpo.training.reference.options_from_data import decide_options, imbalance_edges
 from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.reference.provider import ReferenceProvider
-from megatron_bdpo.training.reporting.advice import Advisor, about_data
+from megatron_bdpo.training.reporting.advice import about_data
 from megatron_bdpo.training.reporting.summary import summarize
-from megatron_bdpo.training.setup import forget_global_state, set_up
+from megatron_bdpo.training.settings import Settings
+from megatron_bdpo.training.setup import RunSetup, forget_global_state, set_up
 from megatron_bdpo.training.stopping import StopRequest
 
 
 class PreferenceRun:
-    """One training; implements ``platform.hooks.TrainerHooks``.
+    """One training; implements ``platform.hooks.TrainerHooks``."""
 
-    Attributes:
-        settings: what the user has said.
-        setup: what there was before the model.
-        job: loss, pairs and plan.
-        config: of the model.
-        model: the policy's chunks, once they are loaded.
-        scoring: how positions are scored; its vocabulary is the tokenizer's.
-        step: Megatron's ``forward_step``.
-        callbacks: in the order in which they are told of a moment.
-        progress: of these, the metrics of steps and evaluations, on the last pipeline stage.
-        stop: whether the run has been asked to stop, and why.
-    """
+    arguments: Arguments
+    """Megatron's and ours."""
+    setup: RunSetup
+    """What there was before the model."""
+    settings: Settings
+    """What the user has said."""
+    job: PairJob
+    """Loss, pairs and plan."""
+    config: PairGPTConfig
+    """Of the model."""
+    model: list[Any]
+    """The policy's chunks, once they are loaded."""
+    iteration: int
+    """Steps that are done."""
+    scoring: TokenScoring
+    """How positions are scored; its vocabulary is the tokenizer's."""
+    step: PreferenceStep
+    """Megatron's ``forward_step``."""
+    callbacks: list[Callback]
+    """In the order in which they are told of a moment."""
+    progress: Progress
+    """Of these, the metrics of steps and evaluations, on the last pipeline stage."""
+    stop: StopRequest
+    """Whether the run has been asked to stop, and why."""
 
     def __init__(self, arguments: Arguments, callbacks: Sequence[Callback] = ()) -> None:
         """Read pairs, plan steps, validate Megatron's arguments. Collective.
@@ -80,14 +95,12 @@ class PreferenceRun:
             check_nan=schedule.check_finite,
             describe=job.pool.describe,
         )
-        self.model: list[Any] = []
+        self.model = []
         self.stop = StopRequest(self.settings.checkpoints.stop_file or ())
         self.signals_received = self.stop.signals_received
-        advisor = Advisor(job.loss.requirements.reference)
-        self.progress = Progress(schedule.log_interval, len(job.plan.steps), advisor, self.settings.directories.save)
-        with all_ranks_agree():
-            standard = standard_callbacks(setup, self.step, self.progress, self.stop)
-        self.callbacks = [*callbacks, *standard]
+        self.progress = Progress(LogInterval(schedule.log_interval, len(job.plan.steps)))
+        self.callbacks = [*callbacks, *standard_callbacks(setup, self.step, self.progress, self.stop)]
+        self.progress.listeners = self.callbacks
         self.iteration = 0
         self._step_started = 0.0
         say(summarize(arguments, job))
@@ -207,20 +220,19 @@ def in_megatron(run: PreferenceRun) -> Iterator[None]:
     except SystemExit as leaving:
         if not leaving.code:
             for each in run.callbacks:
-                each.stopped(run.stop.reason)
-        say(_farewell(run, leaving.code))
+                each.stopped(run.iteration, run.stop.reason)
+        say(_early_end(run, leaving.code))
         raise
     finally:
         forget_global_state()
 
 
 def tables(run: PreferenceRun) -> list[Block]:
-    """Held-out results and answers of before and after, on the last rank, once the run is over."""
-    answers = [each.table() for each in run.callbacks if isinstance(each, Answers)]
-    return [block for table in (run.progress.table(), *answers) if table for block in ("", table)]
+    """What the callbacks have to show of a run that is over. On the last rank."""
+    return [block for each in run.callbacks if (table := each.table()) for block in ("", table)]
 
 
-def _farewell(run: PreferenceRun, code: object) -> str:
+def _early_end(run: PreferenceRun, code: object) -> str:
     last_step, save = len(run.job.plan.steps), run.settings.directories.save
     if code:  # with --rerun-mode, Megatron ends a run whose numbers it does not trust
         step = run.iteration + 1

@@ -28,11 +28,7 @@ class StopRequested(SystemExit):
 
 
 class StopRequest:
-    """Collects requests to stop.
-
-    Attributes:
-        reason: why the run is to stop, once ``signals_received`` or ``leave_if_asked`` has said so; else empty.
-    """
+    """Collects requests to stop."""
 
     def __init__(self, files: Sequence[str] = ()) -> None:
         """
@@ -40,6 +36,7 @@ class StopRequest:
             files: any of them asks to stop by being there. Rank 0 looks.
         """
         self.reason = ""
+        """Why the run is to stop, once ``signals_received`` or ``leave_if_asked`` has said so; else empty."""
         self._files = [Path(file) for file in files]
         self._signal = ""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.jobs import last_weights_kept, run_job
+from tests.harness.jobs import run_job
 
 #: Whether a pair's loss is finite, before its gradient reaches other stages.
 OURS = 1
@@ -35,11 +35,12 @@ def test_a_microbatch_waits_once(ranks, name):
 
 def waits_of_a_step(flags: list[str], length: int) -> dict[str, Any]:
     """Of the second step, whose functions have all been compiled and whose tables are there."""
+    from megatron_bdpo.training.run import PreferenceRun
     from tests.harness.waiting import HostWaits
 
     seen: dict[str, Any] = {}
 
-    class Counting(last_weights_kept()):
+    class Counting(PreferenceRun):
         def wrap_schedule(self, schedule: Any) -> Any:
             inner = super().wrap_schedule(schedule)
 
@@ -51,7 +52,9 @@ def waits_of_a_step(flags: list[str], length: int) -> dict[str, Any]:
 
             return run
 
-    run_job(Counting, [*flags, "--seq-length", str(length), "--max-prompt-length", "32", "--train-iters", "2"], {})
+    run_job(
+        [*flags, "--seq-length", str(length), "--max-prompt-length", "32", "--train-iters", "2"], {}, run_type=Counting
+    )
     return seen
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_bdpo.training.callbacks.callback import Callback, StepResult
 from tests.harness.jobs import last_stage, run_job
 
 PP2 = ["--pipeline-model-parallel-size", "2"]
@@ -36,7 +37,6 @@ def counted(flags: list[str], **overrides: Any) -> Counted:
     """Run a job on this rank."""
     from megatron_bdpo.training import forward
     from megatron_bdpo.training.batches import PackMaker
-    from megatron_bdpo.training.run import PreferenceRun
 
     processes: set[int] = set()
     calls: Counter[str] = Counter()
@@ -48,16 +48,15 @@ def counted(flags: list[str], **overrides: Any) -> Counted:
 
         return call
 
-    class Watched(PreferenceRun):
-        def after_step(self, losses: Any, iteration: int, skipped: bool) -> None:
-            super().after_step(losses, iteration, skipped)
+    class Watching(Callback):
+        def after_step(self, step: StepResult) -> None:
             processes.add(len(multiprocessing.active_children()))
 
     with (
         mock.patch.object(PackMaker, "mixed", counts("made", PackMaker.mixed)),
         mock.patch.object(forward, "score_pack", counts("forward", forward.score_pack)),
     ):
-        run, _ = run_job(Watched, flags, overrides)
+        run, _ = run_job(flags, overrides, [Watching()])
     return Counted(run.progress.steps, run.progress.evaluations, processes, calls["made"], calls["forward"])
 
 

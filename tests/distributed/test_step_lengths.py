@@ -52,7 +52,7 @@ def train_and_watch(flags: list[str]) -> Seen:
         return count(*args, **kwargs)
 
     with mock.patch.object(trainer, "num_floating_point_operations", counted):
-        run, _ = run_job(Watching, [*FLAGS, *flags], {})
+        run, _ = run_job([*FLAGS, *flags], {}, run_type=Watching)
     plan = run.job.plan
     seen.lengths, seen.tokens, seen.eval_length = plan.lengths, plan.real_tokens.tolist(), run.job.eval_length
     seen.steps = run.progress.steps

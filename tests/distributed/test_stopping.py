@@ -7,9 +7,11 @@ import os
 import signal
 
 import pytest
+from torch import distributed
 
+from megatron_bdpo.training.callbacks.callback import Callback
 from tests.distributed.test_resume import assert_bit_identical
-from tests.harness.jobs import Outcome, last_stage, last_weights_kept, run_job, train
+from tests.harness.jobs import Outcome, WeightsKept, last_stage, run_job, train
 
 LAYOUT = ["--tensor-model-parallel-size", "2", "--train-iters", "4", "--save-interval", "100"]
 
@@ -17,19 +19,19 @@ LAYOUT = ["--tensor-model-parallel-size", "2", "--train-iters", "4", "--save-int
 def train_and_ask(flags, *, at_step, rank, sends=None, touches=None):
     """Run the tiny job on this rank; after ``at_step`` steps ``rank`` signals itself, or touches a file."""
 
-    class Asking(last_weights_kept()):
-        def after_step(self, losses, iteration, skipped):
-            super().after_step(losses, iteration, skipped)
-            if iteration == at_step and self.settings.process.rank == rank:
+    class Asking(Callback):
+        def after_step(self, step):
+            if step.iteration == at_step and distributed.get_rank() == rank:
                 if sends:
                     os.kill(os.getpid(), sends)
                 if touches:
                     touches.touch()
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
-    run, exit_code = run_job(Asking, flags, {})
+    weights = WeightsKept()
+    run, exit_code = run_job(flags, {}, [Asking(), weights])
     assert handlers == {number: signal.getsignal(number) for number in handlers}, "handlers are put back"
-    return Outcome(run.progress.steps, run.progress.evaluations, list(run.shards), exit_code), run.stop.reason
+    return Outcome(run.progress.steps, run.progress.evaluations, list(weights.shards), exit_code), run.stop.reason
 
 
 def status(directory):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.harness.jobs import last_stage, score, scores_in, train
+from tests.harness.jobs import Outcome, WeightsKept, last_stage, run_job, score, scores_in, train
 from tests.harness.ranks import RankFailure
 
 AUTO = ["--bdpo-temperature", "auto"]
@@ -27,23 +27,12 @@ def train_and_tell(flags, **overrides):
     import contextlib
     import io
 
-    from megatron_bdpo.training.run import PreferenceRun
-
-    temperatures = []
-    after_load = PreferenceRun.after_load
-
-    def told(run, model):
-        after_load(run, model)
-        temperatures.append((run.step.loss.options.bdpo_temperature, run.job.loss.options.bdpo_temperature))
-
-    printed = io.StringIO()
-    PreferenceRun.after_load = told
-    try:
-        with contextlib.redirect_stdout(printed):
-            outcome = train(flags, **overrides)
-    finally:
-        PreferenceRun.after_load = after_load
-    return outcome, printed.getvalue(), temperatures[-1]
+    printed, weights = io.StringIO(), WeightsKept()
+    with contextlib.redirect_stdout(printed):
+        run, exit_code = run_job(flags, overrides, [weights])
+    outcome = Outcome(run.progress.steps, run.progress.evaluations, list(weights.shards), exit_code)
+    temperatures = run.step.loss.options.bdpo_temperature, run.job.loss.options.bdpo_temperature
+    return outcome, printed.getvalue(), temperatures
 
 
 def test_it_is_the_rules_and_all_ranks_have_it(ranks, tmp_path):
@@ -98,11 +87,9 @@ def train_and_tell_pairs(flags, **overrides):
     import contextlib
     import io
 
-    from tests.harness.jobs import last_weights_kept, run_job
-
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        run, _ = run_job(last_weights_kept(), flags, overrides)
+        run, _ = run_job(flags, overrides)
     return np.unique(run.job.plan.steps), run.step.imbalance_edges.tolist(), printed.getvalue()
 
 

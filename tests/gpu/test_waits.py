@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.jobs import last_weights_kept, run_job
+from tests.harness.jobs import run_job
 
 pytestmark = pytest.mark.gpu
 
@@ -27,9 +27,11 @@ def synchronisations(length: int) -> dict[str, Any]:
     """Of the second step: warnings of torch's synchronisation debug mode, and where the first ones were."""
     import torch
 
+    from megatron_bdpo.training.run import PreferenceRun
+
     seen: dict[str, Any] = {}
 
-    class Counting(last_weights_kept()):
+    class Counting(PreferenceRun):
         def wrap_schedule(self, schedule: Any) -> Any:
             inner = super().wrap_schedule(schedule)
 
@@ -48,5 +50,5 @@ def synchronisations(length: int) -> dict[str, Any]:
             return run
 
     flags = ["--bf16", "--hidden-size", "256", "--num-attention-heads", "4", "--seq-length", str(length)]
-    run_job(Counting, [*flags, "--max-prompt-length", "32", "--train-iters", "2"], {})
+    run_job([*flags, "--max-prompt-length", "32", "--train-iters", "2"], {}, run_type=Counting)
     return seen

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
 from megatron_bdpo.training.reference.cache import Scores, open_scores
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
@@ -64,10 +65,11 @@ class Outcome:
     exit_code: int | None = None
 
 
-def train(flags: list[str], **overrides: Any) -> Outcome:
+def train(flags: list[str], *, callbacks: Sequence[Callback] = (), **overrides: Any) -> Outcome:
     """Run the tiny job with ``flags`` on this rank. ``overrides`` replace defaults by argument name."""
-    run, exit_code = run_job(last_weights_kept(), flags, overrides)
-    return Outcome(run.progress.steps, run.progress.evaluations, list(run.shards), exit_code)
+    weights = WeightsKept()
+    run, exit_code = run_job(flags, overrides, [*callbacks, weights])
+    return Outcome(run.progress.steps, run.progress.evaluations, list(weights.shards), exit_code)
 
 
 def refusals(check: str, command_lines: Sequence[tuple[str, int]]) -> list[str]:
@@ -100,22 +102,19 @@ def own_process() -> Any:
     return ProcessSettings(rank=rank, local_rank=rank, ranks=ranks, backend="gloo", timeout_minutes=1, is_made_up=False)
 
 
-def last_weights_kept() -> type[Any]:
-    """A PreferenceRun that copies its weights after each step. Imported here: tests are collected without Megatron."""
-    from megatron_bdpo.training.run import PreferenceRun
+class WeightsKept(Callback):
+    """Copies the weights after each step."""
 
-    class LastWeightsKept(PreferenceRun):
-        shards: Any = ()
+    def __init__(self) -> None:
+        self.shards: Shards = []
+        """After the last one so far."""
+        self._model: list[Any] = []
 
-        def after_load(self, model: list[Any]) -> None:
-            self.model = model
-            super().after_load(model)
+    def after_load(self, start: Start) -> None:
+        self._model = start.model
 
-        def after_step(self, losses: Any, iteration: int, skipped: bool) -> None:
-            super().after_step(losses, iteration, skipped)
-            self.shards = copy_shards(self.model)
-
-    return LastWeightsKept
+    def after_step(self, step: StepResult) -> None:
+        self.shards = copy_shards(self._model)
 
 
 def score(flags: list[str], **overrides: Any) -> list[Path]:
@@ -129,14 +128,25 @@ def score(flags: list[str], **overrides: Any) -> list[Path]:
         return score_pairs(arguments)
 
 
-def run_job(run_type: type[Any], flags: list[str], overrides: dict[str, Any]) -> tuple[Any, int | None]:
-    """Run the tiny job to its end. Returns the run and, where Megatron has left its loop early, its exit code."""
+def run_job(
+    flags: list[str],
+    overrides: dict[str, Any],
+    callbacks: Sequence[Callback] = (),
+    *,
+    run_type: type[Any] | None = None,
+) -> tuple[Any, int | None]:
+    """Run the tiny job to its end. Returns the run and, where Megatron has left its loop early, its exit code.
+
+    Args:
+        run_type: another ``PreferenceRun``, for tests that change what a callback only sees.
+    """
     from megatron_bdpo.training import distributed
     from megatron_bdpo.training.flags.arguments import Arguments
+    from megatron_bdpo.training.run import PreferenceRun
 
     arguments = Arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
     with distributed.process_groups(arguments.settings.process):
-        run = run_type(arguments)
+        run = (run_type or PreferenceRun)(arguments, callbacks)
         try:
             run.pretrain()
         except SystemExit as stop:  # --exit-interval and signals end Megatron's loop this way

@@ -80,7 +80,7 @@ def count(flags: list[str], **overrides: Any) -> Held:
             return run
 
     with _optimizer_seen() as optimizers, saved.model_watched():
-        run, _ = run_job(CountingRun, flags, overrides)
+        run, _ = run_job(flags, overrides, run_type=CountingRun)
     held = run.held
     (optimizer,) = optimizers
     held.optimizer = _optimizer_bytes(optimizer, saved.ignored)

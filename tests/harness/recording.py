@@ -75,7 +75,7 @@ def train_and_record(flags: list[str], *, mistake: Mistake | None = None, **over
     with contextlib.ExitStack() as undo:
         if mistake is not None:
             mistake(undo)
-        run, _ = run_job(_recorded_run(), flags, {"clip_grad": 0.0} | overrides)
+        run, _ = run_job(flags, {"clip_grad": 0.0} | overrides, run_type=_recorded_run())
     metrics = run.progress.steps or [{}] * len(run.seen)
     steps = [
         Step(seen.weights, seen.gradients, seen.tokens, [seen.sequences], values)
@@ -100,8 +100,8 @@ def _recorded_run() -> type[Any]:
     from megatron_bdpo.training.run import PreferenceRun
 
     class RecordedRun(PreferenceRun):
-        def __init__(self, args: Any) -> None:
-            super().__init__(args)
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
             self.seen: list[_Seen] = []
 
         def pretrain(self) -> None:

@@ -125,7 +125,7 @@ def logits(flags: list[str], *, mistake: Mistake | None = None, **overrides: Any
         if mistake is not None:
             mistake(undo)
         undo.enter_context(_logits_told(found.extend))
-        run_job(_scored_only(), [*flags, "--no-share-prompts"], overrides)
+        run_job([*flags, "--no-share-prompts"], overrides, run_type=_scored_only())
     return found
 
 

@@ -98,7 +98,7 @@ def answers(
             self.found = found and (found.answers, found.finished, len(passes))
             raise SystemExit(0)
 
-    run, _ = run_job(Answering, flags, overrides)
+    run, _ = run_job(flags, overrides, run_type=Answering)
     return run.found
 
 

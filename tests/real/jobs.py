@@ -32,10 +32,9 @@ def real_job(flags: list[str], *, gradients: bool = False, **overrides: Any) -> 
     Args:
         gradients: whether to keep those of the last step.
     """
-    from megatron_bdpo.training.run import PreferenceRun
-
     with _gate_told() as seen:
-        run, _ = run_job(_gradients_kept() if gradients else PreferenceRun, flags, {"clip_grad": 0.0} | overrides)
+        run_type = _gradients_kept() if gradients else None
+        run, _ = run_job(flags, {"clip_grad": 0.0} | overrides, run_type=run_type)
     progress = run.progress
     return RealStep(
         progress.steps,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 
+from megatron_bdpo.training.callbacks.callback import Callback
 from tests.distributed.test_bad_input import refusal
 from tests.distributed.test_resume import assert_bit_identical
 from tests.harness.jobs import train
@@ -44,22 +45,14 @@ def train_and_kill_the_writer(flags):
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.training.async_utils import maybe_finalize_async_save
 
-    from megatron_bdpo.training.run import PreferenceRun
+    class Killing(Callback):
+        def after_step(self, step):
+            if step.iteration in (1, 3):
+                maybe_finalize_async_save(blocking=True)
+                PersistentAsyncCaller._persistent_process.kill()
+                PersistentAsyncCaller._persistent_process.join()
 
-    before = PreferenceRun.after_step
-
-    def after_step(self, losses, iteration, skipped):
-        before(self, losses, iteration, skipped)
-        if iteration in (1, 3):
-            maybe_finalize_async_save(blocking=True)
-            PersistentAsyncCaller._persistent_process.kill()
-            PersistentAsyncCaller._persistent_process.join()
-
-    PreferenceRun.after_step = after_step
-    try:
-        return train(flags)
-    finally:
-        PreferenceRun.after_step = before
+    return train(flags, callbacks=[Killing()])
 
 
 def test_a_writer_that_died_is_replaced(ranks, tmp_path):

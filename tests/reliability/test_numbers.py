@@ -8,9 +8,11 @@ import re
 
 import numpy as np
 import pytest
+from torch import distributed
 
+from megatron_bdpo.training.callbacks.callback import Callback
 from tests.distributed.test_bad_input import write
-from tests.harness.jobs import last_stage, last_weights_kept, run_job, train
+from tests.harness.jobs import last_stage, run_job, train
 
 JOB = ["--num-layers", "1", "--train-iters", "3", "--tensor-model-parallel-size", "2"]
 
@@ -21,9 +23,9 @@ def train_with(fault, flags, **overrides):
 
     from megatron_bdpo.errors import UserError
 
-    run_type = FAULTS[fault]()
+    callbacks, run_type = FAULTS[fault]()
     try:
-        _, exit_code = run_job(run_type, flags, overrides)
+        _, exit_code = run_job(flags, overrides, callbacks, run_type=run_type)
     except UserError as error:
         message, exit_code = str(error), error.is_final
     except RuntimeError as error:  # the rank that waits for the one with the fault
@@ -38,9 +40,11 @@ def train_with(fault, flags, **overrides):
 def broken_loss():
     """One pair's log-prob is NaN in the second step."""
 
-    class Faulty(last_weights_kept()):
-        def __init__(self, args):
-            super().__init__(args)
+    from megatron_bdpo.training.run import PreferenceRun
+
+    class Faulty(PreferenceRun):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             step, loss = self.step, self.step.loss
 
             class Loss(type(loss)):
@@ -57,41 +61,46 @@ def broken_loss():
             self.step.loss = self._faulty(self.step.loss)  # the start has settled its options
             super().before_training(evaluate)
 
-    return Faulty
+    return [], Faulty
 
 
 def broken_gradient(step, value):
     """A gradient gets a value that is not finite, on the first rank only."""
 
-    class Faulty(last_weights_kept()):
-        def before_training(self, evaluate):
-            weight = next(self.model[0].parameters())
-            if self.settings.process.rank == 0:
+    class Faulty(Callback):
+        done = 0
 
-                def spoil(gradient):
-                    gradient = gradient.clone()
-                    if self.iteration == step - 1:
-                        gradient.view(-1)[0] = value
-                    return gradient
+        def after_load(self, start):
+            def spoil(gradient):
+                gradient = gradient.clone()
+                if self.done == step - 1:
+                    gradient.view(-1)[0] = value
+                return gradient
 
-                weight.register_hook(spoil)
-            super().before_training(evaluate)
+            if distributed.get_rank() == 0:
+                next(start.model[0].parameters()).register_hook(spoil)
 
-    return Faulty
+        def after_step(self, step):
+            self.done = step.iteration
+
+    return [Faulty()], None
 
 
 def broken_weights():
     """The second step leaves a weight that is not finite, as a broken optimizer kernel would."""
 
-    class Faulty(last_weights_kept()):
-        def after_step(self, losses, iteration, skipped):
-            super().after_step(losses, iteration, skipped)
-            if iteration == 2 and self.settings.process.rank == 1:
-                next(self.model[0].parameters()).data.view(-1)[0] = math.inf
+    class Faulty(Callback):
+        def after_load(self, start):
+            self.weight = next(start.model[0].parameters())
 
-    return Faulty
+        def after_step(self, step):
+            if step.iteration == 2 and distributed.get_rank() == 1:
+                self.weight.data.view(-1)[0] = math.inf
+
+    return [Faulty()], None
 
 
+#: Name -> the callbacks and the run that have it.
 FAULTS = {
     "loss": broken_loss,
     "first gradient": lambda: broken_gradient(1, math.nan),
@@ -145,14 +154,15 @@ def test_reference_values_are_checked_with_their_pairs(ranks, tmp_path, value):
 def broken_reference(flags, **overrides):
     """The job, with a model that answers NaN while the reference is scored."""
     from megatron_bdpo.errors import UserError
+    from megatron_bdpo.training.run import PreferenceRun
 
-    class Faulty(last_weights_kept()):
+    class Faulty(PreferenceRun):
         def after_load(self, model):
             next(iter(model[0].parameters())).data.view(-1)[0:64] = math.nan
             super().after_load(model)
 
     try:
-        run_job(Faulty, flags, overrides)
+        run_job(flags, overrides, run_type=Faulty)
     except UserError as error:
         return str(error)
     return ""

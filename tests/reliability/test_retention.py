@@ -7,12 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.distributed.test_resume import assert_bit_identical
 from tests.harness.jobs import train
+from tests.harness.moments import start
 from tests.reliability.test_async_save import ASYNC
 
 ROOT = Path(__file__).parents[2]
@@ -71,20 +71,11 @@ def test_without_a_whole_checkpoint_that_is_named_all_stay(ranks, tmp_path, trac
     assert ranks(1)(outdated, tmp_path, 1) == [[]]
 
 
-def start(goes_on_from: int | None, reference: str = "") -> Any:
-    """Of a run that goes on from that checkpoint of its own, or begins."""
-    from megatron_bdpo.training.callbacks.base import Start
-    from megatron_bdpo.training.identity import RunIdentity
-
-    identity = RunIdentity("", 0, 0, 0, "", reference_weights=reference)
-    return Start([], goes_on_from or 0, None, identity, {}, [])
-
-
 def save_a_fifth(root: Path, goes_on_from: int | None) -> None:
     from megatron_bdpo.training.callbacks.retention import Deletion, Retention
 
     deletion = Deletion(Retention(2), root, lambda: False, goes_on_in_place=True)
-    deletion.after_load(start(goes_on_from))
+    deletion.after_load(start(goes_on_from or 0))
     deletion.after_files(checkpoint(root, 50))
     name(root, 50)
     deletion.finished()
@@ -124,7 +115,7 @@ def delete_while_saving_and_after(root: Path, protected: Path) -> list[list[int]
 
     saving = [True]
     deletion = Deletion(Retention(1), root, lambda: saving[0], goes_on_in_place=True)
-    deletion.after_load(start(40, str(protected)))
+    deletion.after_load(start(40, reference=str(protected)))
     deletion.after_files(root / "iter_0000040")
     found = []
     for saving[0] in (True, False):
@@ -157,7 +148,7 @@ def counted(event, args):
         left -= 1
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
-from tests.reliability.test_retention import start
+from tests.harness.moments import start
 deletion = Deletion(Retention(2), root, lambda: False, goes_on_in_place=True)
 deletion.after_load(start(40))
 deletion.after_files(root / "iter_0000050")

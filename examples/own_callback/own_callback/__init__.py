@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import deque
 
-from megatron_bdpo.training.callbacks.base import Callback, StepResult
+from megatron_bdpo.training.callbacks.callback import Callback, StepResult
 from megatron_bdpo.training.distributed import say
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.settings import Settings

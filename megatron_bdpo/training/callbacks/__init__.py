@@ -1,1 +1,1 @@
-"""What happens beside a step, each in a file of its own: see ``base.Callback``, and docs/callbacks.md."""
+"""What happens beside a step, each in a file of its own: see ``callback.Callback``, and docs/callbacks.md."""

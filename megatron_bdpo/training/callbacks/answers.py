@@ -15,10 +15,9 @@ from megatron_bdpo.data.prompts import ANSWER_COLUMNS, EvalPrompts
 from megatron_bdpo.data.records import printable
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.display import Table
-from megatron_bdpo.training.callbacks.base import Callback, Start
+from megatron_bdpo.training.callbacks.callback import Callback, Start
 from megatron_bdpo.training.distributed import all_ranks_agree, is_last_rank
 from megatron_bdpo.training.generation.decoding import PackShape, answer_greedily
-from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.reporting.console import show
 from megatron_bdpo.training.reporting.generations_file import (
     NAME,
@@ -29,7 +28,6 @@ from megatron_bdpo.training.reporting.generations_file import (
     side_by_side,
 )
 from megatron_bdpo.training.reporting.step_lines import StepLines
-from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.stopping import StopRequest
 
 #: Prompts in the table at the end of a run, and characters of a text there.
@@ -37,26 +35,22 @@ _SHOWN, _CHARACTERS = 4, 200
 
 
 class Answers(Callback):
-    """Answers of the policy to the prompts of a job; without prompts it does nothing.
+    """Answers of the policy to the prompts of a job; without prompts it does nothing."""
 
-    Attributes:
-        rows: all that were made or found, in order, on the last rank. See ``reporting.generations_file``.
-    """
-
-    def __init__(self, settings: Settings, job: PairJob, vocab_size: int, stop: StopRequest) -> None:
+    def __init__(
+        self, prompts: EvalPrompts | None, shape: PackShape, vocab_size: int, save: str | None, stop: StopRequest
+    ) -> None:
         """
         Args:
-            settings: of the job.
-            job: with its prompts.
+            shape: of the packs that prompts go in.
             vocab_size: entries of the tokenizer.
+            save: directory of the file, if it is to be written.
             stop: listened to before every token. Answers that are not all there yet are given up; Megatron's loop hears
                 of the stop when it asks next, saves, and ends.
         """
         self.rows: list[Row] = []
-        self._prompts = job.prompts
-        self._shape = PackShape(job.max_pack_length, settings.length_unit, job.fixed_length)
-        self._vocab_size, self._stop = vocab_size, stop
-        self._save = settings.directories.save
+        """All that were made or found, in order, on the last rank. See ``reporting.generations_file``."""
+        self._prompts, self._shape, self._vocab_size, self._save, self._stop = prompts, shape, vocab_size, save, stop
         self._model: list[Any] = []
         self._file: StepLines | None = None
         self._asked_at: int | None = None

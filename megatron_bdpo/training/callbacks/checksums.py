@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from megatron_bdpo.training.callbacks.base import Callback
+from megatron_bdpo.training.callbacks.callback import Callback
 from megatron_bdpo.training.checkpoints import failures_to_save, write_manifest
 
 

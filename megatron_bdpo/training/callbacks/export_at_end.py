@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_bdpo.training.callbacks.base import Callback, Start
-from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.hf.exporting import save_live
+from megatron_bdpo.training.callbacks.callback import Callback, Record, Start
 
 
 class ExportAtEnd(Callback):
-    """
-    Args:
-        evaluations: of the run, where this rank has them; the last one goes on the model's card.
-    """
+    """Collects what the model's card says of the last evaluation, on the ranks that have it."""
 
-    def __init__(self, arguments: Arguments, evaluations: Sequence[dict[str, float]]) -> None:
-        self._arguments, self._evaluations = arguments, evaluations
+    def __init__(self, export: Callable[[list[Any], Mapping[str, float]], None]) -> None:
+        """
+        Args:
+            export: given the model's chunks and the metrics, writes the model. Collective.
+        """
+        self._export = export
         self._model: list[Any] = []
+        self._evaluation: Mapping[str, float] = {}
 
     def after_load(self, start: Start) -> None:
         self._model = start.model
 
+    def after_record(self, record: Record) -> None:
+        if record.kind == "evaluation":
+            self._evaluation = record.values
+
     def finished(self) -> None:
         """Collective."""
-        save_live(self._arguments, self._model, self._evaluations[-1] if self._evaluations else {})
+        self._export(self._model, self._evaluation)

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bdpo.data.step_plan import IntArray
-from megatron_bdpo.training.callbacks.base import Callback, Start
+from megatron_bdpo.training.callbacks.callback import Callback, Start
 from megatron_bdpo.training.finite import Describe, broken_gradient, reject_broken_weights
 
 
 class FiniteCheck(Callback):
-    """Looks at the gradients' norm after each update, and at the weights before each checkpoint.
-
-    Args:
-        pairs: ids of a step's pairs.
-        describe: a pair's name for messages.
-    """
+    """Looks at the gradients' norm after each update, and at the weights before each checkpoint."""
 
     def __init__(self, pairs: Callable[[int], IntArray], describe: Describe) -> None:
+        """
+        Args:
+            pairs: ids of a step's pairs.
+            describe: a pair's name for messages.
+        """
         self._pairs, self._describe = pairs, describe
         self._model: list[Any] = []
 

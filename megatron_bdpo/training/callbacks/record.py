@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from megatron_bdpo.training.callbacks.base import Callback, Start
+from megatron_bdpo.training.callbacks.callback import Callback, Start
 from megatron_bdpo.training.distributed import all_ranks_agree, is_last_rank
-from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.reporting.provenance import provenance
 from megatron_bdpo.training.reporting.run_record import write_record
+
+if TYPE_CHECKING:
+    from megatron_bdpo.training.identity import RunIdentity
 
 
 class RunRecord(Callback):
     """Once, from the rank with the metrics, beside the checkpoints."""
 
-    def __init__(self, arguments: Arguments, job: PairJob) -> None:
-        self._arguments, self._job = arguments, job
+    def __init__(
+        self, save: Path, pairs: Mapping[str, int], provenance: Callable[[RunIdentity], Mapping[str, Any]]
+    ) -> None:
+        """
+        Args:
+            pairs: how many there are, by use.
+            provenance: what else the run's numbers depend on: see ``reporting.provenance``.
+        """
+        self._save, self._pairs, self._provenance = save, pairs, provenance
 
     def after_load(self, start: Start) -> None:
-        """Collective."""
-        save = self._arguments.settings.directories.save
+        """Collective.
+
+        Raises:
+            UserError: on every rank; the file cannot be written.
+        """
         with all_ranks_agree():
-            if save and is_last_rank():
-                write_record(
-                    Path(save),
-                    {
-                        "loss": start.loss.spec.name,
-                        "loss_options": asdict(start.loss.options),
-                        "pairs": {"train": len(self._job.train.ids), "heldout": len(self._job.held_out.ids)},
-                        "reference_scores": start.log_probs,
-                        "imbalance_quartiles": start.imbalance_edges or None,
-                        **provenance(self._arguments, self._job, start.identity),
-                    },
-                )
+            if is_last_rank():
+                write_record(self._save, self._content(start))
+
+    def _content(self, start: Start) -> dict[str, Any]:
+        return {
+            "loss": start.loss.spec.name,
+            "loss_options": asdict(start.loss.options),
+            "pairs": self._pairs,
+            "reference_scores": start.log_probs,
+            "imbalance_quartiles": start.imbalance_edges or None,
+            **self._provenance(start.identity),
+        }

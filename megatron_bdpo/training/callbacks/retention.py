@@ -23,11 +23,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bdpo.training.callbacks.base import Callback, Start, StepResult
+from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
 from megatron_bdpo.training.checkpoints import is_whole, iteration_of, named_iteration
-from megatron_bdpo.training.settings import Settings
 
-_DOOMED = ".deleted"
+#: At the end of a directory's name: it is being deleted.
+_DELETED = ".deleted"
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,6 @@ class Retention:
     """At least 1: that which the tracker names."""
     every: int | None = None
     """Steps whose multiples are kept, too."""
-
-    @classmethod
-    def of(cls, settings: Settings) -> Retention | None:
-        """That of a job, or None: all stay."""
-        every, newest = settings.directories.save_retain_interval, settings.checkpoints.keep_checkpoints
-        if not settings.directories.save or (every is None and newest is None):
-            return None
-        return cls(newest or 1, every)
 
     def outdated(
         self, root: Path, abandoned: AbstractSet[int] = frozenset(), foreign: AbstractSet[int] = frozenset()
@@ -112,8 +104,8 @@ class Deletion(Callback):
         for directory in self._retention.outdated(self._root, self._abandoned, self._foreign):
             if directory.resolve() != self._protected:
                 with contextlib.suppress(OSError):  # it is tried again after the next checkpoint
-                    directory.rename(directory.with_name(f"{directory.name}{_DOOMED}"))
-        self._thread = threading.Thread(target=delete_doomed, args=(self._root,), daemon=True)
+                    directory.rename(directory.with_name(f"{directory.name}{_DELETED}"))
+        self._thread = threading.Thread(target=delete_renamed, args=(self._root,), daemon=True)
         self._thread.start()
 
     def finished(self) -> None:
@@ -122,7 +114,7 @@ class Deletion(Callback):
         self._delete()
         self._join()
 
-    def stopped(self, reason: str) -> None:
+    def stopped(self, iteration: int, reason: str) -> None:
         """The same."""
         self.finished()
 
@@ -131,9 +123,9 @@ class Deletion(Callback):
             self._thread.join()
 
 
-def delete_doomed(root: Path) -> None:
+def delete_renamed(root: Path) -> None:
     """Delete the directories that were renamed for it, now or before a kill."""
-    for directory in root.glob(f"iter_*{_DOOMED}"):
+    for directory in root.glob(f"iter_*{_DELETED}"):
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -1,87 +1,95 @@
-"""The callbacks of every run, in their order, and those that other packages bring."""
+"""The callbacks of every run, in their order: the one place that knows which settings each of them needs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.metadata import entry_points
+import functools
 from pathlib import Path
 
 from megatron.training.async_utils import is_empty_async_queue
 
-from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.callbacks.answers import Answers
-from megatron_bdpo.training.callbacks.base import Callback
+from megatron_bdpo.training.callbacks.callback import Callback
 from megatron_bdpo.training.callbacks.checksums import Checksums
+from megatron_bdpo.training.callbacks.console_lines import ConsoleLines
+from megatron_bdpo.training.callbacks.entry_points import callbacks_of_packages
 from megatron_bdpo.training.callbacks.export_at_end import ExportAtEnd
 from megatron_bdpo.training.callbacks.finite_check import FiniteCheck
+from megatron_bdpo.training.callbacks.metrics_jsonl import MetricsJsonl
 from megatron_bdpo.training.callbacks.progress import Progress
 from megatron_bdpo.training.callbacks.record import RunRecord
 from megatron_bdpo.training.callbacks.retention import Deletion, Retention
+from megatron_bdpo.training.callbacks.scalars import Scalars
 from megatron_bdpo.training.callbacks.status_file import StatusFile
 from megatron_bdpo.training.callbacks.step_zero_check import StepZeroCheck
-from megatron_bdpo.training.callbacks.timetable import Timetable
-from megatron_bdpo.training.flags.arguments import Arguments
+from megatron_bdpo.training.callbacks.timetable import Interval, Timetable
 from megatron_bdpo.training.forward import PreferenceStep
+from megatron_bdpo.training.generation.decoding import PackShape
+from megatron_bdpo.training.hf.exporting import save_live
+from megatron_bdpo.training.reporting.advice import Advisor
+from megatron_bdpo.training.reporting.provenance import provenance
 from megatron_bdpo.training.setup import RunSetup
 from megatron_bdpo.training.stopping import StopRequest
 
-#: Each of this group is called with the job's ``Settings`` and ``PairJob``, and returns a ``Callback``.
-ENTRY_POINT_GROUP = "megatron_bdpo.callbacks"
-
 
 def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress, stop: StopRequest) -> list[Callback]:
-    """All of a run, in the order in which they are told of a moment.
+    """All of a run, in the order in which they are told of a moment. Collective.
 
     Args:
         step: the run's forward step.
         progress: first of those that report.
-    """
-    arguments, settings, job = setup.arguments, setup.settings, setup.job
-    found: list[Callback] = []
-    if settings.reference.step_zero_check and job.loss.requirements.reference:
-        found.append(StepZeroCheck(step, settings.precision))
-    found += [
-        FiniteCheck(job.pairs_of_step, job.pool.describe),
-        RunRecord(arguments, job),
-        progress,
-        Answers(settings, job, setup.scoring.vocab_size, stop),
-        Checksums(wanted=settings.checkpoints.checkpoint_checksums),
-        *_deletion(arguments),
-        Timetable(arguments, is_writing),
-        *of_other_packages(setup),
-    ]
-    if settings.model.save_hf:
-        found.append(ExportAtEnd(arguments, progress.evaluations))
-    # Last: a run that is said to be finished has all that it leaves.
-    return [*found, StatusFile(settings.directories.save, len(job.plan.steps))]
-
-
-def _deletion(arguments: Arguments) -> Iterator[Callback]:
-    settings = arguments.settings
-    directories, retention = settings.directories, Retention.of(settings)
-    if retention and directories.save and settings.process.rank == 0:
-        in_place = directories.goes_on_in_place
-        yield Deletion(retention, Path(directories.save), is_writing, goes_on_in_place=in_place)
-
-
-def of_other_packages(setup: RunSetup) -> Iterator[Callback]:
-    """Those of the entry points.
 
     Raises:
-        UserError: one cannot be made; the message names its distribution.
+        UserError: on every rank; what another package offers cannot be used.
     """
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        try:
-            callback = point.load()(setup.settings, setup.job)
-            if not isinstance(callback, Callback):
-                raise TypeError(f"it returns a {type(callback).__name__}, which is no Callback")
-        except Exception as error:  # third-party code may raise anything
-            provider = f"distribution '{point.dist.name}'" if point.dist else "an unnamed distribution"
-            raise UserError(
-                f"{provider} offers the callback '{point.name}' ({point.value}), but it cannot be used: "
-                f"{type(error).__name__}: {error}. Repair or uninstall it."
-            ) from error
-        yield callback
+    settings, job, save = setup.settings, setup.job, setup.settings.directories.save
+    reads_reference = job.loss.requirements.reference
+    shape = PackShape(job.max_pack_length, settings.length_unit, job.fixed_length)
+    found: list[Callback] = []
+    if settings.reference.step_zero_check and reads_reference:
+        found.append(StepZeroCheck(step, settings.precision))
+    found.append(FiniteCheck(job.pairs_of_step, job.pool.describe))
+    if save:
+        pairs = {"train": len(job.train.ids), "heldout": len(job.held_out.ids)}
+        found.append(RunRecord(Path(save), pairs, functools.partial(provenance, setup.arguments, job)))
+    found += [progress, Scalars()]
+    if save:
+        found.append(MetricsJsonl(Path(save)))
+    found += [
+        ConsoleLines(progress.interval, Advisor(reads_reference)),
+        Answers(job.prompts, shape, setup.scoring.vocab_size, save, stop),
+        Checksums(wanted=settings.checkpoints.checkpoint_checksums),
+        *_deletion(setup),
+        _timetable(setup),
+        *callbacks_of_packages(settings, job),
+    ]
+    if settings.model.save_hf:
+        found.append(ExportAtEnd(functools.partial(save_live, setup.arguments)))
+    # Last: a run that is said to be finished has all that it leaves.
+    return [*found, StatusFile(save, len(job.plan.steps))]
+
+
+def _deletion(setup: RunSetup) -> list[Callback]:
+    """None where all checkpoints stay, and on all ranks but the first."""
+    directories, newest = setup.settings.directories, setup.settings.checkpoints.keep_checkpoints
+    every = directories.save_retain_interval
+    if not directories.save or setup.settings.process.rank or (every is None and newest is None):
+        return []
+    retention, root = Retention(newest or 1, every), Path(directories.save)
+    return [Deletion(retention, root, is_writing, goes_on_in_place=directories.goes_on_in_place)]
+
+
+def _timetable(setup: RunSetup) -> Timetable:
+    settings = setup.settings
+    directories, schedule = settings.directories, settings.schedule
+    save_minutes = settings.checkpoints.save_every_minutes if directories.save else None
+    eval_minutes = settings.evaluation.eval_every_minutes if schedule.eval_iters else None
+    return Timetable(
+        Interval("save_interval", directories.save_interval, save_minutes),
+        Interval("eval_interval", schedule.eval_interval, eval_minutes),
+        len(setup.job.plan.steps),
+        set_arguments=setup.arguments.set,
+        is_writing=is_writing,
+    )
 
 
 def is_writing() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_bdpo.model.precision import Precision
-from megatron_bdpo.training.callbacks.base import Callback, Start, StepResult
+from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
 from megatron_bdpo.training.distributed import say
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.step_zero import StepZeroGate

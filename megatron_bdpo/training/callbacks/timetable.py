@@ -10,56 +10,59 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_bdpo.training.callbacks.base import Callback, StepResult
+from megatron_bdpo.training.callbacks.callback import Callback, StepResult
 from megatron_bdpo.training.distributed import is_rank_zero, sum_over_ranks
-from megatron_bdpo.training.flags.arguments import Arguments
 
 
 @dataclass
-class _Clock:
-    """One of the two intervals."""
+class Interval:
+    """Between two checkpoints, or two evaluations."""
 
-    interval: str
-    """Megatron's argument."""
-    minutes: float | None
+    argument: str
+    """Megatron's, which counts steps."""
     steps: int | None
     """What the user, or Megatron's default, has it at."""
-    since: float = 0.0
+    minutes: float | None
+    """By the clock, where there is one."""
+    since: float = field(default=0.0, init=False)
+    """When it began, in seconds."""
 
     def is_over(self, now: float) -> bool:
         return self.minutes is not None and now - self.since >= 60 * self.minutes
 
 
 class Timetable(Callback):
-    """Sets ``args.save_interval`` and ``args.eval_interval`` before every step's end.
+    """Sets both intervals among Megatron's arguments before every step's end.
 
     With ``--save-every-minutes`` and without ``--save-interval`` only the clock and the end of the training are left;
     so with ``--eval-every-minutes``.
     """
 
     def __init__(
-        self, arguments: Arguments, is_writing: Callable[[], bool], now: Callable[[], float] = time.monotonic
+        self,
+        save: Interval,
+        evaluation: Interval,
+        last_step: int,
+        *,
+        set_arguments: Callable[..., None],
+        is_writing: Callable[[], bool],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
-            arguments: validated.
+            last_step: of the run, which saves and evaluates by itself.
+            set_arguments: changes Megatron's arguments, by name.
             is_writing: whether an earlier checkpoint is still being written; until it is, none is due by the clock.
             now: seconds, on rank 0.
         """
-        self._arguments, self._is_writing, self._now = arguments, is_writing, now
-        settings = arguments.settings
-        schedule, directories = settings.schedule, settings.directories
-        self._last_step = schedule.train_iters or 0
-        save_minutes = settings.checkpoints.save_every_minutes if directories.save else None
-        eval_minutes = settings.evaluation.eval_every_minutes if schedule.eval_iters else None
-        self._save = _Clock("save_interval", save_minutes, directories.save_interval)
-        self._evaluation = _Clock("eval_interval", eval_minutes, schedule.eval_interval)
+        self._save, self._evaluation, self._last_step = save, evaluation, last_step
+        self._set_arguments, self._is_writing, self._now = set_arguments, is_writing, now
         self.before_training()
 
     def before_training(self) -> None:
@@ -76,14 +79,13 @@ class Timetable(Callback):
 
     def after_step(self, step: StepResult) -> None:
         """Decide what follows this step. Collective, where there is a clock to ask."""
-        iteration = step.iteration
         if self._save.minutes is None and self._evaluation.minutes is None:
             return
         due = torch.zeros(2)
-        if is_rank_zero() and iteration < self._last_step:  # the end of a training saves and evaluates by itself
+        if is_rank_zero() and step.iteration < self._last_step:
             now = self._now()
             due[0] = self._save.is_over(now) and not self._is_writing()
             due[1] = self._evaluation.is_over(now)
-        for clock, is_due in zip((self._save, self._evaluation), sum_over_ranks(due).tolist(), strict=True):
-            if clock.minutes is not None:
-                self._arguments.set(**{clock.interval: iteration if is_due else clock.steps})
+        for interval, is_due in zip((self._save, self._evaluation), sum_over_ranks(due).tolist(), strict=True):
+            if interval.minutes is not None:
+                self._set_arguments(**{interval.argument: step.iteration if is_due else interval.steps})

@@ -27,17 +27,14 @@ from megatron_bdpo.training.forward import NextTokenStep, forward_only
 
 @dataclass(frozen=True)
 class PackShape:
-    """How long packs of prompts may be.
-
-    Attributes:
-        limit: longest pack, a multiple of ``unit``; no position is beyond it.
-        unit: their lengths are multiples of this.
-        fixed: all packs are ``limit`` long.
-    """
+    """How long packs of prompts may be."""
 
     limit: int
+    """Longest pack, a multiple of ``unit``; no position is beyond it."""
     unit: int
+    """Their lengths are multiples of this."""
     fixed: bool
+    """All packs are ``limit`` long."""
 
 
 def answer_greedily(

@@ -59,13 +59,10 @@ _RULES = (
 
 @dataclass
 class Advisor:
-    """Watches the records of a run.
-
-    Attributes:
-        reads_reference: rewards are log-ratios, so 0 is where the policy started.
-    """
+    """Watches the records of a run."""
 
     reads_reference: bool
+    """Rewards are log-ratios, so 0 is where the policy started."""
     _records: deque[Mapping[str, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _seen: int = 0
     _given: set[str] = field(default_factory=set)

@@ -41,15 +41,12 @@ def read_generations(path: Path) -> list[Row]:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The first and the last evaluation's answers to the same prompts.
-
-    Attributes:
-        steps: the steps of the two.
-        rows: prompt, first answer, last answer, as texts for people.
-    """
+    """The first and the last evaluation's answers to the same prompts."""
 
     steps: tuple[int, int]
+    """Of the two."""
     rows: list[tuple[str, str, str]]
+    """Prompt, first answer, last answer, as texts for people."""
 
 
 def side_by_side(rows: Sequence[Row]) -> SideBySide | None:

@@ -32,9 +32,6 @@ class StepLines:
         step: where the run starts. What the file says of later ones belongs to steps that are done again, or, at 0, to
             another run: it is dropped.
 
-    Attributes:
-        found: the records that were there and stay.
-
     Raises:
         UserError: the file cannot be read or written.
     """
@@ -42,6 +39,8 @@ class StepLines:
     def __init__(self, path: Path, step: int, kind: Kind) -> None:
         self.path, self._kind = path, kind
         self._failed = False
+        self.found: list[dict[str, Any]] = []
+        """The records that were there and stay."""
         try:
             self.found = [record for record in read_lines(path, kind) if step and record[kind.step] <= step]
             write_whole(path, "".join(map(_line, self.found)))

@@ -153,15 +153,18 @@ def test_the_log_says_what_computes_attention(ranks):
 
 def backends_in_a_model(flags: list[str]) -> set[str | None]:
     from megatron_bdpo.model.attention import PairAttention
-    from tests.harness.jobs import last_weights_kept, run_job
+    from megatron_bdpo.training.callbacks.callback import Callback, Start
+    from tests.harness.jobs import run_job
 
-    class Looking(last_weights_kept()):
-        def after_load(self, model):
-            super().after_load(model)
-            self.found = {m.backend for chunk in model for m in chunk.modules() if isinstance(m, PairAttention)}
+    found: set[str | None] = set()
 
-    run, _ = run_job(Looking, ["--train-iters", "1", *flags], {})
-    return run.found
+    class Looking(Callback):
+        def after_load(self, start: Start) -> None:
+            modules = (module for chunk in start.model for module in chunk.modules())
+            found.update(module.backend for module in modules if isinstance(module, PairAttention))
+
+    run_job(["--train-iters", "1", *flags], {}, [Looking()])
+    return found
 
 
 def test_the_flag_reaches_every_layer(ranks):

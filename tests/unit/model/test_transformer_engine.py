@@ -103,7 +103,8 @@ def buffers_and_packs(flags: list[str], cache: str) -> tuple[list[int], set[int]
     from megatron.training import initialize
 
     from megatron_bdpo.training import forward
-    from tests.harness.jobs import last_weights_kept, run_job
+    from megatron_bdpo.training.run import PreferenceRun
+    from tests.harness.jobs import run_job
 
     shapes: list[list[int]] = []
     rows: set[int] = set()
@@ -124,7 +125,7 @@ def buffers_and_packs(flags: list[str], cache: str) -> tuple[list[int], set[int]
     engine = types.SimpleNamespace(pytorch=types.SimpleNamespace(module=module))
     modules = {"transformer_engine": engine, "transformer_engine.pytorch": engine.pytorch}
 
-    class Looking(last_weights_kept()):
+    class Looking(PreferenceRun):
         def after_load(self, model):
             with (
                 mock.patch.dict(sys.modules, modules),
@@ -134,7 +135,7 @@ def buffers_and_packs(flags: list[str], cache: str) -> tuple[list[int], set[int]
             super().after_load(model)
 
     with mock.patch.object(forward, "score_pack", seen):
-        run_job(Looking, flags, {"pair_cache_dir": cache})
+        run_job(flags, {"pair_cache_dir": cache}, run_type=Looking)
     return [shape[0] for shape in shapes], rows
 
 
@@ -197,14 +198,14 @@ def states_loaded(releases: dict[str, bool], cache: str) -> dict[str, bool]:
     """By release: whether the tiny policy, with such a layer, takes a checkpoint that holds a stranger's pickle."""
     from megatron.core.utils import unwrap_model
 
-    from tests.harness.jobs import last_weights_kept, run_job
+    from megatron_bdpo.training.callbacks.callback import Callback
+    from tests.harness.jobs import run_job
 
     found = {}
 
-    class Loading(last_weights_kept()):
-        def after_load(self, model):
-            super().after_load(model)
-            (chunk,) = unwrap_model(model)
+    class Loading(Callback):
+        def after_load(self, start):
+            (chunk,) = unwrap_model(start.model)
             inner = chunk.decoder.layers[0].add_module
             inner("quantised", QuantisedLayer(2, 2))
             layer = chunk.decoder.layers[0].quantised
@@ -220,7 +221,7 @@ def states_loaded(releases: dict[str, bool], cache: str) -> dict[str, bool]:
                 found[release] = bool((layer.weight == 7).all())
             del chunk.decoder.layers[0].quantised
 
-    run_job(Loading, ["--train-iters", "1"], {"pair_cache_dir": cache})
+    run_job(["--train-iters", "1"], {"pair_cache_dir": cache}, [Loading()])
     return found
 
 

@@ -152,10 +152,9 @@ def test_example_of_an_own_callback(tmp_path):
     script = """
 from megatron_bdpo.platform.boot import prepare_platform
 prepare_platform()
-from types import SimpleNamespace
-from megatron_bdpo.training.callbacks.base import StepResult
-from megatron_bdpo.training.callbacks.standard import of_other_packages
-(callback,) = of_other_packages(SimpleNamespace(settings=None, job=None))
+from megatron_bdpo.training.callbacks.callback import StepResult
+from megatron_bdpo.training.callbacks.entry_points import make, offered
+(callback,) = [make(point, None, None) for point in offered()]
 for iteration in range(1, 21):
     callback.after_step(StepResult(iteration, {}, False, 10.0 if iteration == 15 else 2.0, 8, 100))
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import subprocess
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bdpo.training.callbacks.progress import _fitting
 from megatron_bdpo.training.reporting import console
 
 ROOT = Path(__file__).parents[3]
@@ -45,22 +43,6 @@ def test_a_place_that_cannot_be_written_loses_lines_only(tmp_path):
     (tmp_path / "file").touch()
     with console.megatron_in_file(tmp_path / "file" / "megatron.log"):
         print("dropped")
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return 1
-
-
-@pytest.mark.parametrize(("columns", "expected"), [(80, "a" * 30 + " | " + "b" * 30), (200, None)])
-def test_lines_fit_the_terminal(monkeypatch, columns, expected):
-    line = "a" * 30 + " | " + "b" * 30 + " | " + "c" * 30
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr("os.get_terminal_size", lambda descriptor: os.terminal_size((columns, 24)))
-    assert _fitting(line) == (expected or line)
 
 
 def test_a_run_says_what_matters(tmp_path):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from megatron_bdpo.display import Block
 from megatron_bdpo.losses import PairLossFunction
-from megatron_bdpo.training.identity import RunIdentity
+
+if TYPE_CHECKING:  # it brings Megatron along, which a callback need not know
+    from megatron_bdpo.training.identity import RunIdentity
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,24 @@ class StepResult:
     """Without padding, each prompt once where prompts are shared."""
 
 
+@dataclass(frozen=True)
+class Record:
+    """Metrics as numbers: of the steps since the last record, or of an evaluation."""
+
+    kind: Literal["step", "evaluation"]
+    iteration: int
+    """The last step that is done."""
+    metrics: Mapping[str, float]
+    """Means over the pairs."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Pairs and tokens per second; none of an evaluation."""
+
+    @property
+    def values(self) -> dict[str, float]:
+        """All of it by name."""
+        return {"iteration": float(self.iteration), **self.metrics, **self.rates}
+
+
 class Callback:
     """What happens beside a step: every method is a moment, and does nothing unless a subclass says otherwise.
 
@@ -74,6 +95,9 @@ class Callback:
     def after_evaluation(self, metrics: Mapping[str, Tensor], iteration: int) -> None:
         """The held-out pairs have been gone through. ``metrics`` is empty but on the last pipeline stage."""
 
+    def after_record(self, record: Record) -> None:
+        """Metrics are numbers: a log interval or an evaluation has ended. Only on ranks of the last pipeline stage."""
+
     def saving(self, directory: Path) -> contextlib.AbstractContextManager[None] | None:
         """A checkpoint is about to be written. A context manager is entered around the writing of its files."""
 
@@ -83,5 +107,13 @@ class Callback:
     def finished(self) -> None:
         """The last step is done, and its checkpoint written."""
 
-    def stopped(self, reason: str) -> None:
-        """The run ends early, after its checkpoint. ``reason`` is empty where Megatron's own flags have ended it."""
+    def stopped(self, iteration: int, reason: str) -> None:
+        """The run ends early, after its checkpoint or before its first step.
+
+        Args:
+            iteration: steps that are done.
+            reason: empty where Megatron's own flags have ended it.
+        """
+
+    def table(self) -> Block | None:
+        """What to show of the run when it is over, if there is something. Only on the last rank."""
