@@ -151,7 +151,7 @@ def run(
     return measured
 
 
-def _tokens(pool: Any, ids: np.ndarray[Any, Any]) -> Iterator[tuple[Any, Any, Any]]:
+def _tokens(pool: Any, ids: np.ndarray[Any, Any]) -> Iterator[tuple[Any, ...]]:
     for pair in ids:
         group = pool.group(pair)
-        yield group.prompt.tolist(), group.chosen.tolist(), group.rejected.tolist()
+        yield tuple(part.tolist() for part in (group.prompt, *group.answers))
