@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -39,26 +40,19 @@ def train_with(fault, flags, **overrides):
 
 def broken_loss():
     """One pair's log-prob is NaN in the second step."""
-
     from megatron_bdpo.training.run import PreferenceRun
 
     class Faulty(PreferenceRun):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            step, loss = self.step, self.step.loss
-
-            class Loss(type(loss)):
-                def __call__(inner, batch, policy, reference, unconditional):
-                    if self.iteration == 1:
-                        policy = policy.clone()
-                        policy[0] = math.nan
-                    return super().__call__(batch, policy, reference, unconditional)
-
-            self._faulty = lambda settled: Loss(settled.spec, settled.options)
-            step.loss = self._faulty(loss)
-
         def before_training(self, evaluate):
-            self.step.loss = self._faulty(self.step.loss)  # the start has settled its options
+            class Loss(type(self.step.loss)):
+                def __call__(inner, pairs):
+                    if self.iteration == 1:
+                        chosen = pairs.policy_chosen.clone()
+                        chosen[0] = math.nan
+                        pairs = dataclasses.replace(pairs, policy_chosen=chosen)
+                    return super().__call__(pairs)
+
+            self.step.loss = Loss(self.step.loss.spec, self.step.loss.options)
             super().before_training(evaluate)
 
     return [], Faulty
