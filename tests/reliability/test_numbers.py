@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,24 +39,20 @@ def train_with(fault, flags, **overrides):
 def broken_loss():
     """One pair's log-prob is NaN in the second step."""
 
+    from megatron_bdpo.training import forward
+
+    pairs_of = forward.pairs_of
+
     class Faulty(last_weights_kept()):
-        def __init__(self, args):
-            super().__init__(args)
-            step, loss = self._step, self._step.loss
+        def pretrain(self):
+            with mock.patch.object(forward, "pairs_of", self._faulty_pairs):
+                super().pretrain()
 
-            class Loss(type(loss)):
-                def __call__(inner, batch, policy, reference, unconditional):
-                    if self._iteration == 1:
-                        policy = policy.clone()
-                        policy[0] = math.nan
-                    return super().__call__(batch, policy, reference, unconditional)
-
-            self._faulty = lambda settled: Loss(settled.spec, settled.options)
-            step.loss = self._faulty(loss)
-
-        def before_training(self, evaluate):
-            self._step.loss = self._faulty(self._step.loss)  # the start has settled its options
-            super().before_training(evaluate)
+        def _faulty_pairs(self, batch, policy, *others):
+            if self._iteration == 1:
+                policy = policy.clone()
+                policy[0] = math.nan
+            return pairs_of(batch, policy, *others)
 
     return Faulty
 
@@ -103,7 +100,9 @@ FAULTS = {
 def test_a_pair_whose_loss_is_not_finite_is_named(ranks, tmp_path):
     flags = [*JOB, "--save", str(tmp_path), "--save-interval", "1"]
     for message, is_final, tracker in ranks(2)(train_with, "loss", flags):
-        assert re.search(r"the loss of 1 pair is not finite:\n  .*train\.jsonl, line \d+: loss nan", message), message
+        assert re.search(
+            r"the loss of 1 pair is not finite:\n  .*train\.jsonl, line \d+: loss nan, policy nan / -", message
+        ), message
         assert not is_final, "a launcher may try again"
         assert tracker == "1"
 
