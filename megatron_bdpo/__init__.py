@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
+    from megatron_bdpo.training.callbacks.callback import Callback, Record, Start, StepResult
     from megatron_bdpo.training.distributed import process_groups
     from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.pack_iterators import dataset_provider
@@ -23,6 +23,7 @@ _HOMES = {
     "Arguments": "training.flags.arguments",
     "Callback": "training.callbacks.callback",
     "PreferenceRun": "training.run",
+    "Record": "training.callbacks.callback",
     "Settings": "training.settings",
     "Start": "training.callbacks.callback",
     "StepResult": "training.callbacks.callback",
@@ -34,6 +35,7 @@ __all__ = [
     "Arguments",
     "Callback",
     "PreferenceRun",
+    "Record",
     "Settings",
     "Start",
     "StepResult",

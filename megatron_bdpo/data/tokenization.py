@@ -21,15 +21,14 @@ import functools
 import hashlib
 import itertools
 import json
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.data.records import ASSISTANT, USER, Message, PreferenceRecord, ProblemKind, RowProblem
+from megatron_bdpo.data.chat_template import ChatTemplate
+from megatron_bdpo.data.records import USER, Message, PreferenceRecord, ProblemKind, RowProblem
+from megatron_bdpo.data.vocabulary import VOCABULARY_OF, MegatronTextTokenizer, vocabulary
 from megatron_bdpo.errors import UserError
 
 type TokenArray = npt.NDArray[np.int32]
@@ -46,20 +45,6 @@ class PairTokens(NamedTuple):
     rejected: TokenArray
 
 
-class MegatronTextTokenizer(Protocol):
-    """What we use of the object that ``megatron.core.tokenizers.utils.build_tokenizer`` returns."""
-
-    library: str
-    chat_template: str | None
-    vocab_size: int
-
-    def tokenize(self, text: str) -> list[int]: ...
-
-    def detokenize(self, ids: list[int]) -> str: ...
-
-    def apply_chat_template(self, conversation: list[Message], **kwargs: Any) -> Any: ...
-
-
 class PairTokenizer:
     """Encodes records by the rules in this module's docstring.
 
@@ -72,13 +57,14 @@ class PairTokenizer:
 
     def __init__(self, tokenizer: MegatronTextTokenizer) -> None:
         library = getattr(tokenizer, "library", type(tokenizer).__name__)
-        if library not in _VOCABULARY_OF:
+        if library not in VOCABULARY_OF:
             raise UserError(
                 f"--tokenizer-type: tokenizers of kind '{library}' cannot tokenize preference pairs. Use "
                 "HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer."
             )
         self._tokenizer = tokenizer
         self._library = library
+        self._template = ChatTemplate(tokenizer, library)
         self._added_before, self._added_after = _tokens_added_by_library(tokenizer)
         end = _special_id(tokenizer, "eod")
         if end is None:
@@ -95,11 +81,13 @@ class PairTokenizer:
             RowProblem: the record cannot be tokenized faithfully.
             UserError: a chat record, and the tokenizer has no chat template or one that cannot be used at all.
         """
-        prompt_text, chosen_text, rejected_text = self._render(record) if record.is_chat else _joint_texts(record)
+        prompt_text, chosen_text, rejected_text = (
+            self._template.render(record) if record.is_chat else _joint_texts(record)
+        )
         prompt = self._ids(prompt_text, record.is_chat)
         chosen = _after(prompt, self._ids(chosen_text, record.is_chat), "chosen")
         rejected = _after(prompt, self._ids(rejected_text, record.is_chat), "rejected")
-        end = [self._end] if not record.is_chat or self._turn_is_left_open else []
+        end = [self._end] if not record.is_chat or self._template.leaves_turn_open else []
         chosen, rejected = _ended(chosen, end, "chosen"), _ended(rejected, end, "rejected")
         if chosen == rejected:
             raise RowProblem(ProblemKind.IDENTICAL_TOKENS, "chosen and rejected give the same tokens")
@@ -114,7 +102,7 @@ class PairTokenizer:
         """
         if isinstance(prompt, str):
             return self._started(self._ids(prompt, chat=False), chat=False)
-        text = self._apply_template(prompt, add_generation_prompt=True)
+        text = self._template.apply(prompt, add_generation_prompt=True)
         return self._started(self._ids(text, chat=True), chat=True)
 
     def ends(self, *, chat: bool) -> list[list[int]]:
@@ -124,7 +112,7 @@ class PairTokenizer:
         """
         ends = [[self._end]]
         if chat:
-            text, after = self._short_conversation
+            text, after = self._template.short_conversation
             before = self._ids(text[: len(text) - len(after)], chat=True)
             whole = self._ids(text.rstrip(), chat=True)
             if whole[: len(before)] == before:
@@ -169,7 +157,7 @@ class PairTokenizer:
         if not chat:
             return self._started([], chat=False)
         try:
-            text = self._apply_template([{"role": USER, "content": ""}], add_generation_prompt=True)
+            text = self._template.apply([{"role": USER, "content": ""}], add_generation_prompt=True)
         except RowProblem as problem:
             raise UserError(
                 "--chat-template: the template cannot render an empty user turn, which is the prompt of the "
@@ -187,7 +175,7 @@ class PairTokenizer:
 
     @functools.cached_property
     def _without_template(self) -> str:
-        digest = hashlib.sha256(_VOCABULARY_OF[self._library](_library_object(self._tokenizer)))
+        digest = hashlib.sha256(vocabulary(self._tokenizer, self._library))
         rules = {
             "rules_version": RULES_VERSION,
             "library": self._library,
@@ -207,69 +195,14 @@ class PairTokenizer:
         except (ValueError, TypeError) as error:  # for example a word given to NullTokenizer
             raise RowProblem(ProblemKind.NOT_ENCODABLE, f"{type(error).__name__}: {error}") from error
         ids = ids[len(self._added_before) : len(ids) - len(self._added_after)]
-        spelled_out = not self._template_decides(chat) and ids[: len(self._start)] == self._start
+        spelled_out = not (chat and self._template.knows_bos) and ids[: len(self._start)] == self._start
         return ids[len(self._start) :] if spelled_out else ids
 
     def _started(self, prompt: list[int], chat: bool) -> TokenArray:
         """The prompt with its start token: rules 2 and 5."""
-        if prompt and self._template_decides(chat):
+        if prompt and chat and self._template.knows_bos:
             return _int32(prompt)
         return _int32((self._start or ([] if prompt else [self._end])) + prompt)
-
-    def _template_decides(self, chat: bool) -> bool:
-        return chat and self._library in _TEMPLATE_KNOWS_BOS
-
-    def _render(self, record: PreferenceRecord) -> tuple[str, str, str]:
-        """Texts of the prompt and of the two whole conversations: rule 4."""
-        assert isinstance(record.prompt, list)
-        prompt = self._apply_template(record.prompt, add_generation_prompt=True)
-        texts = []
-        for name, response in (("chosen", record.chosen), ("rejected", record.rejected)):
-            assert isinstance(response, list)
-            text = self._apply_template(record.prompt + response, add_generation_prompt=False)
-            if not text.startswith(prompt):
-                raise RowProblem(
-                    ProblemKind.TEMPLATE_MISMATCH,
-                    f"the rendered prompt ends with {prompt[-40:]!r}, but with the response of {name} the template "
-                    f"writes {text[max(0, len(prompt) - 40) : len(prompt)]!r} there",
-                )
-            texts.append(text)
-        return prompt, texts[0], texts[1]
-
-    def _apply_template(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        if not self._tokenizer.chat_template:
-            raise UserError(
-                "The data is made of chat messages, but the tokenizer has no chat template. Give the "
-                'template\'s text with --chat-template ("$(cat template.jinja)"), or use a tokenizer that has one.'
-            )
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # templates raise what they like, jinja2.TemplateError for one
-            detail = f"{type(error).__name__}: {error}"
-            if self._library not in _TEMPLATE_KNOWS_BOS:
-                detail += f" (Megatron gives the templates of {self._library} tokenizers no bos_token and no eos_token)"
-            raise RowProblem(ProblemKind.TEMPLATE_REFUSED, detail) from error
-        assert isinstance(text, str)
-        return text
-
-    @functools.cached_property
-    def _turn_is_left_open(self) -> bool:
-        """True when the template puts nothing but white space after a response, so that we have to end it."""
-        return not self._short_conversation[1].strip()
-
-    @functools.cached_property
-    def _short_conversation(self) -> tuple[str, str]:
-        """The text of a question and its response, and the part of it that the template puts after the response."""
-        question = {"role": USER, "content": "a"}
-        texts = [
-            self._apply_template([question, {"role": ASSISTANT, "content": answer}], add_generation_prompt=False)
-            for answer in ("b", "c")
-        ]
-        # Reading backwards, the two texts differ first where the response ends.
-        same = itertools.takewhile(lambda ends: ends[0] == ends[1], zip(*(text[::-1] for text in texts), strict=False))
-        return texts[0], "".join(character for character, _ in same)[::-1]
 
 
 def _int32(ids: list[int]) -> TokenArray:
@@ -324,51 +257,3 @@ def _tokens_added_by_library(tokenizer: MegatronTextTokenizer) -> tuple[list[int
     if after and probe[-len(after) :] != after:
         raise UserError(f"The tokenizer adds the tokens {added} to every text, but not just before and after it.")
     return added[:before], after
-
-
-# Libraries whose templates are rendered with the names of the special tokens, bos_token among them.
-_TEMPLATE_KNOWS_BOS = frozenset({"huggingface", "megatron"})
-
-
-def _library_object(tokenizer: MegatronTextTokenizer) -> Any:
-    """Megatron's wrapper of the library's tokenizer: the only place that knows where it is kept."""
-    return tokenizer._tokenizer  # type: ignore[attr-defined]
-
-
-def _hugging_face_vocabulary(wrapper: Any) -> bytes:
-    tokenizer = wrapper.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        model = json.loads(backend.to_str())
-        for last_call in ("padding", "truncation"):  # how a text was last encoded, not what the tokenizer is
-            model.pop(last_call, None)
-    else:  # a tokenizer written in Python: its merges are in its files only
-        with tempfile.TemporaryDirectory() as directory:
-            files = [Path(name) for name in tokenizer.save_vocabulary(directory)]
-            contents = {file.name: file.read_bytes().hex() for file in files}
-        model = [type(tokenizer).__name__, tokenizer.get_vocab(), contents]
-    return json.dumps([model, bool(wrapper.include_special_tokens)], sort_keys=True).encode()
-
-
-def _sentencepiece_vocabulary(wrapper: Any) -> bytes:
-    settings = [wrapper.special_token_to_id, wrapper.legacy, wrapper.ignore_extra_whitespaces]
-    return wrapper.tokenizer.serialized_model_proto() + json.dumps(settings, sort_keys=True).encode()
-
-
-def _tiktoken_vocabulary(wrapper: Any) -> bytes:
-    ranks = sorted((rank, token.hex()) for token, rank in wrapper.token2id.items())
-    return json.dumps([ranks, wrapper.special_tokens, wrapper.tokenizer._pat_str]).encode()
-
-
-def _null_vocabulary(wrapper: Any) -> bytes:
-    return json.dumps([wrapper.vocab_size, wrapper.eod]).encode()
-
-
-# Library name in Megatron -> bytes that stand for its vocabulary, merges and special tokens.
-_VOCABULARY_OF: dict[str, Callable[[Any], bytes]] = {
-    "huggingface": _hugging_face_vocabulary,
-    "megatron": _hugging_face_vocabulary,
-    "sentencepiece": _sentencepiece_vocabulary,
-    "tiktoken": _tiktoken_vocabulary,
-    "null-text": _null_vocabulary,
-}

@@ -55,6 +55,7 @@ MAY_IMPORT["report"] = {
     "comprehension",
     "errors",
 }
+MAY_IMPORT[""] = {"training"}  # the public names, read when they are asked for
 MAY_IMPORT["cli"] = {"cli", *MAY_IMPORT, ""}
 
 #: Where Megatron may be imported at all, and where its trainer.
