@@ -66,7 +66,7 @@ class Sections:
 
         from megatron_bdpo.logprobs import fused_linear
         from megatron_bdpo.model.pair_gpt import ScoringOutputLayer
-        from megatron_bdpo.training import batches, forward, run
+        from megatron_bdpo.training import batches, forward, pack_iterators
         from megatron_bdpo.training.reference import passes
 
         places: list[tuple[str, Any, str]] = [
@@ -87,7 +87,8 @@ class Sections:
                 replacement = self.wrap(name, getattr(owner, function))
                 stack.enter_context(mock.patch.object(owner, function, replacement))
             stack.enter_context(mock.patch.object(fused_linear._FusedLogProbs, "backward", staticmethod(backward)))
-            stack.enter_context(mock.patch.object(run, "iterate_packs", self._timed_packs(run.iterate_packs)))
+            iterate = self._timed_packs(pack_iterators.iterate_packs)
+            stack.enter_context(mock.patch.object(pack_iterators, "iterate_packs", iterate))
             yield
 
     def _timed_packs(self, iterate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:

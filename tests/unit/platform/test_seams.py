@@ -111,8 +111,8 @@ def test_packages_for_gpus_are_left_out(tmp_path):
         "from megatron_bdpo.platform.boot import prepare_platform\n"
         "prepare_platform()\n"
         "import megatron.core.transformer.attention\n"
-        "from megatron_bdpo.training.flags.arguments import parse\n"
-        "print(parse([]).transformer_impl)"
+        "from megatron_bdpo.training.flags.arguments import Arguments\n"
+        "print(Arguments.parse([]).settings.architecture.implementation)"
     )
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])
     done = subprocess.run(
