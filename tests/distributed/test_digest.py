@@ -61,7 +61,7 @@ def look(flags: list[str], edit: bool = False) -> Seen:
 
     class LookingRun(PreferenceRun):
         def identify(self, weights: str) -> None:
-            identities.append(reference_identity(self._setup.config, weights, self.scoring))
+            identities.append(reference_identity(self.config, weights, self.scoring))
 
         def after_load(self, model: list[Any]) -> None:
             chunks = unwrap_model(model)
