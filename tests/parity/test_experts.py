@@ -106,9 +106,9 @@ def deviation(gradient_of, coefficients, loss, coefficient, mistake=None) -> flo
 
 
 def scaled_as_if_gradients_were_per_token(undo: contextlib.ExitStack) -> None:
-    from megatron_bdpo.training.run import PreferenceRun
+    from megatron_bdpo.training import run
 
-    undo.enter_context(mock.patch.object(PreferenceRun, "_auxiliary_loss_scale", lambda *args: torch.ones(1)))
+    undo.enter_context(mock.patch.object(run, "_auxiliary_loss_scale", lambda *args: torch.ones(1)))
 
 
 def padding_counted_as_tokens(undo: contextlib.ExitStack) -> None:
