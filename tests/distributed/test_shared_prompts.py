@@ -164,7 +164,7 @@ def log_probs_of_groups(flags: list[str]) -> dict[str, list[float]]:
             found["alone"] = [value for each in alone for value in score([each], True)]
             raise SystemExit(0)
 
-    run_job(Scoring, [*flags, "--preference-loss", "simpo"], {"init_method_std": 0.2})
+    run_job([*flags, "--preference-loss", "simpo"], {"init_method_std": 0.2}, run_type=Scoring)
     return found
 
 
