@@ -57,7 +57,9 @@ LOSSES = {
 USUAL = ["DPO", "DPO+BW", "DPO+SF", "B-DPO", "SimPO"]
 
 #: What a recipe may have settled and the ablation settles itself.
-OURS = "{train-iters: null, pair-epochs: null, eval-share: null, eval-at-start: null}"
+OURS = (
+    "{train-iters: null, pair-epochs: null, eval-share: null, eval-at-start: null, beta: null, bdpo-temperature: null}"
+)
 
 #: Settings by --model, each of which a flag of its own overrides. A checkpoint of a real model without its optimizer.
 MODELS: dict[str, dict[str, Any]] = {
@@ -141,8 +143,6 @@ def plan(options: argparse.Namespace) -> tuple[Run | None, list[Run]]:
     for seed in range(1, options.seeds + 1):
         for loss in options.losses:
             own = list(LOSSES[loss])
-            if "bdpo" not in own:  # what a recipe has for B-DPO is refused by losses that do not use it
-                own += ["--recipe", "{bdpo-temperature: null, beta: null}"]
             own += [] if "simpo" in own else ["--beta", str(options.beta)]
             if "bdpo" in own and "--bdpo-temperature" not in own:
                 own += ["--bdpo-temperature", options.bdpo_temperature]

@@ -19,6 +19,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch import Tensor
 
 from megatron_bdpo.data.packs import causal_squares, group_tokens
+from megatron_bdpo.data.step_plan import IntArray
 from megatron_bdpo.display import Block
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.evaluation import weights_at_rest
@@ -244,7 +245,7 @@ def _early_end(run: PreferenceRun, code: object) -> str:
     return f"{place}; the same command with --load {save} goes on."
 
 
-def _pairs_in_use(run: PreferenceRun) -> Any:
+def _pairs_in_use(run: PreferenceRun) -> IntArray:
     """Ids of the pairs whose reference values the run needs, in the order of their use."""
     schedule = run.settings.schedule
     if not schedule.eval_iters:

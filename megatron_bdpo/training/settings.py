@@ -140,9 +140,9 @@ class LogProbSettings:
     log_probs: str = _flag("fused", choices=tuple(KERNELS))
     """fused: output layer and log-softmax in one, a chunk of the vocabulary at a time, so that the logits never exist
     as a whole; plain: make the logits of the scored positions, for Megatron's cross entropy"""
-    log_prob_chunk_size: int | None = _flag(type=int, metavar="N")
+    log_prob_chunk_size: int | None = _flag(metavar="N")
     """vocabulary rows in a chunk of the fused log-probs (default: as many as fill 64 MiB of fp32 logits)"""
-    log_prob_kept_mib: int | None = _flag(type=int, metavar="N")
+    log_prob_kept_mib: int | None = _flag(metavar="N")
     """most memory for the softmax of a pack's scored positions, in the model's precision, that the fused log-probs keep
     for the backward pass; where it is more, the logits are made a second time (default: 2560)"""
     log_entropy: bool = False
@@ -159,7 +159,7 @@ class CheckpointSettings:
 
     save_every_minutes: float | None = _flag(type=_minutes, metavar="N")
     """save a checkpoint when the last one began this long ago: beside --save-interval, or in its place"""
-    keep_checkpoints: int | None = _flag(type=int, metavar="N")
+    keep_checkpoints: int | None = _flag(metavar="N")
     """keep this many of the newest checkpoints and the multiples of --save-retain-interval, delete older ones (default:
     keep all; with --save-retain-interval: 1)"""
     checkpoint_checksums: bool = _switch("checkpoint-checksums", True)
@@ -179,7 +179,7 @@ class EvaluationSettings:
     eval_prompts: str | None = _flag(metavar="FILE")
     """prompts (rows as in --pair-data, without answers) that the policy answers greedily at every evaluation; kept in
     generations.jsonl in the directory of --save"""
-    eval_prompt_tokens: int | None = _flag(type=int, metavar="N")
+    eval_prompt_tokens: int | None = _flag(metavar="N")
     """longest answer to them, in tokens (default: 64)"""
 
 
@@ -201,7 +201,7 @@ class DryRunSettings:
     layout, data, steps; and estimate time and memory"""
     gpus_per_node: int | None = None
     """for the report: which ranks share a node"""
-    gpu_memory: float | None = _flag(type=float, metavar="GB")
+    gpu_memory: float | None = _flag(metavar="GB")
     """refuse a job that is estimated to need more"""
     gpu_tflops: float | None = None
     """peak of a GPU for the estimated time (default: 989, an H100)"""

@@ -73,8 +73,8 @@ class Arguments:
         self.recipe = given
         self.given = flags
         self._seq_length = megatron.seq_length
-        vars(megatron).setdefault("virtual_pipeline_model_parallel_size", None)  # Megatron's validation derives it
-        vars(megatron)["exit_signal_handler"] = False  # we answer for it: see ``stopping``
+        # Virtual stages are what Megatron's validation derives. Signals are answered by us: see ``stopping``.
+        self.set(virtual_pipeline_model_parallel_size=None, exit_signal_handler=False)
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> Arguments:

@@ -115,7 +115,7 @@ def of_every_version(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _counting(config: Any) -> dict[str, Any]:
     """Fields, and what else is set on a configuration: Megatron hangs YaRN's settings on it without declaring them."""
-    return {name: value for name, value in vars(config).items() if name not in {*_NOT_COUNTED, "transformer"}}
+    return {name: value for name, value in vars(config).items() if name not in _NOT_COUNTED and name != "transformer"}
 
 
 def _json(value: Any, name: str) -> Any:

@@ -159,3 +159,31 @@ def test_the_real_models_runs_are_the_recipes():
         "lr": options.lr, "beta": options.beta, "bdpo-temperature": options.bdpo_temperature,
     }  # fmt: skip
     assert {name: type(value)(recipe[name]) for name, value in own.items()} == own
+
+
+def options_of(rows: list[list[str]]) -> list[str]:
+    """The loss of each command line with its options, defaults filled in; or why it cannot have them."""
+    from megatron_bdpo.errors import UserError
+    from megatron_bdpo.losses import PairLossFunction
+    from megatron_bdpo.training.flags.arguments import Arguments
+
+    found = []
+    for flags in rows:
+        try:
+            found.append(PairLossFunction(*Arguments.parse(flags).settings.loss.build()).describe())
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_every_row_has_its_own_options_whatever_the_recipe_has(ranks):
+    """The recipe is B-DPO's, and a loss refuses what it does not use: SafeDPO has no temperature, SimPO another beta."""
+    options = ablation.parse(["--model", "smollm2", "--seeds", "1"])
+    _, runs = ablation.plan(options)
+    (found,) = ranks(1)(options_of, [run.flags for run in runs])
+    by_loss = dict(zip((run.loss for run in runs), found, strict=True))
+    assert by_loss["SafeDPO"].startswith("safedpo, beta 0.1,")
+    assert by_loss["SimPO"].startswith("simpo, beta 2.0,")
+    assert "temperature inf" in by_loss["DPO"] and "temperature auto" in by_loss["B-DPO"]
+    assert "temperature 0.25" in by_loss["B-DPO, τ = 0.25"]
+    assert set(by_loss) == set(ablation.LOSSES)
