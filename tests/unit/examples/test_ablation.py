@@ -177,7 +177,7 @@ def options_of(rows: list[list[str]]) -> list[str]:
 
 
 def test_every_row_has_its_own_options_whatever_the_recipe_has(ranks):
-    """The recipe is B-DPO's, and a loss refuses what it does not use: SafeDPO has no temperature, SimPO another beta."""
+    """The recipe is B-DPO's; a loss refuses what it does not use: SafeDPO has no temperature, SimPO another beta."""
     options = ablation.parse(["--model", "smollm2", "--seeds", "1"])
     _, runs = ablation.plan(options)
     (found,) = ranks(1)(options_of, [run.flags for run in runs])
