@@ -1,17 +1,21 @@
-"""Writing files whose names always stand for something whole, also when a process is killed or the disk full."""
+"""Files and directories that are complete or not there, also when a process is killed or the disk full.
+
+They are written under another name and renamed. A killed process may leave a ``.partial`` file or directory behind,
+which nobody reads and anybody may delete.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> bool:
     """Write a file that appears whole or not at all, and is on the disk when this returns.
-
-    It is written as a hidden ``.partial`` file beside it, flushed and renamed. A killed process may leave that one
-    behind; nobody reads it.
 
     Args:
         content: text is written as UTF-8.
@@ -23,7 +27,7 @@ def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> bo
     Raises:
         OSError: and the file is as it was.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    partial = _unique(path)
     try:
         with partial.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -32,14 +36,58 @@ def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> bo
         if replace:
             partial.replace(path)
         written = replace or _link(partial, path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_directory(path.parent)
         return written
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(target: Path, *, first_wins: bool = False) -> Iterator[Path]:
+    """A directory to write into, which becomes ``target`` when the block ends well and vanishes when it does not.
+
+    Its name is :func:`partial_directory`'s, which other ranks know too, or with ``first_wins`` one of its own.
+
+    Args:
+        first_wins: several processes may make the same directory at once: the first one's stays.
+
+    Raises:
+        OSError: it cannot be made or renamed; ``target`` is as it was.
+    """
+    partial = _unique(target) if first_wins else partial_directory(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        try:
+            partial.rename(target)
+        except OSError:
+            if not (first_wins and target.is_dir()):
+                raise
+            shutil.rmtree(partial)
+        _sync_directory(target.parent)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def partial_directory(target: Path) -> Path:
+    """Where a :func:`new_directory` is while it is written."""
+    return target.with_name(target.name + ".partial")
+
+
+def _unique(path: Path) -> Path:
+    """A hidden name beside it that no other process has, on this or another machine."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}.partial")
+
+
+def _sync_directory(path: Path) -> None:
+    """Put the names in a directory on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _link(partial: Path, path: Path) -> bool:

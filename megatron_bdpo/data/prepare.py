@@ -5,10 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import secrets
-import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_bdpo.artifact import new_directory, write_whole
 from megatron_bdpo.data.records import PreferenceRecord, RowProblem, parse_row
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import Row, SourceSpec, content_digest, describe_row, read_rows, sha256_of_file
@@ -78,8 +75,7 @@ def prepare_pairs(settings: PairDataSettings, tokenizer: PairTokenizer, progress
     """Open the store of these data, building it first when there is none.
 
     Safe to call from several processes at once, also on different machines with a common file system: each builds on
-    its own and the first to finish wins. A killed process leaves an ``.unfinished-*`` directory behind, which nobody
-    reads and anybody may delete.
+    its own and the first to finish wins.
 
     Raises:
         UserError: a source cannot be read, too many rows are broken or unusable, or no pair is left.
@@ -94,7 +90,7 @@ def prepare_pairs(settings: PairDataSettings, tokenizer: PairTokenizer, progress
     directory = cache_dir / fingerprint[:16]
     if not directory.exists():
         try:
-            with _committed(directory) as unfinished, PairStoreWriter(unfinished) as writer:
+            with new_directory(directory, first_wins=True) as partial, PairStoreWriter(partial) as writer:
                 _write_store(writer, settings, tokenizer, decisive, progress)
         except OSError as error:  # failures to read come as UserError already
             raise UserError(f"--pair-cache-dir: cannot write to {cache_dir}: {error.strerror or error}.") from error
@@ -151,33 +147,8 @@ class _FileDigests:
         if not self._new:
             return
         known = {**_FileDigests(self._path)._known, **self._new}
-        unfinished = self._path.with_name(f".{self._path.name}.{_unique()}")
         with contextlib.suppress(OSError):
-            unfinished.write_text(json.dumps(known, indent=1))
-            unfinished.replace(self._path)
-
-
-@contextlib.contextmanager
-def _committed(directory: Path) -> Iterator[Path]:
-    """A new directory to write into, which takes its final name on success and is removed on any failure."""
-    unfinished = directory.with_name(f".unfinished-{directory.name}-{_unique()}")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        try:
-            unfinished.rename(directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
-            shutil.rmtree(unfinished)  # another process was faster and has written the same
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def _unique() -> str:
-    """A name that no other process has, on this or another machine."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+            write_whole(self._path, json.dumps(known, indent=1))
 
 
 def _write_store(

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec, describe_row
@@ -219,7 +220,7 @@ class PairStoreWriter:
             if sys.byteorder == "big":
                 column.byteswap()
             data = column.tobytes()
-            _write_durably(_array_path(self._directory, name), data)
+            write_whole(_array_path(self._directory, name), data)
             arrays[name] = {"rows": len(column) // (_ARRAYS[name][1] or 1), "crc32": zlib.crc32(data)}
         meta = {
             "format": FORMAT_NAME,
@@ -231,7 +232,7 @@ class PairStoreWriter:
             "report": info.report.to_json(),
             "arrays": arrays,
         }
-        _write_durably(self._directory / _META, json.dumps(meta, indent=1).encode())
+        write_whole(self._directory / _META, json.dumps(meta, indent=1).encode())
 
 
 _META_SHAPE = {
@@ -253,13 +254,6 @@ def _label(safe: bool | None) -> int:
 
 def _array_path(directory: Path, name: str) -> Path:
     return directory / f"{name}.bin"
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _damaged(directory: Path, what: str) -> UserError:

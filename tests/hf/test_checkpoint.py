@@ -18,7 +18,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
 from megatron_bdpo.model.hf.config import read_config
 from megatron_bdpo.model.hf.directory import model_directory
-from megatron_bdpo.model.hf.export import new_directory, split, write_file
+from megatron_bdpo.model.hf.export import split, write_file
 from megatron_bdpo.model.hf.file_layout import ExportFile, Whole, in_order, index, lay_out, rounds
 from megatron_bdpo.model.hf.tensors import Place, place_of
 from tests.harness import jobs
@@ -228,14 +228,6 @@ def test_tensors_that_are_not_there_are_named_before_anything_is_written():
     short = [dataclasses.replace(whole, shape=(10, *whole.shape[1:])) for whole in wholes()]
     with pytest.raises(UserError, match=r"word_embeddings\.weight has 10 rows, those of its Hugging Face family 1030"):
         lay_out(short, weights())
-
-
-def test_an_unfinished_export_has_no_name(tmp_path):
-    target = tmp_path / "model"
-    with pytest.raises(ZeroDivisionError), new_directory(target) as at:
-        write_file(at / "model.safetensors", tensors())
-        raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_disk_refuses_is_the_operating_systems_error(tmp_path):

@@ -6,10 +6,9 @@ the other (``files``), which are cut into Hugging Face's here. The directory get
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +38,6 @@ def split(place: Place, whole: Tensor, weights: WeightMap) -> dict[str, Tensor]:
         pieces.setdefault(part.name, []).append(whole[first : first + length])
         first += length
     return {name: torch.cat(parts) for name, parts in pieces.items()}
-
-
-@contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes ``target`` when the block ends well and vanishes when it does not.
-
-    Raises:
-        UserError: ``target`` is there already.
-    """
-    refuse_existing(target)
-    partial = partial_directory(target)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def partial_directory(target: Path) -> Path:
-    """Where an export is while it is written."""
-    return target.with_name(target.name + ".partial")
 
 
 def refuse_existing(target: Path) -> None:

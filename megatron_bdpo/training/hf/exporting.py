@@ -12,14 +12,12 @@ from typing import Any
 from megatron.core.utils import unwrap_model
 from torch import Tensor, distributed
 
-from megatron_bdpo.artifact import write_whole
+from megatron_bdpo.artifact import new_directory, partial_directory, write_whole
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.card import TrainingFacts, model_card
 from megatron_bdpo.model.hf.checkpoint import CONFIG, INDEX, read_json
 from megatron_bdpo.model.hf.config import Architecture, differences, read_config, write_config
 from megatron_bdpo.model.hf.export import (
-    new_directory,
-    partial_directory,
     refuse_existing,
     split,
     write_companions,
@@ -154,6 +152,7 @@ def write_model(
     with contextlib.ExitStack() as until_named:
         with _each_writes(target):
             if is_rank_zero():
+                refuse_existing(target)
                 until_named.enter_context(new_directory(target))
         for together in rounds(files):
             _write_round(source, together, target, weights)

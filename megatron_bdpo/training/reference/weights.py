@@ -7,6 +7,7 @@ they were kept, never from the resumed policy.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_bdpo.artifact import new_directory, partial_directory
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 
@@ -56,17 +58,13 @@ def copy_policy(policy: list[Any], reference: list[Any]) -> None:
 
 
 def save_weights(model: list[Any], directory: Path) -> None:
-    """Write the weights as a torch_dist checkpoint that any layout can load. Collective; committed by rename."""
-    partial = directory.with_name(directory.name + ".partial")
-    if torch.distributed.get_rank() == 0:
-        partial.mkdir(parents=True, exist_ok=True)
-        for leftover in partial.iterdir():
-            leftover.unlink()
-    torch.distributed.barrier()
-    dist_checkpointing.save(_sharded_weights(model), str(partial))
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        partial.rename(directory)
+    """Write the weights as a torch_dist checkpoint that any layout can load. Collective."""
+    with contextlib.ExitStack() as until_named:
+        if torch.distributed.get_rank() == 0:
+            until_named.enter_context(new_directory(directory))
+        torch.distributed.barrier()
+        dist_checkpointing.save(_sharded_weights(model), str(partial_directory(directory)))
+        torch.distributed.barrier()
     torch.distributed.barrier()
 
 

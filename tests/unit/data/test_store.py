@@ -345,7 +345,7 @@ def test_cache_that_cannot_be_written(
 
     with pytest.raises(UserError, match="--pair-cache-dir"):
         prepare_pairs(dataclasses.replace(settings, cache_dir=Path(settings.sources[0].path)), tokenizer)
-    monkeypatch.setattr(store, "_write_durably", full_disk)
+    monkeypatch.setattr(store, "write_whole", full_disk)
     with pytest.raises(UserError, match=r"cannot write to .*cache: No space left"):
         prepare_pairs(settings, tokenizer)
     assert built(settings.cache_dir) == []
