@@ -34,6 +34,7 @@ INSTALL_REQUIRES = [
     "click>=8.2",  # the program megatron-bdpo
     "pyyaml",  # recipes
     "rich>=13",  # tables in a terminal; pure Python, and transformers brings it along
+    "jinja2",  # the page of a report; torch brings it along
     "psutil",  # megatron-core imports it if it can, and fails on saving a checkpoint if it cannot
 ]
 
@@ -83,7 +84,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_bdpo", "megatron_bdpo.*"]),
-    package_data={"megatron_bdpo": ["py.typed"]},
+    package_data={"megatron_bdpo": ["py.typed", "report/*.html"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["megatron-bdpo = megatron_bdpo.cli.main:main"]},

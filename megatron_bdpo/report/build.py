@@ -89,12 +89,12 @@ class Report:
             raise UserError(f"the report cannot be written to {directory}: {error.strerror or error}.") from error
         return [path for path, _ in files]
 
-    def _illustrated(self) -> tuple[list[str], list[Picture]]:
+    def _illustrated(self) -> tuple[list[page.Section], list[Picture]]:
         sections, pictures = [], []
         if self.curves:
             drawn = training_pictures(self.curves)
             pictures += drawn
-            sections.append(page.pictures_section("Training", drawn, _CURVES_NOTE))
+            sections.append(page.Section("Training", _CURVES_NOTE, drawn))
         if self.answers:
             sections.append(page.answers_section(self.answers))
         if self.comprehension:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,11 @@ class Picture:
     name: str
     caption: str
     png: bytes
+
+    @property
+    def base64(self) -> str:
+        """The file as text, for a page."""
+        return base64.b64encode(self.png).decode("ascii")
 
 
 # Comprehension --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,12 @@ def test_documents_name_the_versions_that_the_start_checks(document):
     text = " ".join((ROOT / document).read_text("utf-8").split())
     assert f"`{MEGATRON}`" in text
     assert f"torch {versions.TORCH_MINIMUM.base_version.removesuffix('.0')} or newer" in text
+
+
+def test_files_that_are_no_python_are_shipped():
+    """A wheel has them only if setup.py says so."""
+    package = ROOT / "megatron_bdpo"
+    (data,) = re.findall(r"package_data=(\{.*\}),", (ROOT / "setup.py").read_text("utf-8"))
+    shipped = {path for pattern in ast.literal_eval(data)["megatron_bdpo"] for path in package.glob(pattern)}
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == shipped and package / "report" / "page.html" in shipped
