@@ -108,7 +108,6 @@ def test_an_index_that_names_no_files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"version": 2, "shard_pairs": 0}, "shard_pairs is 0"),
         ({"complete": {"pairs": 1}}, "complete.scored is missing"),
         ({"identity": None}, "identity is None"),
         ({"jobs": 7}, "jobs is 7"),

@@ -124,7 +124,7 @@ def train_once(ranks, directory: Path) -> None:
     ranks(1)(train, flags, pair_cache_dir=str(directory / "cache"), max_pairs=8)
 
 
-@pytest.mark.parametrize("name", ["part-00000.safetensors", "shard-00000.safetensors", "manifest.json"])
+@pytest.mark.parametrize("name", ["part-00000.safetensors", "manifest.json"])
 def test_a_pickle_among_scores(tmp_path, trap, name):
     cache = ScoreCache.open(tmp_path / "scores", {}, {})
     cache.finish(1, dict.fromkeys(KINDS, 1), {})

@@ -1,6 +1,6 @@
-"""Reference scores on disk: what a frozen model says about pairs, added part by part as it is found out.
+"""Reference log-probs on disk: what a frozen model says about pairs, added part by part as it is found out.
 
-A directory holds the scores of one token store's pairs under one reference, of as many of them as were asked for:
+A directory holds the log-probs of one token store's pairs under one reference, of as many of them as were asked for:
 
     manifest.json           what the numbers are of, who made them, and whether all that was asked for is there
     part-00000.safetensors  the first pairs that were scored; the next file has others, ...
@@ -8,19 +8,14 @@ A directory holds the scores of one token store's pairs under one reference, of 
 A part has n pairs, in any order; axis 1 is chosen, rejected:
 
     pair           int64 [n]       the pair's index in the store
-    conditional    float64 [n, 2]  log pi_ref(y|x), summed over the response's tokens, in nats; NaN: not scored
+    conditional    float64 [n, 2]  log pi_ref(y|x), summed over the response's tokens, in nats; NaN: not known
     unconditional  float64 [n, 2]  log pi_ref(y): the same tokens after the empty prompt
     tokens         int32 [n, 2]    |y|
     source         int16 [n]       index of the data set among the manifest's sources
     row            int64 [n]       row or line there, counted from 1
 
-A part carries a checksum and the digest of the manifest's identity; it is written under another name, flushed and
-renamed to a number that no file has, so it is whole or damaged, never half done, and no job changes what another has
-written. Of two scores of one pair that of the lower number counts. A killed job leaves hidden ``.partial`` files, which
-nobody reads and anybody may delete.
-
-Directories of version 2 have ``shard-00000.safetensors`` with the store's first ``shard_pairs`` pairs in its order, and
-so on, instead of parts. They are read, before any parts, and never written.
+A part carries a checksum and the digest of the manifest's identity. It is written whole, to a number that no file has,
+so no job changes what another has written. Of two log-probs of one pair that of the lower number counts.
 """
 
 from __future__ import annotations
@@ -50,16 +45,14 @@ Arrays = dict[str, npt.NDArray[Any]]
 FORMAT_NAME = "megatron_bdpo reference scores"
 #: Raised when the layout of the files, or the meaning of the numbers, changes.
 FORMAT_VERSION = 3
-_SHARDS_VERSION = 2
 
-#: The kinds of scores.
+#: The kinds of log-probs.
 KINDS = ("conditional", "unconditional")
 
 #: Of an identity that has one: the version of its names. See ``fingerprint``.
 IDENTITY_VERSION = "identity_version"
 
 MANIFEST = "manifest.json"
-_MOST_SHARD_PAIRS = 2**22
 _METADATA = "scores"
 
 # Name -> dtype, columns, and what stands for an unknown value.
@@ -74,22 +67,20 @@ _COLUMNS: dict[str, tuple[str, int | None, float]] = {
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """All scores of a directory. P pairs, in the token store's order: a pair's id is its index.
-
-    Attributes:
-        conditional, unconditional: float64 [P, 2], chosen and rejected, in nats; NaN where not scored.
-        tokens: int32 [P, 2], response tokens; 0 where nothing is known of the pair.
-        source: int16 [P], index into ``manifest["sources"]``; -1 where nothing is known.
-        row: int64 [P], row or line of that source, counted from 1; 0 where nothing is known.
-        manifest: the manifest, as it was read.
-    """
+    """All log-probs of a directory. P pairs, in the token store's order: a pair's id is its index."""
 
     conditional: FloatArray
+    """float64 [P, 2], chosen and rejected, in nats; NaN where not known."""
     unconditional: FloatArray
+    """The same after the empty prompt."""
     tokens: npt.NDArray[np.int32]
+    """[P, 2], response tokens; 0 where nothing is known of the pair."""
     source: npt.NDArray[np.int16]
+    """[P], index into ``manifest["sources"]``; -1 where nothing is known."""
     row: npt.NDArray[np.int64]
+    """[P], row or line of that source, counted from 1; 0 where nothing is known."""
     manifest: dict[str, Any]
+    """As it was read."""
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -97,14 +88,14 @@ class Scores:
 
 
 def open_scores(directory: Path | str, *, unfinished: bool = False) -> Scores:
-    """Read a directory of scores.
+    """Read a directory of reference log-probs.
 
     Args:
         directory: the one with the manifest.
-        unfinished: also read one whose job has not ended; what it has not scored yet is NaN.
+        unfinished: also read one whose job has not ended; what is not known yet is NaN.
 
     Raises:
-        UserError: no scores there, not finished, of another format, or damaged; the file is named.
+        UserError: none there, not finished, of another format, or damaged; the file is named.
     """
     directory = Path(directory)
     manifest = _read_manifest(directory)
@@ -123,16 +114,12 @@ def open_scores(directory: Path | str, *, unfinished: bool = False) -> Scores:
 
 
 class ScoreCache:
-    """A directory of scores that a job reads and adds to.
-
-    Attributes:
-        directory: where it lies.
-        manifest: as it was when the directory was opened.
-    """
+    """A directory of reference log-probs that a job reads and adds to."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory = directory
         self.manifest = manifest
+        """As it was when the directory was opened."""
         self._identity = _digest(manifest["identity"])
         self._damaged: list[Path] = []
 
@@ -180,7 +167,7 @@ class ScoreCache:
         for path in self._files():
             try:
                 parts.append(self._read_part(path))
-            except _DamagedError as problem:
+            except _PartError as problem:
                 damaged.append(f"{path} is damaged ({problem})")
                 self._damaged.append(path)
         arrays = _unknown(self._pairs(parts) if pairs is None else pairs)
@@ -209,8 +196,8 @@ class ScoreCache:
         metadata = {_METADATA: json.dumps({**place, "crc32": _checksum(arrays, place)})}
         content = save({name: np.ascontiguousarray(values) for name, values in arrays.items()}, metadata)
         with _failures_to_write(self.directory):
-            number = max((int(match[2]) for path in self._files() if (match := _FILE.fullmatch(path.name))), default=-1)
-            while not write_whole(self.directory / f"part-{number + 1:05d}.safetensors", content, replace=False):
+            number = int(files[-1].stem.removeprefix("part-")) + 1 if (files := self._files()) else 0
+            while not write_whole(self.directory / f"part-{number:05d}.safetensors", content, replace=False):
                 number += 1  # another job was faster
 
     def finish(self, pairs: int, scored: Mapping[str, int], job: Mapping[str, Any]) -> None:
@@ -232,12 +219,12 @@ class ScoreCache:
             for path in self._damaged:
                 path.unlink(missing_ok=True)
             if new != manifest:
-                write_whole(self.directory / MANIFEST, _as_json({**new, "version": FORMAT_VERSION}))
+                write_whole(self.directory / MANIFEST, _as_json(new))
 
     def _files(self) -> list[Path]:
-        """All parts, shards first, by their numbers."""
-        found = [(match, path) for path in self.directory.iterdir() if (match := _FILE.fullmatch(path.name))]
-        return [path for match, path in sorted(found, key=lambda each: (each[0][1] == "part", int(each[0][2])))]
+        """All parts, by their numbers."""
+        found = (path for path in self.directory.iterdir() if re.fullmatch(r"part-\d{5,9}\.safetensors", path.name))
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def _pairs(self, parts: list[_Part]) -> int:
         """That the store has, as far as the directory tells."""
@@ -257,54 +244,38 @@ class ScoreCache:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             crc32 = metadata.pop("crc32", None)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _DamagedError(str(error)) from error
-        match = _FILE.fullmatch(path.name)
-        assert match is not None
-        is_shard = match[1] == "shard"
-        expected: dict[str, Any] = {"version": FORMAT_VERSION, "identity": self._identity}
-        if is_shard:
-            first = int(match[2]) * self.manifest.get("shard_pairs", 0)
-            expected |= {"version": _SHARDS_VERSION, "first_pair": first}
-        else:
-            expected["pairs"] = metadata.get("pairs")
-        if metadata != expected:
-            raise _DamagedError("it belongs to another directory or place")
-        columns = {name: arrays[name] for name in _COLUMNS if name in arrays}
-        if crc32 != (_checksum(columns) if is_shard else _checksum(arrays, expected)):
-            raise _DamagedError("its checksum is wrong")
+            raise _PartError(str(error)) from error
+        pairs, pair = metadata.get("pairs"), arrays.get("pair")
+        place = {"version": FORMAT_VERSION, "identity": self._identity, "pairs": pairs}
+        if metadata != place:
+            raise _PartError("it belongs to another directory or place")
+        if crc32 != _checksum(arrays, place):
+            raise _PartError("its checksum is wrong")
         unknown = _unknown(np.size(arrays.get("row", ())))
-        if any(name not in columns or not _alike(columns[name], each) for name, each in unknown.items()):
-            raise _DamagedError("its arrays have other shapes")
-        if is_shard:
-            return _Part(np.arange(first, first + len(columns["row"])), columns, first + len(columns["row"]))
-        pair, pairs = arrays.get("pair"), expected["pairs"]
+        if any(name not in arrays or not _alike(arrays[name], each) for name, each in unknown.items()):
+            raise _PartError("its arrays have other shapes")
         if not is_count(pairs) or pair is None or not _alike(pair, unknown["row"]) or not _within(pair, pairs):
-            raise _DamagedError("it speaks of pairs that there cannot be")
-        return _Part(pair, columns, pairs)
+            raise _PartError("it speaks of pairs that there cannot be")
+        return _Part(pair, {name: arrays[name] for name in _COLUMNS}, pairs)
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A file that has been read: n pairs.
-
-    Attributes:
-        pair: [n] int64, indices in the store.
-        columns: the others, by name.
-        pairs: that the store has, at least.
-    """
+    """A file that has been read: n pairs."""
 
     pair: npt.NDArray[np.int64]
+    """[n], indices in the store."""
     columns: Arrays
+    """The others, by name."""
     pairs: int
+    """That the store has, at least."""
 
-
-_FILE = re.compile(r"(shard|part)-(\d{5,9})\.safetensors")
 
 #: A job of which nothing is left on disk may have known of more pairs than the files tell, and of no more than these.
 _MOST_UNSEEN_PAIRS = 2**22
 
 
-class _DamagedError(Exception):
+class _PartError(Exception):
     """A file that cannot be used, and why."""
 
 
@@ -323,9 +294,9 @@ def _within(pair: npt.NDArray[np.int64], pairs: int) -> bool:
     return len(pair) == 0 or bool(pair.min() >= 0 and pair.max() < pairs)
 
 
-def _checksum(arrays: Arrays, place: Mapping[str, Any] | None = None) -> int:
+def _checksum(arrays: Arrays, place: Mapping[str, Any]) -> int:
     """Of the arrays, in the order of their columns, and of what else a file says about itself."""
-    crc = 0 if place is None else zlib.crc32(json.dumps(place, sort_keys=True).encode())
+    crc = zlib.crc32(json.dumps(place, sort_keys=True).encode())
     for name in ("pair", *_COLUMNS):
         if name in arrays:
             crc = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), crc)
@@ -341,7 +312,7 @@ def _as_json(value: Any) -> bytes:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest, checked to be of scores and of this version; None where there is none."""
+    """The manifest, checked to be of log-probs and of this version; None where there is none."""
     path = directory / MANIFEST
     try:
         manifest = parse_json(path.read_bytes())
@@ -351,19 +322,18 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} cannot be read ({error}). Delete the directory; it is made again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_NAME:
         raise UserError(f"{directory} holds something else than reference scores. Name another directory.")
-    if manifest.get("version") not in (_SHARDS_VERSION, FORMAT_VERSION):
+    if manifest.get("version") != FORMAT_VERSION or "shard_pairs" in manifest:  # which version 2 has begun it with
         raise UserError(
-            f"the reference scores in {directory} have format version {manifest.get('version')}, this program reads "
-            f"versions {_SHARDS_VERSION} and {FORMAT_VERSION}. Delete the directory; it is made again."
+            f"the reference scores in {directory} were begun in format version {manifest.get('version')} or before, "
+            f"this program reads version {FORMAT_VERSION}. Delete the directory; it is made again."
         )
-    if wrong := misshapen({"shard_pairs": 1, **manifest}, _MANIFEST_SHAPE):
+    if wrong := misshapen(manifest, _MANIFEST_SHAPE):
         raise UserError(f"{path} is damaged: {wrong}. Delete the directory; it is made again.")
     return manifest
 
 
 _MANIFEST_SHAPE = {
     "identity": dict,
-    "shard_pairs": lambda count: is_count(count) and 0 < count <= _MOST_SHARD_PAIRS,
     "complete": Maybe({"pairs": is_count, "scored": dict.fromkeys(KINDS, is_count)}),
     "jobs": [dict],
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from megatron_bdpo.training.reference.cache import ScoreCache, open_scores
 
 IDENTITY = {"data": ["d1"], "chat_template": "{{ messages }}" * 30, "weights": "w1", "window_size": (8, 0)}
 PAIRS, PART = 10, 4
-OLD = Path(__file__).parent / "scores_of_version_2"
 
 
 def some_pairs(first: int, stop: int, **known) -> dict[str, np.ndarray]:
@@ -254,40 +252,12 @@ def test_a_part_is_an_open_file(tmp_path):
     assert_same(found, some_pairs(4, 8))
 
 
-# Directories of version 2: these files were written by the program that made them
-
-
-@pytest.fixture
-def old(tmp_path) -> Path:
-    return Path(shutil.copytree(OLD, tmp_path / "old"))
-
-
-def test_scores_of_the_version_before_are_read(old):
-    assert_same(open_scores(old), some_pairs(0, PAIRS))
-
-
-def test_scores_of_the_version_before_are_extended(old):
-    """Its own scores count; a program of that version refuses the directory from then on."""
-    cache = opened(old)
-    add(cache, 8, 12, 12, conditional=np.full((4, 2), -9.0))
-    cache.finish(12, {"conditional": 12}, {"seconds": 2.5})
-    found = open_scores(old)
-    assert len(found) == 12 and found.manifest["version"] == scores.FORMAT_VERSION
-    assert np.array_equal(found.conditional[:PAIRS], some_pairs(0, PAIRS)["conditional"])
-    assert (found.conditional[PAIRS:] == -9).all()
-    assert [job["seconds"] for job in found.manifest["jobs"]] == [1.5, 2.5]
-
-
-@pytest.mark.parametrize("damage", ["values", "place", "size of a shard"])
-def test_a_damaged_shard_of_the_version_before_is_named(old, damage):
-    shard = old / "shard-00001.safetensors"
-    if damage == "values":
-        shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    elif damage == "place":
-        shard.write_bytes((old / "shard-00000.safetensors").read_bytes())
-    else:
-        manifest = json.loads((old / "manifest.json").read_text())
-        (old / "manifest.json").write_text(json.dumps(manifest | {"shard_pairs": 5}))
-    assert "shard-00001.safetensors is damaged" in opened(old).read(PAIRS)[1][0]
-    with pytest.raises(UserError, match="shard-00001"):
-        open_scores(old)
+@pytest.mark.parametrize("change", [{"version": 2, "shard_pairs": 4}, {"shard_pairs": 4}], ids=["begun", "extended"])
+def test_directories_that_version_2_has_begun_are_refused_in_a_line(tmp_path, change):
+    """Its pairs are in files of another name: without them what is known would look complete."""
+    cache = filled(tmp_path)
+    cache.finish(PAIRS, {"conditional": PAIRS}, {})
+    (tmp_path / "manifest.json").write_text(json.dumps(cache.manifest | change))
+    for reader in (opened, open_scores):
+        with pytest.raises(UserError, match=r"reads version 3\. Delete the directory; it is made again\.$"):
+            reader(tmp_path)
