@@ -46,7 +46,7 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def misshapen(value: Any, shape: Any, name: str = "it") -> str:
+def schema_error(value: Any, shape: Any, name: str = "it") -> str:
     """What is wrong with a value, as 'arrays.tokens.rows is "x"'; empty where it has the shape.
 
     Args:
@@ -59,7 +59,7 @@ def misshapen(value: Any, shape: Any, name: str = "it") -> str:
     right = True
     parts: list[tuple[str, Any, Any]] = []  # name, value, shape
     if isinstance(shape, Maybe):
-        return "" if value is None else misshapen(value, shape.shape, name)
+        return "" if value is None else schema_error(value, shape.shape, name)
     if isinstance(shape, Each):
         right = isinstance(value, dict)
         parts = [(key, item, shape.shape) for key, item in value.items()] if right else []
@@ -78,4 +78,4 @@ def misshapen(value: Any, shape: Any, name: str = "it") -> str:
     if not right:
         text = repr(value)
         return f"{name} is {text if len(text) <= 60 else text[:60] + '...'}"
-    return next((wrong for key, item, part in parts if (wrong := misshapen(item, part, inner + key))), "")
+    return next((wrong for key, item, part in parts if (wrong := schema_error(item, part, inner + key))), "")

@@ -21,7 +21,7 @@ from megatron_bdpo.data.sources import Row, SourceSpec, content_digest, describe
 from megatron_bdpo.data.store import FORMAT_VERSION, PairStore, PairStoreWriter, StoreInfo
 from megatron_bdpo.data.tokenization import PairTokenizer, PairTokens
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.json_shape import Each, misshapen, parse_json
+from megatron_bdpo.json_shape import Each, parse_json, schema_error
 
 _DIGESTS = "digests.json"
 _RACY_SECONDS = 2.0  # a file this young may still change without a change of its time stamp
@@ -131,7 +131,7 @@ class _FileDigests:
         self._known: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError):  # only an aid: without it files are read again
             known = parse_json(path.read_bytes())
-            if not misshapen(known, Each(str)):
+            if not schema_error(known, Each(str)):
                 self._known = known
 
     def of(self, file: Path) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from megatron_bdpo.data.records import ProblemKind
 from megatron_bdpo.display import Block, Table, plain
-from megatron_bdpo.json_shape import Each, is_count, is_number, misshapen
+from megatron_bdpo.json_shape import Each, is_count, is_number, schema_error
 
 _MAX_EXAMPLES = 3
 _MAX_LINES = 20
@@ -147,7 +147,7 @@ class DataReport:
         Raises:
             ValueError: it is no report.
         """
-        if wrong := misshapen(fields, _SHAPE):
+        if wrong := schema_error(fields, _SHAPE):
             raise ValueError(f"in its report, {wrong}")
         sources = len(fields["sources"])
         if any(len(fields[name]) != sources for name in ("rows_read", "pairs_kept")):

@@ -36,7 +36,7 @@ from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec, describe_row
 from megatron_bdpo.data.tokenization import PairTokens, TokenArray
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.json_shape import is_count, is_number, misshapen, parse_json
+from megatron_bdpo.json_shape import is_count, is_number, parse_json, schema_error
 
 FORMAT_NAME = "megatron_bdpo pair store"
 FORMAT_VERSION = 3
@@ -278,7 +278,7 @@ def _read_meta(directory: Path) -> dict[str, Any]:
             f"The pair store {directory} has format version {meta.get('version')}, this program reads version "
             f"{FORMAT_VERSION}. Delete the directory; it is built anew."
         )
-    if wrong := misshapen(meta, _META_SHAPE):
+    if wrong := schema_error(meta, _META_SHAPE):
         raise _damaged(directory, f"in {_META}, {wrong}")
     return meta
 

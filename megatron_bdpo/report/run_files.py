@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.json_shape import Each, misshapen, parse_json
+from megatron_bdpo.json_shape import Each, parse_json, schema_error
 from megatron_bdpo.training.reference.cache import MANIFEST
 from megatron_bdpo.training.reporting.metrics_file import NAME as METRICS
 from megatron_bdpo.training.reporting.run_record import NAME as RECORD
@@ -62,7 +62,7 @@ def _record(run: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}). Mend it, or move it away.") from error
-    if wrong := misshapen(found, {"reference_scores": Each(str)}):
+    if wrong := schema_error(found, {"reference_scores": Each(str)}):
         raise UserError(f"{path} is not what a run writes: {wrong}. Mend it, or move it away.")
     return dict(found)
 

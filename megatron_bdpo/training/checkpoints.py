@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import PassingError, UserError
-from megatron_bdpo.json_shape import Each, misshapen, parse_json
+from megatron_bdpo.json_shape import Each, parse_json, schema_error
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, is_rank_zero, say
 from megatron_bdpo.training.megatron_settings import DirectorySettings
 
@@ -56,7 +56,7 @@ def write_manifest(directory: Path) -> None:
             write_whole(directory / INTEGRITY_FNAME, json.dumps(content, indent=2))
 
 
-def damage(directory: Path) -> list[str]:
+def integrity_problems(directory: Path) -> list[str]:
     """What is wrong with a checkpoint, a line for each file; none where it is whole or has no manifest. Collective."""
     files: dict[str, str] = {}
     problems: list[str] = []
@@ -67,7 +67,7 @@ def damage(directory: Path) -> list[str]:
     return problems + [problem for each in gather(own) for problem in each if problem]
 
 
-def choose_whole_checkpoints(directories: DirectorySettings) -> None:
+def choose_intact_checkpoints(directories: DirectorySettings) -> None:
     """Find out before anything is built that the checkpoints to start from are whole. Collective.
 
     Where the newest one of ``--load`` is damaged, Megatron's tracker is made to name the newest one that is not.
@@ -89,7 +89,7 @@ def _go_back(root: Path) -> None:
         return _refuse_damaged("--load", root, None)
     seen = [] if named else [f"{get_checkpoint_tracker_filename(str(root))} names none"]
     for iteration in broadcast(_candidates(root, named) if is_rank_zero() else None):
-        problems = damage(_directory(root, iteration))
+        problems = integrity_problems(_directory(root, iteration))
         if not problems:
             if seen:
                 _name(root, iteration)
@@ -128,7 +128,7 @@ def iteration_of(directory: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def is_whole(directory: Path) -> bool:
+def is_complete(directory: Path) -> bool:
     """Whether a checkpoint was written to its end: what is written last is there. No digest is compared."""
     return (directory / INTEGRITY_FNAME).is_file() or (directory / _COMPLETE).is_file()
 
@@ -159,7 +159,7 @@ def _refuse_damaged(flag: str, root: Path, step: int | None) -> None:
     if not named:  # none at all; others say so
         return
     place = root / "release" if step is None and named == "release" else _directory(root, step or int(named))
-    if problems := damage(place):
+    if problems := integrity_problems(place):
         listed = "\n".join(f"  {line}" for line in problems)
         raise UserError(f"{flag} {root}: its checkpoint is damaged:\n{listed}\nRestore it, or name another one.")
 
@@ -183,7 +183,7 @@ class ChecksummedSave:
 
 def refuse_damaged(directory: Path) -> None:
     """Raise UserError, on every rank, if a checkpoint's files are not those of its manifest. Collective."""
-    if problems := damage(directory):
+    if problems := integrity_problems(directory):
         listed = "\n".join(f"  {line}" for line in problems)
         raise UserError(f"the checkpoint {directory} cannot be used:\n{listed}\nRestore it, or name another one.")
 
@@ -222,7 +222,7 @@ def _manifest(directory: Path) -> tuple[dict[str, str], list[str]]:
             whole = directory.is_dir() and ((directory / _COMPLETE).is_file() or not list(directory.glob("*.distcp")))
             return {}, [] if whole else [f"{directory} is not there, or was never finished"]
         content = parse_json(path.read_bytes())
-        if wrong := misshapen(content, {"algorithm": str, "files": Each(str)}):
+        if wrong := schema_error(content, {"algorithm": str, "files": Each(str)}):
             raise ValueError(wrong)
         files: dict[str, str] = content["files"]
         if content["algorithm"] != _ALGORITHM or not all(Path(name).name == name for name in files):

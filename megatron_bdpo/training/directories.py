@@ -9,7 +9,7 @@ from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.platform.versions import installed_versions, libraries
-from megatron_bdpo.training.checkpoints import choose_whole_checkpoints
+from megatron_bdpo.training.checkpoints import choose_intact_checkpoints
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.flags import recipe
 from megatron_bdpo.training.flags.arguments import Arguments
@@ -34,7 +34,7 @@ def check_directories(settings: Settings) -> None:
         if broadcast(Path(tracker).is_file()):
             on_every_node(flag, tracker, tracker)
     if settings.checkpoints.checkpoint_checksums and is_run:  # a dry run reads and changes no checkpoint
-        choose_whole_checkpoints(directories)
+        choose_intact_checkpoints(directories)
     if pretrained and not any(map(checkpoint_directory, (load, pretrained))):
         raise UserError(f"--pretrained-checkpoint {pretrained}: there is no checkpoint in it.")
     for root in (pretrained, load if directories.finetune else None):

@@ -76,7 +76,7 @@ def score_main(argv: Sequence[str] | None = None) -> list[Path]:
 
 def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequence[str] | None) -> Result:
     try:
-        with refusals_told():
+        with record_refusal():
             return job(argv)
     except UserError as error:
         if os.environ.get(DEBUG):
@@ -108,7 +108,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def refusals_told() -> Iterator[None]:
+def record_refusal() -> Iterator[None]:
     """If the block ends with a UserError, leave word for the launcher that there is no use in trying again."""
     try:
         yield

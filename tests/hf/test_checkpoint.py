@@ -77,13 +77,9 @@ def test_rows_and_columns(tmp_path):
 
 def test_truncated_file(tmp_path):
     file = write(tmp_path, tensors(), files=2) / "model-1.safetensors"
-    size = file.stat().st_size
-    file.write_bytes(file.read_bytes()[:-100])
-    assert f"{file} is truncated or damaged: {size - 100} bytes instead of {size}" in refused(tmp_path)
-    file.write_bytes(b"\x10")
-    assert f"{file} is no safetensors file" in refused(tmp_path)
-    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    assert f"{file} is truncated, or no safetensors file" in refused(tmp_path)
+    for content in (file.read_bytes()[:-100], b"\x10", b"version https://git-lfs.github.com/spec/v1\n"):
+        file.write_bytes(content)
+        assert f"{file} is no safetensors file, or truncated: " in refused(tmp_path)
 
 
 def test_missing_file_of_the_index(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from megatron_bdpo.data.records import RowProblem, parse_row
 from megatron_bdpo.data.sources import SourceSpec, check_sources, read_rows
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.json_shape import Each, Maybe, is_count, misshapen
+from megatron_bdpo.json_shape import Each, Maybe, is_count, schema_error
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
 from megatron_bdpo.model.hf.config import read_config
 from megatron_bdpo.training.reference.cache import KINDS, ScoreCache, open_scores
@@ -84,18 +84,20 @@ def test_more_experts_asked_for_than_there_are():
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
-        ([], "it is []"),
-        ({"a": []}, "a is []"),
-        ({"a": {"dtype": "F32", "shape": [1]}}, "a.data_offsets is missing"),
-        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, "a.shape.0 is -1"),
-        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}, "a.data_offsets is [0, 4, 8]"),
-        ({"a": {"dtype": {}, "shape": [1], "data_offsets": [0, 4]}}, "a.dtype is {}"),
+        ([], "invalid type: sequence"),
+        ({"a": []}, "invalid"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, "missing field `data_offsets`"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, "integer `-1`"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}, "expected 2 elements"),
+        ({"a": {"dtype": {}, "shape": [1], "data_offsets": [0, 4]}}, "invalid"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "invalid shape, data type, or offset"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "not fully covered"),
     ],
 )
 def test_headers_of_safetensors_files(tmp_path, header, expected):
     text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
-    with pytest.raises(UserError, match=re.escape(f"is no safetensors file: in its header, {expected}")):
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(UserError, match=rf"is no safetensors file, or truncated: .*{re.escape(expected)}"):
         HuggingFaceCheckpoint.open(tmp_path)
 
 
@@ -168,7 +170,7 @@ def test_a_value_that_looks_like_a_flag(tmp_path):
 def test_shapes():
     shape = {"a": [is_count], "b": Maybe(str), "c": Each({"d": int})}
     good = {"a": [1, 2], "b": None, "c": {"x": {"d": 1}}, "more": 0}
-    assert misshapen(good, shape) == ""
+    assert schema_error(good, shape) == ""
     for change, expected in (
         ({"a": [1, -1]}, "a.1 is -1"),
         ({"a": [True]}, "a.0 is True"),
@@ -176,5 +178,5 @@ def test_shapes():
         ({"c": {"x": {}}}, "c.x.d is missing"),
         ({"c": []}, "c is []"),
     ):
-        assert misshapen(good | change, shape) == expected
-    assert misshapen([], shape) == "it is []"
+        assert schema_error(good | change, shape) == expected
+    assert schema_error([], shape) == "it is []"

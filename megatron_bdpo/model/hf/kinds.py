@@ -13,60 +13,47 @@ _MOST = 2**31 - 1
 _MOST_LAYERS = 10_000
 
 
-def _is_whole(value: Any, least: int, most: int = _MOST) -> bool:
+def _is_int(value: Any, least: int, most: int = _MOST) -> bool:
     return type(value) is int and least <= value <= most
-
-
-def _is_size(value: Any) -> bool:
-    return _is_whole(value, 1)
-
-
-def _is_layers(value: Any) -> bool:
-    return _is_whole(value, 1, _MOST_LAYERS)
-
-
-def _is_count(value: Any) -> bool:
-    return value is None or _is_whole(value, 0)
 
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
-def _is_switch(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
 def _is_object(value: Any) -> bool:
-    return value is None or (isinstance(value, Mapping) and all(isinstance(key, str) for key in value))
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
 def _is_words(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(word, str) for word in value))
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
-_SIZE = (_is_size, "a positive whole number")
-_LAYERS = (_is_layers, f"a positive whole number up to {_MOST_LAYERS}")
-_COUNT = (_is_count, "a whole number")
-_NUMBER = (_is_number, "a positive number")
-_SWITCH = (_is_switch, "true or false")
-_OBJECT = (_is_object, "an object")
-_WORDS = (_is_words, "a list of words")
-
-_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "num_hidden_layers": _LAYERS,
-    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"), _SIZE),
-    **dict.fromkeys(
-        ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers", "num_local_experts", "num_experts",
-         "num_experts_per_tok", "moe_intermediate_size"),
-        _COUNT,
+#: What a value must be, in words and as a check, and the keys of such values. Those of the second table may be null.
+_VALUES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (f"a positive whole number up to {_MOST_LAYERS}", lambda v: _is_int(v, 1, _MOST_LAYERS), "num_hidden_layers"),
+    (
+        "a positive whole number", lambda v: _is_int(v, 1),
+        "hidden_size intermediate_size num_attention_heads vocab_size",
     ),
-    **dict.fromkeys(("rms_norm_eps", "rope_theta"), _NUMBER),
-    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "norm_topk_prob"), _SWITCH),
-    **dict.fromkeys(("rope_scaling", "rope_parameters"), _OBJECT),
-    "original_max_position_embeddings": _COUNT,
-    "layer_types": _WORDS,
-}  # fmt: skip
+    ("a positive number", _is_number, "rms_norm_eps rope_theta"),
+)  # fmt: skip
+_VALUES_OR_NULL: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "a whole number", lambda v: _is_int(v, 0),
+        "num_key_value_heads head_dim sliding_window max_window_layers num_local_experts num_experts "
+        "num_experts_per_tok moe_intermediate_size original_max_position_embeddings",
+    ),
+    ("true or false", lambda v: isinstance(v, bool), "tie_word_embeddings use_sliding_window norm_topk_prob"),
+    ("an object", _is_object, "rope_scaling rope_parameters"),
+    ("a list of words", _is_words, "layer_types"),
+)  # fmt: skip
+_KINDS = {
+    key: (words, check, table is _VALUES_OR_NULL)
+    for table in (_VALUES, _VALUES_OR_NULL)
+    for words, check, keys in table
+    for key in keys.split()
+}
 
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -82,10 +69,10 @@ def check_kinds(values: Mapping[str, Any]) -> None:
     """
     for key in {**dict.fromkeys(_REQUIRED), **values}:
         if key in _KINDS:
-            holds, kind = _KINDS[key]
+            words, check, may_be_null = _KINDS[key]
             value = values.get(key)
-            if not holds(value):
-                raise UserError(f"config.json: {key} must be {kind}, not {shown(value)}.")
+            if not (check(value) or (may_be_null and value is None)):
+                raise UserError(f"config.json: {key} must be {words}, not {shown(value)}.")
     heads, groups = values["num_attention_heads"], values.get("num_key_value_heads")
     if not values.get("head_dim") and values["hidden_size"] % heads:
         raise UserError(

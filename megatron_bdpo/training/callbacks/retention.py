@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
-from megatron_bdpo.training.checkpoints import is_whole, iteration_of, named_iteration
+from megatron_bdpo.training.checkpoints import is_complete, iteration_of, named_iteration
 
 #: At the end of a directory's name: it is being deleted.
 _DELETED = ".deleted"
@@ -50,10 +50,10 @@ class Retention:
         """
         named = named_iteration(root)
         found = {iteration: path for iteration, path in _checkpoints(root) if iteration not in foreign}
-        if named is None or named not in found or not is_whole(found[named]):
+        if named is None or named not in found or not is_complete(found[named]):
             return []
         older = sorted((iteration for iteration in found if iteration < named), reverse=True)
-        whole = [iteration for iteration in older if iteration not in abandoned and is_whole(found[iteration])]
+        whole = [iteration for iteration in older if iteration not in abandoned and is_complete(found[iteration])]
         kept = {*whole[: self.newest - 1], *(each for each in whole if self.every and each % self.every == 0)}
         return [found[iteration] for iteration in older if iteration not in kept]
 

@@ -37,7 +37,7 @@ from safetensors.numpy import save
 
 from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.json_shape import Maybe, is_count, misshapen, parse_json
+from megatron_bdpo.json_shape import Maybe, is_count, parse_json, schema_error
 
 FloatArray = npt.NDArray[np.float64]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -327,7 +327,7 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
             f"the reference scores in {directory} were begun in format version {manifest.get('version')} or before, "
             f"this program reads version {FORMAT_VERSION}. Delete the directory; it is made again."
         )
-    if wrong := misshapen(manifest, _MANIFEST_SHAPE):
+    if wrong := schema_error(manifest, _MANIFEST_SHAPE):
         raise UserError(f"{path} is damaged: {wrong}. Delete the directory; it is made again.")
     return manifest
 

@@ -14,7 +14,7 @@ from megatron_bdpo.model.digest import weights_digest
 from megatron_bdpo.model.hf.directory import is_model_directory
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.training.batches import IntArray
-from megatron_bdpo.training.checkpoints import damage
+from megatron_bdpo.training.checkpoints import integrity_problems
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
 from megatron_bdpo.training.forward import ReferenceValues
 from megatron_bdpo.training.hf.start import weights_loader
@@ -119,7 +119,7 @@ class ReferenceProvider:
         if not identity.reference_weights:
             reference = build_reference(self.setup.config, with_weights=True)
             initialize_by_name(unwrap_model(reference), identity.seed)
-        elif problems := damage(Path(source)):
+        elif problems := integrity_problems(Path(source)):
             listed = "\n".join(f"  {line}" for line in problems)
             raise UserError(f"the weights of the original reference are damaged:\n{listed}\nRestore them.")
         else:
