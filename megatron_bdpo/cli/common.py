@@ -55,3 +55,10 @@ def only_one(**given: object) -> None:
     count = sum(value not in (None, (), "") for value in given.values())
     if count != 1:
         raise click.UsageError(f"{'one' if count == 0 else 'only one'} of {', '.join(flags)} is needed.")
+
+
+def prepare_platform() -> None:
+    """See ``platform.boot``: before anything that imports Megatron."""
+    from megatron_bdpo.platform import boot  # imports torch
+
+    boot.prepare_platform()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from megatron_bdpo.cli.common import PATH, example, only_one
+from megatron_bdpo.cli.common import PATH, example, only_one, prepare_platform
 from megatron_bdpo.errors import UserError
 
 
@@ -42,23 +42,11 @@ def export(
     Whatever layout it was trained in. One process; in memory are one file and one tensor.
     """
     only_one(hf_model=hf_model, family=family)
-    from megatron_bdpo.platform.boot import prepare_platform
-
     prepare_platform()
-    from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
-    from megatron_bdpo.model.hf.directory import model_directory
-    from megatron_bdpo.training.distributed import process_groups
-    from megatron_bdpo.training.hf import exporting as hf_export
-    from megatron_bdpo.training.megatron_settings import ProcessSettings
+    from megatron_bdpo.training.hf import conversion  # imports Megatron
 
-    one_process = ProcessSettings(rank=0, local_rank=0, ranks=1, backend="gloo", timeout_minutes=10, is_made_up=False)
-    with _written(output), process_groups(one_process):
-        if hf_model:
-            original = model_directory(hf_model)
-            config = read_json(original / CONFIG)
-        else:
-            original, config = None, hf_export.config_of(checkpoint, family or "")
-        hf_export.export_checkpoint(checkpoint, output, config, original, compare_digests=checkpoint_checksums)
+    with _written(output):
+        conversion.export_alone(checkpoint, output, hf_model, family, compare_digests=checkpoint_checksums)
     print(f"{output}: complete")
 
 
@@ -83,20 +71,10 @@ def import_(hf_model: str, output: Path, dtype: str) -> None:
     --pretrained-checkpoint takes it in any layout. The whole model has to fit in memory; under torchrun, its ranks
     share it by tensor parallelism. Training does not need this: it reads --hf-model directly.
     """
-    from megatron_bdpo.platform.boot import prepare_platform
-
     prepare_platform()
-    from megatron_bdpo.training.distributed import process_groups
-    from megatron_bdpo.training.flags.arguments import Arguments
-    from megatron_bdpo.training.hf.importing import import_model
+    from megatron_bdpo.training.hf import conversion  # imports Megatron
 
-    if output.exists():
-        raise UserError(f"{output} is there already. Remove it, or name another directory.")
-    precision = [] if dtype == "fp32" else [f"--{dtype}"]
-    arguments = Arguments.parse(["--hf-model", hf_model, "--save", str(output), *precision])
-    process = arguments.settings.process
-    arguments.set(tensor_model_parallel_size=process.ranks)
-    with _written(output), process_groups(process):
-        import_model(arguments)
-    if process.rank == 0:
+    with _written(output):
+        is_first = conversion.import_on_all_ranks(hf_model, output, dtype)
+    if is_first:
         print(f"{output}: complete")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from megatron_bdpo import display
+from megatron_bdpo.cli import common
 from megatron_bdpo.cli.common import NOT_NEGATIVE, PATH, POSITIVE, example
+from megatron_bdpo.data.check import check_rows
+from megatron_bdpo.data.prepare import excess
+from megatron_bdpo.data.records import RowProblem
+from megatron_bdpo.data.sources import parse_sources
+from megatron_bdpo.data.statistics import PairStatistics
+from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_bdpo.data.store import PairStore
 
 _SHARE = click.FloatRange(min=0, max=1)
 
@@ -55,11 +59,6 @@ def check(
 
     Without a tokenizer, so what only tokens show is for `data prepare`. Exit code 2 where a training would stop.
     """
-    from megatron_bdpo.data.check import check_rows
-    from megatron_bdpo.data.prepare import excess
-    from megatron_bdpo.data.records import RowProblem
-    from megatron_bdpo.data.sources import parse_sources
-
     left = show
 
     def show_problem(where: str, problem: RowProblem) -> None:
@@ -115,8 +114,6 @@ def stats(**options: Any) -> None:
 
     Also how much sharing prompts saves, which answer is longer, and the safety labels. Tokenizes what is not yet.
     """
-    from megatron_bdpo.data.statistics import PairStatistics
-
     store = _store(options)
     statistics = PairStatistics.of(store)
     if options["as_json"]:
@@ -150,10 +147,8 @@ def _store(options: dict[str, Any]) -> PairStore:
     for name in _FLAGS:
         if options[name] is not None:
             flags += [f"--{name.replace('_', '-')}", str(options[name])]
-    from megatron_bdpo.platform.boot import prepare_platform
-
     with contextlib.redirect_stdout(sys.stderr):
-        prepare_platform()
-    from megatron_bdpo.training.token_stores import tokenized_pairs
+        common.prepare_platform()
+    from megatron_bdpo.training.token_stores import tokenized_pairs  # imports Megatron
 
     return tokenized_pairs(flags)

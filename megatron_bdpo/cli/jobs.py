@@ -33,14 +33,14 @@ def train(context: click.Context, ranks: int, flags: tuple[str, ...]) -> None:
     if ranks > 1:
         _launch(ranks, flags)
     else:
-        from megatron_bdpo.training import entry
+        from megatron_bdpo.training import entry  # imports torch
 
         with entry.record_refusal():
             entry.train(flags)
 
 
 def _launch(ranks: int, flags: tuple[str, ...]) -> None:
-    from torch.distributed import run
+    from torch.distributed import run  # torch takes seconds, the help needs none of it
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # Of the ranks that it ends when one has failed; which one that is, stands in the error.
@@ -71,7 +71,7 @@ def score(context: click.Context, flags: tuple[str, ...]) -> None:
     FLAGS are the training's, of which those about steps and optimizer may be left out; they follow below. On several
     ranks: torchrun --nproc-per-node N -m megatron_bdpo.score FLAGS
     """
-    from megatron_bdpo.training import entry
+    from megatron_bdpo.training import entry  # imports torch
 
     if common.asks_for_help(flags):
         click.echo(context.get_help() + "\n")

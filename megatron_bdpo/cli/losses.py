@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from megatron_bdpo.cli.common import example
 from megatron_bdpo.display import Block, Facts, Table, show
-
-if TYPE_CHECKING:
-    from megatron_bdpo.losses.base import AnyLossSpec
 
 
 @click.command("losses", epilog=example("megatron-bdpo losses bdpo"))
@@ -23,12 +20,12 @@ def losses(name: str | None, as_json: bool, markdown: bool) -> None:
 
     With NAME, that loss alone, with the meaning of its options.
     """
-    from megatron_bdpo.losses import registry
+    from megatron_bdpo.losses import description, registry  # imports torch
 
     if as_json and markdown:
         raise click.UsageError("--json and --markdown are two forms of one output. Give one.")
     specs = registry.all_specs() if name is None else (registry.get(name),)
-    described = [describe(spec) for spec in specs]
+    described = [description.describe(spec) for spec in specs]
     if as_json:
         print(json.dumps(described, indent=1))
     elif markdown:
@@ -39,32 +36,7 @@ def losses(name: str | None, as_json: bool, markdown: bool) -> None:
         show(*_explained(described[0]))
 
 
-def describe(spec: AnyLossSpec) -> dict[str, Any]:
-    """A loss as an object for ``json.dump``: name, summary, what it reads with its default options, options, source."""
-    from megatron_bdpo.losses import registry
-
-    needs = spec.requirements(spec.options())
-    reads = {"reference": needs.reference, "comprehension": needs.comprehension, "safety labels": needs.safety}
-    options = [
-        {
-            "flag": field.flag,
-            "default": field.defaults[spec.name],
-            "choices": list(field.choices or field.words),
-            "help": field.help,
-        }
-        for field in registry.option_fields().values()
-        if spec.name in field.defaults
-    ]
-    return {
-        "name": spec.name,
-        "summary": spec.summary,
-        "reads": [name for name, needed in reads.items() if needed],
-        "options": options,
-        "source": spec.source,
-    }
-
-
-def _told(option: dict[str, Any]) -> str:
+def _with_default(option: dict[str, Any]) -> str:
     """An option with its default: ``--beta 0.1``; a switch as the flag that changes it."""
     flag, default = option["flag"], option["default"]
     if isinstance(default, bool):
@@ -83,7 +55,7 @@ def _table(described: list[dict[str, Any]]) -> Table:
         [
             loss["name"],
             f"{loss['summary']}\nreads {_reads(loss)}\n{loss['source']}",
-            "\n".join(map(_told, loss["options"])),
+            "\n".join(map(_with_default, loss["options"])),
         ]
         for loss in described
     ]
@@ -91,7 +63,7 @@ def _table(described: list[dict[str, Any]]) -> Table:
 
 
 def _explained(loss: dict[str, Any]) -> list[Block]:
-    options = [[_told(option), _meaning(option)] for option in loss["options"]]
+    options = [[_with_default(option), _meaning(option)] for option in loss["options"]]
     return [
         Facts([(loss["name"], loss["summary"]), ("reads", _reads(loss)), ("source", loss["source"])], indent=0),
         "",
@@ -107,7 +79,7 @@ def _meaning(option: dict[str, Any]) -> str:
 def _markdown(described: list[dict[str, Any]]) -> list[str]:
     rows = [["name", "what it is", "reads", "options (defaults)", "source"], ["---"] * 5]
     for loss in described:
-        options = ", ".join(f"`{_told(option)}`" for option in loss["options"])
+        options = ", ".join(f"`{_with_default(option)}`" for option in loss["options"])
         reads = ", ".join(loss["reads"]) or "nothing"
         rows.append([f"`{loss['name']}`", loss["summary"], reads, options, loss["source"]])
     return [f"| {' | '.join(row)} |" for row in rows]

@@ -20,7 +20,7 @@ _DEBUG = "MEGATRON_BDPO_DEBUG"  # as in training.entry, which takes seconds to i
 
 def _print_versions(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from megatron_bdpo.cli.version_table import versions
+        from megatron_bdpo.cli.version_table import versions  # imports torch
 
         show(versions())
         context.exit()

@@ -88,10 +88,8 @@ def plan(**options: Any) -> None:
 
 def _questions(options: dict[str, Any]) -> list[Question]:
     if options["recipe"]:
-        from megatron_bdpo.platform.boot import prepare_platform
-
-        prepare_platform()
-        from megatron_bdpo.training.job_memory import of_recipe
+        common.prepare_platform()
+        from megatron_bdpo.training.job_memory import of_recipe  # imports Megatron
 
         model, told = of_recipe(options["recipe"])
     else:
@@ -122,9 +120,8 @@ def _questions(options: dict[str, Any]) -> list[Question]:
 
 
 def _of_hf_model(path_or_name: str) -> ModelShape:
-    from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
-    from megatron_bdpo.model.hf.config import read_config
-    from megatron_bdpo.model.hf.directory import model_directory
+    from megatron_bdpo.model.hf import checkpoint, config, directory  # imports torch
 
-    architecture = read_config(read_json(model_directory(path_or_name, weights=False) / CONFIG))
+    model = directory.model_directory(path_or_name, weights=False)
+    architecture = config.read_config(checkpoint.read_json(model / checkpoint.CONFIG))
     return ModelShape.from_arguments(architecture.arguments, architecture.weights.sizes.vocab)

@@ -42,18 +42,17 @@ def report(
     curves too). Prints text, and writes report.html, one file that needs nothing else, with each picture beside it as
     PNG.
     """
-    from megatron_bdpo.report.build import ReportSettings, build_report
-    from megatron_bdpo.report.style import require_matplotlib
+    from megatron_bdpo.report import build, style  # imports torch
 
     if not text_only:
-        require_matplotlib()  # before a million pairs are read
-    settings = ReportSettings(
+        style.require_matplotlib()  # before a million pairs are read
+    settings = build.ReportSettings(
         temperature=_temperature(bdpo_temperature),
         per_token=None if bdpo_comprehension is None else bdpo_comprehension == "per-token",
         pairs=pairs,
         show_text=show_text,
     )
-    built = build_report(directory, settings, scores)
+    built = build.build_report(directory, settings, scores)
     files = [] if text_only else built.write(output or directory / "report")
     try:
         show(*built.blocks())

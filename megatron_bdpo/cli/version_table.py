@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 import megatron_bdpo
 from megatron_bdpo.display import Table
 from megatron_bdpo.platform.versions import DECISIVE, installed_versions, source_commit
@@ -9,8 +11,6 @@ from megatron_bdpo.platform.versions import DECISIVE, installed_versions, source
 
 def versions() -> Table:
     """A row per package, also for those that are not installed."""
-    import torch
-
     found = installed_versions() | {"megatron_bdpo": megatron_bdpo.__version__}
     rows = {name: found.get(name, "not installed") for name in ("megatron_bdpo", "python", *DECISIVE)}
     rows["commit"] = source_commit() or "not known"

@@ -294,21 +294,24 @@ def _guarded(name: str, rows: Iterable[Row]) -> Iterator[Row]:
         raise UserError(f"{name} cannot be read. Is the file whole? {type(error).__name__}: {told}") from error
 
 
+def _datasets() -> Any:
+    import datasets  # takes seconds, and most data are JSON lines
+
+    return datasets
+
+
 def _stream_table(path: Path) -> Iterator[Row]:
     """Rows of a Parquet or Arrow file, streamed: nothing is copied into `datasets`' own cache."""
-    import datasets
-
     # Lock files are written even so, and a compute node's home may be read-only.
     with tempfile.TemporaryDirectory() as locks:
-        yield from datasets.load_dataset(
+        yield from _datasets().load_dataset(
             _builder(path), data_files=str(path), split="train", streaming=True, cache_dir=locks
         )
 
 
 def _load_saved(location: _Location) -> Any:
     """A `Dataset` from a directory written by ``save_to_disk``, cut to the split that was asked for."""
-    import datasets
-
+    datasets = _datasets()
     try:
         loaded = datasets.load_from_disk(str(location.saved_in))
     except Exception as error:
@@ -327,12 +330,10 @@ def _load_saved(location: _Location) -> Any:
 
 def _load_from_hub(location: _Location) -> Any:
     """A `Dataset` from the hub, or from `datasets`' cache when the hub cannot be reached."""
-    import datasets
-
     reachable = hub.is_reachable()
     try:
         with contextlib.nullcontext() if reachable else hub.offline():
-            return datasets.load_dataset(location.hub_name, split=location.split)
+            return _datasets().load_dataset(location.hub_name, split=location.split)
     except Exception as error:
         if reachable:
             advice = "Check the name, the split and, for a gated data set, HF_TOKEN."

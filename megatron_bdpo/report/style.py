@@ -52,12 +52,20 @@ _DOTS_PER_INCH = 150
 def require_matplotlib() -> None:
     """Raises UserError where it is not installed."""
     try:
-        import matplotlib.figure  # noqa: F401
+        _matplotlib()
     except ImportError as error:
         raise UserError(
             f"pictures need matplotlib, which cannot be imported ({error}): pip install 'megatron_bdpo[report]'. "
             "Without it: --text-only, or --no-plot."
         ) from error
+
+
+def _matplotlib() -> Any:
+    """The library, with its parts that are used here."""
+    import matplotlib.figure  # an extra, and slow to import
+    import matplotlib.ticker
+
+    return matplotlib
 
 
 @contextmanager
@@ -74,11 +82,9 @@ def panel(title: str, x: str, y: str, size: tuple[float, float] = PANEL) -> Iter
 @contextmanager
 def grid(rows: int, columns: int, size: tuple[float, float], **settings: Any) -> Iterator[tuple[Figure, list[Axes]]]:
     """One picture with several pairs of axes, row by row; ``settings`` as for matplotlib's ``subplots``."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
+    matplotlib = _matplotlib()
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
         yield figure, list(figure.subplots(rows, columns, squeeze=False, **settings).flat)
 
 
@@ -91,22 +97,19 @@ def show_legend(figure: Figure, axes: Axes) -> None:
 
 def whole_numbers(axis: Axis) -> None:
     """Ticks at whole numbers only: steps, counts."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+    axis.set_major_locator(_matplotlib().ticker.MaxNLocator(nbins="auto", integer=True))
 
 
 def logarithmic_if_wide(axes: Axes) -> None:
     """A logarithmic y axis, with plain numbers at 1, 2, 5, 10, ..., for what spans more than a factor of 20."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     low, high = axes.dataLim.intervaly
     if not 0 < low * _WIDE < high:
         return
+    ticker = _matplotlib().ticker
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 _WIDE = 20

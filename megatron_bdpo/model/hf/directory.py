@@ -53,7 +53,7 @@ def _fetched(flag: str, name: str, patterns: list[str], revision: str | None, le
     if Path(name).exists() or not least_slashes <= name.count("/") <= 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{flag}: there is no directory {name}, nor can this be a name on the hub.")
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download  # of the extra hf
     except ImportError as error:
         raise UserError(
             f"{flag} by name needs huggingface_hub: pip install 'megatron_bdpo[hf]', or give a directory."

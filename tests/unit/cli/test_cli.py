@@ -164,9 +164,8 @@ def test_completion():
 
 def test_what_a_shell_waits_for_is_light():
     """Completion and help start a Python per key: neither torch nor Megatron may load."""
-    script = (
-        "import sys, megatron_bdpo.cli.main; print([m for m in ('torch', 'numpy', 'megatron') if m in sys.modules])"
-    )
+    heavy = "('torch', 'megatron', 'datasets', 'matplotlib', 'rich')"
+    script = f"import sys, megatron_bdpo.cli.main; print([m for m in {heavy} if m in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert ended.stdout.strip() == "[]", ended.stderr
 

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "artifact": set(),
     "hub": set(),
     "json_shape": set(),
-    "display": set(),
+    "display": {"display"},
     "comprehension": {"errors"},
     "losses": {"losses", "comprehension", "errors"},
     "data": {"data", "display", "artifact", "hub", "json_shape", "errors"},

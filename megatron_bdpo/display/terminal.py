@@ -1,0 +1,60 @@
+"""Blocks drawn by rich, as wide as the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TextIO
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from megatron_bdpo.display.blocks import Block, Facts, Table
+
+
+def draw(blocks: Iterable[Block], stream: TextIO, width: int | None) -> None:
+    """Draw them, flushed."""
+    console = Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
+    for block in blocks:
+        console.print(_drawn(block))
+    stream.flush()
+
+
+def _drawn(block: Block) -> RenderableType:
+    match block:
+        case Table():
+            table = _table(block)
+            return Group(Text(block.title, style="bold"), table) if block.title else table
+        case Facts():
+            grid = RichTable.grid(padding=(0, 2))
+            grid.add_column(style="cyan")
+            grid.add_column(overflow="fold")
+            for name, value in block.items:
+                grid.add_row(Text(name), Text(value))
+            return grid
+        case _:
+            return Text(block, style="yellow" if block.startswith("WARNING") else "")
+
+
+def _table(block: Table) -> RichTable:
+    left, whole, titled = set(block.left), set(block.whole), any(block.titles)
+    table = RichTable(
+        box=box.SIMPLE_HEAD,
+        show_header=titled,
+        header_style="bold cyan",
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for place, title in enumerate(block.titles):
+        table.add_column(
+            Text(title),
+            justify="left" if place in left else "right",
+            overflow="fold",
+            no_wrap=place in whole or place not in left,
+            style="" if place or titled else "cyan",
+        )
+    for row in block.rows:
+        table.add_row(*map(Text, row))
+    return table

@@ -1,0 +1,31 @@
+"""A loss as an object for ``json.dump``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_bdpo.losses import registry
+from megatron_bdpo.losses.base import AnyLossSpec
+
+
+def describe(spec: AnyLossSpec) -> dict[str, Any]:
+    """Name, summary, what it reads with its default options, options, source."""
+    needs = spec.requirements(spec.options())
+    reads = {"reference": needs.reference, "comprehension": needs.comprehension, "safety labels": needs.safety}
+    options = [
+        {
+            "flag": field.flag,
+            "default": field.defaults[spec.name],
+            "choices": list(field.choices or field.words),
+            "help": field.help,
+        }
+        for field in registry.option_fields().values()
+        if spec.name in field.defaults
+    ]
+    return {
+        "name": spec.name,
+        "summary": spec.summary,
+        "reads": [name for name, needed in reads.items() if needed],
+        "options": options,
+        "source": spec.source,
+    }
