@@ -11,6 +11,10 @@ import importlib.util
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import (
+    linear_with_grad_accumulation_and_async_allreduce,
+    vocab_parallel_cross_entropy,
+)
 from torch import Tensor
 
 from megatron_bdpo.logprobs.scored import ScoredPositions, TokenScores, select_scored
@@ -47,11 +51,6 @@ def token_log_probs(
     Returns:
         Log-probs [N] float32, and the entropy [N] float32 or None.
     """
-    from megatron.core.tensor_parallel import (
-        linear_with_grad_accumulation_and_async_allreduce,
-        vocab_parallel_cross_entropy,
-    )
-
     logits = linear_with_grad_accumulation_and_async_allreduce(
         select_scored(hidden_states, scored, tp_group=tp_group, sequence_parallel=sequence_parallel),
         weight,

@@ -18,7 +18,6 @@ import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 _active: TorchFunctionMode | None = None
-_writer_on_gpu: Callable[..., None] | None = None
 
 _MEMORY_STATS = (
     "allocated_bytes.all.current",
@@ -50,10 +49,9 @@ def emulate_cuda_on_cpu() -> None:
         raise RuntimeError("the CPU emulation must not be installed where a GPU is usable")
     _leave_out_gpu_packages()
     _patch_torch_cuda()
-    _patch_megatron_random()
-    _patch_megatron_experts()
-    _patch_megatron_uneven_collectives()
-    _patch_megatron_checkpoint_writer()
+    from megatron_bdpo.platform import megatron_on_cpu  # imports Megatron, which binds torch.cuda's functions
+
+    megatron_on_cpu.patch(checkpoint_writer=_write_checkpoints)
     # Megatron warms up torch.compile'd functions at start. On a CPU that takes a C++ compiler and minutes, and our
     # defaults use none of them.
     torch._dynamo.config.disable = True
@@ -158,76 +156,9 @@ def _patch_torch_cuda() -> None:
     torch.nn.Module.cuda = lambda self, *args: self  # type: ignore[method-assign]
 
 
-def _patch_megatron_random() -> None:
-    import megatron.core.tensor_parallel.random as megatron_random
-
-    # The tensor-parallel RNG tracker reaches the CUDA generator through the C API, not through torch.cuda.
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-
-
-def _patch_megatron_experts() -> None:
-    from megatron.core.transformer.moe import token_dispatcher
-
-    # all_to_all wants its split sizes as numbers. Megatron makes them so when it brings them to the host, but leaves
-    # alone what is there already.
-    on_gpu = token_dispatcher.maybe_move_tensor_to_cpu
-
-    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        moved = on_gpu(tensor, as_numpy, record_stream)
-        return moved.numpy() if as_numpy and isinstance(moved, torch.Tensor) else moved
-
-    token_dispatcher.maybe_move_tensor_to_cpu = move
-
-
-def _patch_megatron_uneven_collectives() -> None:
-    from megatron.core.tensor_parallel import mappings
-
-    # Tensor-parallel experts gather and scatter as many tokens as each rank has; gloo wants equal parts.
-    gather_equal, scatter_equal = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
-
-    def gather(tensor: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
-        if output_split_sizes is None:
-            return gather_equal(tensor, group, None, use_global_buffer)
-        longest = max(output_split_sizes)
-        if longest == 0:
-            return tensor
-        padded = tensor.new_zeros(longest, *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        parts = gather_equal(padded, group).split(longest)
-        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
-
-    def scatter(tensor: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
-        if input_split_sizes is None:
-            return scatter_equal(tensor, group, None, use_global_buffer)
-        total = tensor.clone()
-        torch.distributed.all_reduce(total, group=group)
-        return total.split(list(input_split_sizes))[group.rank()].contiguous()
-
-    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
-
-
-def _patch_megatron_checkpoint_writer() -> None:
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    global _writer_on_gpu
-    _writer_on_gpu = PersistentAsyncCaller.async_loop
-    PersistentAsyncCaller.async_loop = staticmethod(_write_checkpoints)
-    FileSystemWriterAsync.preload_tensors = staticmethod(_copy_to_host)
-
-
 def _write_checkpoints(*args: Any) -> None:
     """The process that writes for --async-save: it counts devices, and starts without the emulation."""
     emulate_cuda_on_cpu()
-    assert _writer_on_gpu is not None
-    _writer_on_gpu(*args)
+    from megatron_bdpo.platform import megatron_on_cpu  # as above
 
-
-def _copy_to_host(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
-    """What training waits for before it goes on. On a GPU it is a copy to the host; a tensor that is there already is
-    not copied, and the writer would share it with the optimizer's next step."""
-    return [
-        (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
-        for file, key, (data, tensors) in write_buckets
-    ]
+    megatron_on_cpu.write_checkpoints(*args)
