@@ -11,10 +11,6 @@ import importlib.util
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import (
-    linear_with_grad_accumulation_and_async_allreduce,
-    vocab_parallel_cross_entropy,
-)
 from torch import Tensor
 
 from megatron_bdpo.logprobs.scored import ScoredPositions, TokenScores, select_scored
@@ -51,6 +47,11 @@ def token_log_probs(
     Returns:
         Log-probs [N] float32, and the entropy [N] float32 or None.
     """
+    from megatron.core.tensor_parallel import (  # absent in plain torch
+        linear_with_grad_accumulation_and_async_allreduce,
+        vocab_parallel_cross_entropy,
+    )
+
     logits = linear_with_grad_accumulation_and_async_allreduce(
         select_scored(hidden_states, scored, tp_group=tp_group, sequence_parallel=sequence_parallel),
         weight,
