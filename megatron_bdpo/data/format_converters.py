@@ -71,7 +71,7 @@ def as_it_is(row: Row, options: FormatOptions) -> list[Row]:
 def openrlhf(row: Row, options: FormatOptions) -> list[Row]:
     """``input`` is the prompt: text, or messages."""
     prompt = _column(row, "input")
-    if not isinstance(prompt, str | list):
+    if not isinstance(prompt, str | list) or prompt == []:
         raise _wrong("column 'input'", prompt, "a string or a list of messages")
     answers = {name: _column(row, name) for name in ("chosen", "rejected")}
     return [{"prompt": prompt, **answers, **_passed_on(row, *FOR_TEMPLATE, *OF_ANSWERS)}]
@@ -165,6 +165,7 @@ def pku_saferlhf(row: Row, options: FormatOptions) -> list[Row]:
 
 def helpsteer3(row: Row, options: FormatOptions) -> list[Row]:
     """Below zero the first answer is preferred, above it the second."""
+    _column(row, "overall_preference", null=True)
     preference = _grade(row, "overall_preference", "the row")
     prompt = _conversation(_column(row, "context"), "column 'context'")
     first, second = _text(row, "response1"), _text(row, "response2")

@@ -24,7 +24,7 @@ _OURS = ("prompt", *_PAIR, *FOR_TEMPLATE, *OF_ANSWERS)
 
 @dataclass(frozen=True)
 class RowFormat:
-    """One of them. Its functions are a module's own, so that it can be sent to another process."""
+    """One of them."""
 
     name: str
     """What ``--pair-format`` calls it."""
@@ -51,6 +51,10 @@ class RowFormat:
     def is_ours(self) -> bool:
         """Whether the rows are read as they are."""
         return self.rows is converters.as_it_is
+
+    def __reduce__(self) -> tuple[Callable[[str], RowFormat], tuple[str]]:
+        """Other processes find it by its name."""
+        return named, (self.name,)
 
     def unread(self, row: Row) -> list[str]:
         """Columns of the row that hold something which is neither read nor left out for a known reason."""
