@@ -108,13 +108,18 @@ class RowReader:
         """
         row = _renamed(row, self.settings.columns)
         try:
-            if self.format.is_ours and (other := formats.recognise(row)) and not other.is_ours:
-                raise RowProblem(ProblemKind.WRONG_TYPE, f"the row has the form of {other.name}")
+            self._refuse_other_forms(row)
             return self.format.rows(row, self.settings.options)
         except RowProblem as problem:
             if problem.kind.malformed:
                 raise RowProblem(problem.kind, f"{problem.detail} ({self.known_from})") from None
             raise
+
+    def _refuse_other_forms(self, row: Row) -> None:
+        """Where the format was recognised. Those that are read as they are may be mixed."""
+        other = formats.recognise(row) if self.settings.format == AUTO else None
+        if other and other is not self.format and not (other.is_ours and self.format.is_ours):
+            raise RowProblem(ProblemKind.WRONG_TYPE, f"the row has the form of {other.name}")
 
     def unread(self, row: Row) -> list[str]:
         """Columns of the row that nobody reads, and that are not left out for a known reason; see `RowFormat`."""

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from megatron_bdpo.data import formats
 from megatron_bdpo.data.check import check_rows
 from megatron_bdpo.data.format_converters import FormatOptions
+from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
 from megatron_bdpo.data.records import ProblemKind, RowProblem, parse_row
 from megatron_bdpo.data.row_reader import FormatSettings, RowReader, refuse_unused, row_readers
 from megatron_bdpo.data.sources import SourceSpec
+from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
 from tests.unit.data.test_any_rows import any_json
 
@@ -429,8 +431,10 @@ def test_the_first_readable_row_of_each_source_decides(tmp_path):
     assert (alpaca.format.name, nectar.format.name, unknown.format.name) == ("alpaca", "nectar", "trl")
     with pytest.raises(RowProblem) as caught:
         alpaca.records(example("orca"))
-    for words in ("'instruction' is missing", f"{tmp_path}/a.jsonl, line 3", "read as alpaca", "--pair-format"):
+    for words in ("the form of orca", f"{tmp_path}/a.jsonl, line 3", "read as alpaca", "--pair-format"):
         assert words in caught.value.detail
+    with pytest.raises(RowProblem, match=r"'chosen' is missing.*read as alpaca, the format of"):
+        alpaca.records({"instruction": "a"})
     with pytest.raises(RowProblem, match=r"no known format: name it with --pair-format, or their columns"):
         unknown.records(odd)
 
@@ -456,6 +460,24 @@ def test_several_pairs_of_a_row_are_counted(tmp_path):
     assert (report.rows_read, report.pairs_kept, report.dropped_rows) == ([5], [4], 1)
     assert [(each.kind, each.rows) for each in report.problems] == [("TIED", [2])]
     assert check_rows((source,), max_rows=1, form=FormatSettings.parse(pairs_from="all")).pairs_kept == [3]
+
+
+def test_pairs_of_a_row_in_a_store(tmp_path, megatron_tokenizer, qwen_like):
+    """Each under the number of their row; and every way to make pairs has a store of its own."""
+    tokenizer = PairTokenizer(megatron_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(qwen_like)))
+    sources = (SourceSpec(str(EXAMPLES / "nectar.jsonl")),)
+    stores = {
+        way: prepare_pairs(PairDataSettings(sources, tmp_path, form=FormatSettings.parse(**way_of)), tokenizer)
+        for way, way_of in (
+            ("default", {}),
+            ("best-worst", {"pairs_from": "best-worst"}),
+            ("all", {"pairs_from": "all"}),
+        )
+    }
+    assert stores["default"].directory == stores["best-worst"].directory != stores["all"].directory
+    assert stores["default"].row.tolist() == [1, 2]
+    assert stores["all"].row.tolist() == [1, 1, 1, 2]
+    assert stores["all"].report.rows_read == stores["all"].report.pairs_kept == [4]
 
 
 def test_options_without_a_use_are_refused(tmp_path):
