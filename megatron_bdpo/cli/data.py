@@ -13,8 +13,11 @@ from megatron_bdpo import display
 from megatron_bdpo.cli import common
 from megatron_bdpo.cli.common import NOT_NEGATIVE, PATH, POSITIVE, example
 from megatron_bdpo.data.check import check_rows
+from megatron_bdpo.data.format_converters import PAIRS_FROM, PREFERENCES
+from megatron_bdpo.data.formats import AUTO, NAMES
 from megatron_bdpo.data.prepare import excess
 from megatron_bdpo.data.records import RowProblem
+from megatron_bdpo.data.row_reader import FormatSettings, RowReader
 from megatron_bdpo.data.sources import parse_sources
 from megatron_bdpo.data.statistics import PairStatistics
 from megatron_bdpo.data.store import PairStore
@@ -32,10 +35,19 @@ def data() -> None:
 
 
 def _pairs(function: Any) -> Any:
-    """The arguments of all three: sources, and how much may be wrong with them."""
+    """The arguments of all three: sources, the form of their rows, and how much may be wrong with them."""
     for add in (
         click.option("--max-dropped-share", type=_SHARE, default=0.5, show_default=True, help="Unusable rows allowed."),
         click.option("--max-malformed-share", type=_SHARE, default=0.0, show_default=True, help="Broken rows allowed."),
+        click.option("--pair-preference", type=click.Choice(PREFERENCES), help="PKU-SafeRLHF: which answer is chosen."),
+        click.option("--pairs-from", type=click.Choice(PAIRS_FROM), help="Pairs of rows with ranked answers."),
+        click.option("--pair-columns", metavar="OURS=THEIRS,...", help="E.g. prompt=question,chosen=answer_a."),
+        click.option(
+            "--pair-format",
+            type=click.Choice((AUTO, *NAMES)),
+            metavar="NAME",
+            help="Form of the rows; auto (default): that of each source's first.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="For programs."),
         click.argument("pairs", nargs=-1, required=True, metavar="PAIRS..."),
     ):
@@ -54,6 +66,7 @@ def check(
     as_json: bool,
     show: int,
     max_rows: int | None,
+    **form: Any,
 ) -> None:
     """Count the rows, and those that give no pair by reason, with their lines.
 
@@ -67,7 +80,12 @@ def check(
             left -= 1
             click.echo(f"{where}: {problem}")
 
-    report = check_rows(parse_sources(pairs), show_problem, max_rows)
+    def show_format(reader: RowReader) -> None:
+        if not (reader.format.is_ours or as_json):
+            click.echo(reader.known_from)
+
+    given = FormatSettings.parse(**{name: value for name, value in form.items() if value is not None})
+    report = check_rows(parse_sources(pairs), show_problem, max_rows, given, show_format)
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
     else:
@@ -130,6 +148,10 @@ _FLAGS = (
     "max_response_length",
     "max_pairs",
     "pair_cache_dir",
+    "pair_format",
+    "pair_columns",
+    "pairs_from",
+    "pair_preference",
     "max_malformed_share",
     "max_dropped_share",
 )

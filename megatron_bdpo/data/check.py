@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from megatron_bdpo.data.records import RowProblem, parse_row
+from megatron_bdpo.data.row_reader import RECOGNISED, FormatSettings, RowReader, pair_rows, refuse_unused, row_readers
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec, describe_row, read_rows
 from megatron_bdpo.errors import UserError
@@ -14,6 +16,8 @@ def check_rows(
     sources: tuple[SourceSpec, ...],
     on_problem: Callable[[str, RowProblem], None] = lambda where, problem: None,
     max_rows: int | None = None,
+    form: FormatSettings = RECOGNISED,
+    on_reader: Callable[[RowReader], None] = lambda reader: None,
 ) -> DataReport:
     """Read every row as a training would, up to its tokens.
 
@@ -21,6 +25,8 @@ def check_rows(
         sources: the data sets.
         on_problem: told of each row that gives no pair, as it comes: where it is, and what is wrong with it.
         max_rows: of each source, only the first so many.
+        form: of the rows.
+        on_reader: told of each source how its rows are read, before any row.
 
     Returns:
         The report, without lengths. What only tokens show (responses that are cut to the same, tokens that merge
@@ -31,20 +37,24 @@ def check_rows(
     """
     report = DataReport([source.path for source in sources])
     forms: dict[bool, str] = {}
-    for index, source in enumerate(sources):
-        for number, row in read_rows(source):
-            if max_rows is not None and report.rows_read[index] == max_rows:
-                break
-            report.rows_read[index] += 1
-            try:
-                if isinstance(row, RowProblem):
-                    raise row
-                forms.setdefault(parse_row(row).is_chat, describe_row(source, number))
-            except RowProblem as problem:
-                report.add_problem(index, number, problem.kind, problem.detail)
-                on_problem(describe_row(source, number), problem)
-                continue
-            report.pairs_kept[index] += 1
+    readers = row_readers(sources, form)
+    refuse_unused(form, readers)
+    for reader in readers:
+        on_reader(reader)
+    for index, (source, reader) in enumerate(zip(sources, readers, strict=True)):
+        for number, row in itertools.islice(read_rows(source), max_rows):
+            where = describe_row(source, number)
+            for record in pair_rows(row, reader):
+                report.rows_read[index] += 1
+                try:
+                    if isinstance(record, RowProblem):
+                        raise record
+                    forms.setdefault(parse_row(record).is_chat, where)
+                except RowProblem as problem:
+                    report.add_problem(index, number, problem.kind, problem.detail)
+                    on_problem(where, problem)
+                    continue
+                report.pairs_kept[index] += 1
     if len(forms) == 2:
         raise UserError(
             f"{forms[True]} holds chat messages, {forms[False]} strings. One run takes one form: convert one of them."

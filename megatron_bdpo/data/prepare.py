@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megatron_bdpo.artifact import new_directory, write_whole
 from megatron_bdpo.data.records import PreferenceRecord, RowProblem, parse_row
+from megatron_bdpo.data.row_reader import RECOGNISED, FormatSettings, pair_rows, row_readers
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import Row, SourceSpec, content_digest, describe_row, read_rows, sha256_of_file
 from megatron_bdpo.data.store import FORMAT_VERSION, PairStore, PairStoreWriter, StoreInfo
@@ -52,6 +53,9 @@ class PairDataSettings:
 
     max_dropped_share: float = 0.5
     """Share of rows that may give no pair, for whatever reason."""
+
+    form: FormatSettings = RECOGNISED
+    """Of the rows."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -113,6 +117,7 @@ def _decisive_settings(settings: PairDataSettings, tokenizer: PairTokenizer, cac
         **tokenizer.settings(),
         "max_prompt_length": settings.max_prompt_tokens,
         "max_response_length": settings.max_response_tokens,
+        **settings.form.decisive(),
     }
 
 
@@ -161,7 +166,7 @@ def _write_store(
     """Tokenize all rows into the writer and finish it, unless too many are no good."""
     report = DataReport([source.path for source in settings.sources])
     is_chat: bool | None = None
-    for index, number, row in _all_rows(settings.sources, report, progress):
+    for index, number, row in _all_rows(settings, report, progress):
         try:
             record = _record(row)
             is_chat = _same_form(is_chat, record, settings.sources[index], number)
@@ -184,17 +189,22 @@ def _write_store(
 
 
 def _all_rows(
-    sources: tuple[SourceSpec, ...], report: DataReport, progress: bool
+    settings: PairDataSettings, report: DataReport, progress: bool
 ) -> Iterator[tuple[int, int, Row | RowProblem]]:
-    """Source index, row number and row of everything there is to read, counted and shown as it passes."""
+    """Source index, row number and row of everything there is to read, counted and shown as it passes.
+
+    A row of several ranked answers comes as several.
+    """
+    readers = row_readers(settings.sources, settings.form)
     watched = sys.stderr.isatty()
     delay, interval = (0.0, 0.1) if watched else (_SILENT_SECONDS, _SILENT_SECONDS)
     with tqdm(desc="tokenizing pairs", unit=" rows", disable=not progress, delay=delay, mininterval=interval) as bar:
-        for index, source in enumerate(sources):
+        for index, source in enumerate(settings.sources):
             for number, row in read_rows(source):
-                report.rows_read[index] += 1
                 bar.update()
-                yield index, number, row
+                for record in pair_rows(row, readers[index]):
+                    report.rows_read[index] += 1
+                    yield index, number, record
 
 
 def _record(row: Row | RowProblem) -> PreferenceRecord:

@@ -42,6 +42,8 @@ class ProblemKind(enum.Enum):
     IDENTICAL_RESPONSES = "identical responses"
     IDENTICAL_TOKENS = "responses identical once tokenized"
     IDENTICAL_AFTER_TRUNCATION = "responses identical after truncation"
+    TIED = "answers with the same score or rank"
+    UNRANKED = "fewer than two answers with a score or rank"
     NO_COMMON_PROMPT = "no common prompt"
     DIVERGES_EARLY = "dialogues differ before the last assistant turn"
     NOT_ONE_ASSISTANT_TURN = "response is not one assistant turn"

@@ -15,6 +15,8 @@ from typing import Any, Literal, Self
 
 import torch
 
+from megatron_bdpo.data.format_converters import PAIRS_FROM, PREFERENCES
+from megatron_bdpo.data.formats import AUTO, NAMES
 from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import registry
 from megatron_bdpo.model.attention_backends import BACKENDS
@@ -64,6 +66,15 @@ class PairSettings:
     """held-out pairs, evaluated every --eval-interval steps"""
     eval_share: float = 0.0
     """share of the training pairs to hold out instead of --eval-pair-data"""
+    pair_format: str = _flag(AUTO, choices=(AUTO, *NAMES))
+    """form of the rows; auto: of each source the one that its first readable row has"""
+    pair_columns: str | None = _flag(metavar="OURS=THEIRS,...")
+    """columns of the rows that stand for those of a format: prompt=question,chosen=answer_a"""
+    pairs_from: str | None = _flag(choices=PAIRS_FROM)
+    """of rows with more than two ranked answers, one pair of the best and the worst, all pairs, or all neighbours in
+    rank (default: best-worst)"""
+    pair_preference: str | None = _flag(choices=PREFERENCES)
+    """of PKU-SafeRLHF, the answer that is chosen (default: better)"""
     pair_cache_dir: str | None = None
     """where tokenised pairs and reference values are kept; every node must see it (default: beside --save, else
     ./runs/cache)"""

@@ -12,6 +12,7 @@ from typing import Any
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build_megatron_tokenizer
 
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
+from megatron_bdpo.data.row_reader import FormatSettings, refuse_unused, row_readers
 from megatron_bdpo.data.sources import check_sources, parse_sources
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
@@ -47,6 +48,8 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
                 wanted.append(_data_settings(pairs, paths, limit, cache))
                 if is_rank_zero():
                     check_sources(wanted[-1].sources)
+        if is_rank_zero():
+            _refuse_unused_options(wanted)
     shared_by_every_node("--pair-cache-dir", cache)
     found = settings.tokenizer.model
     with all_ranks_agree():
@@ -78,7 +81,14 @@ def _data_settings(pairs: PairSettings, paths: list[str], limit: int | None, cac
         max_pairs=limit,
         max_malformed_share=pairs.max_malformed_share,
         max_dropped_share=pairs.max_dropped_share,
+        form=FormatSettings.parse(pairs.pair_format, pairs.pair_columns, pairs.pairs_from, pairs.pair_preference),
     )
+
+
+def _refuse_unused_options(wanted: list[PairDataSettings]) -> None:
+    """See ``refuse_unused``: what makes a difference to some source, of training or held out, is no mistake."""
+    for form in {each.form for each in wanted if each.form.pairs_from or each.form.preference}:  # they have one
+        refuse_unused(form, [reader for each in wanted for reader in row_readers(each.sources, form)])
 
 
 def build_tokenizer(arguments: Arguments) -> Any:

@@ -35,12 +35,21 @@ TINY = ["--recipe", str(ROOT / "recipes" / "tiny.yaml")]
 
 #: Sub-command -> arguments that it cannot use, and a word of the reason.
 WRONG = {
-    "data check": [(["nowhere.jsonl"], "no such file"), ([], "PAIRS"), (["a.jsonl", "--show", "-1"], "--show")],
+    "data check": [
+        (["nowhere.jsonl"], "no such file"),
+        ([], "PAIRS"),
+        (["a.jsonl", "--show", "-1"], "--show"),
+        (["a.jsonl", "--pair-format", "nonsense"], "--pair-format"),
+        (["a.jsonl", "--pair-columns", "prompt"], "'prompt' does not name two columns"),
+        ([str(DATA / "train.jsonl"), "--pairs-from", "all"], "--pairs-from all makes no difference"),
+    ],
     "data prepare": [([str(DATA / "train.jsonl")], "no tokenizer"), (["nowhere.jsonl", *TOKENIZER], "no such file")],
     "data stats": [
         ([str(DATA / "train.jsonl"), "--tokenizer-type", "Nonsense"], "tokenizer-type"),
         ([str(DATA / "train.jsonl"), *TOKENIZER[:3], str(DATA / "train.jsonl")], "tokenizer cannot be built"),
         ([str(DATA / "train.jsonl"), "--recipe", str(DATA)], "cannot be read"),
+        ([str(DATA / "train.jsonl"), *TOKENIZER, "--pairs-from", "all"], "--pairs-from all makes no difference"),
+        ([str(DATA / "train.jsonl"), *TOKENIZER, "--pair-columns", "a=b"], "no format reads a column 'a'"),
     ],
     "score": [(["--no-such-flag"], "--no-such-flag"), (["--pair-data", "nowhere.jsonl"], "")],
     "train": [
@@ -212,6 +221,47 @@ def test_check_of_mixed_forms(tmp_path, capsys):
     (tmp_path / "pairs.jsonl").write_text(BAD.splitlines()[2] + "\n" + chat)
     assert main(["data", "check", str(tmp_path / "pairs.jsonl")]) == 2
     assert "line 2 holds chat messages" in capsys.readouterr().err
+
+
+FORMATS = ROOT / "tests" / "unit" / "data" / "formats"
+
+
+def test_check_of_a_format(tmp_path, capsys):
+    alpaca = str(FORMATS / "alpaca.jsonl")
+    assert main(["data", "check", alpaca]) == 0
+    output = capsys.readouterr().out
+    assert f"read as alpaca, the format of {alpaca}, line 1;" in output and "pairs: 2 kept of 2 rows" in output
+    assert main(["data", "check", alpaca, "--pair-format", "sharegpt"]) == 2
+    assert "line 1: missing column: column 'conversations' is missing;" in capsys.readouterr().out
+    assert main(["data", "check", alpaca, "--pair-format", "orca", "--pair-columns", "question=instruction"]) == 0
+    assert "pairs: 2 kept of 2 rows" in capsys.readouterr().out
+    nectar = str(FORMATS / "nectar.jsonl")
+    for way, expected in (("best-worst", 2), ("all", 4), ("adjacent", 3)):
+        assert main(["data", "check", nectar, "--pairs-from", way, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["pairs_kept"] == [expected]
+
+
+def test_columns_of_other_names_give_the_same_tokens(ranks, tmp_path):
+    from megatron_bdpo.data.store import PairStore
+
+    rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()[:12]]
+    theirs = {"prompt": "question", "chosen": "answer_a", "rejected": "answer_b"}
+    renamed = [{theirs.get(name, name): value for name, value in row.items()} for row in rows]
+    stores = []
+    for name, written, more in (
+        ("ours", rows, []),
+        ("theirs", renamed, ["--pair-columns", ",".join(f"{ours}={other}" for ours, other in theirs.items())]),
+    ):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in written))
+        words = [str(path), *TOKENIZER, *more, "--pair-cache-dir", str(tmp_path / name), "--json"]
+        ((code, output, errors),) = ranks(1)(run, "data", "prepare", *words)
+        assert code == 0, errors
+        stores.append(PairStore.open(json.loads(output)["directory"]))
+    assert len(stores[0]) == len(stores[1]) == 12
+    for pair in range(12):
+        for expected, found in zip(*(store.pair(pair) for store in stores), strict=True):
+            assert expected.tolist() == found.tolist()
 
 
 def test_prepared_pairs_are_those_of_the_training(ranks, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bdpo.cli.main import cli, main
+from megatron_bdpo.data import formats
 from megatron_bdpo.losses import registry
 from tests.unit.cli.test_cli import ALL
 
@@ -39,6 +40,12 @@ def test_losses_are_those_of_the_program(capsys):
     assert capsys.readouterr().out in page
     for name in registry.names():
         assert f"### {name}\n\n::: megatron_bdpo.losses.{name}\n" in page
+
+
+def test_formats_are_those_of_the_program():
+    page = (DOCS / "data.md").read_text("utf-8")
+    rows = "".join(f"| `{each.name}` | {each.summary} |\n" for each in formats.FORMATS)
+    assert f"| `--pair-format` | rows |\n|---|---|\n{rows}\n" in page
 
 
 def known_flags() -> set[str]:
@@ -134,6 +141,7 @@ def test_example_of_an_own_loss(tmp_path):
     """Installed as a package, it is in the registry, with its option as a flag and the value of its formula."""
     script = """
 import math, torch
+from megatron_bdpo.data import formats
 from megatron_bdpo.losses import registry
 from megatron_bdpo.losses.base import PairLogProbs
 options = registry.build_options("exponential", {"exponential_cap": 0.5})
