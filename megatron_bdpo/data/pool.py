@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -63,9 +64,10 @@ class PairPool:
 
         So every pack that holds some pairs also holds them after the empty prompt, which the resident reference needs.
         """
-        lengths = self.lengths.astype(np.int64)
-        empty = np.repeat([len(store.empty_prompt) for store in self.stores], np.diff(self.offsets))
-        lengths[:, 0] = np.maximum(lengths[:, 0], empty)
+        lengths = self.lengths.copy()
+        for store, (first, stop) in zip(self.stores, itertools.pairwise(self.offsets), strict=True):
+            prompts = lengths[first:stop, 0]
+            np.maximum(prompts, len(store.empty_prompt), out=prompts)
         return group_tokens(lengths, share_prompts=share_prompts)
 
     def describe(self, pair_id: int) -> str:
@@ -76,6 +78,8 @@ class PairPool:
     def pools(self, index: int, ids: IntArray) -> list[tuple[IntArray, float]]:
         """Those of ``ids`` that belong to the store at ``index``, by data source, with the source's weight."""
         store = self.stores[index]
+        if len(store.sources) == 1:
+            return [(ids, store.sources[0].weight)]
         source = store.source[ids - self.offsets[index]]
         return [(ids[source == number], spec.weight) for number, spec in enumerate(store.sources)]
 

@@ -77,8 +77,8 @@ class PairJob:
 
     def describe(self) -> list[str]:
         """Loss, pairs and plan in a few lines."""
-        plan, lengths = self.plan, self.pool.lengths[self.train.ids].astype(np.int64)
-        unshared, shared = int((lengths.sum(axis=1) + lengths[:, 0]).sum()), int(lengths.sum())
+        plan, tokens = self.plan, self.pool.lengths[self.train.ids].sum(axis=0, dtype=np.int64)
+        unshared, shared = int(tokens.sum() + tokens[0]), int(tokens.sum())
         lines = [
             f"loss: {self.loss.describe()}",
             f"pairs: {len(self.train.ids)} to train on, {len(self.held_out.ids)} held out"
@@ -114,9 +114,11 @@ _PACKS_LOOKED_AT = 16
 
 
 def each_once(*ids: IntArray) -> IntArray:
-    """All ids, each where it comes first."""
+    """All ids, none below zero, each where it comes first."""
     every = np.concatenate(ids)
-    return every[np.sort(np.unique(every, return_index=True)[1])]
+    first = np.zeros(every.max(initial=-1) + 1, np.int64)
+    first[every[::-1]] = np.arange(len(every))[::-1]  # of equal indices the last one is kept
+    return every[first[every] == np.arange(len(every))]
 
 
 def _range(lengths: IntArray) -> str:
@@ -167,11 +169,11 @@ DEFAULT_ANSWER = 64
 
 
 def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:
-    all_train = pool.store_ids(0)
     if len(pool.stores) > 1:
-        train, held_out = Selection(all_train), Selection(pool.store_ids(1))
+        train, held_out = map(Selection, (pool.store_ids(0), pool.store_ids(1)))
     else:
-        train, held_out = map(Selection, pools.hold_out(all_train, settings.pairs.eval_share, settings.schedule.seed))
+        shares = pools.hold_out(pool.store_ids(0), settings.pairs.eval_share, settings.schedule.seed)
+        train, held_out = map(Selection, shares)
     for selection in (train, held_out):
         pools.select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
     sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length
