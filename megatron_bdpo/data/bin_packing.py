@@ -91,9 +91,7 @@ def best_fit(
     return pack_of, fits & (np.count_nonzero(load, axis=1) >= ranks)
 
 
-def per_pack(
-    values: IntArray, pack_of: npt.NDArray[np.integer], packs: int, pairs: IntArray | None = None
-) -> IntArray:
+def per_pack(values: IntArray, pack_of: npt.NDArray[np.integer], packs: int, pairs: IntArray | None = None) -> IntArray:
     """[B, packs] sums over the pairs of each pack.
 
     Args:

@@ -34,8 +34,8 @@ class PairPool:
     def __init__(self, stores: Sequence[PairStore]) -> None:
         self.stores = tuple(stores)
         self.offsets = np.cumsum([0, *(len(store) for store in stores)])
-        self.lengths = np.concatenate([np.asarray(store.lengths) for store in stores])
-        self.unsafe = np.concatenate([np.asarray(store.unsafe) for store in stores])
+        self.lengths = _joined([store.lengths for store in stores])
+        self.unsafe = _joined([store.unsafe for store in stores])
         self.swapped = np.zeros(len(self.lengths), bool)
 
     def __len__(self) -> int:
@@ -47,6 +47,10 @@ class PairPool:
 
     def swap(self, ids: IntArray) -> None:
         """Exchange chosen and rejected of these pairs."""
+        if not len(ids):
+            return
+        if not self.lengths.flags.writeable:
+            self.lengths, self.unsafe = self.lengths.copy(), self.unsafe.copy()
         self.swapped[ids] ^= True
         self.lengths[ids] = self.lengths[ids][:, [0, 2, 1]]
         self.unsafe[ids] = self.unsafe[ids][:, ::-1]
@@ -86,6 +90,11 @@ class PairPool:
     def _locate(self, pair_id: int) -> tuple[PairStore, int]:
         index = int(np.searchsorted(self.offsets, pair_id, side="right")) - 1
         return self.stores[index], int(pair_id - self.offsets[index])
+
+
+def _joined[Kind: np.generic](arrays: list[npt.NDArray[Kind]]) -> npt.NDArray[Kind]:
+    """One after the other; a single one is still the store's memory map, which the ranks of a node share."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 @dataclass

@@ -66,6 +66,15 @@ class PairLogProbs:
 
         return cls(*policy.unbind(1), *tokens.unbind(1), *columns(reference), *columns(unconditional), *columns(unsafe))
 
+    def __len__(self) -> int:
+        """P."""
+        return len(self.policy_chosen)
+
+    def __getitem__(self, some: slice) -> PairLogProbs:
+        """Views of some of the pairs."""
+        values = (getattr(self, each.name) for each in fields(self))
+        return PairLogProbs(*(value if value is None else value[some] for value in values))
+
 
 @dataclass(frozen=True, eq=False)
 class PairLosses:
