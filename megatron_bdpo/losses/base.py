@@ -72,8 +72,8 @@ class PairLogProbs:
 
     def __getitem__(self, some: slice) -> PairLogProbs:
         """Views of some of the pairs."""
-        values = (getattr(self, each.name) for each in fields(self))
-        return PairLogProbs(*(value if value is None else value[some] for value in values))
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        return PairLogProbs(**{name: value if value is None else value[some] for name, value in values.items()})
 
 
 @dataclass(frozen=True, eq=False)
