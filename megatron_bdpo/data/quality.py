@@ -116,7 +116,9 @@ class DataQuality:
     length: LengthBias
 
     @classmethod
-    def of(cls, train: PairStore, held_out: PairStore | None = None, most_prompts: int = MOST_PROMPTS) -> DataQuality:
+    def of(
+        cls, train: PairStore, held_out: PairStore | None = None, *, most_prompts: int = MOST_PROMPTS
+    ) -> DataQuality:
         """Read all tokens of the stores; 24 bytes per pair stay in memory, and sorting them takes as much again."""
         digests = _digests(train)
         prompt, chosen, rejected = digests.T
@@ -162,7 +164,7 @@ class DataQuality:
         return [(words, found) for words, found in named if found is not None]
 
     def length_facts(self) -> list[tuple[str, str]]:
-        """The bias of length in words."""
+        """The bias of length in words; the first of them is in ``PairStatistics`` too."""
         bias = self.length
         equal = 1 - bias.longer - bias.shorter
         return [
@@ -177,7 +179,7 @@ class DataQuality:
         table = Table(["", "number", "of", "share"], cells, title=f"quality of {self.pairs:,} pairs")
         examples = [(words, found.example) for words, found in self.rows() if found.example]
         told = [Facts([("first of them", ""), *examples])] if examples else []
-        return [table, Facts([("different prompts", f"{self.prompts:,}"), *self.length_facts()]), *told]
+        return [table, Facts([("different prompts", f"{self.prompts:,}"), *self.length_facts()[1:]]), *told]
 
     def to_json(self) -> dict[str, Any]:
         """As an object for ``json.dump``."""
@@ -185,7 +187,7 @@ class DataQuality:
 
 
 def leak(train: PairStore, held_out: PairStore) -> Found:
-    """Held-out pairs whose prompt is trained on, exactly. Reads the prompts; 3 seconds per million (see docs/data.md)."""
+    """Held-out pairs whose prompt is trained on, exactly. Reads the prompts alone."""
     return _leaked(_digests(held_out, 1)[:, 0], _digests(train, 1)[:, 0], held_out, train)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,8 @@ class PairLogProbs:
 
     def __getitem__(self, some: slice) -> PairLogProbs:
         """Views of some of the pairs."""
-        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
-        return PairLogProbs(**{name: value if value is None else value[some] for name, value in values.items()})
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: value[some] for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True, eq=False)

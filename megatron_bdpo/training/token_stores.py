@@ -12,6 +12,7 @@ from typing import Any
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build_megatron_tokenizer
 
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
+from megatron_bdpo.data.quality import leak
 from megatron_bdpo.data.sources import check_sources, parse_sources
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
@@ -66,6 +67,11 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
     if report:
         for name, store in zip(("training pairs", "held-out pairs"), stores, strict=False):
             say(name, *store.report.blocks())
+        if len(stores) > 1 and is_rank_zero() and (leaked := leak(*stores)).count:
+            say(
+                f"WARNING: the prompts of {leaked.count:,} of {leaked.of:,} held-out pairs are trained on "
+                f"({leaked.example}); megatron-bdpo data stats --eval-pair-data tells more"
+            )
     return stores
 
 
@@ -106,8 +112,10 @@ def build_tokenizer(arguments: Arguments) -> Any:
         ) from error
 
 
-def tokenized_pairs(flags: Sequence[str]) -> PairStore:
+def tokenized_pairs(flags: Sequence[str], held_out: Sequence[str] = ()) -> list[PairStore]:
     """The store of a job's training pairs without the rest of the job, for programs that look at data.
+
+    A second one holds the pairs of the sources ``held_out``, if there are any, whatever the flags say of such pairs.
 
     Of a job's flags only those about pairs and tokenizer are needed. ``--hf-model`` gives the tokenizer; its weights
     are not needed. What is said on the way goes to stderr.
@@ -118,7 +126,7 @@ def tokenized_pairs(flags: Sequence[str]) -> PairStore:
     with contextlib.redirect_stdout(sys.stderr):
         logging.getLogger("megatron").setLevel(logging.WARNING)  # not the padding of a vocabulary
         arguments = Arguments.parse(flags)
-        arguments.set(eval_pair_data=None)
+        arguments.set(eval_pair_data=list(held_out) or None)
         settings = arguments.settings
         with process_groups(settings.process):
             if settings.model.hf_model:
@@ -127,5 +135,4 @@ def tokenized_pairs(flags: Sequence[str]) -> PairStore:
                     tokenizer_model=settings.tokenizer.model
                     or str(model_directory(settings.model.hf_model, weights=False)),
                 )
-            (store,) = open_stores(arguments, report=False)
-        return store
+            return open_stores(arguments, report=False)

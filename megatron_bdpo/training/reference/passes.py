@@ -44,7 +44,7 @@ class ReferenceTable:
 
     def training_pairs(self, job: PairJob) -> PairLogProbs:
         """The values of the training pairs that the run uses, in float64, with the reference as the policy."""
-        ids = job.train.ids[~np.isnan(self.conditional[job.train.ids]).any(axis=1)]
+        ids = job.train.ids[~np.isnan(self.conditional).any(axis=1)[job.train.ids]]
         tokens, conditional, unsafe = map(
             torch.from_numpy, (job.pool.lengths[ids, 1:], self.conditional[ids], job.pool.unsafe[ids])
         )

@@ -138,7 +138,7 @@ def test_short_prompts(make, tokens):
 def test_length_bias(make):
     """Tokens of chosen and rejected, ends of text included: 3 2, 2 3, 3 2, 3 2, 2 2."""
     answers = [("1 1", "2"), ("1", "2 2"), ("1 1", "2"), ("1 1", "2"), ("1", "2")]
-    bias = DataQuality.of(make([(str(i), f" {w}", f" {l}") for i, (w, l) in enumerate(answers, 10)])).length
+    bias = DataQuality.of(make([(str(i), f" {w}", f" {other}") for i, (w, other) in enumerate(answers, 10)])).length
     assert (bias.longer, bias.shorter, bias.rule) == pytest.approx((0.6, 0.2, 0.7))
     assert bias.mean_difference == pytest.approx(0.4)
     lengths, chosen = np.array([3, 2, 3, 3, 2, 2, 3, 2, 2, 2]), np.array([1] * 5 + [0] * 5)
