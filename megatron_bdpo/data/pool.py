@@ -94,7 +94,11 @@ class PairPool:
 
 def _joined[Kind: np.generic](arrays: list[npt.NDArray[Kind]]) -> npt.NDArray[Kind]:
     """One after the other; a single one is still the store's memory map, which the ranks of a node share."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    if len(arrays) > 1:
+        return np.concatenate(arrays)
+    only = arrays[0].view()
+    only.setflags(write=False)
+    return only
 
 
 @dataclass

@@ -34,6 +34,8 @@ Signatures = npt.NDArray[np.uint32]
 NEAR = 0.8
 #: Prompts that are compared with each other, at most: 256 bytes each, and some 30 microseconds.
 MOST_PROMPTS = 500_000
+#: Pairs that the start of a training looks at for leaks, at most: the other ranks wait, some 10 seconds per million.
+MOST_AT_START = 1_000_000
 _BINS = 60
 
 
@@ -178,7 +180,7 @@ class DataQuality:
         cells = [[words, f"{found.count:,}", f"{found.of:,}", f"{found.share:.2%}"] for words, found in self.rows()]
         table = Table(["", "number", "of", "share"], cells, title=f"quality of {self.pairs:,} pairs")
         examples = [(words, found.example) for words, found in self.rows() if found.example]
-        told = [Facts([("first of them", ""), *examples])] if examples else []
+        told: list[Block] = ["the first of them", Facts(examples)] if examples else []
         return [table, Facts([("different prompts", f"{self.prompts:,}"), *self.length_facts()[1:]]), *told]
 
     def to_json(self) -> dict[str, Any]:
@@ -186,9 +188,10 @@ class DataQuality:
         return dataclasses.asdict(self)
 
 
-def leak(train: PairStore, held_out: PairStore) -> Found:
-    """Held-out pairs whose prompt is trained on, exactly. Reads the prompts alone."""
-    return _leaked(_digests(held_out, 1)[:, 0], _digests(train, 1)[:, 0], held_out, train)
+def leak(train: PairStore, held_out: PairStore, most_pairs: int) -> Found:
+    """Held-out pairs whose prompt is trained on, exactly, of so many pairs of each store. Reads the prompts alone."""
+    theirs, known = (_digests(store, parts=1, most=most_pairs)[:, 0] for store in (held_out, train))
+    return _leaked(theirs, known, held_out, train)
 
 
 # Exactly --------------------------------------------------------------------------------------------------------------
@@ -196,11 +199,12 @@ def leak(train: PairStore, held_out: PairStore) -> Found:
 _BLOCK = 2**16  # pairs
 
 
-def _digests(store: PairStore, parts: int = 3) -> Digests:
-    """[P, parts] of prompt, chosen and rejected."""
-    digests = np.empty((len(store), parts), np.uint64)
-    for start in range(0, len(store), _BLOCK):
-        some = range(start, min(start + _BLOCK, len(store)))
+def _digests(store: PairStore, parts: int = 3, most: int | None = None) -> Digests:
+    """[P, parts] of prompt, chosen and rejected; of the first pairs, where there are more than ``most``."""
+    pairs = len(store) if most is None else min(most, len(store))
+    digests = np.empty((pairs, parts), np.uint64)
+    for start in range(0, pairs, _BLOCK):
+        some = range(start, min(start + _BLOCK, pairs))
         joined = b"".join(blake2b(part, digest_size=8).digest() for index in some for part in store.pair(index)[:parts])
         digests[some.start : some.stop] = np.frombuffer(joined, np.uint64).reshape(-1, parts)
     return digests

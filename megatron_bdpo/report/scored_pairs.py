@@ -82,7 +82,11 @@ class Comprehension:
 
     def largest(self, count: int) -> npt.NDArray[np.int64]:
         """Indices into the arrays here of the most imbalanced pairs, the most imbalanced first."""
-        return np.argsort(-np.abs(self.difference), kind="stable")[:count]
+        size = np.abs(self.difference)
+        if not 0 < count < len(size):
+            return np.argsort(-size, kind="stable")[:count]
+        some = np.flatnonzero(size >= np.partition(size, -count)[-count])  # in their order, more where some are equal
+        return some[np.argsort(-size[some], kind="stable")[:count]]
 
     def place(self, index: int) -> str:
         """Where a pair comes from, in words."""

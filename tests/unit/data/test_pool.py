@@ -71,3 +71,15 @@ def test_no_pairs_no_note():
     selection = Selection(np.arange(0))
     select(pool_of(LABELS), selection, SAFEDPO.select, labelled=True)
     assert len(selection.ids) == 0 and not selection.notes
+
+
+def test_a_single_store_is_not_copied_until_pairs_are_swapped():
+    """Ranks of a node share its maps; what is swapped is the pool's, never the store's."""
+    store = Store(LABELS)
+    pool = PairPool([store])
+    assert np.shares_memory(pool.lengths, store.lengths) and np.shares_memory(pool.unsafe, store.unsafe)
+    pool.swap(np.array([], np.int64))
+    assert np.shares_memory(pool.lengths, store.lengths)
+    pool.swap(np.array([1]))
+    assert pool.lengths[1].tolist() == [1, 7, 3] and store.lengths[1].tolist() == [1, 3, 7]
+    assert pool.unsafe[1].tolist() == [0, 1] and store.unsafe[1].tolist() == [1, 0]

@@ -78,8 +78,9 @@ def test_leaks(make, tmp_path):
     assert (found.leaked_prompts.count, found.leaked_prompts.of, found.leaked_pairs.count) == (2, 4, 1)
     assert found.leaked_prompts.example == f"{tmp_path / 'held_out.jsonl'}, line 2; see {train.describe(1)}"
     assert found.leaked_pairs.example == f"{other.describe(2)}; see {train.describe(3)}"
-    assert leak(train, other) == found.leaked_prompts
-    assert leak(other, make([("40", " 1", " 2")], "none")).count == 0
+    assert leak(train, other, 100) == found.leaked_prompts
+    assert leak(train, other, 1).count == 0, "of one pair of each"
+    assert leak(other, make([("40", " 1", " 2")], "none"), 100).count == 0
 
 
 def of_prompts(prompts: list[list[str]]) -> list[Row]:

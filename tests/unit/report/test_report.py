@@ -19,7 +19,8 @@ from megatron_bdpo.cli.main import main
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
 from megatron_bdpo.data.sources import SourceSpec
 from megatron_bdpo.data.tokenization import PairTokenizer
-from megatron_bdpo.training.reference.cache import ScoreCache
+from megatron_bdpo.report.scored_pairs import comprehension_of
+from megatron_bdpo.training.reference.cache import ScoreCache, open_scores
 
 PAIRS = 200
 SCORE_PICTURES = {"comprehension.png", "imbalance.png", "weights.png", "scale.png"}
@@ -111,6 +112,20 @@ def test_numbers(scores, capsys):
     assert line.endswith(f"pairs.jsonl, line {worst + 1}")
     assert re.search(rf"^I_w +{i_w.mean():.3f} +{i_w.std():.3f} ", output, re.M)
     assert max(map(len, output.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 7, 60, 99])
+def test_the_most_imbalanced_pairs_of_many_equal_ones(tmp_path, count):
+    """In the order of a stable sort of all of them."""
+    imbalance = np.random.default_rng(count).integers(-3, 4, 60)
+    tokens = np.ones((60, 2), np.int32)
+    conditional = np.stack([imbalance, np.zeros(60)], axis=1).astype(float)
+    scores = make_scores(
+        tmp_path / "scores", 60, conditional=conditional, unconditional=np.zeros((60, 2)), tokens=tokens
+    )
+    pairs = comprehension_of(open_scores(scores), 1.0, per_token=True, where="")
+    expected = sorted(range(60), key=lambda pair: -abs(imbalance[pair]))[:count]
+    assert pairs.largest(count).tolist() == expected
 
 
 def test_page_and_pictures(scores, tmp_path, capsys):
