@@ -24,14 +24,14 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=20_000)
     options = parser.parse_args()
 
-    from megatron_bdpo.data.quality import MOST_AT_START, DataQuality, leak
+    from megatron_bdpo.data.quality import DataQuality, leak
     from megatron_bdpo.display import show
 
     with tempfile.TemporaryDirectory() as directory:
         train = write_store(Path(directory) / "train", options.pairs, seed=0)
         held_out = write_store(Path(directory) / "held_out", options.held_out, seed=1)
         with told("held-out prompts that are trained on, as a training looks for them"):
-            leak(train, held_out, MOST_AT_START)
+            leak(train, held_out)
         with told("all of data stats' quality"):
             found = DataQuality.of(train, held_out)
         show(*found.blocks())

@@ -188,7 +188,7 @@ class DataQuality:
         return dataclasses.asdict(self)
 
 
-def leak(train: PairStore, held_out: PairStore, most_pairs: int) -> Found:
+def leak(train: PairStore, held_out: PairStore, *, most_pairs: int = MOST_AT_START) -> Found:
     """Held-out pairs whose prompt is trained on, exactly, of so many pairs of each store. Reads the prompts alone."""
     theirs, known = (_digests(store, parts=1, most=most_pairs)[:, 0] for store in (held_out, train))
     return _leaked(theirs, known, held_out, train)

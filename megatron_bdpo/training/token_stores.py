@@ -12,7 +12,7 @@ from typing import Any
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build_megatron_tokenizer
 
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
-from megatron_bdpo.data.quality import MOST_AT_START, leak
+from megatron_bdpo.data.quality import leak
 from megatron_bdpo.data.sources import check_sources, parse_sources
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
@@ -67,7 +67,7 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
     if report:
         for name, store in zip(("training pairs", "held-out pairs"), stores, strict=False):
             say(name, *store.report.blocks())
-        if len(stores) > 1 and is_rank_zero() and (leaked := leak(*stores, MOST_AT_START)).count:
+        if len(stores) > 1 and is_rank_zero() and (leaked := leak(*stores)).count:
             say(
                 f"WARNING: the prompts of {leaked.count:,} of {leaked.of:,} held-out pairs are trained on "
                 f"({leaked.example}); megatron-bdpo data stats --eval-pair-data tells more"

@@ -78,9 +78,9 @@ def test_leaks(make, tmp_path):
     assert (found.leaked_prompts.count, found.leaked_prompts.of, found.leaked_pairs.count) == (2, 4, 1)
     assert found.leaked_prompts.example == f"{tmp_path / 'held_out.jsonl'}, line 2; see {train.describe(1)}"
     assert found.leaked_pairs.example == f"{other.describe(2)}; see {train.describe(3)}"
-    assert leak(train, other, 100) == found.leaked_prompts
-    assert leak(train, other, 1).count == 0, "of one pair of each"
-    assert leak(other, make([("40", " 1", " 2")], "none"), 100).count == 0
+    assert leak(train, other) == found.leaked_prompts
+    assert leak(train, other, most_pairs=1).count == 0, "of one pair of each"
+    assert leak(other, make([("40", " 1", " 2")], "none")).count == 0
 
 
 def of_prompts(prompts: list[list[str]]) -> list[Row]:
@@ -94,18 +94,22 @@ def test_near_duplicates(make):
     near = [*prompts[40]]
     near[30] = "4999"
     far = [*prompts[50][:30], *words(rng, 30)]
-    train = make(of_prompts([*prompts, near, far, words(rng, 3), words(rng, 3)]))
+    other_order = [str(token) for token in rng.permutation(prompts[60])]
+    train = make(of_prompts([*prompts, near, far, other_order, words(rng, 3)]))
     found = DataQuality.of(train)
     assert (found.near.count, found.near.of) == (1, 154)
     assert found.near.example == f"{train.describe(150)}; see {train.describe(40)}"
 
     shortened = prompts[7][:-2]
-    other = make(of_prompts([words(rng, 60), shortened, prompts[8], prompts[9][:20]]), "held_out")
+    untrained = words(rng, 60)
+    of_each_other = [untrained, untrained[:-1]]
+    other = make(of_prompts([*of_each_other, shortened, prompts[8], prompts[9][:20]]), "held_out")
     both = DataQuality.of(train, other)
     assert both.leaked_near is not None and both.leaked_prompts is not None
     assert both.leaked_prompts.count == 1, "prompts[8], which is not near but the same"
-    assert (both.leaked_near.count, both.leaked_near.of) == (1, 3)
-    assert both.leaked_near.example == f"{other.describe(1)}; see {train.describe(7)}"
+    assert (both.leaked_near.count, both.leaked_near.of) == (1, 4)
+    assert both.leaked_near.example == f"{other.describe(2)}; see {train.describe(7)}"
+    assert both.near == found.near
 
 
 def test_a_template_makes_no_near_duplicates(make):
