@@ -102,6 +102,7 @@ def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) 
             own, step = PairPool([PairStore.open(store_directory)]), len(job.plan.steps) // 2
             first = job.plan.packs(step, rank)[0]
             lay_out([own.group(pair) for pair in first], int(job.plan.lengths[step, 0]))
+            del own
     with told("order the pairs by their first use"):
         in_use = job.pairs_in_use(0)
     if with_scores:
