@@ -5,10 +5,9 @@ n^2 / 2^65, which is 7e-5 at 50 million.
 
 Nearly the same prompts are found by MinHash: 64 hashes of a prompt's shingles of 5 tokens agree in about the share of
 shingles that two prompts have in common (Jaccard). What all prompts begin and end with, as a template's words, is left
-out. Prompts that agree in four hashes in a row, of 16 rows, are compared, with the first such prompt and with the one
-before them; from 0.8 on they count. So this is found: 99.98% of those with 0.8 in common, if they are compared at all,
-their share told with an error of 0.05. What it misses: the same request in other words, in another language or
-tokenized otherwise, answers, and pairs of prompts of which more were given than are looked at.
+out. Prompts that agree in all four hashes of one of 16 bands are in one bucket, as 99.98% of those are that have 0.8 in
+common. There each is compared with the first one and with its neighbour; from 0.8 on they count, told with an error of
+0.05. What it misses: the same request in other words or another language, answers, and prompts beyond those looked at.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ Digests = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint32]
 
 NEAR = 0.8
-#: Prompts that are compared with each other, at most: 256 bytes each, and some 30 microseconds.
+#: Prompts that are compared with each other, at most: 256 bytes each, and some 20 microseconds.
 MOST_PROMPTS = 500_000
-#: Pairs that the start of a training looks at for leaks, at most: the other ranks wait, some 10 seconds per million.
+#: Pairs that the start of a training looks at for leaks, at most: the other ranks wait, some 5 seconds per million.
 MOST_AT_START = 1_000_000
 _BINS = 60
 
