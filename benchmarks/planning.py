@@ -2,15 +2,18 @@ r"""How long a run over a million pairs takes to plan its steps and find its ref
 
     python benchmarks/planning.py                       # 1,000,000 pairs of generated lengths, 64 ranks, no model
     python benchmarks/planning.py --pairs 100000 --ranks 8
+    python benchmarks/planning.py --pairs 10000 1000000 50000000 --without-scores         # a process each, one table
 
 A token store and a directory of reference scores of that size are written first (the tokens themselves as a hole in a
-file: nobody reads them here). Then the functions of a training's start run on them, as they do there. Memory is the
-process's resident set: now and, at the end, at its highest.
+file: zeros). Then the functions of a training's start run on them, as they do there. Memory is the process's resident
+set at its highest within each stage, mapped files that were read included.
 """
 
 import argparse
 import contextlib
 import json
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,12 +28,18 @@ REFERENCE = {"weights": "0123456789abcdef"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--ranks", type=int, default=64, help="data-parallel ranks")
     parser.add_argument("--pairs-per-step", type=int, default=512)
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--eval-share", type=float, default=0.02)
+    parser.add_argument(
+        "--without-scores", action="store_true", help="make log-probs up instead of reading 58 bytes per pair"
+    )
     options = parser.parse_args()
+    if len(options.pairs) > 1:
+        table(options.pairs, sys.argv)
+        return
 
     from megatron_bdpo.platform.boot import prepare_platform
 
@@ -45,14 +54,29 @@ def main() -> None:
     arguments = Arguments.parse(flags.split())
     with tempfile.TemporaryDirectory() as directory, distributed.process_groups(arguments.settings.process):
         arguments.set(reference_cache=str(Path(directory) / "scores"))
-        write_store(Path(directory) / "store", options.pairs)
-        measure(arguments, Path(directory) / "store", options.ranks)
+        write_store(Path(directory) / "store", options.pairs[0])
+        measure(arguments, Path(directory) / "store", options.ranks, with_scores=not options.without_scores)
 
 
-def measure(arguments, store_directory: Path, ranks: int) -> None:
+def table(sizes: list[int], words: list[str]) -> None:
+    """One process per size, and a table of what their stages took."""
+    others = [word for word in words[1:] if word not in {"--pairs", *map(str, sizes)}]
+    rows: dict[str, list[str]] = {}
+    for pairs in sizes:
+        command = [sys.executable, words[0], *others, "--pairs", str(pairs)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for stage, seconds, mib in re.findall(r"^(.+): ([\d.]+) s, highest (\d+) MiB$", said, re.M):
+            rows.setdefault(stage, []).append(f"{seconds} s, {mib} MiB")
+    print("| | " + " | ".join(f"{pairs:,}" for pairs in sizes) + " |\n|---|" + "---:|" * len(sizes))
+    for stage, cells in rows.items():
+        print(f"| {stage} | " + " | ".join(cells) + " |")
+
+
+def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) -> None:
     """Run the start of a training and tell about each part."""
     import torch
 
+    from megatron_bdpo.data.packs import lay_out
     from megatron_bdpo.data.pool import PairPool
     from megatron_bdpo.data.store import PairStore
     from megatron_bdpo.losses import PairLossFunction, registry
@@ -73,19 +97,42 @@ def measure(arguments, store_directory: Path, ranks: int) -> None:
     with told("plan one epoch"):
         job = jobs._plan_job(planned.settings, loss, pool, None)
     print(job.describe(), flush=True)
-    setup = RunSetup(arguments, arguments.settings, job, None, None, None, resumed=False)
-    log_probs = PrecomputedReference(setup, REFERENCE, job.pairs_in_use(0), no_model, pause=lambda: None)
-    write_log_probs(log_probs)
-    with told("look the reference scores up"):
-        table = log_probs.table()
-    with told("settle the temperature, and the quartiles of the imbalance"):
-        pairs = table.training_pairs(job)
-        loss, _ = decide_options(loss, pairs, len(job.train.ids), {})
-        imbalance_edges(loss, pairs, len(job.train.ids), [])
-    with told("the packs of a step, all ranks"):
+    with told(f"open the store on {ranks} ranks, and lay out a pack on each"):
         for rank in range(ranks):
-            job.plan.packs(len(job.plan.steps) // 2, rank)
-    print(f"highest: {resident('VmHWM'):.2f} GiB", flush=True)
+            own, step = PairPool([PairStore.open(store_directory)]), len(job.plan.steps) // 2
+            first = job.plan.packs(step, rank)[0]
+            lay_out([own.group(pair) for pair in first], int(job.plan.lengths[step, 0]))
+            del own
+    with told("order the pairs by their first use"):
+        in_use = job.pairs_in_use(0)
+    if with_scores:
+        setup = RunSetup(arguments, arguments.settings, job, None, None, None, resumed=False)
+        log_probs = PrecomputedReference(setup, REFERENCE, in_use, no_model, pause=lambda: None)
+        write_log_probs(log_probs)
+        with told("look the reference scores up"):
+            values = log_probs.table()
+    else:
+        values = made_up(pool.lengths)
+    with told("settle the temperature, and the quartiles of the imbalance"):
+        pairs = values.training_pairs(job)
+        of = len(job.train.ids)
+        del job, values, in_use  # a training keeps them: some 100 bytes per pair, known from the lines above
+        loss, _ = decide_options(loss, pairs, of, {})
+        imbalance_edges(loss, pairs, of, [])
+
+
+def made_up(lengths):
+    """Log-probs of any size."""
+    from megatron_bdpo.training.reference.passes import ReferenceTable
+
+    rng = np.random.default_rng(1)
+
+    def values():
+        drawn = rng.uniform(-3, -1, (len(lengths), 2))
+        drawn *= lengths[:, 1:]
+        return drawn
+
+    return ReferenceTable(values(), values())
 
 
 def write_store(directory: Path, pairs: int) -> None:
@@ -94,24 +141,31 @@ def write_store(directory: Path, pairs: int) -> None:
     from megatron_bdpo.data.store import FORMAT_NAME, FORMAT_VERSION
 
     rng = np.random.default_rng(0)
-    medians, spread = np.array([200, 150, 150]), np.array([0.8, 0.7, 0.7])
-    lengths = np.clip(medians * np.exp(spread * rng.standard_normal((pairs, 3))), 1, 1300).astype("<i4")
+    medians, spread = np.array([200, 150, 150], "<f4"), np.array([0.8, 0.7, 0.7], "<f4")
+    lengths = np.concatenate(
+        [
+            np.clip(medians * np.exp(spread * rng.standard_normal((len(part), 3), "<f4")), 1, 1300).astype("<i4")
+            for part in np.array_split(np.empty(pairs, bool), -(-pairs // 2**20))
+        ]
+    )
     totals = lengths.sum(axis=1, dtype="<i8")
     report = DataReport(["generated"], rows_read=[pairs], pairs_kept=[pairs])
     columns = {
-        "starts": np.concatenate([[0], np.cumsum(totals)[:-1]]).astype("<i8"),
+        "starts": np.concatenate([[0], np.cumsum(totals)[:-1]]),
         "lengths": lengths,
         "source": np.zeros(pairs, "<i2"),
         "row": np.arange(1, pairs + 1, dtype="<i8"),
         "unsafe": np.full((pairs, 2), -1, "<i1"),
+        "prompt_of": np.full(pairs, -1, "<i4"),
+        **{name: np.zeros(0, "<i8") for name in ("context", "own_prompts", "own_lengths")},
     }
     directory.mkdir()
     arrays = {"tokens": {"rows": int(totals.sum()), "crc32": 0}}
     with (directory / "tokens.bin").open("wb") as file:
         file.truncate(4 * int(totals.sum()))
     for name, values in columns.items():
-        (directory / f"{name}.bin").write_bytes(values.tobytes())
-        arrays[name] = {"rows": len(values), "crc32": zlib.crc32(values.tobytes())}
+        values.tofile(directory / f"{name}.bin")
+        arrays[name] = {"rows": len(values), "crc32": zlib.crc32(values)}
     meta = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
@@ -139,15 +193,12 @@ def write_log_probs(log_probs) -> None:
 
 @contextlib.contextmanager
 def told(what: str):
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident set is now that of this moment
     start = time.perf_counter()
     yield
-    print(f"{what}: {time.perf_counter() - start:.2f} s, {resident('VmRSS'):.2f} GiB resident", flush=True)
-
-
-def resident(kind: str) -> float:
-    """VmRSS (now) or VmHWM (the highest), in GiB."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind)]
-    return int(line.split()[1]) / 2**20
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    mib = int(line.split()[1]) // 2**10
+    print(f"{what}: {time.perf_counter() - start:.2f} s, highest {mib} MiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ All tensors are [P], P preference pairs. Nothing here carries a gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,7 +80,27 @@ def automatic_temperature(chosen_information: Tensor, rejected_information: Tens
         tau > 0 in the unit of I, or 0 where at least nine of ten pairs are balanced already.
     """
     imbalance = (chosen_information - rejected_information).abs().double()
-    return float(torch.quantile(imbalance, AUTOMATIC_SHARE)) / math.log(AUTOMATIC_RATIO)
+    return float(quantiles(imbalance, [AUTOMATIC_SHARE])) / math.log(AUTOMATIC_RATIO)
+
+
+@torch.no_grad()
+def quantiles(values: Tensor, shares: Sequence[float]) -> Tensor:
+    """Quantiles with linear interpolation, to the bit those of ``torch.quantile``, which refuses more than 2^24 values.
+
+    Args:
+        values: any number of them, [P >= 1].
+        shares: S numbers in [0, 1].
+
+    Returns:
+        [S] float64 on the host; NaN where any of the values is.
+    """
+    rank = torch.tensor(shares, dtype=torch.float64) * (len(values) - 1)
+    below, above = rank.floor().long(), rank.ceil().long()
+    places = torch.cat([below, above, torch.tensor([len(values) - 1])]).unique()  # the last one: NaN goes to the end
+    ordered = torch.from_numpy(np.partition(values.double().cpu().numpy(), places.tolist()))
+    if ordered[-1].isnan():
+        return torch.full_like(rank, math.nan)
+    return torch.lerp(ordered[below], ordered[above], rank - below)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -16,7 +17,8 @@ from megatron_bdpo.data.check import check_rows
 from megatron_bdpo.data.format_converters import PAIRS_FROM, PREFERENCES
 from megatron_bdpo.data.formats import AUTO, NAMES
 from megatron_bdpo.data.prepare import excess
-from megatron_bdpo.data.records import RowProblem
+from megatron_bdpo.data.problems import RowProblem
+from megatron_bdpo.data.quality import DataQuality
 from megatron_bdpo.data.row_reader import FormatSettings, RowReader
 from megatron_bdpo.data.sources import parse_sources
 from megatron_bdpo.data.statistics import PairStatistics
@@ -98,6 +100,10 @@ def check(
 def _tokenized(function: Any) -> Any:
     """Where the tokenizer comes from, and the limits that decide the tokens. The names are the training's."""
     for add in (
+        click.option("--tokenizer-workers", type=POSITIVE, metavar="N", help="Processes (one for each core)."),
+        click.option("--unconditional-prompt", type=click.Choice(("empty", "context")), help="B-DPO's, in chats."),
+        click.option("--train-on", type=click.Choice(("all-assistant", "last")), help="In answers of several turns."),
+        click.option("--chat-template-kwargs", metavar="JSON", help="What the chat template reads beside messages."),
         click.option("--pair-cache-dir", type=PATH, metavar="DIR", help="Where tokens are kept (./runs/cache)."),
         click.option("--max-pairs", type=POSITIVE, metavar="N", help="Only the first N usable pairs."),
         click.option("--max-response-length", type=POSITIVE, metavar="N", help="Cut responses to so many tokens."),
@@ -118,7 +124,7 @@ def prepare(**options: Any) -> None:
 
     A training with the same pairs, tokenizer and limits finds the tokens in its --pair-cache-dir.
     """
-    store = _store(options)
+    (store,) = _stores(options)
     if options["as_json"]:
         print(json.dumps({"directory": str(store.directory), "report": store.report.to_json()}, indent=1))
     else:
@@ -127,17 +133,20 @@ def prepare(**options: Any) -> None:
 
 @data.command("stats", epilog=example("megatron-bdpo data stats pairs.jsonl --hf-model MODEL"))
 @_tokenized
-def stats(**options: Any) -> None:
-    """Measure pairs in tokens: their lengths, and which --seq-length fits them.
+@click.option("--eval-pair-data", multiple=True, metavar="PATH", help="Held-out pairs, to be looked for among PAIRS.")
+def stats(eval_pair_data: tuple[str, ...], **options: Any) -> None:
+    """Measure pairs in tokens: their lengths, which --seq-length fits them, and their quality.
 
-    Also how much sharing prompts saves, which answer is longer, and the safety labels. Tokenizes what is not yet.
+    Also how much sharing prompts saves, the safety labels, copies and near-copies, labels that contradict each other,
+    what length alone says, and held-out pairs that are trained on. Tokenizes what is not yet.
     """
-    store = _store(options)
-    statistics = PairStatistics.of(store)
+    stores = _stores(options, eval_pair_data)
+    report, statistics, quality = stores[0].report, PairStatistics.of(stores[0]), DataQuality.of(*stores)
     if options["as_json"]:
-        print(json.dumps({"report": store.report.to_json(), "statistics": statistics.to_json()}, indent=1))
+        told = {"report": report.to_json(), "statistics": statistics.to_json(), "quality": quality.to_json()}
+        print(json.dumps(told, indent=1))
     else:
-        display.show(*store.report.blocks(), "", *statistics.blocks())
+        display.show(*report.blocks(), "", *statistics.blocks(), *quality.blocks())
 
 
 _FLAGS = (
@@ -147,6 +156,10 @@ _FLAGS = (
     "max_prompt_length",
     "max_response_length",
     "max_pairs",
+    "chat_template_kwargs",
+    "train_on",
+    "unconditional_prompt",
+    "tokenizer_workers",
     "pair_cache_dir",
     "pair_format",
     "pair_columns",
@@ -157,8 +170,8 @@ _FLAGS = (
 )
 
 
-def _store(options: dict[str, Any]) -> PairStore:
-    """The tokenized pairs, through the training's own parser and reader."""
+def _stores(options: dict[str, Any], held_out: Sequence[str] = ()) -> list[PairStore]:
+    """The tokenized pairs, and after them the held-out ones, through the training's own parser and reader."""
     if not (options["hf_model"] or options["tokenizer_type"] or options["recipe"]):
         raise UserError(
             "no tokenizer is given. Name one with --hf-model, with --tokenizer-type and --tokenizer-model, or by a "
@@ -173,4 +186,4 @@ def _store(options: dict[str, Any]) -> PairStore:
         common.prepare_platform()
     from megatron_bdpo.training.token_stores import tokenized_pairs  # imports Megatron
 
-    return tokenized_pairs(flags)
+    return tokenized_pairs(flags, held_out)

@@ -25,6 +25,7 @@ from megatron_bdpo.errors import UserError
     "--pairs", type=NOT_NEGATIVE, default=20, metavar="N", show_default=True, help="Most imbalanced pairs to list."
 )
 @click.option("--show-text", is_flag=True, help="Show their prompts and answers, whatever they say.")
+@click.option("--no-quality", is_flag=True, help="Of a run: do not look for what is wrong with its pairs.")
 @click.option("--text-only", is_flag=True, help="Write no files, only print.")
 def report(
     directory: Path,
@@ -34,13 +35,14 @@ def report(
     bdpo_comprehension: str | None,
     pairs: int,
     show_text: bool,
+    no_quality: bool,
     text_only: bool,
 ) -> None:
     """Report on reference scores or a run.
 
     DIR is a directory of reference scores (comprehension, weights, the most imbalanced pairs) or a run's --save (its
-    curves too). Prints text, and writes report.html, one file that needs nothing else, with each picture beside it as
-    PNG.
+    curves and the quality of its pairs too). Prints text, and writes report.html, one file that needs nothing else,
+    with each picture beside it as PNG.
     """
     from megatron_bdpo.report import build, style  # imports torch
 
@@ -51,6 +53,7 @@ def report(
         per_token=None if bdpo_comprehension is None else bdpo_comprehension == "per-token",
         pairs=pairs,
         show_text=show_text,
+        quality=not no_quality,
     )
     built = build.build_report(directory, settings, scores)
     files = [] if text_only else built.write(output or directory / "report")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+PackNumbers = npt.NDArray[np.int32]
 
+_BLOCK = 2**18  # loads, or pairs, of the steps that are packed at once: they fit a cache
 _TRIES = 3  # lengths tried below that of the packs which the quick way finds
 
 
-def shortest(step_sizes: IntArray, packs: int, limit: int, grain: int, ranks: int = 1) -> IntArray:
+def shortest(step_sizes: IntArray, packs: int, limit: int, grain: int, ranks: int = 1) -> PackNumbers:
     """The pack of each pair [B, N], for B steps of N pairs: in every step the longest pack is as short as is found.
 
     Longest pair first into the emptiest pack is quick and near the least length there can be, where packs hold many
@@ -26,6 +29,20 @@ def shortest(step_sizes: IntArray, packs: int, limit: int, grain: int, ranks: in
         grain: what the lengths are told apart by.
         ranks: as many packs of a step are not empty, if it has as many pairs.
     """
+    pack_of = np.empty(step_sizes.shape, np.int32)
+    for block in _blocks(step_sizes, packs):
+        pack_of[block] = _shortest(step_sizes[block], packs, limit, grain, ranks)
+    return pack_of
+
+
+def _blocks(step_sizes: npt.NDArray[Any], packs: int) -> Iterator[slice]:
+    """The steps, a few thousand at a time."""
+    steps, pairs = step_sizes.shape
+    few = max(1, _BLOCK // max(packs, pairs))
+    return (slice(start, start + few) for start in range(0, steps, few))
+
+
+def _shortest(step_sizes: IntArray, packs: int, limit: int, grain: int, ranks: int) -> IntArray:
     pack_of = emptiest_first(step_sizes, packs)
     longest = per_pack(step_sizes, pack_of, packs).max(axis=1)
     ideal = np.maximum(-(-step_sizes.sum(axis=1) // packs), step_sizes.max(axis=1))
@@ -74,11 +91,21 @@ def best_fit(
     return pack_of, fits & (np.count_nonzero(load, axis=1) >= ranks)
 
 
-def per_pack(values: IntArray, pack_of: IntArray, packs: int) -> IntArray:
-    """[B, packs] sums over the pairs of each pack of ``values`` [B, N]."""
-    place = np.arange(len(values))[:, None] * packs + pack_of
-    sums = np.bincount(place.ravel(), weights=values.ravel(), minlength=len(values) * packs)  # exact below 2^53
-    return sums.reshape(len(values), packs).astype(np.int64)
+def per_pack(values: IntArray, pack_of: npt.NDArray[np.integer], packs: int, pairs: IntArray | None = None) -> IntArray:
+    """[B, packs] sums over the pairs of each pack.
+
+    Args:
+        values: [B, N], or with ``pairs`` [P] of all pairs.
+        pack_of: [B, N].
+        pairs: [B, N] which pair is where.
+    """
+    sums = np.empty((len(pack_of), packs), np.int64)
+    for block in _blocks(pack_of, packs):
+        place = np.arange(len(pack_of[block]))[:, None] * packs + pack_of[block]
+        weights = values[block] if pairs is None else values[pairs[block]]
+        counted = np.bincount(place.ravel(), weights=weights.ravel(), minlength=len(place) * packs)  # exact below 2^53
+        sums[block] = counted.reshape(-1, packs)
+    return sums
 
 
 def round_up(value: int, multiple: int) -> int:

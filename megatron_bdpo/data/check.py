@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from megatron_bdpo.data.records import RowProblem, parse_row
+from megatron_bdpo.data.problems import RowProblem
+from megatron_bdpo.data.records import parse_row
 from megatron_bdpo.data.row_reader import RECOGNISED, FormatSettings, RowReader, pair_rows, refuse_unused, row_readers
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec, describe_row, read_rows
+from megatron_bdpo.data.tokenized_rows import Outcome
 from megatron_bdpo.errors import UserError
 
 
@@ -42,19 +44,22 @@ def check_rows(
     for reader in readers:
         on_reader(reader)
     for index, (source, reader) in enumerate(zip(sources, readers, strict=True)):
+        outcome, pairs = Outcome(), 0
         for number, row in itertools.islice(read_rows(source), max_rows):
             where = describe_row(source, number)
             for record in pair_rows(row, reader):
-                report.rows_read[index] += 1
+                outcome.read += 1
                 try:
                     if isinstance(record, RowProblem):
                         raise record
                     forms.setdefault(parse_row(record).is_chat, where)
+                    pairs += 1
                 except RowProblem as problem:
-                    report.add_problem(index, number, problem.kind, problem.detail)
+                    outcome.add_problem(number, problem.kind, problem.detail)
                     on_problem(where, problem)
-                    continue
-                report.pairs_kept[index] += 1
+            if not isinstance(row, RowProblem):
+                outcome.add_unread(f"column {name}" for name in reader.unread(row))
+        report.add(index, pairs, outcome)
     if len(forms) == 2:
         raise UserError(
             f"{forms[True]} holds chat messages, {forms[False]} strings. One run takes one form: convert one of them."

@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from megatron_bdpo.data.records import ASSISTANT, USER, ProblemKind, RowProblem
+from megatron_bdpo.data.messages import ASSISTANT, USER
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
 
 type Row = dict[str, Any]
 type Messages = list[dict[str, Any]]
@@ -123,7 +124,7 @@ def _question(row: Row, name: str) -> Messages:
     prompt = _conversation(_column(row, name), f"column '{name}'")
     if prompt[-1]["role"] == ASSISTANT:
         raise RowProblem(
-            ProblemKind.NOT_ONE_ASSISTANT_TURN,
+            ProblemKind.NO_ASSISTANT_TURN,
             f"column '{name}' ends with a turn of the assistant, where chosen and rejected should follow",
         )
     return prompt
@@ -144,7 +145,7 @@ def ms_swift(row: Row, options: FormatOptions) -> list[Row]:
         end -= 1
     if end in (0, len(chosen)):
         raise RowProblem(
-            ProblemKind.NOT_ONE_ASSISTANT_TURN, "column 'messages' is not a question and the chosen answer to it"
+            ProblemKind.NO_ASSISTANT_TURN, "column 'messages' is not a question and the chosen answer to it"
         )
     return [{"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected, **passed_on}]
 

@@ -7,13 +7,15 @@ A *group* is a prompt P and its k >= 1 answers. Two answers, as a pair's chosen 
     attends to   P, causal   P + A        P + B           an answer never sees another one
 
 P is encoded once for all its answers. The first token of each answer is predicted from P's last hidden state, so what
-is scored is a list (hidden index, target id, answer) and not a label row shifted by one.
+is scored is a list (hidden index, target id, answer) and not a label row shifted by one. An answer of several turns may
+hold tokens of others: they take part in its branch and are not scored.
 
 Shapes: T pack length, R runs, K gathered keys, N scored positions, G groups, A answers of all groups.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Group:
 
     prompt: TokenArray
     answers: Sequence[TokenArray]  # at least one
+    scored: Sequence[BoolArray | None] | None = None  # of each answer, which of its tokens are scored; None: all
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Pack:
     scored_hidden: IntArray  # [N] pack index whose hidden state predicts the target
     scored_target: IntArray  # [N] token id
     scored_answer: IntArray  # [N] in [0, A), non-decreasing
-    answer_tokens: IntArray  # [A] tokens of each answer
+    answer_tokens: IntArray  # [A] scored tokens of each answer
 
     @property
     def used(self) -> int:
@@ -102,13 +106,14 @@ def lay_out(groups: Sequence[Group], length: int, *, share_prompts: bool = True)
     """
     builder = _PackBuilder(length)
     for group in groups:
+        answers = list(zip(group.answers, group.scored or itertools.repeat(None), strict=False))
         if share_prompts:
             prompt = builder.add_segment(group.prompt, prefix=_NOTHING, first_position=0)
-            for answer in group.answers:
-                builder.add_branch(answer, prompt)
+            for answer, scored in answers:
+                builder.add_branch(answer, scored, prompt)
         else:
-            for answer in group.answers:
-                builder.add_sequence(group.prompt, answer)
+            for answer, scored in answers:
+                builder.add_sequence(group.prompt, answer, scored)
     return builder.finish()
 
 
@@ -164,13 +169,17 @@ class _PackBuilder:
         self.used = stop
         return own
 
-    def add_branch(self, answer: TokenArray, prompt: IntArray) -> None:
+    def add_branch(self, answer: TokenArray, scored: BoolArray | None, prompt: IntArray) -> None:
         own = self.add_segment(answer, prefix=prompt, first_position=len(prompt))
-        self.scored.append((np.concatenate([prompt[-1:], own[:-1]]), answer))
+        self._score(np.concatenate([prompt[-1:], own[:-1]]), answer, scored)
 
-    def add_sequence(self, prompt: TokenArray, answer: TokenArray) -> None:
+    def add_sequence(self, prompt: TokenArray, answer: TokenArray, scored: BoolArray | None) -> None:
         own = self.add_segment(np.concatenate([prompt, answer]), prefix=_NOTHING, first_position=0)
-        self.scored.append((own[len(prompt) - 1 : -1], answer))
+        self._score(own[len(prompt) - 1 : -1], answer, scored)
+
+    def _score(self, hidden: IntArray, answer: TokenArray, scored: BoolArray | None) -> None:
+        """An answer, each of whose tokens is predicted from the position beside it in ``hidden``."""
+        self.scored.append((hidden, answer) if scored is None else (hidden[scored], answer[scored]))
 
     def finish(self) -> Pack:
         answer_tokens = np.array([len(answer) for _, answer in self.scored], np.int64)

@@ -33,12 +33,18 @@ class PairPool:
     def __init__(self, stores: Sequence[PairStore]) -> None:
         self.stores = tuple(stores)
         self.offsets = np.cumsum([0, *(len(store) for store in stores)])
-        self.lengths = np.concatenate([np.asarray(store.lengths) for store in stores])
-        self.unsafe = np.concatenate([np.asarray(store.unsafe) for store in stores])
+        self.lengths = _joined([store.lengths for store in stores])
+        self.unsafe = _joined([store.unsafe for store in stores])
+        self._scored = _joined([store.scored for store in stores]) if any(each.has_context for each in stores) else None
         self.swapped = np.zeros(len(self.lengths), bool)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def scored(self) -> npt.NDArray[np.int32]:
+        """[P, 2] tokens of chosen and rejected that are scored: all but the turns of others in them."""
+        return self.lengths[:, 1:] if self._scored is None else self._scored
 
     def store_ids(self, index: int) -> IntArray:
         """Pair ids of the store at ``index``, in the store's order."""
@@ -46,7 +52,14 @@ class PairPool:
 
     def swap(self, ids: IntArray) -> None:
         """Exchange chosen and rejected of these pairs."""
+        if not len(ids):
+            return
+        if not self.lengths.flags.writeable:
+            self.lengths, self.unsafe = self.lengths.copy(), self.unsafe.copy()
         self.swapped[ids] ^= True
+        if self._scored is not None:
+            self._scored = self._scored if self._scored.flags.writeable else self._scored.copy()
+            self._scored[ids] = self._scored[ids][:, ::-1]
         self.lengths[ids] = self.lengths[ids][:, [0, 2, 1]]
         self.unsafe[ids] = self.unsafe[ids][:, ::-1]
 
@@ -54,19 +67,25 @@ class PairPool:
         """Tokens of one pair: its prompt, or with ``unconditional`` the empty one, and its answers, chosen first."""
         store, row = self._locate(pair_id)
         pair = store.pair(row)
-        prompt = store.empty_prompt if unconditional else pair.prompt
-        answers = (pair.rejected, pair.chosen) if self.swapped[pair_id] else (pair.chosen, pair.rejected)
-        return Group(prompt, answers)
+        prompt = store.unconditional_prompt(row) if unconditional else pair.prompt
+        answers, scored = [pair.chosen, pair.rejected], list(pair.scored)
+        if self.swapped[pair_id]:
+            answers.reverse()
+            scored.reverse()
+        return Group(prompt, answers, scored)
 
     def sizes(self, *, share_prompts: bool) -> IntArray:
         """[P] pack positions each pair takes, with its own prompt or with the empty one, whichever is longer.
 
         So every pack that holds some pairs also holds them after the empty prompt, which the resident reference needs.
         """
-        lengths = self.lengths.astype(np.int64)
-        empty = np.repeat([len(store.empty_prompt) for store in self.stores], np.diff(self.offsets))
-        lengths[:, 0] = np.maximum(lengths[:, 0], empty)
+        lengths = self.lengths.copy()
+        np.maximum(lengths[:, 0], self.unconditional_lengths(), out=lengths[:, 0])
         return group_tokens(lengths, share_prompts=share_prompts)
+
+    def unconditional_lengths(self) -> npt.NDArray[np.int32]:
+        """[P] tokens of each pair's unconditional prompt."""
+        return np.concatenate([store.unconditional for store in self.stores])
 
     def describe(self, pair_id: int) -> str:
         """Where a pair comes from, for messages."""
@@ -76,12 +95,23 @@ class PairPool:
     def pools(self, index: int, ids: IntArray) -> list[tuple[IntArray, float]]:
         """Those of ``ids`` that belong to the store at ``index``, by data source, with the source's weight."""
         store = self.stores[index]
+        if len(store.sources) == 1:
+            return [(ids, store.sources[0].weight)]
         source = store.source[ids - self.offsets[index]]
         return [(ids[source == number], spec.weight) for number, spec in enumerate(store.sources)]
 
     def _locate(self, pair_id: int) -> tuple[PairStore, int]:
         index = int(np.searchsorted(self.offsets, pair_id, side="right")) - 1
         return self.stores[index], int(pair_id - self.offsets[index])
+
+
+def _joined[Kind: np.generic](arrays: list[npt.NDArray[Kind]]) -> npt.NDArray[Kind]:
+    """One after the other; a single one is still the store's memory map, which the ranks of a node share."""
+    if len(arrays) > 1:
+        return np.concatenate(arrays)
+    only = arrays[0].view()
+    only.setflags(write=False)
+    return only
 
 
 @dataclass

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
-import sys
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_bdpo.artifact import new_directory, write_whole
-from megatron_bdpo.data.records import PreferenceRecord, RowProblem, parse_row
-from megatron_bdpo.data.row_reader import RECOGNISED, FormatSettings, pair_rows, row_readers
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
+from megatron_bdpo.data.row_reader import RECOGNISED, FormatSettings, row_readers
 from megatron_bdpo.data.row_report import DataReport
-from megatron_bdpo.data.sources import Row, SourceSpec, content_digest, describe_row, read_rows, sha256_of_file
+from megatron_bdpo.data.sources import SourceSpec, content_digest, describe_row, sha256_of_file
 from megatron_bdpo.data.store import FORMAT_VERSION, PairStore, PairStoreWriter, StoreInfo
-from megatron_bdpo.data.tokenization import PairTokenizer, PairTokens
+from megatron_bdpo.data.tokenization import PairTokenizer
+from megatron_bdpo.data.tokenized_rows import CHATS, Outcome
+from megatron_bdpo.data.tokenizing import RowTokenizer, Shards, Tokenizing
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Each, parse_json, schema_error
 
 _DIGESTS = "digests.json"
 _RACY_SECONDS = 2.0  # a file this young may still change without a change of its time stamp
-_SILENT_SECONDS = 10.0  # where no one watches, progress is shown only of what takes longer
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class PairDataSettings:
     max_dropped_share: float = 0.5
     """Share of rows that may give no pair, for whatever reason."""
 
+    workers: int | None = None
+    """Processes that tokenize; None: one for each core."""
     form: FormatSettings = RECOGNISED
     """Of the rows."""
 
@@ -64,6 +66,7 @@ class PairDataSettings:
             ("--max-prompt-length", self.max_prompt_tokens),
             ("--max-response-length", self.max_response_tokens),
             ("--max-pairs", self.max_pairs),
+            ("--tokenizer-workers", self.workers),
         ):
             if count is not None and count < 1:
                 raise UserError(f"{flag} must be at least 1, not {count}.")
@@ -75,11 +78,22 @@ class PairDataSettings:
                 raise UserError(f"{flag} must lie between 0 and 1, not {share}.")
 
 
-def prepare_pairs(settings: PairDataSettings, tokenizer: PairTokenizer, progress: bool = True) -> PairStore:
+def prepare_pairs(
+    settings: PairDataSettings,
+    tokenizer: PairTokenizer,
+    progress: bool = True,
+    pause: Callable[[], None] = lambda: None,
+) -> PairStore:
     """Open the store of these data, building it first when there is none.
 
     Safe to call from several processes at once, also on different machines with a common file system: each builds on
     its own and the first to finish wins.
+
+    Args:
+        settings: of the data.
+        tokenizer: of the model.
+        progress: show a bar, and in a log a line from time to time.
+        pause: called every second or so; what it raises ends the work, of which most is kept for the next call.
 
     Raises:
         UserError: a source cannot be read, too many rows are broken or unusable, or no pair is left.
@@ -95,7 +109,9 @@ def prepare_pairs(settings: PairDataSettings, tokenizer: PairTokenizer, progress
     if not directory.exists():
         try:
             with new_directory(directory, first_wins=True) as partial, PairStoreWriter(partial) as writer:
-                _write_store(writer, settings, tokenizer, decisive, progress)
+                tokenizing = _tokenizing(settings, tokenizer, directory, progress, pause)
+                _write_store(writer, settings, tokenizer, decisive, tokenizing)
+            shutil.rmtree(_shards_of(directory), ignore_errors=True)
         except OSError as error:  # failures to read come as UserError already
             raise UserError(f"--pair-cache-dir: cannot write to {cache_dir}: {error.strerror or error}.") from error
     store = PairStore.open(directory, sources=settings.sources)
@@ -156,94 +172,87 @@ class _FileDigests:
             write_whole(self._path, json.dumps(known, indent=1))
 
 
+def make_part(
+    settings: PairDataSettings,
+    tokenizer: PairTokenizer,
+    part: int,
+    parts: int,
+    pause: Callable[[], None] = lambda: None,
+) -> None:
+    """Do this node's part of what :func:`prepare_pairs` does, which finds it done. Nothing for stores that are there.
+
+    Raises:
+        UserError: as :func:`prepare_pairs`.
+    """
+    cache_dir = Path(settings.cache_dir).expanduser()
+    fingerprint = _fingerprint(_decisive_settings(settings, tokenizer, cache_dir), settings.max_pairs)
+    directory = cache_dir / fingerprint[:16]
+    if settings.max_pairs is None and not directory.exists():
+        _tokenizing(settings, tokenizer, directory, part == 0, pause).make_part(part, parts)
+
+
+def _tokenizing(
+    settings: PairDataSettings, tokenizer: PairTokenizer, directory: Path, progress: bool, pause: Callable[[], None]
+) -> Tokenizing:
+    readers = row_readers(settings.sources, settings.form)
+    work = RowTokenizer(tokenizer, readers, settings.max_prompt_tokens, settings.max_response_tokens)
+    shards, judge = Shards(_shards_of(directory)), functools.partial(_check_malformed, settings)
+    return Tokenizing(settings.sources, work, shards, settings.workers, progress, pause, judge)
+
+
+def _shards_of(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.shards")
+
+
 def _write_store(
     writer: PairStoreWriter,
     settings: PairDataSettings,
     tokenizer: PairTokenizer,
     decisive: dict[str, Any],
-    progress: bool,
+    tokenizing: Tokenizing,
 ) -> None:
     """Tokenize all rows into the writer and finish it, unless too many are no good."""
     report = DataReport([source.path for source in settings.sources])
-    is_chat: bool | None = None
-    for index, number, row in _all_rows(settings, report, progress):
-        try:
-            record = _record(row)
-            is_chat = _same_form(is_chat, record, settings.sources[index], number)
-            pair = _encode(record, tokenizer, settings, report)
-        except RowProblem as problem:
-            _count_problem(problem, index, number, settings, report)
-            continue
-        writer.append(pair, index, number, record)
-        report.pairs_kept[index] += 1
-        if len(writer) == settings.max_pairs:
-            break
-    if not len(writer):
+    form = ""
+    most = settings.max_pairs
+    for source, rows in tokenizing.all_rows() if most is None else tokenizing.first_pairs(most):
+        _check_malformed(settings, source, rows.outcome)
+        form = _same_form(form, rows.outcome.forms, settings.sources[source])
+        writer.extend(rows, source)
+        report.add(source, len(rows), rows.outcome)
+    if not form:
         raise UserError(f"No row of the pair data can be used.\n{_explained(report, settings)}")
     report.set_lengths(writer.lengths)
     _check_shares(report, settings)
-    assert is_chat is not None
-    empty_prompt = tokenizer.empty_prompt(is_chat).tolist()
+    empty_prompt = tokenizer.empty_prompt(form == CHATS).tolist()
     fingerprint = _fingerprint(decisive, settings.max_pairs)
     writer.finish(StoreInfo(fingerprint, decisive, empty_prompt, settings.sources, report))
 
 
-def _all_rows(
-    settings: PairDataSettings, report: DataReport, progress: bool
-) -> Iterator[tuple[int, int, Row | RowProblem]]:
-    """Source index, row number and row of everything there is to read, counted and shown as it passes.
-
-    A row of several ranked answers comes as several.
-    """
-    readers = row_readers(settings.sources, settings.form)
-    watched = sys.stderr.isatty()
-    delay, interval = (0.0, 0.1) if watched else (_SILENT_SECONDS, _SILENT_SECONDS)
-    with tqdm(desc="tokenizing pairs", unit=" rows", disable=not progress, delay=delay, mininterval=interval) as bar:
-        for index, source in enumerate(settings.sources):
-            for number, row in read_rows(source):
-                bar.update()
-                for record in pair_rows(row, readers[index]):
-                    report.rows_read[index] += 1
-                    yield index, number, record
-
-
-def _record(row: Row | RowProblem) -> PreferenceRecord:
-    if isinstance(row, RowProblem):
-        raise row
-    return parse_row(row)
-
-
-def _same_form(is_chat: bool | None, record: PreferenceRecord, source: SourceSpec, number: int) -> bool:
-    """Whether the data are chat messages, which is the same for all of them: they share one empty prompt."""
-    if is_chat is not None and is_chat != record.is_chat:
-        here, before = ("chat messages", "strings") if record.is_chat else ("strings", "chat messages")
+def _same_form(before: str, forms: dict[str, int], source: SourceSpec) -> str:
+    """The one form that all data have: they share one empty prompt."""
+    first, *others = sorted(forms, key=lambda form: (form != before, forms[form])) or [before]
+    if before and first != before:
+        first, others = before, [first]
+    if others:
         raise UserError(
-            f"{describe_row(source, number)} holds {here}, the rows before it {before}. One run takes one form: "
-            "a model learns one prompt format, and the empty prompt depends on it. Convert one of them."
+            f"{describe_row(source, forms[others[0]])} holds {others[0]}, the rows before it {first}. One run takes "
+            "one form: a model learns one prompt format, and the empty prompt depends on it. Convert one of them."
         )
-    return record.is_chat
+    return first
 
 
-def _encode(
-    record: PreferenceRecord, tokenizer: PairTokenizer, settings: PairDataSettings, report: DataReport
-) -> PairTokens:
-    """Tokens of a record within the limits; what is cut is counted."""
-    whole = tokenizer.encode(record)
-    pair = tokenizer.truncate(whole, settings.max_prompt_tokens, settings.max_response_tokens)
-    prompt_cut, *responses_cut = (len(after) < len(before) for before, after in zip(whole, pair, strict=True))
-    report.truncated_prompts += prompt_cut
-    report.truncated_responses += sum(responses_cut)
-    return pair
-
-
-def _count_problem(
-    problem: RowProblem, index: int, number: int, settings: PairDataSettings, report: DataReport
-) -> None:
-    report.add_problem(index, number, problem.kind, problem.detail)
-    if problem.kind.malformed and settings.max_malformed_share == 0:
-        where = describe_row(settings.sources[index], number)
+def _check_malformed(settings: PairDataSettings, source: int, outcome: Outcome) -> None:
+    """Stop at the first malformed row where none is allowed."""
+    if settings.max_malformed_share > 0:
+        return
+    malformed = [each for each in outcome.problems.values() if ProblemKind[each.kind].malformed]
+    if malformed:
+        first = min(malformed, key=lambda problem: problem.rows[0])
+        where = describe_row(settings.sources[source], first.rows[0])
         raise UserError(
-            f"{where}: {problem}. Correct the row, or allow a share of broken rows with --max-malformed-share."
+            f"{where}: {RowProblem(ProblemKind[first.kind], first.detail)}. Correct the row, or allow a share of "
+            "broken rows with --max-malformed-share."
         )
 
 

@@ -7,10 +7,12 @@ it means beside the pairs of the run: text where they are text, one turn of the 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_bdpo.data.records import USER, Message, ProblemKind, RowProblem, parse_prompt
+from megatron_bdpo.data.messages import USER, Message, template_variables
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
+from megatron_bdpo.data.records import parse_prompt
 from megatron_bdpo.data.sources import Row, SourceSpec, describe_row, read_rows
 from megatron_bdpo.data.tokenization import PairTokenizer, TokenArray
 from megatron_bdpo.errors import UserError
@@ -23,11 +25,12 @@ ANSWER_COLUMNS = ("step", "prompt", "answer", "tokens", "finished")
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row: its prompt as it was given, its other columns as JSON has them, and where it is."""
+    """One row: its prompt as it was given, its other columns as JSON has them, where it is, what its template reads."""
 
     prompt: str | list[Message]
     columns: dict[str, Any]
     where: str
+    variables: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def _parse(row: Row | RowProblem, where: str) -> PromptRow:
     except ValueError as error:
         raise RowProblem(ProblemKind.WRONG_TYPE, f"a column's value is none of JSON's ({error})") from error
     del columns["prompt"]
-    return PromptRow(prompt, columns, where)
+    return PromptRow(prompt, columns, where, {} if isinstance(prompt, str) else template_variables(row))
 
 
 def encode_prompts(
@@ -106,7 +109,7 @@ def encode_prompts(
         turn = chats and isinstance(row.prompt, str)
         prompt = [{"role": USER, "content": str(row.prompt)}] if turn else row.prompt
         try:
-            tokens.append(tokenizer.encode_prompt(prompt))
+            tokens.append(tokenizer.encode_prompt(prompt, row.variables))
             ends.append(tokenizer.ends(chat=not isinstance(prompt, str)))
         except RowProblem as problem:
             raise UserError(f"{FLAG}: {row.where}: {problem}. Correct the row.") from problem

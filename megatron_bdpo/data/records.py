@@ -7,92 +7,55 @@ form                  ``prompt``               ``chosen`` / ``rejected``
 ====================  =======================  ==========================================================
 strings               string                   strings
 implicit strings      absent                   whole dialogues, ``"\\n\\nHuman: ...\\n\\nAssistant: ..."`` (HH-RLHF)
-messages              messages or a string     a string, one assistant message, or the whole conversation
+messages              messages or a string     a string, messages, or the whole conversation
 implicit messages     absent                   whole conversations with a common beginning
 ====================  =======================  ==========================================================
 
-A message is ``{"role": str, "content": str}``. Optional columns ``chosen_safe`` and ``rejected_safe`` (true/false or
-1/0; absent or null means unknown) carry safety labels.
+Everything that both answers begin with belongs to the prompt; what follows is the answer, of one turn or of several.
+For what messages may hold, and the columns that go with them, see ``messages``. Optional columns ``chosen_safe`` and
+``rejected_safe`` (true/false or 1/0; absent or null means unknown) carry safety labels.
 """
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-type Message = dict[str, str]
-
-ASSISTANT = "assistant"
-USER = "user"
+from megatron_bdpo.data.messages import (
+    ASSISTANT,
+    USER,
+    Message,
+    as_unicode,
+    parse_messages,
+    says_something,
+    template_variables,
+)
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
 
 # HH-RLHF writes dialogues as plain text; everything up to and including the last shared marker is the prompt.
 ASSISTANT_MARKER = "\n\nAssistant:"
-
-
-class ProblemKind(enum.Enum):
-    """Why a row gives no pair. The value is the text of the report."""
-
-    # Malformed: the file is not what it claims to be. Tolerated only as far as the user says so.
-    BAD_JSON = "bad JSON"
-    MISSING_COLUMN = "missing column"
-    WRONG_TYPE = "wrong type"
-    # Unusable: well-formed, but nothing to learn from or no way to train on it faithfully.
-    EMPTY_RESPONSE = "empty response"
-    IDENTICAL_RESPONSES = "identical responses"
-    IDENTICAL_TOKENS = "responses identical once tokenized"
-    IDENTICAL_AFTER_TRUNCATION = "responses identical after truncation"
-    TIED = "answers with the same score or rank"
-    UNRANKED = "fewer than two answers with a score or rank"
-    NO_COMMON_PROMPT = "no common prompt"
-    DIVERGES_EARLY = "dialogues differ before the last assistant turn"
-    NOT_ONE_ASSISTANT_TURN = "response is not one assistant turn"
-    BOUNDARY_MERGE = "tokens merge across the prompt boundary"
-    TEMPLATE_MISMATCH = "chat template does not keep the prompt as a prefix"
-    TEMPLATE_REFUSED = "chat template refuses the conversation"
-    NOT_ENCODABLE = "tokenizer cannot encode the text"
-
-    @property
-    def malformed(self) -> bool:
-        """True for rows that are broken, False for rows that are sound but cannot be used."""
-        return self in _MALFORMED
-
-
-_LONGEST_DETAIL = 500
-
-_MALFORMED = frozenset({ProblemKind.BAD_JSON, ProblemKind.MISSING_COLUMN, ProblemKind.WRONG_TYPE})
-
-
-class RowProblem(Exception):
-    """One row that gives no pair: its kind, which is counted, and a detail, which is shown for the first such row.
-
-    What the row itself brings into the detail may be anything: it is made fit for a terminal.
-    """
-
-    def __init__(self, kind: ProblemKind, detail: str) -> None:
-        detail = printable(detail, _LONGEST_DETAIL)
-        super().__init__(f"{kind.value}: {detail}")
-        self.kind = kind
-        self.detail = detail
+USER_MARKER = "\n\nHuman:"
 
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """One prompt and its two responses, either all strings or all chat messages.
-
-    Attributes:
-        prompt: the text, or the messages before the response. The text may be empty, the messages may not.
-        chosen: the preferred response: text, or a list of one assistant message.
-        rejected: the dispreferred response, in the form of ``chosen``.
-        chosen_safe: safety label of ``chosen``; None when unknown.
-        rejected_safe: safety label of ``rejected``; None when unknown.
-    """
+    """One prompt and its two responses, either all strings or all chat messages."""
 
     prompt: str | list[Message]
+    """The text, or the messages before the response. The text may be empty, the messages may not."""
     chosen: str | list[Message]
+    """The preferred response: text, or messages of which the last is the assistant's."""
     rejected: str | list[Message]
+    """The dispreferred response, in the form of ``chosen``."""
     chosen_safe: bool | None = None
+    """Safety label of ``chosen``; None when unknown."""
     rejected_safe: bool | None = None
+    """Safety label of ``rejected``; None when unknown."""
+    is_dialogue: bool = False
+    """Strings that may hold further turns, which HH-RLHF's markers tell apart."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """What a chat template is given beside the messages: tools, documents and its own options."""
 
     @property
     def is_chat(self) -> bool:
@@ -120,13 +83,31 @@ def parse_row(row: dict[str, Any]) -> PreferenceRecord:
     else:
         assert isinstance(chosen, list) and isinstance(rejected, list)
         parts = _from_messages(prompt, chosen, rejected)
-    if parts[1] == parts[2]:  # of two columns of which one repeats the prompt
+    _check_responses(*parts[1:])
+    return PreferenceRecord(
+        *parts,
+        chosen_safe=_label(row, "chosen_safe"),
+        rejected_safe=_label(row, "rejected_safe"),
+        is_dialogue=prompt is None and any(USER_MARKER in response for response in parts[1:]),
+        variables={} if isinstance(parts[0], str) else template_variables(row),
+    )
+
+
+def _check_responses(chosen: str | list[Message], rejected: str | list[Message]) -> None:
+    if chosen == rejected:  # of two columns of which one repeats the prompt
         raise RowProblem(ProblemKind.IDENTICAL_RESPONSES, "after the prompt, chosen and rejected are the same")
-    for name, response in zip(("chosen", "rejected"), parts[1:], strict=True):
-        text = response if isinstance(response, str) else response[-1]["content"]
-        if not text.strip():
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(response, str):
+            if not response.strip():
+                raise RowProblem(ProblemKind.EMPTY_RESPONSE, f"{name} has no text")
+        elif not response or response[-1]["role"] != ASSISTANT:
+            roles = ", ".join(message["role"] for message in response) or "nothing"
+            raise RowProblem(
+                ProblemKind.NO_ASSISTANT_TURN,
+                f"after the prompt, {name} holds {roles}; its last message has to be the {ASSISTANT}'s",
+            )
+        elif not says_something(response[-1]):
             raise RowProblem(ProblemKind.EMPTY_RESPONSE, f"{name} has no text")
-    return PreferenceRecord(*parts, chosen_safe=_label(row, "chosen_safe"), rejected_safe=_label(row, "rejected_safe"))
 
 
 def parse_prompt(row: dict[str, Any]) -> str | list[Message]:
@@ -166,11 +147,6 @@ def _split_dialogue(chosen: str, rejected: str) -> tuple[str, str, str]:
         cut = end
     if cut == 0:
         raise RowProblem(ProblemKind.NO_COMMON_PROMPT, f"the dialogues differ before the first {ASSISTANT_MARKER!r}")
-    # A later marker means that the dialogues part ways in an earlier turn: what follows contains the user's words.
-    if ASSISTANT_MARKER in chosen[cut:] or ASSISTANT_MARKER in rejected[cut:]:
-        raise RowProblem(
-            ProblemKind.DIVERGES_EARLY, f"the dialogues differ after character {cut}, and more assistant turns follow"
-        )
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
@@ -178,36 +154,30 @@ def _from_messages(
     prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
     """Prompt and responses of a row whose chosen and rejected columns are messages."""
-    if prompt is None or (isinstance(prompt, str) and len(chosen) > 1 and len(rejected) > 1):
-        common = _common_length(chosen, rejected)
-        shared = chosen[:common]
-        # UltraFeedback's form: the prompt column repeats, as a string, a user turn of the two conversations.
-        if prompt is not None and all(message["content"].strip() != prompt.strip() for message in shared):
-            raise RowProblem(
-                ProblemKind.NO_COMMON_PROMPT, "the prompt column is none of the messages that both conversations share"
-            )
-        chosen, rejected = chosen[common:], rejected[common:]
-        if not shared:
-            raise RowProblem(ProblemKind.NO_COMMON_PROMPT, "the conversations differ in their first message")
-        if len(chosen) != 1 or len(rejected) != 1:
-            raise RowProblem(ProblemKind.DIVERGES_EARLY, f"the conversations differ from message {common + 1} on")
-    else:
+    shared: list[Message] = []
+    # UltraFeedback's form: the prompt column repeats, as a string, a user turn of the two conversations.
+    repeats = isinstance(prompt, str) and len(chosen) > 1 and len(rejected) > 1
+    if prompt is not None and not repeats:
         shared = [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt
         chosen, rejected = _without_prompt(shared, chosen), _without_prompt(shared, rejected)
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
-        if len(response) != 1 or response[0]["role"] != ASSISTANT:
-            roles = ", ".join(message["role"] for message in response) or "nothing"
-            raise RowProblem(
-                ProblemKind.NOT_ONE_ASSISTANT_TURN,
-                f"after the prompt, {name} holds {roles}; one {ASSISTANT} message is needed",
-            )
+    common = _common_length(chosen, rejected)
+    shared, chosen, rejected = shared + chosen[:common], chosen[common:], rejected[common:]
+    if not shared:
+        raise RowProblem(
+            ProblemKind.NO_COMMON_PROMPT, "the conversations differ in their first message, or one ends with it"
+        )
+    if repeats and all((message["content"] or "").strip() != str(prompt).strip() for message in shared):
+        raise RowProblem(
+            ProblemKind.NO_COMMON_PROMPT, "the prompt column is none of the messages that both conversations share"
+        )
     return shared, chosen, rejected
 
 
 def _common_length(first: list[Message], second: list[Message]) -> int:
-    """Number of messages that both conversations begin with."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+    """Number of messages that both conversations begin with, of which one is left to each as its answer."""
+    at_most = max(0, min(len(first), len(second)) - 1)
+    pairs = zip(first[:at_most], second[:at_most], strict=True)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), at_most)
 
 
 def _without_prompt(prompt: list[Message], response: list[Message]) -> list[Message]:
@@ -217,47 +187,18 @@ def _without_prompt(prompt: list[Message], response: list[Message]) -> list[Mess
 
 
 def _text_or_messages(row: dict[str, Any], column: str) -> str | list[Message]:
-    """The column's value, checked: a string, or a non-empty list of messages reduced to role and content."""
+    """The column's value, checked: a string, or a non-empty list of messages."""
     value = row.get(column)
     if value is None:
         held = "is null" if column in row else f"is missing; the row has {', '.join(sorted(row)) or 'no columns'}"
         raise RowProblem(ProblemKind.MISSING_COLUMN, f"column '{column}' {held}")
     if isinstance(value, str):
-        return _unicode(value, column)
+        return as_unicode(value, column)
     if isinstance(value, list):
-        if not value:
-            raise RowProblem(ProblemKind.WRONG_TYPE, f"column '{column}' is an empty list of messages")
-        return [_message(message, f"column '{column}', message {i}") for i, message in enumerate(value, start=1)]
+        return parse_messages(value, column)
     raise RowProblem(
         ProblemKind.WRONG_TYPE, f"column '{column}' is {type(value).__name__}; a string or a list of messages is needed"
     )
-
-
-def _message(value: Any, where: str) -> Message:
-    """One message with its role and content; other fields are dropped, except those that would change the text."""
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        raise RowProblem(ProblemKind.WRONG_TYPE, f"{where} is not an object with a 'role' and a 'content'")
-    if not isinstance(value.get("content"), str):
-        found = type(value.get("content")).__name__
-        raise RowProblem(ProblemKind.WRONG_TYPE, f"{where}: content is {found}; only text is supported")
-    if value.get("tool_calls"):
-        raise RowProblem(ProblemKind.WRONG_TYPE, f"{where}: tool_calls are not supported")
-    return {"role": _unicode(value["role"], where), "content": _unicode(value["content"], where)}
-
-
-def _unicode(text: str, where: str) -> str:
-    """The text itself; JSON can spell half a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowProblem(ProblemKind.WRONG_TYPE, f"{where} is not valid Unicode: {error.reason}") from error
-    return text
-
-
-def printable(text: str, longest: int) -> str:
-    """The text on one line, cut to a length, with escapes for what a terminal cannot show or would obey."""
-    shown = text if len(text) <= longest else f"{text[: longest - 3]}..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def _label(row: dict[str, Any], column: str) -> bool | None:

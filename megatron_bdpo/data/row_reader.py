@@ -11,7 +11,7 @@ from typing import Any
 from megatron_bdpo.data import formats
 from megatron_bdpo.data.format_converters import FormatOptions
 from megatron_bdpo.data.formats import AUTO, RowFormat
-from megatron_bdpo.data.records import ProblemKind, RowProblem
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.sources import Row, SourceSpec, describe_row, read_rows
 from megatron_bdpo.errors import UserError
 

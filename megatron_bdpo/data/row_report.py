@@ -10,32 +10,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.data.records import ProblemKind
+from megatron_bdpo.data.problems import ProblemKind, printable
+from megatron_bdpo.data.tokenized_rows import MAX_EXAMPLES, Outcome, Problem
 from megatron_bdpo.display import Block, Table, plain
 from megatron_bdpo.json_shape import Each, is_count, is_number, schema_error
 
-_MAX_EXAMPLES = 3
 _MAX_LINES = 20
+_MAX_NAMES = 12
 _PARTS = ("prompt", "chosen", "rejected")
 
 
 @dataclass
-class ProblemCount:
-    """How often one kind of problem came up in one source.
+class ProblemCount(Problem):
+    """How often one kind of problem came up in one source."""
 
-    Attributes:
-        kind: name of the `ProblemKind`.
-        source: index of the source.
-        count: rows.
-        rows: numbers of the first few of them.
-        detail: what was wrong with the first.
-    """
-
-    kind: str
     source: int
-    count: int
-    rows: list[int]
-    detail: str
+    """Index of the source."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +46,7 @@ class DataReport:
     rows_read: list[int] = field(default_factory=list)  # per source
     pairs_kept: list[int] = field(default_factory=list)  # per source
     problems: list[ProblemCount] = field(default_factory=list)
+    unread: dict[str, int] = field(default_factory=dict)  # columns and fields that nothing reads -> rows that have them
     truncated_prompts: int = 0
     truncated_responses: int = 0  # a pair counts twice when both of its responses are cut
     tokens: dict[str, LengthStats] = field(default_factory=dict)  # by part: prompt, chosen, rejected
@@ -85,15 +76,21 @@ class DataReport:
         """Share of the rows read that gave no pair."""
         return self.dropped_rows / max(1, sum(self.rows_read))
 
-    def add_problem(self, source: int, row: int, kind: ProblemKind, detail: str) -> None:
-        """Count one row that gives no pair."""
-        for problem in self.problems:
-            if problem.kind == kind.name and problem.source == source:
-                problem.count += 1
-                if len(problem.rows) < _MAX_EXAMPLES:
-                    problem.rows.append(row)
-                return
-        self.problems.append(ProblemCount(kind.name, source, 1, [row], detail))
+    def add(self, source: int, pairs: int, outcome: Outcome) -> None:
+        """Count the rows of a source that follow those before."""
+        self.rows_read[source] += outcome.read
+        self.pairs_kept[source] += pairs
+        self.truncated_prompts += outcome.truncated_prompts
+        self.truncated_responses += outcome.truncated_responses
+        for name, count in outcome.unread.items():
+            self.unread[name] = self.unread.get(name, 0) + count
+        for new in outcome.problems.values():
+            known = next((each for each in self.problems if (each.kind, each.source) == (new.kind, source)), None)
+            if known is None:
+                self.problems.append(ProblemCount(**dataclasses.asdict(new), source=source))
+            else:
+                known.count += new.count
+                known.rows = (known.rows + new.rows)[:MAX_EXAMPLES]
 
     def set_lengths(self, lengths: npt.NDArray[np.int32]) -> None:
         """Fill in the token statistics from the kept pairs' lengths, [P, 3]: prompt, chosen, rejected."""
@@ -115,8 +112,10 @@ class DataReport:
             per_source = zip(self.sources, self.pairs_kept, self.rows_read, strict=True)
             lines += _at_most(4, [f"  {name}: {pairs:,} of {rows:,}" for name, pairs, rows in per_source])
         problems = sorted(self.problems, key=lambda problem: -problem.count)
-        room = _MAX_LINES - len(lines) - len(_PARTS) - 2
+        room = _MAX_LINES - len(lines) - len(_PARTS) - 2 - bool(self.unread)
         lines += _at_most(room, [self._describe(problem) for problem in problems])
+        if self.unread:
+            lines.append(self._not_read())
         blocks: list[Block] = ["\n".join(lines)]
         if self.tokens:
             rows = [
@@ -135,6 +134,11 @@ class DataReport:
         rows = ", ".join(str(row) for row in problem.rows) + (", ..." if problem.count > len(problem.rows) else "")
         kind = ProblemKind[problem.kind]
         return f"  {problem.count:,} {'malformed' if kind.malformed else 'unusable'}: {kind.value} (row {rows}{where})"
+
+    def _not_read(self) -> str:
+        names = sorted(self.unread, key=lambda name: (-self.unread[name], name))
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        return f"  not read: {', '.join(printable(name, 60) for name in names[:_MAX_NAMES])}{more}"
 
     def to_json(self) -> dict[str, Any]:
         """The report as an object for `json.dump`; `from_json` reads it back."""
@@ -177,6 +181,7 @@ _SHAPE = {
             "detail": str,
         }
     ],
+    "unread": Each(is_count),
     "truncated_prompts": is_count,
     "truncated_responses": is_count,
     "tokens": Each({"mean": is_number, "p50": is_number, "p95": is_number, "max": is_count}),

@@ -6,6 +6,7 @@ JSON lines are read here, so that a broken line is reported by its number. Every
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import hashlib
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bdpo import hub
-from megatron_bdpo.data.records import ProblemKind, RowProblem
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.errors import UserError
 
 type Row = dict[str, Any]
@@ -96,13 +97,53 @@ def read_rows(spec: SourceSpec) -> Iterator[tuple[int, Row | RowProblem]]:
     Raises:
         UserError: the source is missing, empty, unreadable or, for a hub name, not reachable.
     """
-    location = _locate(spec)
+    for number, raw in read_raw_rows(spec):
+        yield number, parse_raw(raw)
+
+
+type RawRow = bytes | Row
+"""A line of JSON, or a row of a table."""
+
+
+def read_raw_rows(spec: SourceSpec) -> Iterator[tuple[int, RawRow]]:
+    """As :func:`read_rows`, before :func:`parse_raw`, which another process may do."""
     seen = False
-    for number, row in _number_rows(location):
+    for number, raw in _number_rows(_locate(spec)):
         seen = True
-        yield number, row
+        yield number, raw
     if not seen:
         raise UserError(f"{spec.path} is empty: it holds no row.")
+
+
+def parse_raw(raw: RawRow) -> Row | RowProblem:
+    """The row, or what is wrong with its line. Nulls inside of a table's columns are left out.
+
+    A table gives every message, tool and argument of a column the fields of all others.
+    """
+    if isinstance(raw, bytes):
+        return _parse_line(raw)
+    return {column: _without_nulls(value) for column, value in raw.items()}
+
+
+def count_rows(spec: SourceSpec) -> int | None:
+    """How many rows there are, for a progress bar; None where that takes more than a glance."""
+    location = _locate(spec)
+    if not location.files or location.saved_in or _builder(location.files[0]) is not None:
+        return None
+    if any(file.name.lower().endswith(".gz") for file in location.files):
+        return None
+    return sum(map(_count_lines, location.files))
+
+
+def _count_lines(path: Path) -> int:
+    with _readable(path), path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_HASH_CHUNK), b""))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def describe_row(spec: SourceSpec, number: int) -> str:
@@ -233,7 +274,7 @@ def _as_number(token: str) -> float | None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _number_rows(location: _Location) -> Iterator[tuple[int, Row | RowProblem]]:
+def _number_rows(location: _Location) -> Iterator[tuple[int, RawRow]]:
     if location.hub_name is not None:
         yield from enumerate(_guarded(location.name, _load_from_hub(location)), start=1)
     elif location.saved_in is not None:
@@ -251,22 +292,23 @@ def _number_rows(location: _Location) -> Iterator[tuple[int, Row | RowProblem]]:
             before += line
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[int, Row | RowProblem | None]]:
-    """Yield every line's number and what it holds; None for a blank line."""
+def _read_json_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Yield every line's number and the line; None for a blank one."""
     with _readable(path), gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if number == 1 and line.lstrip().startswith(b"["):
-                raise UserError(
-                    f"{path} is one JSON array; write one object per line instead, for example with "
-                    f"`jq -c '.[]' {path.name} > rows.jsonl`."
-                )
-            yield number, _parse_line(line, number) if line.strip() else None
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)  # some editors put it there
+                if line.lstrip().startswith(b"["):
+                    raise UserError(
+                        f"{path} is one JSON array; write one object per line instead, for example with "
+                        f"`jq -c '.[]' {path.name} > rows.jsonl`."
+                    )
+            yield number, line if line.strip() else None
 
 
-def _parse_line(line: bytes, number: int) -> Row | RowProblem:
+def _parse_line(line: bytes) -> Row | RowProblem:
     try:
-        # utf-8-sig: some editors put a byte order mark before the first line.
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+        row = json.loads(line.decode("utf-8").strip())
     except (ValueError, RecursionError) as error:
         return RowProblem(ProblemKind.BAD_JSON, str(error))
     if not isinstance(row, dict):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from megatron_bdpo.data.packs import group_tokens
-from megatron_bdpo.data.store import SAFE, UNKNOWN, UNSAFE, PairStore
+from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.data.tokenized_rows import SAFE, UNKNOWN, UNSAFE
 from megatron_bdpo.display import Block, Facts, Table
 
 _PACK_LENGTHS = tuple(2**exponent for exponent in range(9, 18))  # 512 to 131,072 positions

@@ -21,13 +21,14 @@ Three deterministic stages, each a pure function of the seed and the pairs' leng
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.data.bin_packing import per_pack, round_up, shortest
+from megatron_bdpo.data.bin_packing import PackNumbers, per_pack, round_up, shortest
 from megatron_bdpo.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
@@ -44,7 +45,7 @@ class StepPlan:
     """Steps x packs. Shapes: B steps, N pairs per step, M packs per rank and step, K = DP x M packs per step."""
 
     steps: IntArray  # [B, N] pair ids
-    pack_of: IntArray  # [B, N] in [0, K): which pack of its step holds each pair
+    pack_of: PackNumbers  # [B, N] in [0, K): which pack of its step holds each pair
     lengths: IntArray  # [B, M] positions of every rank's m-th pack
     data_parallel: int  # DP
     real_tokens: IntArray  # [B] tokens of each step after sharing, before padding
@@ -143,8 +144,7 @@ def plan_steps(
     if num_steps < 1:
         raise UserError(f"--train-iters must be at least 1, not {num_steps}.")
     pools = [(np.arange(len(sizes)), 1.0)] if pools is None else pools
-    used = np.unique(np.concatenate([ids for ids, _ in pools]))
-    longest = int(sizes[used].max(initial=0))
+    longest = max((int(sizes[ids].max(initial=0)) for ids, _ in pools), default=0)
     if longest > settings.max_pack_length:
         raise UserError(
             f"a pair takes {longest} positions, more than a pack of --seq-length {settings.max_pack_length}"
@@ -152,8 +152,9 @@ def plan_steps(
     steps = _draw_steps(sizes, settings, num_steps, pools)
     step_sizes = sizes[steps]
     pack_of, packs = _choose_packs(step_sizes, settings)
-    step_costs = step_sizes if costs is None else costs[steps]
-    pack_of, lengths = _deal_to_ranks(step_sizes, step_costs, pack_of, packs, settings)
+    load = per_pack(step_sizes, pack_of, packs)
+    cost = load if costs is None else per_pack(costs, pack_of, packs, steps)
+    pack_of, lengths = _deal_to_ranks(load, cost, pack_of, settings)
     return StepPlan(steps, pack_of, lengths, settings.data_parallel, step_sizes.sum(axis=1))
 
 
@@ -175,8 +176,21 @@ def _epoch(pools: Sequence[tuple[IntArray, float]], seed: int, epoch: int) -> In
     drawn = []
     for ids, weight in pools:
         repeats, remainder = divmod(_pool_draws(ids, weight), max(1, len(ids)))
-        drawn += [ids] * repeats + [rng.permutation(ids)[:remainder]]
-    return rng.permutation(np.concatenate(drawn))
+        drawn += [ids] * repeats + [rng.permutation(ids)[:remainder].copy()]  # a view would hold all of them
+    joined = np.concatenate(drawn)
+    rng.shuffle(joined)
+    return joined
+
+
+def _windows(pools: Sequence[tuple[IntArray, float]], seed: int, size: int) -> Iterator[IntArray]:
+    """The endless stream of epochs, cut into windows of ``size`` pairs; no more than an epoch of it is in memory."""
+    left = np.zeros(0, np.int64)
+    for epoch in itertools.count():
+        left = np.concatenate([left, _epoch(pools, seed, epoch)])
+        whole = len(left) // size * size
+        for start in range(0, whole, size):
+            yield left[start : start + size]
+        left = left[whole:].copy()
 
 
 # 2. Steps ------------------------------------------------------------------------------------------------------------
@@ -193,14 +207,12 @@ def _draw_steps(
         )
     # Windows depend on the data alone, so that a longer run repeats a shorter one's steps.
     window = min(per_epoch // per_step, _MAX_WINDOW_STEPS)
-    windows = -(-num_steps // window)
-    epochs = -(-windows * window * per_step // per_epoch)
-    stream = np.concatenate([_epoch(pools, settings.seed, epoch) for epoch in range(epochs)])
-    steps = [
-        _level_window(stream[k * window * per_step : (k + 1) * window * per_step], sizes, window, settings.seed, k)
-        for k in range(windows)
-    ]
-    return np.concatenate(steps)[:num_steps]
+    steps = np.empty((num_steps, per_step), np.int64)
+    stream = _windows(pools, settings.seed, window * per_step)
+    for k, start in enumerate(range(0, num_steps, window)):
+        levelled = _level_window(next(stream), sizes, window, settings.seed, k)
+        steps[start : start + window] = levelled[: num_steps - start]
+    return steps
 
 
 def _level_window(ids: IntArray, sizes: IntArray, window: int, seed: int, index: int) -> IntArray:
@@ -228,11 +240,11 @@ def _level_window(ids: IntArray, sizes: IntArray, window: int, seed: int, index:
 # 3. Packs ------------------------------------------------------------------------------------------------------------
 
 
-def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[IntArray, int]:
+def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[PackNumbers, int]:
     """The pack of each pair [B, N], and the number of packs per step, wasting least; near ties go to fewer packs."""
     pairs, limit = step_sizes.shape[1], settings.max_pack_length
     if not settings.pack_pairs:
-        return np.broadcast_to(np.arange(pairs), step_sizes.shape), pairs
+        return np.broadcast_to(np.arange(pairs, dtype=np.int32), step_sizes.shape), pairs
     group = settings.data_parallel * settings.microbatch_multiple
     tokens, longest = step_sizes.sum(axis=1), step_sizes.max(axis=1)
     if settings.fixed_length:
@@ -241,7 +253,7 @@ def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[IntArra
     packs = first = round_up(max(-(-int(tokens.max()) // limit), group), group)
     few = first + _PACK_CHOICES * group
     useful = max(first, tokens.mean() / _LONG_ENOUGH)
-    best: tuple[IntArray, int] | None = None
+    best: tuple[PackNumbers, int] | None = None
     least = 0.0
     while best is None or packs <= (max(few, useful) if settings.one_length else few):
         waiting = 1 + settings.pipeline_wait * settings.data_parallel / min(packs, useful)
@@ -260,20 +272,22 @@ def _choose_packs(step_sizes: IntArray, settings: PlanSettings) -> tuple[IntArra
 
 
 def _deal_to_ranks(
-    step_sizes: IntArray, step_costs: IntArray, pack_of: IntArray, packs: int, settings: PlanSettings
-) -> tuple[IntArray, IntArray]:
+    load: IntArray, cost: IntArray, pack_of: PackNumbers, settings: PlanSettings
+) -> tuple[PackNumbers, IntArray]:
     """Number the packs so that rank r's are [r M, (r+1) M). Returns the packs [B, N] and their lengths [B, M].
 
     The m-th packs of all ranks are of like length, and the costs of every rank's pairs are about the same.
+
+    Args:
+        load: [B, K] positions of each pack; cost: [B, K] of its pairs; pack_of: [B, N].
     """
-    ranks = settings.data_parallel
-    load, cost = (per_pack(values, pack_of, packs) for values in (step_sizes, step_costs))
+    ranks, packs = settings.data_parallel, load.shape[1]
     lengths = _lengths(load, settings)
     own = np.full_like(load, lengths[:, :1]) if settings.one_length else _rounded(load, settings)
     order = np.lexsort((-cost, -own), axis=1)  # longest first, of equal lengths the most expensive
     microbatch, place = np.divmod(np.arange(packs), ranks)
     there_and_back = np.where(microbatch % 2, ranks - 1 - place, place)
-    renumbered = np.empty_like(order)
+    renumbered = np.empty_like(order, np.int32)
     np.put_along_axis(renumbered, order, (there_and_back * (packs // ranks) + microbatch)[None, :], axis=1)
     return np.take_along_axis(renumbered, pack_of, axis=1), lengths
 

@@ -2,13 +2,17 @@
 
 A store is a directory, written once and never changed:
 
-    tokens.bin   int32  [N]     prompt, chosen, rejected of pair 0, then of pair 1, ...
-    starts.bin   int64  [P]     where each pair begins in tokens.bin
-    lengths.bin  int32  [P, 3]  tokens of prompt, chosen, rejected
-    source.bin   int16  [P]     index of the source the pair comes from
-    row.bin      int64  [P]     its row there, counted from 1
-    unsafe.bin   int8   [P, 2]  safety of chosen, rejected: 0 safe, 1 unsafe, -1 unknown
-    meta.json                   shapes, sizes, checksums, fingerprint, report; written last
+    tokens.bin       int32  [N]     prompt, chosen, rejected of pair 0, then of pair 1, ...
+    starts.bin       int64  [P]     where each pair begins in tokens.bin
+    lengths.bin      int32  [P, 3]  tokens of prompt, chosen, rejected
+    source.bin       int16  [P]     index of the source the pair comes from
+    row.bin          int64  [P]     its row there, counted from 1
+    unsafe.bin       int8   [P, 2]  safety of chosen, rejected: 0 safe, 1 unsafe, -1 unknown
+    context.bin      int64  [S, 2]  stretches of tokens.bin that belong to responses and are not scored, in order
+    prompt_of.bin    int32  [P]     index of the pair's own unconditional prompt; -1: the one in meta.json
+    own_prompts.bin  int32  [E]     those prompts, one after the other
+    own_lengths.bin  int32  [D]     tokens of each
+    meta.json                       shapes, sizes, checksums, fingerprint, report; written last
 
 The arrays are raw and little-endian: nothing is pickled, and a file's size alone shows that it was cut short.
 """
@@ -19,9 +23,7 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import zlib
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,20 +33,19 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bdpo.artifact import write_whole
-from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec, describe_row
-from megatron_bdpo.data.tokenization import PairTokens, TokenArray
+from megatron_bdpo.data.tokenization import BoolArray, PairTokens, TokenArray
+from megatron_bdpo.data.tokenized_rows import TokenizedRows
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import is_count, is_number, parse_json, schema_error
 
 FORMAT_NAME = "megatron_bdpo pair store"
-FORMAT_VERSION = 3
-UNKNOWN, SAFE, UNSAFE = -1, 0, 1
+FORMAT_VERSION = 4
 
 _META = "meta.json"
 _TOKENS = "tokens"
-# Name -> dtype and columns; the rows of all but the tokens are pairs.
+# Name -> dtype and columns.
 _ARRAYS: dict[str, tuple[str, int | None]] = {
     _TOKENS: ("<i4", None),
     "starts": ("<i8", None),
@@ -52,7 +53,14 @@ _ARRAYS: dict[str, tuple[str, int | None]] = {
     "source": ("<i2", None),
     "row": ("<i8", None),
     "unsafe": ("<i1", 2),
+    "context": ("<i8", 2),
+    "prompt_of": ("<i4", None),
+    "own_prompts": ("<i4", None),
+    "own_lengths": ("<i4", None),
 }
+_MAY_BE_EMPTY = frozenset({"context", "own_prompts", "own_lengths"})
+#: Those that have a row for each pair.
+_BY_PAIR = ("starts", "lengths", "source", "row", "unsafe", "prompt_of")
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class StoreInfo:
         fingerprint: hex SHA-256 of everything that decides the tokens: data, tokenizer, limits, rules.
         settings: everything that decides the tokens but the number of pairs, by name: digests of the data sets,
             tokenizer, chat template, limits. Stores of the same settings hold the same pairs, as far as both go.
-        empty_prompt: token ids of the prompt that says nothing.
+        empty_prompt: token ids of the prompt that says nothing, of pairs that have none of their own.
         sources: the data sets, in the order of the ``source`` array's indices.
         report: what became of their rows.
     """
@@ -84,7 +92,9 @@ class PairStore:
         source: int16 [P], index into ``sources``.
         row: int64 [P], row or line in that source, counted from 1.
         unsafe: int8 [P, 2], safety of chosen and rejected: 0 safe, 1 unsafe, -1 unknown.
-        empty_prompt: int32 [length], the prompt of the unconditional log-probability.
+        scored: int32 [P, 2], tokens of chosen and rejected that are scored: all but the turns of others in them.
+        empty_prompt: int32 [length], the prompt of the unconditional log-probability of pairs without one of their own.
+        unconditional: int32 [P], tokens of each pair's unconditional prompt.
         sources: the data sets with the weights of this run.
         fingerprint: hex digest of everything that decides the tokens.
         report: what became of the rows.
@@ -103,6 +113,12 @@ class PairStore:
         self.unsafe: npt.NDArray[np.int8] = arrays["unsafe"]
         self._tokens: TokenArray = arrays[_TOKENS]
         self._starts: npt.NDArray[np.int64] = arrays["starts"]
+        self._context: npt.NDArray[np.int64] = arrays["context"]
+        self._prompt_of: npt.NDArray[np.int32] = arrays["prompt_of"]
+        self._own_ends = np.cumsum(arrays["own_lengths"], dtype=np.int64)
+        self._own_prompts: TokenArray = arrays["own_prompts"]
+        self.unconditional = _prompt_lengths(self._prompt_of, arrays["own_lengths"], len(self.empty_prompt))
+        self.scored = _scored_lengths(self.lengths, self._starts, self._context)
 
     @classmethod
     def open(cls, directory: Path | str, sources: tuple[SourceSpec, ...] | None = None) -> PairStore:
@@ -135,6 +151,11 @@ class PairStore:
         """Number of pairs."""
         return len(self.lengths)
 
+    @property
+    def has_context(self) -> bool:
+        """Whether some response holds tokens that are not scored."""
+        return len(self._context) > 0
+
     def pair(self, index: int) -> PairTokens:
         """Token ids of one pair: views of the memory map, not copies.
 
@@ -146,7 +167,30 @@ class PairStore:
         prompt, chosen, rejected = (int(length) for length in self.lengths[index])
         start = int(self._starts[index])
         tokens = self._tokens[start : start + prompt + chosen + rejected]
-        return PairTokens(tokens[:prompt], tokens[prompt : prompt + chosen], tokens[prompt + chosen :])
+        middle = prompt + chosen
+        scored = (
+            self._mask(start + prompt, start + middle, int(self.scored[index, 0])),
+            self._mask(start + middle, start + len(tokens), int(self.scored[index, 1])),
+        )
+        return PairTokens(tokens[:prompt], tokens[prompt:middle], tokens[middle:], *scored)
+
+    def unconditional_prompt(self, index: int) -> TokenArray:
+        """Token ids of the prompt that a pair's unconditional log-probability is conditioned on."""
+        own = int(self._prompt_of[index])
+        if own < 0:
+            return self.empty_prompt
+        end = int(self._own_ends[own])
+        return self._own_prompts[end - int(self.unconditional[index]) : end]
+
+    def _mask(self, start: int, stop: int, scored: int) -> BoolArray | None:
+        """Which of the tokens from ``start`` to ``stop`` are scored; None: all, as ``scored`` says."""
+        if scored == stop - start:
+            return None
+        mask = np.ones(stop - start, bool)
+        first, last = np.searchsorted(self._context[:, 0], (start, stop))
+        for a, b in self._context[first:last]:
+            mask[a - start : b - start] = False
+        return mask
 
     def describe(self, index: int) -> str:
         """Where a pair comes from, in words for a message: ``pairs.jsonl, line 17``."""
@@ -164,7 +208,7 @@ class PairStore:
 
 
 class PairStoreWriter:
-    """Writes a new store, pair by pair; tokens go to disk as they come, 31 bytes per pair stay in memory.
+    """Writes a new store; tokens go to disk as they come, 35 bytes per pair stay in memory.
 
     A context manager that closes the file; `finish` makes the store complete. Without it there is no meta.json, and
     nothing that `PairStore.open` would take for a store.
@@ -178,7 +222,8 @@ class PairStoreWriter:
         self._tokens: BinaryIO = _array_path(directory, _TOKENS).open("wb", buffering=1 << 20)
         self._crc32 = 0
         self._written = 0  # tokens
-        self._columns = {name: array(_TYPECODES[_ARRAYS[name][0]]) for name in _ARRAYS if name != _TOKENS}
+        self._columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _ARRAYS if name != _TOKENS}
+        self._own_prompts = 0
 
     def __enter__(self) -> PairStoreWriter:
         return self
@@ -190,38 +235,44 @@ class PairStoreWriter:
 
     def __len__(self) -> int:
         """Number of pairs so far."""
-        return len(self._columns["starts"])
+        return sum(map(len, self._columns["lengths"]))
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Lengths so far, int32 [P, 3]."""
-        return np.array(self._columns["lengths"], dtype=np.int32).reshape(-1, 3)
+        return np.concatenate([np.zeros((0, 3), np.int32), *self._columns["lengths"]])
 
-    def append(self, pair: PairTokens, source: int, row: int, record: PreferenceRecord) -> None:
-        """Add one pair; of the record only the safety labels are kept."""
-        for part in pair:
-            data = part.astype("<i4", copy=False).tobytes()
-            self._tokens.write(data)
-            self._crc32 = zlib.crc32(data, self._crc32)
-        lengths = [len(part) for part in pair]
-        self._columns["starts"].append(self._written)
-        self._columns["lengths"].extend(lengths)
-        self._columns["source"].append(source)
-        self._columns["row"].append(row)
-        self._columns["unsafe"].extend(_label(safe) for safe in (record.chosen_safe, record.rejected_safe))
-        self._written += sum(lengths)
+    def extend(self, rows: TokenizedRows, source: int) -> None:
+        """Add the pairs of some rows of a source."""
+        data = rows.tokens.astype("<i4", copy=False).tobytes()
+        self._tokens.write(data)
+        self._crc32 = zlib.crc32(data, self._crc32)
+        ends = np.cumsum(rows.lengths.sum(axis=1, dtype=np.int64))
+        columns = {
+            "starts": self._written + ends - rows.lengths.sum(axis=1),
+            "lengths": rows.lengths,
+            "source": np.full(len(rows), source),
+            "row": rows.row,
+            "unsafe": rows.unsafe,
+            "context": rows.context + self._written,
+            "prompt_of": np.where(rows.prompt_of < 0, -1, rows.prompt_of + self._own_prompts),
+            "own_prompts": rows.own_prompts,
+            "own_lengths": rows.own_lengths,
+        }
+        for name, column in columns.items():
+            self._columns[name].append(column.astype(_ARRAYS[name][0]))
+        self._written += len(rows.tokens)
+        self._own_prompts += len(rows.own_lengths)
 
     def finish(self, info: StoreInfo) -> None:
         """Write everything but the tokens, flush it all to disk, and write meta.json last."""
         self._tokens.flush()
         os.fsync(self._tokens.fileno())
         arrays = {_TOKENS: {"rows": self._written, "crc32": self._crc32}}
-        for name, column in self._columns.items():
-            if sys.byteorder == "big":
-                column.byteswap()
-            data = column.tobytes()
+        for name, columns in self._columns.items():
+            data = b"".join(column.tobytes() for column in columns)
             write_whole(_array_path(self._directory, name), data)
-            arrays[name] = {"rows": len(column) // (_ARRAYS[name][1] or 1), "crc32": zlib.crc32(data)}
+            arrays[name] = {"rows": sum(map(len, columns)), "crc32": zlib.crc32(data)}
         meta = {
             "format": FORMAT_NAME,
             "version": FORMAT_VERSION,
@@ -243,13 +294,6 @@ _META_SHAPE = {
     "report": dict,
     "arrays": {name: {"rows": is_count, "crc32": is_count} for name in _ARRAYS},
 }
-
-# struct-like type codes of `array`, which is compact where a Python list is not.
-_TYPECODES = {"<i1": "b", "<i2": "h", "<i4": "i", "<i8": "q"}
-
-
-def _label(safe: bool | None) -> int:
-    return UNKNOWN if safe is None else SAFE if safe else UNSAFE
 
 
 def _array_path(directory: Path, name: str) -> Path:
@@ -291,8 +335,10 @@ def _open_array(directory: Path, name: str, described: dict[str, int]) -> npt.ND
     expected_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     try:
         found_bytes = path.stat().st_size
-        if found_bytes != expected_bytes or not expected_bytes:
+        if found_bytes != expected_bytes or not (expected_bytes or name in _MAY_BE_EMPTY):
             raise _damaged(directory, f"{path.name} has {found_bytes} bytes instead of {expected_bytes}")
+        if not expected_bytes:  # which cannot be mapped
+            return np.zeros(shape, dtype)
         mapped = np.memmap(path, dtype=dtype, mode="r", shape=shape)
     except OSError as error:
         raise _damaged(directory, f"{path.name} cannot be read ({error.strerror or error})") from error
@@ -305,7 +351,7 @@ def _open_array(directory: Path, name: str, described: dict[str, int]) -> npt.ND
 def _check_consistency(directory: Path, info: StoreInfo, arrays: dict[str, npt.NDArray[Any]]) -> None:
     """The arrays fit each other: one row per pair, and the lengths add up to the tokens. And they fit the sources."""
     pairs = len(arrays["lengths"])
-    if any(len(values) != pairs for name, values in arrays.items() if name != _TOKENS):
+    if any(len(arrays[name]) != pairs for name in _BY_PAIR):
         raise _damaged(directory, "its arrays are of different numbers of pairs")
     if int(arrays["lengths"].sum(dtype=np.int64)) != len(arrays[_TOKENS]):
         raise _damaged(directory, "the lengths do not add up to the number of tokens")
@@ -313,6 +359,35 @@ def _check_consistency(directory: Path, info: StoreInfo, arrays: dict[str, npt.N
         raise _damaged(directory, f"{_META} has no empty prompt")
     if int(arrays["source"].max(initial=-1)) >= len(info.sources):
         raise _damaged(directory, "pairs are of more sources than it names")
+    own = arrays["own_lengths"]
+    if int(own.min(initial=1)) < 1 or int(own.sum(dtype=np.int64)) != len(arrays["own_prompts"]):
+        raise _damaged(directory, "the unconditional prompts are not as long as it says")
+    if int(arrays["prompt_of"].max(initial=-1)) >= len(arrays["own_lengths"]):
+        raise _damaged(directory, "pairs have unconditional prompts that are not there")
+    edges = arrays["context"].reshape(-1)
+    if (np.diff(edges) < 0).any() or (len(edges) and not 0 <= edges[0] <= edges[-1] <= len(arrays[_TOKENS])):
+        raise _damaged(directory, "the stretches of context are not in order")
+
+
+def _prompt_lengths(
+    prompt_of: npt.NDArray[np.int32], own_lengths: npt.NDArray[np.int32], shared: int
+) -> npt.NDArray[np.int32]:
+    everywhere: npt.NDArray[np.int32] = np.broadcast_to(np.int32(shared), prompt_of.shape)
+    if not len(own_lengths):
+        return everywhere
+    return np.where(prompt_of < 0, everywhere, own_lengths[prompt_of])
+
+
+def _scored_lengths(
+    lengths: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], context: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int32]:
+    if not len(context):
+        return lengths[:, 1:]
+    pair = np.searchsorted(starts, context[:, 0], side="right") - 1
+    is_rejected = (context[:, 0] >= starts[pair] + lengths[pair, :2].sum(axis=1)).astype(np.int64)
+    scored = lengths[:, 1:].astype(np.int64)
+    np.subtract.at(scored, (pair, is_rejected), context[:, 1] - context[:, 0])
+    return scored.astype(np.int32)
 
 
 def _crc32(values: npt.NDArray[Any]) -> int:

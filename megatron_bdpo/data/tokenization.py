@@ -13,36 +13,62 @@ The rules, in the order in which they apply:
    response belongs to the response. EOD is added only when the template puts nothing but white space there.
 5. A Hugging Face template writes BOS itself where the model wants it, so it alone decides. The other libraries cannot
    express BOS in a template: there rule 2 holds for chat records too.
+6. Of a response of several turns only what the assistant says is scored, with what the template ends its turns with;
+   the user's turns and what tools answer are context. The template marks its turns with ``{% generation %}``, or they
+   are found by rendering the conversation up to each. In a dialogue of plain text HH-RLHF's markers tell them apart.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
-from typing import NamedTuple
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.data.chat_template import ChatTemplate
-from megatron_bdpo.data.records import USER, Message, PreferenceRecord, ProblemKind, RowProblem
+from megatron_bdpo.data.chat_template import ChatTemplate, Rendered, Spans, kept_context
+from megatron_bdpo.data.messages import DOCUMENTS, TOOLS, USER, Message
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
+from megatron_bdpo.data.records import ASSISTANT_MARKER, USER_MARKER, PreferenceRecord
+from megatron_bdpo.data.text_encoder import Mark, TextEncoder
 from megatron_bdpo.data.vocabulary import VOCABULARY_OF, MegatronTextTokenizer, vocabulary
 from megatron_bdpo.errors import UserError
 
 type TokenArray = npt.NDArray[np.int32]
+type BoolArray = npt.NDArray[np.bool_]
+
+type TrainOn = Literal["all-assistant", "last"]
+"""Which of the assistant's turns in a response of several are scored."""
 
 # A change of the rules above makes other tokens of the same data: raise this number, and stored tokens are renewed.
-RULES_VERSION = 1
+RULES_VERSION = 2
 
 
-class PairTokens(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PairTokens:
     """Token ids of one pair; each is int32 [length]. ``prompt`` includes the start token, the responses their end."""
 
     prompt: TokenArray
     chosen: TokenArray
     rejected: TokenArray
+    chosen_scored: BoolArray | None = None
+    """[length] which tokens of ``chosen`` are scored; None: all."""
+    rejected_scored: BoolArray | None = None
+
+    @property
+    def parts(self) -> tuple[TokenArray, TokenArray, TokenArray]:
+        """Prompt, chosen and rejected."""
+        return self.prompt, self.chosen, self.rejected
+
+    @property
+    def scored(self) -> tuple[BoolArray | None, BoolArray | None]:
+        """Which tokens of chosen and of rejected are scored; None: all."""
+        return self.chosen_scored, self.rejected_scored
 
 
 class PairTokenizer:
@@ -50,12 +76,23 @@ class PairTokenizer:
 
     Args:
         tokenizer: Megatron's tokenizer, from its ``build_tokenizer(args)``.
+        variables: what the chat template is given for every conversation; a row's own go before them.
+        train_on: which of the assistant's turns in a response of several are scored.
+        unconditional_context: the unconditional prompt keeps what is not about the prompt: the system's messages at the
+            beginning and the tools.
 
     Raises:
         UserError: the tokenizer is of a kind that cannot be used here, or it has no end-of-document token.
     """
 
-    def __init__(self, tokenizer: MegatronTextTokenizer) -> None:
+    def __init__(
+        self,
+        tokenizer: MegatronTextTokenizer,
+        variables: Mapping[str, Any] | None = None,
+        train_on: TrainOn = "all-assistant",
+        *,
+        unconditional_context: bool = False,
+    ) -> None:
         library = getattr(tokenizer, "library", type(tokenizer).__name__)
         if library not in VOCABULARY_OF:
             raise UserError(
@@ -64,15 +101,17 @@ class PairTokenizer:
             )
         self._tokenizer = tokenizer
         self._library = library
-        self._template = ChatTemplate(tokenizer, library)
-        self._added_before, self._added_after = _tokens_added_by_library(tokenizer)
+        self._encoder = TextEncoder(tokenizer)
+        self.template = ChatTemplate(tokenizer, library, variables)
+        self._train_on = train_on
+        self._unconditional_context = unconditional_context
         end = _special_id(tokenizer, "eod")
         if end is None:
             raise UserError("The tokenizer has no EOS (end-of-document) token, so no response could end. Define one.")
         bos = _special_id(tokenizer, "bos")
         self._end = end
         # Rule 2. More than one token only where the library itself puts more than one in front.
-        self._start = self._added_before or ([] if bos is None else [bos])
+        self._start = self._encoder.before or ([] if bos is None else [bos])
 
     def encode(self, record: PreferenceRecord) -> PairTokens:
         """Token ids of a record, not truncated.
@@ -81,19 +120,50 @@ class PairTokenizer:
             RowProblem: the record cannot be tokenized faithfully.
             UserError: a chat record, and the tokenizer has no chat template or one that cannot be used at all.
         """
-        prompt_text, chosen_text, rejected_text = (
-            self._template.render(record) if record.is_chat else _joint_texts(record)
-        )
-        prompt = self._ids(prompt_text, record.is_chat)
-        chosen = _after(prompt, self._ids(chosen_text, record.is_chat), "chosen")
-        rejected = _after(prompt, self._ids(rejected_text, record.is_chat), "rejected")
-        end = [self._end] if not record.is_chat or self._template.leaves_turn_open else []
-        chosen, rejected = _ended(chosen, end, "chosen"), _ended(rejected, end, "rejected")
-        if chosen == rejected:
+        is_chat = record.is_chat
+        prompt_text, *rendered = (self.template.render if is_chat else _joint_texts)(record)
+        mark = self._mark if is_chat else None
+        texts = [prompt_text, *(each.text for each in rendered)]
+        prompt, *joint = (self._unstarted(ids, is_chat) for ids in self._encoder.encode_after(texts, prompt_text, mark))
+        end = [self._end] if not is_chat or self.template.leaves_turn_open else []
+        responses: list[TokenArray] = []
+        scored: list[BoolArray | None] = []
+        for name, ids, each in zip(("chosen", "rejected"), joint, rendered, strict=True):
+            response = _ended(_after(prompt, ids, name), end, name)
+            responses.append(_int32(response))
+            scored.append(self._scored(each, len(response) - len(ids) + len(prompt), len(response), name))
+        chosen, rejected = responses
+        if np.array_equal(chosen, rejected):
             raise RowProblem(ProblemKind.IDENTICAL_TOKENS, "chosen and rejected give the same tokens")
-        return PairTokens(self._started(prompt, record.is_chat), _int32(chosen), _int32(rejected))
+        return PairTokens(self._started(prompt, is_chat), chosen, rejected, *scored)
 
-    def encode_prompt(self, prompt: str | list[Message]) -> TokenArray:
+    def _scored(self, rendered: Rendered, added: int, length: int, name: str) -> BoolArray | None:
+        """Rule 6: which of a response's tokens are scored.
+
+        Args:
+            added: tokens that the response has beyond its text: its end.
+        """
+        if rendered.spans is None:
+            return None
+        spans = rendered.spans[-1:] if self._train_on == "last" else rendered.spans
+        cuts = [cut for span in spans for cut in span]
+        whole, *places = self._encoder.places(rendered.text, [len(rendered.text), *cuts])
+        scored = np.zeros(length, bool)
+        for start, end in zip(places[::2], places[1::2], strict=True):  # counted from the end, where both texts agree
+            from_end = length - added - whole
+            scored[max(0, from_end + start) : from_end + end] = True
+        if spans and spans[-1][1] == len(rendered.text):
+            scored[length - added :] = True
+        if not scored.any():
+            raise RowProblem(ProblemKind.NO_ASSISTANT_TURN, f"{name} has no token of the assistant's")
+        return None if scored.all() else scored
+
+    @functools.cached_property
+    def _mark(self) -> Mark | None:
+        opened = self.template.apply([{"role": USER, "content": "a"}], {}, add_generation_prompt=True)
+        return self._encoder.last_mark(opened)
+
+    def encode_prompt(self, prompt: str | list[Message], variables: Mapping[str, Any] | None = None) -> TokenArray:
         """Token ids of a prompt alone, int32 [length >= 1]: those that :meth:`encode` gives it before a response.
 
         Raises:
@@ -102,7 +172,7 @@ class PairTokenizer:
         """
         if isinstance(prompt, str):
             return self._started(self._ids(prompt, chat=False), chat=False)
-        text = self._template.apply(prompt, add_generation_prompt=True)
+        text = self.template.apply(prompt, variables or {}, add_generation_prompt=True)
         return self._started(self._ids(text, chat=True), chat=True)
 
     def ends(self, *, chat: bool) -> list[list[int]]:
@@ -112,7 +182,7 @@ class PairTokenizer:
         """
         ends = [[self._end]]
         if chat:
-            text, after = self._template.short_conversation
+            text, after = self.template.short_conversation
             before = self._ids(text[: len(text) - len(after)], chat=True)
             whole = self._ids(text.rstrip(), chat=True)
             if whole[: len(before)] == before:
@@ -134,19 +204,27 @@ class PairTokenizer:
         Raises:
             RowProblem: the responses are identical after the cut.
         """
-        prompt, chosen, rejected = pair
+        (prompt, chosen, rejected), scored = pair.parts, pair.scored
         if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
             starts_so = prompt[: len(self._start)].tolist() == self._start
             start = prompt[: min(len(self._start), max_prompt_tokens - 1)] if starts_so else prompt[:0]
             prompt = np.concatenate([start, prompt[len(prompt) - (max_prompt_tokens - len(start)) :]])
         if max_response_tokens is not None:
             chosen, rejected = chosen[:max_response_tokens], rejected[:max_response_tokens]
+            first, second = (None if each is None else each[:max_response_tokens] for each in scored)
+            scored = first, second
             if np.array_equal(chosen, rejected):
                 raise RowProblem(
                     ProblemKind.IDENTICAL_AFTER_TRUNCATION,
                     f"the first {max_response_tokens} tokens of chosen and rejected are the same",
                 )
-        return PairTokens(prompt, chosen, rejected)
+            for name, each in zip(("chosen", "rejected"), scored, strict=True):
+                if each is not None and not each.any():
+                    raise RowProblem(
+                        ProblemKind.EMPTY_RESPONSE,
+                        f"none of the first {max_response_tokens} tokens of {name} is the assistant's",
+                    )
+        return PairTokens(prompt, chosen, rejected, *scored)
 
     def empty_prompt(self, chat: bool) -> TokenArray:
         """The prompt that says nothing, int32 [length >= 1]: what the unconditional log-probability is conditioned on.
@@ -154,10 +232,24 @@ class PairTokenizer:
         The start token (EOD where there is none) for string records; the template with one empty user turn, opened for
         the assistant's answer, for chat records.
         """
-        if not chat:
-            return self._started([], chat=False)
+        return self._empty_turn([], {}) if chat else self._started([], chat=False)
+
+    def own_unconditional_prompt(self, record: PreferenceRecord) -> TokenArray | None:
+        """That of a record that brings more to its template than messages; None: it is :meth:`empty_prompt`.
+
+        Tools, documents and the system's messages at the beginning are about the prompt, and left out; with
+        ``unconditional_context`` they stay. Other variables are about the template, and always stay.
+        """
+        if not isinstance(record.prompt, list):
+            return None
+        kept = kept_context(record.prompt) if self._unconditional_context else []
+        about_prompt = () if self._unconditional_context else (TOOLS, DOCUMENTS)
+        variables = {name: value for name, value in record.variables.items() if name not in about_prompt}
+        return self._empty_turn(kept, variables) if kept or variables else None
+
+    def _empty_turn(self, before: list[Message], variables: dict[str, Any]) -> TokenArray:
         try:
-            text = self._template.apply([{"role": USER, "content": ""}], add_generation_prompt=True)
+            text = self.template.apply([*before, {"role": USER, "content": ""}], variables, add_generation_prompt=True)
         except RowProblem as problem:
             raise UserError(
                 "--chat-template: the template cannot render an empty user turn, which is the prompt of the "
@@ -169,9 +261,16 @@ class PairTokenizer:
         """Hex SHA-256 of everything that decides which tokens a record becomes, wherever the tokenizer's files lie."""
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
 
-    def settings(self) -> dict[str, str | None]:
-        """The same by name: a digest of vocabulary and rules, and the chat template itself."""
-        return {"tokenizer": self._without_template, "chat_template": self._tokenizer.chat_template}
+    def settings(self) -> dict[str, Any]:
+        """The same by name: a digest of vocabulary and rules, the chat template itself, and what is set beside it."""
+        beside: dict[str, Any] = {}  # what is as by default is left out: stores of before are found again
+        if self.template.variables:
+            beside["chat_template_kwargs"] = self.template.variables
+        if self._train_on != "all-assistant":
+            beside["train_on"] = self._train_on
+        if self._unconditional_context:
+            beside["unconditional_context"] = True
+        return {"tokenizer": self._without_template, "chat_template": self._tokenizer.chat_template, **beside}
 
     @functools.cached_property
     def _without_template(self) -> str:
@@ -181,26 +280,22 @@ class PairTokenizer:
             "library": self._library,
             "start": self._start,
             "end": self._end,
-            "added": [self._added_before, self._added_after],
+            "added": [self._encoder.before, self._encoder.after],
         }
         digest.update(json.dumps(rules, sort_keys=True).encode())
         return digest.hexdigest()
 
     def _ids(self, text: str, chat: bool) -> list[int]:
-        """Tokens of the text without what the library adds and without the start token: that is `_started`'s part."""
-        if not text:
-            return []
-        try:
-            ids = list(self._tokenizer.tokenize(text))
-        except (ValueError, TypeError) as error:  # for example a word given to NullTokenizer
-            raise RowProblem(ProblemKind.NOT_ENCODABLE, f"{type(error).__name__}: {error}") from error
-        ids = ids[len(self._added_before) : len(ids) - len(self._added_after)]
-        spelled_out = not (chat and self._template.knows_bos) and ids[: len(self._start)] == self._start
+        return self._unstarted(self._encoder.encode(text), chat)
+
+    def _unstarted(self, ids: list[int], chat: bool) -> list[int]:
+        """Tokens without the start token that a text may spell out: putting it there is `_started`'s part."""
+        spelled_out = not (chat and self.template.knows_bos) and ids[: len(self._start)] == self._start
         return ids[len(self._start) :] if spelled_out else ids
 
     def _started(self, prompt: list[int], chat: bool) -> TokenArray:
         """The prompt with its start token: rules 2 and 5."""
-        if prompt and chat and self._template.knows_bos:
+        if prompt and chat and self.template.knows_bos:
             return _int32(prompt)
         return _int32((self._start or ([] if prompt else [self._end])) + prompt)
 
@@ -209,10 +304,28 @@ def _int32(ids: list[int]) -> TokenArray:
     return np.array(ids, dtype=np.int32)
 
 
-def _joint_texts(record: PreferenceRecord) -> tuple[str, str, str]:
+def _joint_texts(record: PreferenceRecord) -> tuple[str, Rendered, Rendered]:
     """Texts of the prompt and of the prompt with either response."""
     assert isinstance(record.prompt, str) and isinstance(record.chosen, str) and isinstance(record.rejected, str)
-    return record.prompt, record.prompt + record.chosen, record.prompt + record.rejected
+    start = len(record.prompt)
+    chosen, rejected = (
+        Rendered(record.prompt + response, _dialogue_spans(response, start) if record.is_dialogue else None)
+        for response in (record.chosen, record.rejected)
+    )
+    return record.prompt, chosen, rejected
+
+
+_TURN = re.compile(f"{USER_MARKER}.*?(?:{ASSISTANT_MARKER}|$)", re.DOTALL)
+
+
+def _dialogue_spans(response: str, start: int) -> Spans | None:
+    """Where the assistant speaks in the rest of a plain-text dialogue; None: everywhere."""
+    users = [match.span() for match in _TURN.finditer(response)]
+    if not users:
+        return None
+    ends, starts = zip(*users, strict=True)
+    bounds = zip((0, *starts), (*ends, len(response)), strict=True)
+    return [(start + begin, start + end) for begin, end in bounds if end > begin]
 
 
 def _after(prompt: list[int], joint: list[int], name: str) -> list[int]:
@@ -241,19 +354,3 @@ def _special_id(tokenizer: object, name: str) -> int | None:
     except (AttributeError, NameError):
         return None
     return None if token_id is None or token_id < 0 else int(token_id)
-
-
-def _tokens_added_by_library(tokenizer: MegatronTextTokenizer) -> tuple[list[int], list[int]]:
-    """What the library puts before and after every text by itself. Only Hugging Face tokenizers do that."""
-    try:
-        added = list(tokenizer.tokenize(""))
-    except ValueError:  # NullTokenizer splits numbers
-        return [], []
-    if not added:
-        return [], []
-    probe = list(tokenizer.tokenize("a"))
-    before = sum(1 for _ in itertools.takewhile(lambda ids: ids[0] == ids[1], zip(added, probe, strict=False)))
-    after = added[before:]
-    if after and probe[-len(after) :] != after:
-        raise UserError(f"The tokenizer adds the tokens {added} to every text, but not just before and after it.")
-    return added[:before], after

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_bdpo.data.records import Message
+from megatron_bdpo.data.messages import Message
 
 
 class MegatronTextTokenizer(Protocol):
@@ -27,10 +27,10 @@ class MegatronTextTokenizer(Protocol):
 
 def vocabulary(tokenizer: MegatronTextTokenizer, library: str) -> bytes:
     """Stands for vocabulary, merges and special tokens; ``library`` is a key of ``VOCABULARY_OF``."""
-    return VOCABULARY_OF[library](_library_object(tokenizer))
+    return VOCABULARY_OF[library](library_object(tokenizer))
 
 
-def _library_object(tokenizer: MegatronTextTokenizer) -> Any:
+def library_object(tokenizer: MegatronTextTokenizer) -> Any:
     """Megatron's wrapper of the library's tokenizer: the only place that knows where it is kept."""
     return tokenizer._tokenizer  # type: ignore[attr-defined]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,15 @@ class PairLogProbs:
             return (None, None) if table is None else table.unbind(1)
 
         return cls(*policy.unbind(1), *tokens.unbind(1), *columns(reference), *columns(unconditional), *columns(unsafe))
+
+    def __len__(self) -> int:
+        """P."""
+        return len(self.policy_chosen)
+
+    def __getitem__(self, some: slice) -> PairLogProbs:
+        """Views of some of the pairs."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: value[some] for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,7 @@ from megatron_bdpo.comprehension import (
     balanced_weights,
     gradient_scale,
     mutual_information,
+    quantiles,
 )
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, Requirements
@@ -97,12 +98,12 @@ def _automatic(i_w: Tensor, i_l: Tensor) -> float:
 
 def _distribution(i_w: Tensor, i_l: Tensor, options: BdpoOptions) -> str:
     """Quantiles of the comprehension, and the weights and scale of a pair at each quantile of the imbalance."""
-    shares = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95, 1.0], dtype=torch.float64)
-    imbalance = torch.quantile((i_w - i_l).abs().double(), shares)
+    shares = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+    imbalance = quantiles((i_w - i_l).abs(), shares)
     smaller, larger = balanced_weights(imbalance, torch.zeros_like(imbalance), _temperature(options))
     rows = {
-        "I_w": [f"{value:.4f}" for value in torch.quantile(i_w.double(), shares)],
-        "I_l": [f"{value:.4f}" for value in torch.quantile(i_l.double(), shares)],
+        "I_w": [f"{value:.4f}" for value in quantiles(i_w, shares)],
+        "I_l": [f"{value:.4f}" for value in quantiles(i_l, shares)],
         "|I_w - I_l|": [f"{value:.4f}" for value in imbalance],
         "weights there": [f"{low:.2f}/{high:.2f}" for low, high in zip(smaller, larger, strict=True)],
         "scale there": [f"{value:.4f}" for value in gradient_scale(smaller, larger)],

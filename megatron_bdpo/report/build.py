@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_bdpo.artifact import write_whole
+from megatron_bdpo.data.quality import DataQuality
+from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.display import Block, Facts, plain
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.bdpo import BdpoOptions
 from megatron_bdpo.report import page, text
 from megatron_bdpo.report.curves import Curves, read_curves
-from megatron_bdpo.report.figures import Picture, comprehension_pictures, training_pictures
+from megatron_bdpo.report.figures import Picture, comprehension_pictures, quality_pictures, training_pictures
 from megatron_bdpo.report.run_files import ReportSources, find_sources
 from megatron_bdpo.report.scored_pairs import Comprehension, comprehension_of
 from megatron_bdpo.report.style import require_matplotlib
@@ -33,12 +36,14 @@ class ReportSettings:
         per_token: comprehension per token, or its sum; None takes the run's, else the default.
         pairs: how many of the most imbalanced pairs to list.
         show_text: their texts too.
+        quality: read a run's pairs, and say what is wrong with them.
     """
 
     temperature: float | Literal["auto"] | None = None
     per_token: bool | None = None
     pairs: int = 20
     show_text: bool = False
+    quality: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Report:
     comprehension: Comprehension | None
     curves: Curves | None
     answers: SideBySide | None
+    quality: DataQuality | None
     texts: dict[int, dict[str, Any]]
     settings: ReportSettings
 
@@ -64,6 +70,8 @@ class Report:
             parts.append(text.curves_blocks(self.curves))
         if self.answers:
             parts.append(text.answers_blocks(self.answers))
+        if self.quality:
+            parts.append(self.quality.blocks())
         return [block for part in parts for block in ("", *part)][1:]
 
     def as_text(self) -> str:
@@ -103,6 +111,10 @@ class Report:
             sections.append(page.comprehension_section(self.comprehension, drawn))
             if self.settings.pairs:
                 sections.append(page.largest_section(self.comprehension, self.settings.pairs, self.texts))
+        if self.quality:
+            drawn = quality_pictures(self.quality)
+            pictures += drawn
+            sections.append(page.quality_section(self.quality, drawn))
         return sections, pictures
 
 
@@ -127,8 +139,22 @@ def build_report(directory: Path, settings: ReportSettings, scores: Path | None 
     answers = _answers(sources.run) if sources.run else None
     pairs = _comprehension(sources, settings) if sources.scores else None
     texts = pairs.texts(pairs.largest(settings.pairs)) if pairs and settings.show_text else {}
+    quality, trouble = _quality(sources.stores) if settings.quality else (None, {})
     what = "Run" if sources.run else "Reference scores"
-    return Report(f"{what} {directory}", _facts(sources, pairs, curves), pairs, curves, answers, texts, settings)
+    facts = _facts(sources, pairs, curves) | trouble
+    return Report(f"{what} {directory}", facts, pairs, curves, answers, quality, texts, settings)
+
+
+def _quality(stores: Sequence[Path]) -> tuple[DataQuality | None, dict[str, str]]:
+    """Of the pairs, or why there is none: a run's tokens are a cache, which may be gone."""
+    try:
+        opened = [PairStore.open(directory) for directory in stores]
+    except UserError as error:
+        return None, {"quality of the pairs": f"not known. {error}"}
+    return DataQuality.of(*opened, most_prompts=_MOST_PROMPTS) if opened else None, {}
+
+
+_MOST_PROMPTS = 100_000  # compared with each other; data stats looks at more
 
 
 def _answers(run: Path) -> SideBySide | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from megatron_bdpo.data.quality import DataQuality
 from megatron_bdpo.report.figures import Picture
 from megatron_bdpo.report.scored_pairs import PERCENTILES, Comprehension, summary
 from megatron_bdpo.report.text import shown_value
@@ -73,6 +74,17 @@ def largest_section(pairs: Comprehension, count: int, texts: Mapping[int, Mappin
     note = "A pair's number is its place in the token store and in the scores. |y| counts response tokens."
     title = f"The {len(indices)} most imbalanced pairs"
     return Section(title, note, header=header, rows=rows, kind="places", folded=folded)
+
+
+def quality_section(quality: DataQuality, pictures: Sequence[Picture]) -> Section:
+    """What is wrong with the pairs, as pictures and numbers."""
+    note = f"Of {quality.pairs:,} pairs of {quality.prompts:,} prompts that are trained on. " + "; ".join(
+        f"{name}: {value}" for name, value in quality.length_facts()
+    )
+    rows = [[words, f"{f.count:,}", f"{f.of:,}", f"{f.share:.2%}", f.example] for words, f in quality.rows()]
+    return Section(
+        "Quality of the pairs", note, pictures, ["", "number", "of", "share", "the first one"], rows, kind="places"
+    )
 
 
 def answers_section(answers: SideBySide) -> Section:

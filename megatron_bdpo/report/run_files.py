@@ -21,11 +21,13 @@ class ReportSources:
         run: the run directory, if it is one.
         scores: the directory of the training pairs' scores, if there is one.
         record: what the run has put down about itself.
+        stores: directories of the tokenized pairs that a run has used, those trained on first, if they are known.
     """
 
     run: Path | None
     scores: Path | None
     record: dict[str, Any] = field(default_factory=dict)
+    stores: tuple[Path, ...] = ()
 
 
 def find_sources(directory: Path, scores: Path | None = None) -> ReportSources:
@@ -44,7 +46,9 @@ def find_sources(directory: Path, scores: Path | None = None) -> ReportSources:
         return ReportSources(run=None, scores=directory)
     if (directory / METRICS).is_file():
         record = _record(directory)
-        return ReportSources(directory, scores or _scores_of_run(record), record)
+        stores = record.get("pair_stores", {})
+        named = tuple(Path(stores[use]) for use in ("train", "heldout") if use in stores)
+        return ReportSources(directory, scores or _scores_of_run(record), record, named)
     patterns = [f"{depth}/{name}" for depth in ("*", "*/*", "*/*/*") for name in (MANIFEST, METRICS)]
     inner = sorted({str(found.parent) for pattern in patterns for found in directory.glob(pattern)})
     advice = f" These can be reported on: {', '.join(inner[:8])}{', ...' if len(inner) > 8 else ''}." if inner else ""
@@ -62,7 +66,8 @@ def _record(run: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}). Mend it, or move it away.") from error
-    if wrong := schema_error(found, {"reference_scores": Each(str)}):
+    wrong = schema_error(found, {"reference_scores": Each(str)})
+    if wrong := wrong or schema_error(found.get("pair_stores", {}), Each(str), "pair_stores"):  # younger than the file
         raise UserError(f"{path} is not what a run writes: {wrong}. Mend it, or move it away.")
     return dict(found)
 

@@ -82,7 +82,11 @@ class Comprehension:
 
     def largest(self, count: int) -> npt.NDArray[np.int64]:
         """Indices into the arrays here of the most imbalanced pairs, the most imbalanced first."""
-        return np.argsort(-np.abs(self.difference), kind="stable")[:count]
+        size = np.abs(self.difference)
+        if not 0 < count < len(size):
+            return np.argsort(-size, kind="stable")[:count]
+        some = np.flatnonzero(size >= np.partition(size, -count)[-count])  # in their order, more where some are equal
+        return some[np.argsort(-size[some], kind="stable")[:count]]
 
     def place(self, index: int) -> str:
         """Where a pair comes from, in words."""
@@ -97,13 +101,15 @@ class Comprehension:
         Raises:
             UserError: a source cannot be read any more.
         """
-        wanted = {(int(self.sources[index]), int(self.rows[index])): int(index) for index in indices}
+        wanted: dict[tuple[int, int], list[int]] = {}  # a row of several answers may give several pairs
+        for index in indices:
+            wanted.setdefault((int(self.sources[index]), int(self.rows[index])), []).append(int(index))
         found: dict[int, dict[str, Any]] = {}
         for source in sorted({source for source, _ in wanted}):
             last = max(row for of, row in wanted if of == source)
             for row, content in read_rows(SourceSpec(self.source_paths[source])):
                 if (source, row) in wanted and isinstance(content, dict):
-                    found[wanted[source, row]] = content
+                    found |= dict.fromkeys(wanted[source, row], content)
                 if row >= last:
                     break
         return found

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.data.records import printable
+from megatron_bdpo.data.problems import printable
 from megatron_bdpo.display import Block, Facts, Table
 from megatron_bdpo.report.curves import QUARTILES, Curves, Series
 from megatron_bdpo.report.scored_pairs import PERCENTILES, Comprehension, summary

@@ -7,10 +7,12 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import distributed
 
@@ -82,6 +84,17 @@ def _is_first_to_fail() -> bool:
         return bool(store.add("megatron_bdpo/failed", 1) == 1)
     except RuntimeError:  # it is gone with its rank
         return False
+
+
+def is_raised(flag: str, *, here: bool) -> bool:
+    """Whether any rank has raised a flag, kept by the launcher's store; ``here`` raises it. Not collective."""
+    if distributed.get_world_size() == 1 or distributed.get_backend() == "fake":
+        return here
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        return bool(store.add(f"megatron_bdpo/{flag}", int(here)) > 0)
+    except RuntimeError:  # it is gone with its rank
+        return here
 
 
 def failed_after_others() -> bool:
@@ -185,6 +198,15 @@ def broadcast[T](value: T | None) -> T:
     box = [value]
     distributed.broadcast_object_list(box, src=0, group=host_group())
     result: T = box[0]  # type: ignore[assignment]
+    return result
+
+
+def broadcast_arrays(arrays: Mapping[str, npt.NDArray[Any]] | None) -> dict[str, npt.NDArray[Any]]:
+    """Rank 0's arrays by name, on every rank; unlike :func:`broadcast` without a pickled copy. Collective."""
+    shapes = broadcast(None if arrays is None else {name: (each.shape, each.dtype) for name, each in arrays.items()})
+    result = {name: np.empty(*shape) for name, shape in shapes.items()} if arrays is None else dict(arrays)
+    for name in shapes:
+        distributed.broadcast(torch.from_numpy(result[name]), src=0, group=host_group())
     return result
 
 

@@ -61,6 +61,24 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
     return programs.score(argv)
 
 
+def tokenize(argv: Sequence[str] | None = None) -> list[Path]:
+    """Tokenize a job's pairs ahead of it, each node its part; its training finds them in the cache.
+
+    Args:
+        argv: the flags of the training; those of model, steps and optimizer may be left out.
+
+    Returns:
+        The directories of the training pairs' tokens and, if there are any, of the held-out ones'.
+
+    Raises:
+        UserError: on every rank, printed once, for anything the user can put right.
+    """
+    prepare_platform()
+    from megatron_bdpo.training import programs  # imports Megatron
+
+    return programs.tokenize(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> PreferenceRun:
     """:func:`train` for programs: a UserError ends them with exit code 2 instead of a traceback.
 
@@ -72,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> PreferenceRun:
 def score_main(argv: Sequence[str] | None = None) -> list[Path]:
     """:func:`score` for programs."""
     return _program(score, argv)
+
+
+def tokenize_main(argv: Sequence[str] | None = None) -> list[Path]:
+    """:func:`tokenize` for programs."""
+    return _program(tokenize, argv)
 
 
 def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequence[str] | None) -> Result:

@@ -16,14 +16,13 @@ from megatron_bdpo.data.pool import PairPool, Selection
 from megatron_bdpo.data.prompts import EvalPrompts, PromptRow, encode_prompts, read_prompts
 from megatron_bdpo.data.step_plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.data.store import PairStore
-from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import PairLossFunction
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.settings import Settings
-from megatron_bdpo.training.token_stores import build_tokenizer, cache_directory, open_stores
+from megatron_bdpo.training.token_stores import cache_directory, open_stores, pair_tokenizer
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class PairJob:
 
     def describe(self) -> list[str]:
         """Loss, pairs and plan in a few lines."""
-        plan, lengths = self.plan, self.pool.lengths[self.train.ids].astype(np.int64)
-        unshared, shared = int((lengths.sum(axis=1) + lengths[:, 0]).sum()), int(lengths.sum())
+        plan, tokens = self.plan, self.pool.lengths[self.train.ids].sum(axis=0, dtype=np.int64)
+        unshared, shared = int(tokens.sum() + tokens[0]), int(tokens.sum())
         lines = [
             f"loss: {self.loss.describe()}",
             f"pairs: {len(self.train.ids)} to train on, {len(self.held_out.ids)} held out"
@@ -114,9 +113,11 @@ _PACKS_LOOKED_AT = 16
 
 
 def each_once(*ids: IntArray) -> IntArray:
-    """All ids, each where it comes first."""
+    """All ids, none below zero, each where it comes first."""
     every = np.concatenate(ids)
-    return every[np.sort(np.unique(every, return_index=True)[1])]
+    first = np.zeros(every.max(initial=-1) + 1, np.int64)
+    first[every[::-1]] = np.arange(len(every))[::-1]  # of equal indices the last one is kept
+    return every[first[every] == np.arange(len(every))]
 
 
 def _range(lengths: IntArray) -> str:
@@ -154,7 +155,7 @@ def _prompts(arguments: Arguments, rows: list[PromptRow], store: PairStore) -> E
     file, longest = settings.evaluation.eval_prompts, settings.evaluation.eval_prompt_tokens
     with all_ranks_agree():
         if file and is_rank_zero():
-            tokenizer = PairTokenizer(build_tokenizer(arguments))
+            tokenizer = pair_tokenizer(arguments)
             # The prompt that says nothing has its template's words in chats, and only there.
             chats = store.empty_prompt.tolist() != tokenizer.empty_prompt(chat=False).tolist()
             longest, room = DEFAULT_ANSWER if longest is None else longest, settings.schedule.seq_length
@@ -167,11 +168,11 @@ DEFAULT_ANSWER = 64
 
 
 def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:
-    all_train = pool.store_ids(0)
     if len(pool.stores) > 1:
-        train, held_out = Selection(all_train), Selection(pool.store_ids(1))
+        train, held_out = map(Selection, (pool.store_ids(0), pool.store_ids(1)))
     else:
-        train, held_out = map(Selection, pools.hold_out(all_train, settings.pairs.eval_share, settings.schedule.seed))
+        shares = pools.hold_out(pool.store_ids(0), settings.pairs.eval_share, settings.schedule.seed)
+        train, held_out = map(Selection, shares)
     for selection in (train, held_out):
         pools.select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
     sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length

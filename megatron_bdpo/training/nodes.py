@@ -72,7 +72,7 @@ def on_every_node(flag: str, named: str, found: str, fetch: Callable[[str, str],
                 raise UserError(
                     f"on {host}: {error} Or let all nodes share an HF_HOME: the first node has it in {found}."
                 ) from error
-    return gather(own)[_first_rank_of_node()]
+    return gather(own)[first_rank_of_node()]
 
 
 def _files(path: Path) -> set[str]:
@@ -82,7 +82,8 @@ def _files(path: Path) -> set[str]:
     return {""} if path.is_file() else set()
 
 
-def _first_rank_of_node() -> int:
+def first_rank_of_node() -> int:
+    """The global rank of the first rank on this node."""
     return int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -92,7 +93,7 @@ def shared_by_every_node(flag: str, directory: Path) -> None:
     Raises:
         UserError: on every rank, with the name of a node; also where rank 0 cannot write there.
     """
-    if not any(gather(_first_rank_of_node())):  # one node
+    if not any(gather(first_rank_of_node())):  # one node
         return
     mark: Path | None = None
     try:

@@ -1,4 +1,4 @@
-"""The programs: a training with its dry run, and scoring. Imported once the platform is prepared: see ``entry``."""
+"""The programs: training, its dry run, scoring, tokenizing. Imported once the platform is prepared: see ``entry``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_bdpo.training.distributed import process_groups
+from megatron_bdpo.training import token_stores
+from megatron_bdpo.training.distributed import process_groups, say
 from megatron_bdpo.training.dry_run import dry_run, make_up_ranks
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.determinism import settle_environment
 from megatron_bdpo.training.reference.scoring_job import score_pairs
 from megatron_bdpo.training.reporting.console import megatron_in_file, show
+from megatron_bdpo.training.reporting.status import write_status
 from megatron_bdpo.training.run import PreferenceRun, tables
 from megatron_bdpo.training.settings import Settings
+from megatron_bdpo.training.stopping import StopRequested
 
 
 def train(argv: Sequence[str] | None) -> PreferenceRun:
@@ -25,7 +28,8 @@ def train(argv: Sequence[str] | None) -> PreferenceRun:
             show(*dry_run(arguments))
         raise SystemExit(0)
     with _ranks(arguments.settings):
-        run = PreferenceRun(arguments)
+        with _stop_told(arguments.settings.directories.save):
+            run = PreferenceRun(arguments)
         run.pretrain()
         if run.settings.process.is_last:  # Megatron has taken its groups down
             show(*tables(run))
@@ -37,6 +41,26 @@ def score(argv: Sequence[str] | None) -> list[Path]:
     arguments = _parse(argv)
     with _ranks(arguments.settings):
         return score_pairs(arguments)
+
+
+def tokenize(argv: Sequence[str] | None) -> list[Path]:
+    """See ``entry.tokenize``."""
+    arguments = _parse(argv)
+    with _ranks(arguments.settings), _stop_told(None):
+        stores = token_stores.tokenize(arguments)
+        write_status("finished", None)
+        return [store.directory for store in stores]
+
+
+@contextlib.contextmanager
+def _stop_told(save: str | None) -> Iterator[None]:
+    """If the block is left because of a request to stop, say so, and leave word for the launcher."""
+    try:
+        yield
+    except StopRequested as stopped:
+        write_status("stopped", save, reason=stopped.reason)
+        say(f"stopped ({stopped.reason}); the same command goes on.")
+        raise
 
 
 def _parse(argv: Sequence[str] | None) -> Arguments:

@@ -17,6 +17,9 @@ import torch
 
 from megatron_bdpo.data.format_converters import PAIRS_FROM, PREFERENCES
 from megatron_bdpo.data.formats import AUTO, NAMES
+from megatron_bdpo.data.messages import TEMPLATE_KWARGS, template_variables
+from megatron_bdpo.data.problems import RowProblem
+from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import registry
 from megatron_bdpo.model.attention_backends import BACKENDS
@@ -84,12 +87,38 @@ class PairSettings:
     """truncate responses to this many tokens, keeping their start"""
     max_pairs: int | None = None
     """use only the first N usable training pairs"""
+    train_on: Literal["all-assistant", "last"] = "all-assistant"
+    """which of the assistant's turns are scored in an answer of several: all, or the last one"""
+    chat_template_kwargs: str | None = _flag(metavar="JSON")
+    """variables that the chat template reads, as a JSON object, for example '{"enable_thinking": false}'; a row's own
+    column of that name goes before them"""
+    unconditional_prompt: Literal["empty", "context"] = "empty"
+    """what B-DPO's unconditional log-prob is conditioned on in chats: an empty turn of the user alone, or behind the
+    row's system messages and tools"""
+    tokenizer_workers: int | None = _flag(metavar="N")
+    """processes that tokenize on each node (default: one for each core, at most 32)"""
     long_pairs: Literal["error", "drop"] = "error"
     """pairs that do not fit a pack of --seq-length"""
     max_malformed_share: float = 0.0
     """share of unreadable rows above which the run stops"""
     max_dropped_share: float = 0.5
     """share of unusable rows above which the run stops"""
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """--chat-template-kwargs as an object.
+
+        Raises:
+            UserError: it is none.
+        """
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            return template_variables({TEMPLATE_KWARGS: self.chat_template_kwargs})
+        except RowProblem as problem:
+            raise UserError(
+                f"--chat-template-kwargs: {problem.detail}. Give a JSON object: '{{\"enable_thinking\": false}}'."
+            ) from problem
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,15 @@ from types import FrameType
 
 import torch
 
-from megatron_bdpo.training.distributed import gather, is_rank_zero, sum_over_ranks
+from megatron_bdpo.training.distributed import gather, is_raised, is_rank_zero, sum_over_ranks
 
 
 class StopRequested(SystemExit):
     """Raised on all ranks to leave before the first step; ``code`` is 0, as when Megatron's loop ends early."""
 
-    def __init__(self) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(0)
+        self.reason = reason
 
 
 class StopRequest:
@@ -66,9 +67,10 @@ class StopRequest:
     def _own_reason(self) -> str:
         if self._signal:
             return f"{self._signal} received"
-        if is_rank_zero():
-            return next((f"{file} is there" for file in self._files if file.exists()), "")
-        return ""
+        return self._file_there() if is_rank_zero() else ""
+
+    def _file_there(self) -> str:
+        return next((f"{file} is there" for file in self._files if file.exists()), "")
 
     def leave_if_asked(self) -> None:
         """For the places before the first step. Collective.
@@ -77,4 +79,14 @@ class StopRequest:
             StopRequested: on all ranks.
         """
         if any(self.signals_received()):
-            raise StopRequested
+            raise StopRequested(self.reason)
+
+    def leave_alone_if_asked(self) -> None:
+        """Where ranks work on their own, and come together in :meth:`leave_if_asked`. Not collective.
+
+        Raises:
+            StopRequested: on this rank.
+        """
+        own = f"{self._signal} received" if self._signal else self._file_there()
+        if is_raised("stop", here=bool(own)):
+            raise StopRequested(own or "another rank was asked to")

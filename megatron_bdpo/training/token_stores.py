@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +12,19 @@ from typing import Any
 
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build_megatron_tokenizer
 
-from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
+from megatron_bdpo.data.prepare import PairDataSettings, make_part, prepare_pairs
+from megatron_bdpo.data.quality import leak
 from megatron_bdpo.data.row_reader import FormatSettings, refuse_unused, row_readers
 from megatron_bdpo.data.sources import check_sources, parse_sources
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.directory import model_directory, tokenizer_directory
-from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, process_groups, say
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, is_rank_zero, process_groups, say
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.nodes import on_every_node, shared_by_every_node
+from megatron_bdpo.training.nodes import first_rank_of_node, is_first_of_node, on_every_node, shared_by_every_node
 from megatron_bdpo.training.settings import PairSettings, Settings
+from megatron_bdpo.training.stopping import StopRequest, StopRequested
 
 
 def cache_directory(settings: Settings) -> Path:
@@ -37,6 +40,7 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
 
     Raises:
         UserError: on every rank, for anything wrong with tokenizer or data.
+        StopRequested: on every rank; what was tokenized is kept.
     """
     settings = arguments.settings
     pairs, cache = settings.pairs, cache_directory(settings)
@@ -52,11 +56,16 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
             _refuse_unused_options(wanted)
     shared_by_every_node("--pair-cache-dir", cache)
     found = settings.tokenizer.model
-    with all_ranks_agree():
-        if is_rank_zero():
-            tokenizer = PairTokenizer(build_tokenizer(arguments))
-            found = arguments.settings.tokenizer.model
-            directories = [str(prepare_pairs(each, tokenizer).directory) for each in wanted]
+    stop = StopRequest(settings.checkpoints.stop_file or ())
+    with stop.listening(signal.SIGTERM, settings.schedule.exit_signal):
+        _make_parts(arguments, wanted, stop)
+        with all_ranks_agree(), contextlib.suppress(StopRequested):
+            if is_rank_zero():
+                tokenizer = pair_tokenizer(arguments)
+                found = arguments.settings.tokenizer.model
+                pause = stop.leave_alone_if_asked
+                directories = [str(prepare_pairs(each, tokenizer, pause=pause).directory) for each in wanted]
+        stop.leave_if_asked()
     if settings.tokenizer.model:  # Megatron builds it on every rank
         own = on_every_node("--tokenizer-model", settings.tokenizer.model, str(found), tokenizer_directory)
         arguments.set(tokenizer_model=own)
@@ -69,7 +78,40 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
     if report:
         for name, store in zip(("training pairs", "held-out pairs"), stores, strict=False):
             say(name, *store.report.blocks())
+        if len(stores) > 1 and is_rank_zero() and (leaked := leak(*stores)).count:
+            say(
+                f"WARNING: the prompts of {leaked.count:,} of {leaked.of:,} held-out pairs are trained on "
+                f"({leaked.example}); megatron-bdpo data stats --eval-pair-data tells more"
+            )
     return stores
+
+
+def _make_parts(arguments: Arguments, wanted: list[PairDataSettings], stop: StopRequest) -> None:
+    """With several nodes, each tokenizes its part of the shards; rank 0 finds them. Collective."""
+    first_ranks = sorted(set(gather(first_rank_of_node())))
+    if len(first_ranks) == 1:
+        return
+    with all_ranks_agree(), contextlib.suppress(StopRequested):
+        if is_first_of_node():
+            tokenizer, node = pair_tokenizer(arguments), first_ranks.index(first_rank_of_node())
+            for each in wanted:
+                make_part(each, tokenizer, node, len(first_ranks), stop.leave_alone_if_asked)
+    stop.leave_if_asked()
+
+
+def pair_tokenizer(arguments: Arguments) -> PairTokenizer:
+    """What makes tokens of the pairs of these arguments.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    pairs = arguments.settings.pairs
+    return PairTokenizer(
+        build_tokenizer(arguments),
+        pairs.template_variables,
+        pairs.train_on,
+        unconditional_context=pairs.unconditional_prompt == "context",
+    )
 
 
 def _data_settings(pairs: PairSettings, paths: list[str], limit: int | None, cache: Path) -> PairDataSettings:
@@ -81,6 +123,7 @@ def _data_settings(pairs: PairSettings, paths: list[str], limit: int | None, cac
         max_pairs=limit,
         max_malformed_share=pairs.max_malformed_share,
         max_dropped_share=pairs.max_dropped_share,
+        workers=pairs.tokenizer_workers,
         form=FormatSettings.parse(pairs.pair_format, pairs.pair_columns, pairs.pairs_from, pairs.pair_preference),
     )
 
@@ -116,8 +159,10 @@ def build_tokenizer(arguments: Arguments) -> Any:
         ) from error
 
 
-def tokenized_pairs(flags: Sequence[str]) -> PairStore:
+def tokenized_pairs(flags: Sequence[str], held_out: Sequence[str] = ()) -> list[PairStore]:
     """The store of a job's training pairs without the rest of the job, for programs that look at data.
+
+    A second one holds the pairs of the sources ``held_out``, if there are any, whatever the flags say of such pairs.
 
     Of a job's flags only those about pairs and tokenizer are needed. ``--hf-model`` gives the tokenizer; its weights
     are not needed. What is said on the way goes to stderr.
@@ -128,14 +173,17 @@ def tokenized_pairs(flags: Sequence[str]) -> PairStore:
     with contextlib.redirect_stdout(sys.stderr):
         logging.getLogger("megatron").setLevel(logging.WARNING)  # not the padding of a vocabulary
         arguments = Arguments.parse(flags)
-        arguments.set(eval_pair_data=None)
+        arguments.set(eval_pair_data=list(held_out) or None)
         settings = arguments.settings
         with process_groups(settings.process):
-            if settings.model.hf_model:
-                arguments.set(
-                    tokenizer_type=settings.tokenizer.type or "HuggingFaceTokenizer",
-                    tokenizer_model=settings.tokenizer.model
-                    or str(model_directory(settings.model.hf_model, weights=False)),
-                )
-            (store,) = open_stores(arguments, report=False)
-        return store
+            return tokenize(arguments, report=False)
+
+
+def tokenize(arguments: Arguments, *, report: bool = True) -> list[PairStore]:
+    """:func:`open_stores` without the rest of the job: ``--hf-model`` gives the tokenizer. Collective."""
+    settings = arguments.settings
+    if settings.model.hf_model:
+        with all_ranks_agree():
+            model = settings.tokenizer.model or str(model_directory(settings.model.hf_model, weights=False))
+        arguments.set(tokenizer_type=settings.tokenizer.type or "HuggingFaceTokenizer", tokenizer_model=model)
+    return open_stores(arguments, report=report)

@@ -75,6 +75,11 @@ def renamed(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
 @torch.no_grad()
 def token_log_probs(model: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
     """log p of each response token after the prompt and the tokens before it, nothing packed, nothing shared."""
+    return response_log_probs(model, prompt, response).numpy()
+
+
+def response_log_probs(model: Any, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
+    """The same with its graph, [length] float64."""
     tokens = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
     log_probs = model(input_ids=tokens[None]).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
-    return log_probs.gather(1, tokens[len(prompt) :, None])[:, 0].numpy()
+    return log_probs.gather(1, tokens[len(prompt) :, None])[:, 0]

@@ -8,7 +8,8 @@ import struct
 
 import pytest
 
-from megatron_bdpo.data.records import RowProblem, parse_row
+from megatron_bdpo.data.problems import RowProblem
+from megatron_bdpo.data.records import parse_row
 from megatron_bdpo.data.sources import SourceSpec, check_sources, read_rows
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Each, Maybe, is_count, schema_error

@@ -12,6 +12,7 @@ from megatron_bdpo.comprehension import (
     balanced_weights,
     gradient_scale,
     mutual_information,
+    quantiles,
 )
 
 DTYPES = [torch.float32, torch.float64]
@@ -132,3 +133,30 @@ def test_automatic_temperature_does_not_see_a_few_extreme_pairs():
 def test_automatic_temperature_of_balanced_pairs_is_zero():
     information = torch.linspace(-3, 3, 50)
     assert automatic_temperature(information, information) == 0
+
+
+SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+
+
+@given(st.lists(st.floats(-1e9, 1e9) | st.sampled_from([0.0, 1.0, math.nan]), min_size=1, max_size=60))
+def test_quantiles_are_torchs_to_the_bit(values):
+    expected = torch.quantile(doubles(*values), torch.tensor(SHARES, dtype=torch.float64))
+    assert torch.equal(quantiles(doubles(*values), SHARES).nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_quantiles_of_many_values_are_torchs_to_the_bit():
+    for count in (4096, 99_999):
+        values = torch.randn(count, generator=torch.Generator().manual_seed(count)).double()
+        expected = torch.quantile(values, torch.tensor(SHARES, dtype=torch.float64))
+        assert torch.equal(quantiles(values, SHARES), expected)
+
+
+def test_more_pairs_than_torch_has_quantiles_for():
+    """The values are 0 to n - 1, so a quantile is its own rank."""
+    count = 2**24 + 2
+    values = torch.arange(count, dtype=torch.float64).flip(0)
+    with pytest.raises(RuntimeError, match="too large"):
+        torch.quantile(values, 0.5)
+    assert quantiles(values, [0, 0.25, 1]).tolist() == [0, 0.25 * (count - 1), count - 1]
+    tau = automatic_temperature(values, torch.zeros_like(values))
+    assert tau == pytest.approx(0.9 * (count - 1) / math.log(3), rel=1e-15)

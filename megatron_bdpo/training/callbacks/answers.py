@@ -11,8 +11,8 @@ from megatron.training.global_vars import get_tokenizer, get_wandb_writer
 from torch import Tensor
 
 from megatron_bdpo.data.answering import GreedyAnswers
+from megatron_bdpo.data.problems import printable
 from megatron_bdpo.data.prompts import ANSWER_COLUMNS, EvalPrompts
-from megatron_bdpo.data.records import printable
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.display import Table
 from megatron_bdpo.training.callbacks.callback import Callback, Start

@@ -75,7 +75,7 @@ def _plan_without_pairs(settings: Settings) -> StepPlan:
     steps = np.zeros((iterations or 10**6, 0), np.int64)
     lengths = np.broadcast_to(settings.schedule.seq_length, (len(steps), settings.layout.pipeline))
     data_parallel = plan_settings(settings).data_parallel
-    return StepPlan(steps, steps, lengths, data_parallel, np.zeros(len(steps), np.int64))
+    return StepPlan(steps, steps.astype(np.int32), lengths, data_parallel, np.zeros(len(steps), np.int64))
 
 
 def plan_arguments(settings: Settings, plan: StepPlan, eval_packs: int) -> dict[str, object]:

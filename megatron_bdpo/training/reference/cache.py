@@ -162,22 +162,25 @@ class ScoreCache:
             The columns of a part by name, for all pairs in the store's order, and a sentence about every damaged file;
             what a damaged file holds counts as unknown.
         """
-        parts: list[_Part] = []
-        self._damaged, damaged = [], []
-        for path in self._files():
-            try:
-                parts.append(self._read_part(path))
-            except _PartError as problem:
-                damaged.append(f"{path} is damaged ({problem})")
-                self._damaged.append(path)
-        arrays = _unknown(self._pairs(parts) if pairs is None else pairs)
-        for part in reversed(parts):  # the first one last: it counts
+        if pairs is None:
+            pairs = self._pairs(max((part.pairs for part in self._parts({})), default=0))
+        arrays, damaged = _unknown(pairs), dict[Path, str]()
+        for part in self._parts(damaged):
             within = part.pair < len(arrays["row"])
             place = part.pair[within]
             for name, column in part.columns.items():
                 new, there = column[within], arrays[name]
                 there[place] = np.where(np.isnan(new), there[place], new) if new.dtype.kind == "f" else new
-        return arrays, damaged
+        self._damaged = list(reversed(damaged))
+        return arrays, [damaged[path] for path in self._damaged]
+
+    def _parts(self, damaged: dict[Path, str]) -> Iterator[_Part]:
+        """All that can be read, one at a time, the first one last: it counts. Others go into ``damaged``."""
+        for path in reversed(self._files()):
+            try:
+                yield self._read_part(path)
+            except _PartError as problem:
+                damaged[path] = f"{path} is damaged ({problem})"
 
     def add(self, pair: npt.NDArray[np.int64], columns: Arrays, pairs: int) -> None:
         """Add a part, durably.
@@ -226,9 +229,8 @@ class ScoreCache:
         found = (path for path in self.directory.iterdir() if re.fullmatch(r"part-\d{5,9}\.safetensors", path.name))
         return sorted(found, key=lambda path: (len(path.name), path.name))
 
-    def _pairs(self, parts: list[_Part]) -> int:
-        """That the store has, as far as the directory tells."""
-        there = max((part.pairs for part in parts), default=0)
+    def _pairs(self, there: int) -> int:
+        """That the store has, as far as the directory tells, and its files of ``there``."""
         complete = self.manifest["complete"]
         if complete and complete["pairs"] > there + _MOST_UNSEEN_PAIRS:
             raise UserError(

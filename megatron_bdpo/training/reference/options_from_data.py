@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_bdpo.losses import PairLogProbs, PairLossFunction
 from megatron_bdpo.losses.options import open_options
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
@@ -52,12 +55,20 @@ def imbalance_edges(loss: PairLossFunction, pairs: PairLogProbs, of: int, kept: 
     """
     if not loss.requirements.comprehension:
         return []
-    metrics = loss(pairs).metrics
-    if IMBALANCE not in metrics:
+    if IMBALANCE not in loss(pairs[:1]).metrics:
         return []
-    edges = broadcast(list(kept) or quartile_edges(metrics[IMBALANCE].numpy()).tolist())
+    edges = broadcast(list(kept) or quartile_edges(_imbalances(loss, pairs)).tolist())
     say(f"quartiles of the imbalance: {', '.join(f'{edge:.4g}' for edge in edges)}, {_origin(bool(kept), pairs, of)}")
     return edges
+
+
+def _imbalances(loss: PairLossFunction, pairs: PairLogProbs) -> npt.NDArray[np.float64]:
+    """Of all pairs, [P]; some at a time, because a loss makes many other arrays beside it."""
+    blocks = (pairs[start : start + _BLOCK] for start in range(0, len(pairs), _BLOCK))
+    return np.concatenate([loss(block).metrics[IMBALANCE].numpy() for block in blocks])
+
+
+_BLOCK = 2**20  # pairs
 
 
 def _origin(is_kept: bool, pairs: PairLogProbs, of: int) -> str:

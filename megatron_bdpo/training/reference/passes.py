@@ -44,9 +44,9 @@ class ReferenceTable:
 
     def training_pairs(self, job: PairJob) -> PairLogProbs:
         """The values of the training pairs that the run uses, in float64, with the reference as the policy."""
-        ids = job.train.ids[~np.isnan(self.conditional[job.train.ids]).any(axis=1)]
+        ids = job.train.ids[~np.isnan(self.conditional).any(axis=1)[job.train.ids]]
         tokens, conditional, unsafe = map(
-            torch.from_numpy, (job.pool.lengths[ids, 1:], self.conditional[ids], job.pool.unsafe[ids])
+            torch.from_numpy, (job.pool.scored[ids], self.conditional[ids], job.pool.unsafe[ids])
         )
         unconditional = None if self.unconditional is None else torch.from_numpy(self.unconditional[ids])
         return PairLogProbs.of_pairs(tokens, conditional, conditional, unconditional, unsafe)
@@ -221,9 +221,7 @@ class GroupScorer:
         """[n] pack positions that each group takes."""
         pool = self.make.pool
         lengths = pool.lengths[groups.pairs]
-        empty = np.array([len(store.empty_prompt) for store in pool.stores])
-        store = np.searchsorted(pool.offsets, groups.pairs, side="right") - 1
-        lengths[:, 0] = np.where(groups.unconditional, empty[store], lengths[:, 0])
+        lengths[:, 0] = np.where(groups.unconditional, pool.unconditional_lengths()[groups.pairs], lengths[:, 0])
         return group_tokens(lengths, share_prompts=self.make.share_prompts)
 
     def _pack(self, groups: Groups, length: int) -> PackBatch:

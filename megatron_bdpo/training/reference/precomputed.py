@@ -14,7 +14,7 @@ import numpy as np
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.batches import IntArray
-from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, broadcast_arrays, is_rank_zero, say
 from megatron_bdpo.training.finite import check_reference
 from megatron_bdpo.training.reference.cache import KINDS, Arrays, ScoreCache
 from megatron_bdpo.training.reference.passes import BoolArray, FloatArray, Groups, GroupScorer, ReferenceTable
@@ -111,15 +111,14 @@ class PrecomputedReference:
 
     def _read(self, cache: ScoreCache | None, store: PairStore) -> tuple[Arrays, list[str]]:
         """What the rank with the cache finds there, by kind, and what is damaged. Collective."""
-        found: tuple[Arrays, list[str]] | None = None
+        found: Arrays | None = None
+        damaged: list[str] = []
         with all_ranks_agree():
             if cache is not None:
                 arrays, damaged = cache.read(len(store))
                 _check_pairs(arrays, store, cache.directory)
-                found = {kind: arrays[kind] for kind in self._kinds}, damaged
-        result = broadcast(found)
-        assert result is not None
-        return result
+                found = {kind: arrays[kind] for kind in self._kinds}
+        return broadcast_arrays(found), broadcast(damaged)
 
     def _rows_in_use(self, index: int) -> IntArray:
         """Those of ``pairs`` that belong to a store, as its rows."""

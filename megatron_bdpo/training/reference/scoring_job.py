@@ -43,10 +43,10 @@ def score_pairs(arguments: Arguments) -> list[Path]:
     try:
         with stop.listening(signal.SIGTERM, settings.schedule.exit_signal):
             directories = _score(arguments, stop)
-    except StopRequested:
+    except StopRequested as stopped:
         # The status beside --save is the training's: a launcher asks for this one in a place of its own.
-        write_status("stopped", None, reason=stop.reason)
-        say(f"stopped ({stop.reason}); the same command goes on.")
+        write_status("stopped", None, reason=stopped.reason)
+        say(f"stopped ({stopped.reason}); the same command goes on.")
         raise
     write_status("finished", None)
     return directories

@@ -163,7 +163,7 @@ def make_scorer(setup: RunSetup, model: list[Any], pairs: IntArray) -> GroupScor
 
 def pair_columns(store: PairStore, rows: IntArray | slice) -> Arrays:
     """What a directory of log-probs says about the pairs themselves."""
-    return {"tokens": store.lengths[rows, 1:], "source": store.source[rows], "row": store.row[rows]}
+    return {"tokens": store.scored[rows], "source": store.source[rows], "row": store.row[rows]}
 
 
 def _describe(pool: PairPool, ids: IntArray, place: int) -> str:

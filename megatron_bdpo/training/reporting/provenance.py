@@ -2,6 +2,7 @@
 
 seed           of everything that is drawn: held-out pairs, their order, initial weights
 data           fingerprint of each token store, by use: of rows, tokenizer, template and limits
+pair_stores    directory of each of them
 reference      digest of the reference's weights, and the arithmetic that they are used with; empty without a reference
 layout         ranks, and what they are split by
 determinism    switches of torch and of the environment that allow or forbid kernels whose results vary
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,7 +41,8 @@ def provenance(arguments: Arguments, job: PairJob, identity: RunIdentity) -> dic
     settings, told = arguments.settings, vars(arguments.megatron)
     return {
         "seed": settings.schedule.seed,
-        "data": dict(zip(("train", "heldout"), (store.fingerprint for store in job.pool.stores), strict=False)),
+        "data": _by_use(store.fingerprint for store in job.pool.stores),
+        "pair_stores": _by_use(str(store.directory.resolve()) for store in job.pool.stores),
         "reference": identity.reference,
         "layout": {"ranks": settings.layout.ranks, **{name: told[name] for name in _LAYOUT}},
         "precision": {
@@ -58,3 +61,7 @@ def provenance(arguments: Arguments, job: PairJob, identity: RunIdentity) -> dic
         "versions": installed_versions() | libraries(),
         "machine": {"system": platform.platform(), "processor": platform.machine(), "threads": torch.get_num_threads()},
     }
+
+
+def _by_use(of_stores: Iterable[str]) -> dict[str, str]:
+    return dict(zip(("train", "heldout"), of_stores, strict=False))

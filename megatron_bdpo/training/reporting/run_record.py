@@ -5,8 +5,8 @@ pairs                number of pairs by use: train, heldout
 reference_scores     directory of the scores by store: train, and heldout where that is a store of its own; empty
                      where the reference is not precomputed
 imbalance_quartiles  the three edges between the quartiles of the training pairs' |I_w - I_l|; null where not known
-seed, data, reference, layout, precision, determinism, versions, machine: see ``provenance``. Of the last start; what
-                     earlier ones had otherwise is at the head of their recipes
+seed, data, pair_stores, reference, layout, precision, determinism, versions, machine: see ``provenance``. Of the last
+                     start; what earlier ones had otherwise is at the head of their recipes
 """
 
 from __future__ import annotations

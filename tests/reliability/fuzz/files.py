@@ -181,14 +181,18 @@ def stores() -> Check:
     from megatron_bdpo.data.sources import SourceSpec
     from megatron_bdpo.data.store import PairStore, PairStoreWriter, StoreInfo
     from megatron_bdpo.data.tokenization import PairTokens
+    from megatron_bdpo.data.tokenized_rows import RowsBuilder
     from megatron_bdpo.errors import UserError
 
     directory = own_directory()
     parts = [np.arange(n, dtype=np.int32) for n in (3, 2, 4)]
     report = DataReport(["a.jsonl"], [3], [2])
     with PairStoreWriter(directory) as writer:
+        rows = RowsBuilder()
         for row in (1, 3):
-            writer.append(PairTokens(*parts), 0, row, PreferenceRecord("p", "a", "b", True))
+            scored = np.array([True, False, True, True])
+            rows.append(PairTokens(*parts, None, scored), row, PreferenceRecord("p", "a", "b", True), parts[1] + row)
+        writer.extend(rows.finish(), 0)
         report.set_lengths(writer.lengths)
         writer.finish(StoreInfo("0" * 64, {"data": ["x"]}, [1], (SourceSpec("a.jsonl"),), report))
     files = {path: path.read_bytes() for path in sorted(directory.iterdir())}

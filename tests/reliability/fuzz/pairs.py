@@ -13,7 +13,8 @@ from tests.reliability.fuzz.registry import Check, own_directory, target
 
 @target("a row of any types to a record", share=0.40)
 def rows() -> Check:
-    from megatron_bdpo.data.records import RowProblem, parse_row
+    from megatron_bdpo.data.problems import RowProblem
+    from megatron_bdpo.data.records import parse_row
     from tests.reliability.fuzz.invariants import check_record
 
     def check(data: bytes) -> bool:
@@ -146,7 +147,8 @@ def sources() -> Check:
 def tokens() -> Check:
     import sentencepiece
 
-    from megatron_bdpo.data.records import PreferenceRecord, RowProblem
+    from megatron_bdpo.data.problems import RowProblem
+    from megatron_bdpo.data.records import PreferenceRecord
     from megatron_bdpo.data.tokenization import PairTokenizer
     from tests.harness.jobs import DATA
 

@@ -260,7 +260,7 @@ def test_columns_of_other_names_give_the_same_tokens(ranks, tmp_path):
         stores.append(PairStore.open(json.loads(output)["directory"]))
     assert len(stores[0]) == len(stores[1]) == 12
     for pair in range(12):
-        for expected, found in zip(*(store.pair(pair) for store in stores), strict=True):
+        for expected, found in zip(*(store.pair(pair).parts for store in stores), strict=True):
             assert expected.tolist() == found.tolist()
 
 
@@ -293,6 +293,44 @@ def test_stats(ranks, tmp_path):
     assert found["chosen_longer"] == pytest.approx((lengths[:, 1] > lengths[:, 2]).mean())
     ((code, output, errors),) = ranks(1)(run, "data", "stats", *words)
     assert code == 0 and "pairs that do not fit a pack\n  --seq-length" in output
+    assert "copies of an earlier pair" in output and "held-out" not in output
+
+
+def test_stats_of_held_out_pairs(ranks, tmp_path):
+    """Twenty of the pairs that are trained on, and some that are not."""
+    rows = (DATA / "train.jsonl").read_text().splitlines()[:20] + (DATA / "heldout.jsonl").read_text().splitlines()
+    (tmp_path / "heldout.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    words = [str(DATA / "train.jsonl"), *TOKENIZER, "--pair-cache-dir", str(tmp_path / "cache")]
+    words += ["--eval-pair-data", str(tmp_path / "heldout.jsonl")]
+    ((code, output, errors),) = ranks(1)(run, "data", "stats", *words, "--json")
+    assert code == 0, errors
+    quality = json.loads(output)["quality"]
+    assert (quality["leaked_pairs"]["count"], quality["leaked_pairs"]["of"]) == (20, len(rows))
+    assert quality["leaked_pairs"]["example"].startswith(f"{tmp_path / 'heldout.jsonl'}, line 1; see ")
+
+
+def test_a_training_tells_of_leaks(ranks, tmp_path):
+    """One line that names the first of them; nothing of pairs that are not trained on."""
+    rows = (DATA / "train.jsonl").read_text().splitlines()[:3] + (DATA / "heldout.jsonl").read_text().splitlines()[:5]
+    (tmp_path / "heldout.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    for held_out, expected in ((tmp_path / "heldout.jsonl", 1), (DATA / "heldout.jsonl", 0)):
+        (said,) = ranks(1)(opened, str(held_out), str(tmp_path / "cache"))
+        assert said.count("WARNING: the prompts of 3 of 8 held-out pairs are trained on (") == expected
+        assert said.count("WARNING: the prompts of") == expected
+
+
+def opened(held_out: str, cache: str) -> str:
+    """What is said while a training's stores are opened."""
+    from megatron_bdpo.training.distributed import process_groups
+    from megatron_bdpo.training.flags.arguments import Arguments
+    from megatron_bdpo.training.token_stores import open_stores
+
+    flags = [*TINY, "--pair-data", str(DATA / "train.jsonl"), *TOKENIZER, "--eval-pair-data", held_out]
+    arguments = Arguments.parse([*flags, "--pair-cache-dir", cache])
+    output = io.StringIO()
+    with process_groups(arguments.settings.process), contextlib.redirect_stdout(output):
+        open_stores(arguments)
+    return output.getvalue()
 
 
 # train, as a program of its own

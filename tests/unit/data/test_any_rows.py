@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_bdpo.data.check import check_rows
-from megatron_bdpo.data.records import PreferenceRecord, RowProblem, parse_row
+from megatron_bdpo.data.problems import RowProblem
+from megatron_bdpo.data.records import PreferenceRecord, parse_row
 from megatron_bdpo.data.sources import SourceSpec
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
@@ -115,7 +116,7 @@ def test_any_conversation_through_a_template(tokenizer, prompt, chosen, rejected
         pair = PairTokenizer(tokenizer).encode(PreferenceRecord(prompt, *answers))
     except RowProblem:
         return
-    for answer, found in zip(answers, pair[1:], strict=True):
+    for answer, found in zip(answers, pair.parts[1:], strict=True):
         text = tokenizer.apply_chat_template(prompt + answer, tokenize=False, add_generation_prompt=False)
         assert [*pair.prompt.tolist(), *found.tolist()] == list(tokenizer.tokenize(text))
     assert pair.chosen.tolist() != pair.rejected.tolist()

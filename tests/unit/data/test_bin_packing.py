@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bdpo.data import bin_packing
 from megatron_bdpo.data.bin_packing import (
     best_fit,
     cut_into_blocks,
@@ -56,6 +58,25 @@ def test_best_fit_says_which_steps_have_no_room():
 def test_best_fit_leaves_no_rank_without_pairs():
     _, fits = best_fit(np.array([[3, 2, 1]]), 2, np.array([6]), ranks=2)
     assert not fits.any()
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.integers(1, 30))
+@settings(max_examples=40, deadline=None)
+def test_steps_packed_in_blocks_are_those_packed_at_once(steps, pairs, packs, block):
+    sizes = np.random.default_rng(steps).integers(1, 50, (steps, pairs))
+    at_once = shortest(sizes, packs, limit=60, grain=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bin_packing, "_BLOCK", block)
+        assert (shortest(sizes, packs, limit=60, grain=4) == at_once).all()
+        expected = [[int(sizes[b][at_once[b] == k].sum()) for k in range(packs)] for b in range(steps)]
+        assert per_pack(sizes, at_once, packs).tolist() == expected
+
+
+def test_sums_of_packs_are_of_64_bits():
+    """Costs of attention are squares of lengths: of two pairs of 131,072 tokens, 2^35."""
+    costs, pairs = np.array([2**34, 7, 2**34]), np.array([[0, 2], [1, 0]])
+    sums = per_pack(costs, np.array([[1, 1], [0, 1]], np.int32), 2, pairs)
+    assert sums.dtype == np.int64 and sums.tolist() == [[0, 2**35], [7, 2**34]]
 
 
 # Pairs without steps

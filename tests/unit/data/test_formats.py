@@ -19,7 +19,8 @@ from megatron_bdpo.data import formats
 from megatron_bdpo.data.check import check_rows
 from megatron_bdpo.data.format_converters import FormatOptions
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
-from megatron_bdpo.data.records import ProblemKind, RowProblem, parse_row
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
+from megatron_bdpo.data.records import parse_row
 from megatron_bdpo.data.row_reader import FormatSettings, RowReader, refuse_unused, row_readers
 from megatron_bdpo.data.sources import SourceSpec
 from megatron_bdpo.data.tokenization import PairTokenizer
@@ -255,7 +256,7 @@ def test_a_column_that_is_missing_is_named(name):
 
 
 TIED, UNRANKED, WRONG = ProblemKind.TIED, ProblemKind.UNRANKED, ProblemKind.WRONG_TYPE
-TURNS = ProblemKind.NOT_ONE_ASSISTANT_TURN
+TURNS = ProblemKind.NO_ASSISTANT_TURN
 
 
 def graded(*grades: Any) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_bdpo.data.pool import PairPool, Selection, select
-from megatron_bdpo.data.tokenization import PairTokens
+from megatron_bdpo.data.tokenization import PairTokens, TokenArray
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import keep_all
 from megatron_bdpo.losses.safedpo import SPEC as SAFEDPO
@@ -18,7 +18,7 @@ LABELS = [(0, 1), (1, 0), (0, 0), (1, 1)]
 class Store:
     """Pair i has a prompt of one token, a chosen answer of 2 + i and a rejected one of 6 + i."""
 
-    empty_prompt = np.array([99], np.int32)
+    has_context = False
 
     def __init__(self, labels: list[tuple[int, int]]) -> None:
         self.unsafe = np.array(labels, np.int8).reshape(-1, 2)
@@ -26,6 +26,9 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def unconditional_prompt(self, row: int) -> TokenArray:
+        return np.array([99], np.int32)
 
     def pair(self, row: int) -> PairTokens:
         return PairTokens(*(np.full(n, 10 * row + part, np.int32) for part, n in enumerate(self.lengths[row])))
@@ -71,3 +74,15 @@ def test_no_pairs_no_note():
     selection = Selection(np.arange(0))
     select(pool_of(LABELS), selection, SAFEDPO.select, labelled=True)
     assert len(selection.ids) == 0 and not selection.notes
+
+
+def test_a_single_store_is_not_copied_until_pairs_are_swapped():
+    """Ranks of a node share its maps; what is swapped is the pool's, never the store's."""
+    store = Store(LABELS)
+    pool = PairPool([store])
+    assert np.shares_memory(pool.lengths, store.lengths) and np.shares_memory(pool.unsafe, store.unsafe)
+    pool.swap(np.array([], np.int64))
+    assert np.shares_memory(pool.lengths, store.lengths)
+    pool.swap(np.array([1]))
+    assert pool.lengths[1].tolist() == [1, 7, 3] and store.lengths[1].tolist() == [1, 3, 7]
+    assert pool.unsafe[1].tolist() == [0, 1] and store.unsafe[1].tolist() == [1, 0]

@@ -85,7 +85,7 @@ def test_prompts_and_ends_are_those_of_pairs(build, template):
     answers = [[{"role": "assistant", "content": text}] for text in ("Paris, of course.", "Maybe not")]
     pair = tokenizer.encode(PreferenceRecord(MESSAGES, *answers))
     assert tokenizer.encode_prompt(MESSAGES).tolist() == pair.prompt.tolist()
-    for response, expected in zip(pair[1:], ("Paris, of course.", "Maybe not"), strict=True):
+    for response, expected in zip(pair.parts[1:], ("Paris, of course.", "Maybe not"), strict=True):
         made = said_by(response.tolist(), tokenizer.ends(chat=True))
         assert made.finished == [True]
         assert tokenizer.text(made.without_end(0)).strip() == expected

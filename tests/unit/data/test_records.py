@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_bdpo.data.records import PreferenceRecord, ProblemKind, RowProblem, parse_row
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
+from megatron_bdpo.data.records import PreferenceRecord, parse_row
 from megatron_bdpo.data.row_report import DataReport
+from megatron_bdpo.data.tokenized_rows import Outcome
 
 
 def user(text: str) -> dict[str, str]:
@@ -84,10 +86,63 @@ def test_forms(row: dict[str, Any], expected: PreferenceRecord) -> None:
     assert record.is_chat == isinstance(expected.prompt, list)
 
 
-def test_other_fields_of_a_message_are_dropped() -> None:
-    row = {"prompt": [{**user("a"), "name": "Ann", "tool_calls": None}], "chosen": "b", "rejected": "c"}
+def test_messages_are_kept_whole() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    asks = {"role": "assistant", "content": None, "tool_calls": [call], "name": None, "reasoning_content": "r"}
+    answers = {"role": "tool", "content": "2", "tool_call_id": "x", "name": "add"}
+    prompt = [user("a"), asks, answers]
 
-    assert parse_row(row).prompt == [user("a")]
+    record = parse_row({"prompt": prompt, "chosen": "b", "rejected": "c"})
+
+    parsed = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    kept = {"role": "assistant", "content": None, "tool_calls": [parsed], "reasoning_content": "r"}
+    assert record.prompt == [user("a"), kept, answers]
+
+
+def test_what_a_template_reads_beside_messages() -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"default": None}}}
+    row = {"prompt": ASK, "chosen": "b", "rejected": "c"}
+    row |= {"tools": json.dumps([tool]), "documents": [{"text": "t"}], "chat_template_kwargs": '{"think": false}'}
+
+    assert parse_row(row).variables == {"tools": [tool], "documents": [{"text": "t"}], "think": False}
+    assert parse_row({**row, "tools": [json.dumps(tool)]}).variables["tools"] == [tool]
+    assert "tools" not in parse_row({**row, "tools": []}).variables
+    assert not parse_row({**row, "prompt": "text"}).variables
+
+
+def test_text_parts_become_text() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+    assert parse_row({"prompt": [{"role": "user", "content": parts}], "chosen": "c", "rejected": "d"}).prompt == [
+        user("ab")
+    ]
+
+
+def test_what_both_answers_begin_with_is_the_prompts() -> None:
+    again = [assistant("b"), user("c")]
+    row = {"prompt": ASK, "chosen": [*again, assistant("d")], "rejected": [*again, assistant("e")]}
+
+    assert parse_row(row) == PreferenceRecord([*ASK, *again], [assistant("d")], [assistant("e")])
+
+
+def test_answers_of_several_turns() -> None:
+    chosen, rejected = [assistant("b"), user("c"), assistant("d")], [assistant("e")]
+
+    assert parse_row({"chosen": [*ASK, *chosen], "rejected": [*ASK, *rejected]}) == PreferenceRecord(
+        ASK, chosen, rejected
+    )
+    # One goes on where the other ends: its answer begins where the other's last message does.
+    goes_on = [*rejected, user("f"), assistant("g")]
+    assert parse_row({"prompt": ASK, "chosen": goes_on, "rejected": rejected}) == PreferenceRecord(
+        ASK, goes_on, rejected
+    )
+
+
+def test_dialogues_that_part_early() -> None:
+    rest = " a\n\nHuman: b\n\nAssistant: c"
+    record = parse_row({"chosen": f"Q\n\nAssistant:{rest}", "rejected": "Q\n\nAssistant: d"})
+
+    assert record == PreferenceRecord("Q\n\nAssistant:", rest, " d", is_dialogue=True)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +172,7 @@ WRONG = ProblemKind.WRONG_TYPE
         pytest.param({"prompt": ["x"], "chosen": "a", "rejected": "b"}, WRONG, "message 1", id="no object"),
         pytest.param(
             {"prompt": [user("a"), {"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
-            WRONG, "message 2: content is list", id="picture",
+            WRONG, "message 2: content has a part of type image", id="picture",
         ),
         pytest.param(
             {"prompt": [{**assistant("a"), "tool_calls": [{}]}], "chosen": "a", "rejected": "b"},
@@ -152,8 +207,16 @@ WRONG = ProblemKind.WRONG_TYPE
             ProblemKind.NO_COMMON_PROMPT, "first", id="other questions",
         ),
         pytest.param(
-            {"chosen": "Q\n\nAssistant: a\n\nHuman: b\n\nAssistant: c", "rejected": "Q\n\nAssistant: d"},
-            ProblemKind.DIVERGES_EARLY, "after character 13", id="dialogues part early",
+            {"prompt": ASK, "chosen": "a", "rejected": "b", "tools": "x"}, WRONG, "'tools'", id="tools are no JSON"
+        ),
+        pytest.param({"prompt": ASK, "chosen": "a", "rejected": "b", "tools": [3]}, WRONG, "'tools'", id="tool 3"),
+        pytest.param(
+            {"prompt": ASK, "chosen": "a", "rejected": "b", "chat_template_kwargs": [1]},
+            WRONG, "not an object", id="list of template options",
+        ),
+        pytest.param(
+            {"prompt": ASK, "chosen": "a", "rejected": "b", "chat_template_kwargs": {"messages": []}},
+            WRONG, "'messages'", id="a template option that is ours",
         ),
         pytest.param(
             {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]},
@@ -161,11 +224,11 @@ WRONG = ProblemKind.WRONG_TYPE
         ),
         pytest.param(
             {"chosen": [*ASK, assistant("b"), *TURNS], "rejected": [*ASK, assistant("c")]},
-            ProblemKind.DIVERGES_EARLY, "message 2", id="conversations part early",
+            ProblemKind.NO_ASSISTANT_TURN, "chosen holds assistant, ", id="the user has the last word",
         ),
         pytest.param(
             {"chosen": ASK, "rejected": [*ASK, assistant("c")]},
-            ProblemKind.DIVERGES_EARLY, "message 2", id="one conversation goes on",
+            ProblemKind.NO_COMMON_PROMPT, "ends with it", id="one conversation is a question",
         ),
         pytest.param(
             {"prompt": "other", "chosen": [*ASK, assistant("b")], "rejected": [*ASK, assistant("c")]},
@@ -173,11 +236,7 @@ WRONG = ProblemKind.WRONG_TYPE
         ),
         pytest.param(
             {"chosen": [*ASK, user("b")], "rejected": [*ASK, user("c")]},
-            ProblemKind.NOT_ONE_ASSISTANT_TURN, "chosen holds user", id="the user answers",
-        ),
-        pytest.param(
-            {"prompt": ASK, "chosen": [assistant("b"), *ASK, assistant("c")], "rejected": [assistant("d")]},
-            ProblemKind.NOT_ONE_ASSISTANT_TURN, "assistant, user, assistant", id="several turns",
+            ProblemKind.NO_ASSISTANT_TURN, "chosen holds user", id="the user answers",
         ),
     ],
 )  # fmt: skip
@@ -198,9 +257,10 @@ def test_malformed_and_unusable_are_told_apart() -> None:
 def test_report_stays_short_and_survives_json() -> None:
     report = DataReport([f"source{i}.jsonl" for i in range(40)])
     for source in range(40):
+        outcome = Outcome(read=len(ProblemKind), unread={f"column {i}": 3 for i in range(40)})
         for kind in ProblemKind:
-            report.rows_read[source] += 1
-            report.add_problem(source, 7, kind, "detail")
+            outcome.add_problem(7, kind, "detail")
+        report.add(source, 0, outcome)
     report.set_lengths(np.array([[10, 4, 6], [30, 5, 5]], dtype=np.int32))
 
     assert len(report.format().splitlines()) <= 20

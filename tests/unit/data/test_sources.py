@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_bdpo.data import sources
-from megatron_bdpo.data.records import ProblemKind, RowProblem
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.sources import SourceSpec, content_digest, describe_row, parse_sources, read_rows
 from megatron_bdpo.errors import UserError
 

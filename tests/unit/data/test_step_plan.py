@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bdpo.data import step_plan
 from megatron_bdpo.data.step_plan import PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.errors import UserError
 
@@ -136,6 +139,31 @@ def test_steps_need_nearly_the_same_number_of_tokens():
     # A step with one of the few longest pairs cannot be levelled fully by pairs of like length: 4.8% remain of 60%.
     assert np.ptp(plan.real_tokens) < 0.06 * plan.real_tokens.mean()
     assert np.ptp(unlevelled) > 0.4 * unlevelled.mean()
+
+
+def test_epochs_are_joined_without_a_seam():
+    """Made one at a time, the stream is what all epochs joined would be."""
+    pools = [(np.arange(11), 1.0), (np.arange(11, 20), 1.5)]
+    stream = np.concatenate(list(itertools.islice(step_plan._windows(pools, 3, 7), 20)))
+    joined = np.concatenate([step_plan._epoch(pools, 3, epoch) for epoch in range(6)])
+    assert (stream == joined[:140]).all()
+
+
+def test_a_long_window_takes_several_epochs():
+    pools = [(np.arange(5), 1.0)]
+    (first,) = itertools.islice(step_plan._windows(pools, 3, 12), 1)
+    assert first.tolist() == np.concatenate([step_plan._epoch(pools, 3, epoch) for epoch in range(3)])[:12].tolist()
+
+
+def test_plans_of_a_seed_stay_what_they_were():
+    """Runs that go on with a later version see the same pairs. The digest is of the version before plans had blocks."""
+    sizes = np.random.default_rng(9).integers(10, 900, 3000)
+    pools = [(np.arange(1000), 1.5), (np.arange(1000, 3000), 0.7)]
+    plan = plan_steps(sizes, PlanSettings(16, 4, 2048, seed=5), 400, pools, sizes**2)
+    arrays = (plan.steps, plan.pack_of, plan.lengths, plan.real_tokens)
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(each, "<i8").tobytes() for each in arrays)).hexdigest()
+    assert digest == "10f1b9a1f245024349d1f5455b96fec0e46b324618424623ebe216d6c975cd9f"
+    assert plan.pack_of.dtype == np.int32 and plan.steps.dtype == plan.lengths.dtype == np.int64
 
 
 # Weights of sources

@@ -55,7 +55,7 @@ def built(cache: Path) -> list[str]:
 
 
 def contents(pairs: PairStore) -> list[tuple[list[int], ...]]:
-    return [tuple(part.tolist() for part in pairs.pair(i)) for i in range(len(pairs))]
+    return [tuple(part.tolist() for part in pairs.pair(i).parts) for i in range(len(pairs))]
 
 
 def test_round_trip(settings: PairDataSettings, tokenizer: PairTokenizer) -> None:
@@ -83,7 +83,7 @@ def test_arrays_are_memory_maps(settings: PairDataSettings, tokenizer: PairToken
         (pairs.lengths, np.int32), (pairs.source, np.int16), (pairs.row, np.int64), (pairs.unsafe, np.int8)
     ):  # fmt: skip
         assert values.dtype == dtype and not values.flags.writeable
-    for part in pairs.pair(1):
+    for part in pairs.pair(1).parts:
         assert part.dtype == np.int32 and not part.flags.owndata and not part.flags.writeable
         assert np.shares_memory(part, pairs._tokens)
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_bdpo.data.records import PreferenceRecord, ProblemKind, RowProblem
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
+from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.tokenization import PairTokenizer, PairTokens
 from megatron_bdpo.errors import UserError
 from tests.unit.conftest import CHATML_TEMPLATE, LLAMA_TEMPLATE, OPEN_TEMPLATE, train_hugging_face, train_sentencepiece
@@ -61,7 +62,7 @@ def bos_of(tokenizer: Any) -> list[int]:
 
 
 def ids(pair: PairTokens) -> tuple[list[int], list[int], list[int]]:
-    prompt, chosen, rejected = (part.tolist() for part in pair)
+    prompt, chosen, rejected = (part.tolist() for part in pair.parts)
     return prompt, chosen, rejected
 
 
@@ -72,7 +73,7 @@ def test_string_records(any_tokenizer: Any) -> None:
 
     pair = PairTokenizer(tokenizer).encode(STRINGS)
 
-    assert all(part.dtype == np.int32 for part in pair)
+    assert all(part.dtype == np.int32 for part in pair.parts)
     prompt, chosen, rejected = ids(pair)
     assert prompt[: len(bos)] == bos
     for response, text in ((chosen, STRINGS.chosen), (rejected, STRINGS.rejected)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,23 @@ def run(*command: object) -> str:
 @pytest.mark.slow
 def test_planning():
     output = run(BENCHMARKS / "planning.py", "--pairs", 3000, "--ranks", 4, "--pairs-per-step", 64)
-    for part in ("plan one epoch", "look the reference scores up", "settle the temperature", "highest"):
+    for part in (
+        "plan one epoch",
+        "open the store on 4 ranks",
+        "look the reference scores up",
+        "settle the temperature",
+    ):
         assert f"\n{part}" in output
+    size = ["--ranks", 4, "--pairs-per-step", 64, "--without-scores"]
+    table = run(BENCHMARKS / "planning.py", "--pairs", 1000, 3000, *size)
+    assert table.startswith("| | 1,000 | 3,000 |") and "look the reference" not in table
+    assert re.search(r"plan one epoch \| [\d.]+ s, \d+ MiB \| [\d.]+ s, \d+ MiB \|", table)
+
+
+@pytest.mark.slow
+def test_quality():
+    output = run(BENCHMARKS / "quality.py", "--pairs", 1000, "--held-out", 50)
+    assert re.search(r"copies of an earlier pair +10 +1,000 +1\.00%", output)
 
 
 @pytest.mark.slow

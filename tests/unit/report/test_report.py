@@ -16,11 +16,16 @@ import numpy as np
 import pytest
 
 from megatron_bdpo.cli.main import main
-from megatron_bdpo.training.reference.cache import ScoreCache
+from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
+from megatron_bdpo.data.sources import SourceSpec
+from megatron_bdpo.data.tokenization import PairTokenizer
+from megatron_bdpo.report.scored_pairs import comprehension_of
+from megatron_bdpo.training.reference.cache import ScoreCache, open_scores
 
 PAIRS = 200
 SCORE_PICTURES = {"comprehension.png", "imbalance.png", "weights.png", "scale.png"}
 CURVES = {"loss.png", "accuracy.png", "margin.png", "rewards.png", "logps.png", "grad_norm.png"}
+QUALITY_PICTURES = {"length_difference.png", "quality.png"}
 QUARTILE_CURVES = {"accuracies_by_imbalance.png", "margins_by_imbalance.png"}
 
 
@@ -107,6 +112,20 @@ def test_numbers(scores, capsys):
     assert line.endswith(f"pairs.jsonl, line {worst + 1}")
     assert re.search(rf"^I_w +{i_w.mean():.3f} +{i_w.std():.3f} ", output, re.M)
     assert max(map(len, output.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 7, 60, 99])
+def test_the_most_imbalanced_pairs_of_many_equal_ones(tmp_path, count):
+    """In the order of a stable sort of all of them."""
+    imbalance = np.random.default_rng(count).integers(-3, 4, 60)
+    tokens = np.ones((60, 2), np.int32)
+    conditional = np.stack([imbalance, np.zeros(60)], axis=1).astype(float)
+    scores = make_scores(
+        tmp_path / "scores", 60, conditional=conditional, unconditional=np.zeros((60, 2)), tokens=tokens
+    )
+    pairs = comprehension_of(open_scores(scores), 1.0, per_token=True, where="")
+    expected = sorted(range(60), key=lambda pair: -abs(imbalance[pair]))[:count]
+    assert pairs.largest(count).tolist() == expected
 
 
 def test_page_and_pictures(scores, tmp_path, capsys):
@@ -219,6 +238,39 @@ def test_run_that_has_just_begun(tmp_path, capsys, steps):
 def test_run_whose_infinite_temperature_is_a_word(scores, tmp_path, capsys):
     record = {"loss_options": {"bdpo_temperature": "inf"}, "reference_scores": {"train": str(scores)}}
     assert "at tau inf" in report(capsys, make_run(tmp_path / "run", record=record), "--text-only")
+
+
+@pytest.fixture
+def stores(tmp_path, megatron_tokenizer) -> dict[str, str]:
+    """Two token stores: of the pairs trained on one is a copy, the held-out pair is one of them."""
+    rows = [{"prompt": "1 2", "chosen": " 3 4", "rejected": " 5"}, {"prompt": "6", "chosen": " 7", "rejected": " 8 9"}]
+    directories = {}
+    for use, of_use in (("train", [*rows, rows[0]]), ("heldout", rows[:1])):
+        (tmp_path / f"{use}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_use))
+        settings = PairDataSettings((SourceSpec(str(tmp_path / f"{use}.jsonl")),), tmp_path / "cache")
+        tokenizer = PairTokenizer(megatron_tokenizer("NullTokenizer", vocab_size=100))
+        directories[use] = str(prepare_pairs(settings, tokenizer).directory)
+    return directories
+
+
+def test_run_whose_pairs_are_still_there(stores, tmp_path, capsys):
+    record = {"reference_scores": {}, "pair_stores": stores}
+    run = make_run(tmp_path / "run", record=record)
+    output = report(capsys, run)
+    assert re.search(r"copies of an earlier pair +1 +3 +33\.33%\n", output)
+    assert re.search(r"held-out pairs that are trained on +1 +1 +100\.00%\n", output)
+    assert "a rule that knows only lengths: is right in 66.7%" in output
+    assert {path.name for path in (run / "report").glob("*.png")} == CURVES | QUARTILE_CURVES | QUALITY_PICTURES
+    html = (run / "report" / "report.html").read_text()
+    assert f"<td>{tmp_path / 'train.jsonl'}, line 3; see {tmp_path / 'train.jsonl'}, line 1</td>" in html
+    assert "quality of" not in report(capsys, run, "--no-quality", "--text-only")
+
+
+def test_run_whose_pairs_are_gone(stores, tmp_path, capsys):
+    record = {"reference_scores": {}, "pair_stores": {**stores, "train": str(tmp_path / "gone")}}
+    output = report(capsys, make_run(tmp_path / "run", record=record), "--text-only")
+    assert f"quality of the pairs: not known. {tmp_path / 'gone'} is no pair store" in output
+    assert "copies of" not in output
 
 
 # Refusals

@@ -125,6 +125,7 @@ def make_files(directory: Path, chat_template: str) -> None:
     )
     (directory / "ORIGINAL").symlink_to("MODEL")
     write_rows(directory / "pairs.jsonl", TEXTS, 200)
+    write_rows(directory / "heldout.jsonl", TEXTS, 20)
     for name in ("train", "heldout"):
         write_rows(directory / "data" / "paper" / f"{name}.jsonl", MESSAGES, 200)
     for name, config in {

@@ -43,7 +43,7 @@ MAY_IMPORT = {
         "errors",
     },
 }
-MAY_IMPORT["score"] = MAY_IMPORT["train"] = {"training"}
+MAY_IMPORT["score"] = MAY_IMPORT["tokenize"] = MAY_IMPORT["train"] = {"training"}
 MAY_IMPORT["report"] = {
     "report",
     "display",

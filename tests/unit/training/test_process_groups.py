@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,3 +35,22 @@ def test_nccl_groups_are_not_split_off_one_communicator(monkeypatch):
     assert asked["backend"] == "nccl" and asked["rank"] == 3
     assert "device_id" not in asked
     assert devices == [3], "collectives without a device take the current one"
+
+
+def test_arrays_are_broadcast_as_they_are(ranks):
+    """Types, shapes and NaN; what other ranks get is theirs to change."""
+    for shown in ranks(2)(_broadcast_on_a_rank):
+        assert shown == [
+            ("a", "float64", [[1.5, 2.0], [7.0, 3.0]], True),
+            ("b", "int8", [-1, 2], True),
+        ]
+
+
+def _broadcast_on_a_rank() -> list[tuple[str, str, list[Any], bool]]:
+    from megatron_bdpo.training.flags.arguments import Arguments
+
+    arguments = Arguments.parse(["--recipe", str(Path(__file__).parents[3] / "recipes" / "tiny.yaml")])
+    with distributed.process_groups(arguments.settings.process):
+        arrays = {"a": np.array([[1.5, 2.0], [np.nan, 3.0]]), "b": np.array([-1, 2], np.int8)}
+        found = distributed.broadcast_arrays(arrays if distributed.is_rank_zero() else None)
+    return [(name, str(a.dtype), np.nan_to_num(a, nan=7).tolist(), a.flags.writeable) for name, a in found.items()]

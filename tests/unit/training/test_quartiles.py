@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_bdpo.losses import PairLogProbs, PairLossFunction, registry
+from megatron_bdpo.training.job import each_once
+from megatron_bdpo.training.reference import options_from_data
 from megatron_bdpo.training.reporting.quartiles import (
     is_of_a_quartile,
     quartile_edges,
@@ -58,3 +61,21 @@ def test_a_pair_on_an_edge_is_in_the_lower_quartile():
     imbalance = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     report = quartile_report({}, torch.from_numpy(imbalance), quartile_edges(imbalance))
     assert [float(entry[0]) for entry in report.values()] == [2, 1, 1, 1]
+
+
+def test_imbalances_are_computed_in_blocks(monkeypatch):
+    """Of all pairs in their order, whatever the size of a block."""
+    random = torch.Generator().manual_seed(1)
+    values = -torch.rand((3, 10, 2), generator=random, dtype=torch.float64)
+    pairs = PairLogProbs.of_pairs(torch.full((10, 2), 3), values[0], values[1], values[2])
+    loss = PairLossFunction(registry.get("bdpo"), registry.build_options("bdpo", {}))
+    expected = ((values[1] - values[2]) / 3).diff(dim=1).abs().ravel()
+    for block in (1, 3, 10, 20):
+        monkeypatch.setattr(options_from_data, "_BLOCK", block)
+        assert options_from_data._imbalances(loss, pairs) == pytest.approx(expected.numpy(), rel=1e-12)
+
+
+def test_each_pair_where_it_comes_first():
+    found = each_once(np.array([7, 3, 7]), np.array([], np.int64), np.array([0, 3, 9]))
+    assert found.tolist() == [7, 3, 0, 9]
+    assert each_once(np.array([], np.int64)).tolist() == []

@@ -1,0 +1,225 @@
+"""What becomes of some rows of one source: the pairs' tokens in a few arrays, and why the other rows gave none.
+
+It is what a tokenizing process sends back, what is kept of a data set that is not finished, and what stores are made
+of. Shapes: N tokens, P pairs, S stretches of context, E tokens and D number of unconditional prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
+from megatron_bdpo.data.records import PreferenceRecord
+from megatron_bdpo.data.tokenization import PairTokens, TokenArray
+
+UNKNOWN, SAFE, UNSAFE = -1, 0, 1
+CHATS, STRINGS = "chat messages", "strings"
+MAX_EXAMPLES = 3
+_MOST_NAMES = 100
+
+
+@dataclass
+class Problem:
+    """How often one kind of problem came up."""
+
+    kind: str
+    """Name of the `ProblemKind`."""
+    count: int
+    rows: list[int]
+    """Numbers of the first few rows."""
+    detail: str
+    """What was wrong with the first."""
+
+
+@dataclass
+class Outcome:
+    """Counts over rows: ``read`` is pairs kept plus the counts of ``problems``, where a row gives one pair."""
+
+    read: int = 0
+    truncated_prompts: int = 0
+    truncated_responses: int = 0
+    problems: dict[str, Problem] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+    """Columns and fields that nothing reads -> rows that have them."""
+    forms: dict[str, int] = field(default_factory=dict)
+    """``CHATS`` and ``STRINGS`` -> the first row of that form that gave a pair."""
+
+    def add_problem(self, row: int, kind: ProblemKind, detail: str) -> None:
+        """Count one row that gives no pair."""
+        problem = self.problems.setdefault(kind.name, Problem(kind.name, 0, [], detail))
+        problem.count += 1
+        if len(problem.rows) < MAX_EXAMPLES:
+            problem.rows.append(row)
+
+    def add_unread(self, names: Iterable[str], rows: int = 1) -> None:
+        """Count columns and fields that nothing reads; where rows name ever new ones, only the first many by name."""
+        for name in names:
+            known = name if name in self.unread or len(self.unread) < _MOST_NAMES else "others"
+            self.unread[known] = self.unread.get(known, 0) + rows
+
+    def add(self, other: Outcome) -> None:
+        """Count the rows that follow."""
+        self.read += other.read
+        self.truncated_prompts += other.truncated_prompts
+        self.truncated_responses += other.truncated_responses
+        for name, problem in other.problems.items():
+            known = self.problems.setdefault(name, Problem(name, 0, [], problem.detail))
+            known.count += problem.count
+            known.rows = (known.rows + problem.rows)[:MAX_EXAMPLES]
+        for name, count in other.unread.items():
+            self.add_unread([name], count)
+        for name, row in other.forms.items():
+            self.forms.setdefault(name, row)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Outcome:
+        """Inverse of ``dataclasses.asdict``, after a way through JSON."""
+        problems = {name: Problem(**problem) for name, problem in fields["problems"].items()}
+        return cls(**{**fields, "problems": problems})
+
+
+@dataclass(frozen=True)
+class TokenizedRows:
+    """Pairs in the order of their rows, and the outcome of all the rows."""
+
+    tokens: TokenArray
+    """int32 [N] prompt, chosen, rejected of pair 0, then of pair 1, ..."""
+    lengths: npt.NDArray[np.int32]
+    """int32 [P, 3] tokens of prompt, chosen, rejected"""
+    row: npt.NDArray[np.int64]
+    """int64 [P] row of the source, counted from 1"""
+    unsafe: npt.NDArray[np.int8]
+    """int8 [P, 2] safety of chosen, rejected: 0 safe, 1 unsafe, -1 unknown"""
+    context: npt.NDArray[np.int64]
+    """int64 [S, 2] stretches of responses that are not scored, from and to an index of ``tokens``, in order"""
+    prompt_of: npt.NDArray[np.int32]
+    """int32 [P] index of the pair's own unconditional prompt; -1: the one that all share"""
+    own_prompts: TokenArray
+    """int32 [E] those prompts, one after the other"""
+    own_lengths: npt.NDArray[np.int32]
+    """int32 [D] tokens of each"""
+    outcome: Outcome
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.lengths)
+
+    def to_bytes(self) -> bytes:
+        """As a file of NumPy's without pickles."""
+        file = io.BytesIO()
+        outcome = np.frombuffer(json.dumps(dataclasses.asdict(self.outcome)).encode(), np.uint8)
+        np.savez(file, outcome=outcome, **{name: getattr(self, name) for name in ARRAYS})
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> TokenizedRows:
+        """Inverse of :meth:`to_bytes`.
+
+        Raises:
+            ValueError: it is something else, or not whole.
+        """
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                outcome = Outcome.from_json(json.loads(file["outcome"].tobytes()))
+                return cls(**{name: file[name] for name in ARRAYS}, outcome=outcome)
+        except Exception as error:  # zip's, NumPy's and JSON's: a file cut short, or another one
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+#: Names of the arrays.
+ARRAYS = tuple(each.name for each in dataclasses.fields(TokenizedRows) if each.name != "outcome")
+
+
+class RowsBuilder:
+    """Collects the pairs and problems of rows that come one after the other."""
+
+    def __init__(self) -> None:
+        self.outcome = Outcome()
+        self._tokens: list[TokenArray] = []
+        self._used = 0
+        self._lengths: list[tuple[int, int, int]] = []
+        self._rows: list[int] = []
+        self._unsafe: list[tuple[int, int]] = []
+        self._context: list[tuple[int, int]] = []
+        self._prompt_of: list[int] = []
+        self._own: dict[bytes, int] = {}
+
+    def __len__(self) -> int:
+        """Number of pairs so far."""
+        return len(self._lengths)
+
+    def append(
+        self, pair: PairTokens, row: int, record: PreferenceRecord, own_prompt: TokenArray | None = None
+    ) -> None:
+        """Add one pair; of the record only the safety labels are kept.
+
+        Args:
+            own_prompt: the pair's unconditional prompt, where it is not the one that all share.
+        """
+        prompt, chosen, rejected = pair.parts
+        self._tokens += [prompt, chosen, rejected]
+        self._lengths.append((len(prompt), len(chosen), len(rejected)))
+        starts = self._used + len(prompt), self._used + len(prompt) + len(chosen)
+        for start, scored in zip(starts, pair.scored, strict=True):
+            if scored is not None:
+                edges = np.flatnonzero(np.diff(np.concatenate([[True], scored, [True]]))) + start
+                self._context += [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+        self._used += sum(self._lengths[-1])
+        self._rows.append(row)
+        self._unsafe.append((_label(record.chosen_safe), _label(record.rejected_safe)))
+        known = -1 if own_prompt is None else self._own.setdefault(own_prompt.tobytes(), len(self._own))
+        self._prompt_of.append(known)
+        self.outcome.forms.setdefault(CHATS if record.is_chat else STRINGS, row)
+
+    def add_problem(self, row: int, problem: RowProblem) -> None:
+        """Count one row that gives no pair."""
+        self.outcome.add_problem(row, problem.kind, problem.detail)
+
+    def finish(self) -> TokenizedRows:
+        """All of it."""
+        own = [np.frombuffer(content, np.int32) for content in self._own]
+        return TokenizedRows(
+            tokens=_joined(self._tokens),
+            lengths=np.array(self._lengths, np.int32).reshape(-1, 3),
+            row=np.array(self._rows, np.int64),
+            unsafe=np.array(self._unsafe, np.int8).reshape(-1, 2),
+            context=np.array(self._context, np.int64).reshape(-1, 2),
+            prompt_of=np.array(self._prompt_of, np.int32),
+            own_prompts=_joined(own),
+            own_lengths=np.array([len(prompt) for prompt in own], np.int32),
+            outcome=self.outcome,
+        )
+
+
+def join(parts: Sequence[TokenizedRows]) -> TokenizedRows:
+    """Rows that follow each other, as one."""
+    outcome = Outcome()
+    for part in parts:
+        outcome.add(part.outcome)
+    tokens = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    own = np.cumsum([0, *(len(part.own_lengths) for part in parts)])
+    shifted = {
+        "context": [part.context + start for part, start in zip(parts, tokens, strict=False)],
+        "prompt_of": [
+            np.where(part.prompt_of < 0, -1, part.prompt_of + start).astype(np.int32)
+            for part, start in zip(parts, own, strict=False)
+        ],
+    }
+    arrays = {name: np.concatenate(shifted.get(name, [getattr(part, name) for part in parts])) for name in ARRAYS}
+    return TokenizedRows(**arrays, outcome=outcome)
+
+
+def _joined(arrays: list[TokenArray]) -> TokenArray:
+    return np.concatenate(arrays).astype(np.int32, copy=False) if arrays else np.zeros(0, np.int32)
+
+
+def _label(safe: bool | None) -> int:
+    return UNKNOWN if safe is None else SAFE if safe else UNSAFE

@@ -1,0 +1,172 @@
+"""Several processes make what one makes; what was done before a stop is not done again."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_bdpo.data import tokenizing
+from megatron_bdpo.data.prepare import PairDataSettings, make_part, prepare_pairs
+from megatron_bdpo.data.records import PreferenceRecord
+from megatron_bdpo.data.row_reader import RECOGNISED, row_readers
+from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.data.tokenization import PairTokenizer, PairTokens
+from megatron_bdpo.data.tokenized_rows import ARRAYS, TokenizedRows
+from megatron_bdpo.errors import UserError
+from tests.unit.data.test_store import built, write
+
+ROWS = 1000
+
+
+class Counting(PairTokenizer):
+    """Leaves a mark in a directory for each record, whatever process encodes it."""
+
+    def __init__(self, tokenizer: Any, directory: Path, kill_at: int | None = None) -> None:
+        super().__init__(tokenizer)
+        self._directory, self._kill_at = directory, kill_at
+
+    def encode(self, record: PreferenceRecord) -> PairTokens:
+        number = int(str(record.prompt).split()[0])
+        if number == self._kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        (self._directory / f"{number}").touch()
+        return super().encode(record)
+
+    def done(self) -> set[int]:
+        found = {int(path.name) for path in self._directory.iterdir()}
+        for path in self._directory.iterdir():
+            path.unlink()
+        return found
+
+
+@pytest.fixture
+def of_megatron(megatron_tokenizer: Callable[..., Any]) -> Any:
+    return megatron_tokenizer("NullTokenizer", vocab_size=2 * ROWS)
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PairDataSettings:
+    """Two files with bad rows between the good ones, in shards of 60 rows."""
+    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 20)
+    monkeypatch.setattr(tokenizing, "CHUNKS", 3)
+    rows: list[Any] = [
+        {"prompt": f"{i} 1", "chosen": f" {i}" * (i % 7 + 1), "rejected": f" {i + 1}", "note": "x"} for i in range(ROWS)
+    ]
+    for i in range(0, ROWS, 50):
+        rows[i]["chosen"] = rows[i]["rejected"]
+    sources = write(tmp_path / "a.jsonl", rows[:650]), write(tmp_path / "b.jsonl", rows[650:])
+    return PairDataSettings(sources, tmp_path / "cache")
+
+
+def arrays(store: PairStore) -> dict[str, list[Any]]:
+    found = {name: getattr(store, name).tolist() for name in ("lengths", "source", "row", "unsafe")}
+    return found | {"tokens": [[part.tolist() for part in store.pair(i).parts] for i in range(len(store))]}
+
+
+def test_processes_make_what_one_makes(data: PairDataSettings, of_megatron: Any, tmp_path: Path) -> None:
+    tokenizer = PairTokenizer(of_megatron)
+    several = prepare_pairs(replace(data, workers=3), tokenizer)
+    one = prepare_pairs(replace(data, workers=1, cache_dir=tmp_path / "other"), tokenizer)
+    assert arrays(several) == arrays(one) and len(one) == ROWS - 20
+    assert several.report == one.report
+    assert one.report.unread == {"column note": ROWS - 20}
+    assert sum(one.report.rows_read) == ROWS and one.report.dropped_rows == 20
+    assert [path for path in built(data.cache_dir) if not (data.cache_dir / path / "meta.json").exists()] == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_process_loses_a_shard_at_most(
+    data: PairDataSettings, of_megatron: Any, tmp_path: Path, workers: int
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    settings = replace(data, workers=workers)
+    if pid := os.fork():
+        assert os.waitpid(pid, 0)[1] != 0
+    else:  # the process itself, or one of its workers, is killed
+        try:
+            prepare_pairs(settings, Counting(of_megatron, marks, kill_at=505), progress=False)
+        except UserError as error:
+            os._exit(3 if "--tokenizer-workers" in str(error) else 4)
+        os._exit(0)
+    counting = Counting(of_megatron, marks)
+    assert len(counting.done()) >= 400
+
+    store = prepare_pairs(settings, counting, progress=False)
+
+    again = counting.done()
+    # Two processes are at most eight chunks ahead of the first that is not done.
+    assert min(again) >= (480 if workers == 1 else 480 - 8 * 20) and again >= set(range(481, ROWS)) - set(
+        range(0, ROWS, 50)
+    )
+    assert arrays(store) == arrays(
+        prepare_pairs(replace(data, cache_dir=tmp_path / "other"), PairTokenizer(of_megatron))
+    )
+
+
+def test_nodes_make_parts(data: PairDataSettings, of_megatron: Any, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    counting = Counting(of_megatron, marks)
+    for part in range(2):
+        make_part(data, counting, part, 2)
+        numbers = counting.done()
+        assert len(numbers) > 400
+    store = prepare_pairs(data, counting)
+    assert not counting.done()
+    assert store.row.tolist() == [i + 1 for i in range(650) if i % 50] + [i - 649 for i in range(650, ROWS) if i % 50]
+    make_part(data, counting, 0, 2)
+    assert not counting.done(), "the store is there"
+
+
+def test_a_shard_that_is_damaged_is_made_again(data: PairDataSettings, of_megatron: Any, tmp_path: Path) -> None:
+    make_part(data, PairTokenizer(of_megatron), 0, 1)
+    (directory,) = data.cache_dir.glob("*.shards")
+    shards = sorted(directory.iterdir())
+    shards[1].write_bytes(shards[1].read_bytes()[:-30])
+    shards[2].write_bytes(b"")
+    store = prepare_pairs(data, PairTokenizer(of_megatron))
+    assert len(store) == ROWS - 20 and not directory.exists()
+
+
+def test_the_first_pairs_and_no_row_after_them(data: PairDataSettings, of_megatron: Any) -> None:
+    store = prepare_pairs(replace(data, max_pairs=55), PairTokenizer(of_megatron))
+    assert store.row.tolist() == [i + 1 for i in range(58) if i % 50][:55]
+    assert sum(store.report.rows_read) == 57 and store.report.dropped_rows == 2
+
+
+def test_a_malformed_row_ends_it_at_once(data: PairDataSettings, of_megatron: Any, tmp_path: Path) -> None:
+    """Before the shard is done, and it is the first one that is named."""
+    lines = Path(data.sources[0].path).read_text().splitlines()
+    lines[5], lines[25] = "{", "["
+    Path(data.sources[0].path).write_text("\n".join(lines))
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    counting = Counting(of_megatron, marks)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 6: bad JSON"):
+        prepare_pairs(replace(data, workers=1), counting)
+    assert len(counting.done()) <= 20
+
+
+def test_columns_that_are_ever_new_are_not_all_kept(data: PairDataSettings, of_megatron: Any) -> None:
+    work = tokenizing.RowTokenizer(PairTokenizer(of_megatron), row_readers(data.sources, RECOGNISED))
+    rows = [{"prompt": "1", "chosen": " 2", "rejected": " 3", f"id{i}": i} for i in range(300)]
+    unread = work(0, list(enumerate(rows, start=1))).outcome.unread
+    assert len(unread) == 101 and unread["others"] == 200 and unread["column id0"] == 1
+
+
+def test_rows_survive_bytes(data: PairDataSettings, of_megatron: Any) -> None:
+    work = tokenizing.RowTokenizer(PairTokenizer(of_megatron), row_readers(data.sources, RECOGNISED))
+    rows = work(0, [(3, b'{"prompt": "1", "chosen": " 2", "rejected": " 3"}'), (4, b"{"), (5, {"prompt": None})])
+    again = TokenizedRows.from_bytes(rows.to_bytes())
+    assert again.outcome == rows.outcome and rows.outcome.read == 3
+    assert all(np.array_equal(getattr(again, name), getattr(rows, name)) for name in ARRAYS)
+    with pytest.raises(ValueError, match="File"):
+        TokenizedRows.from_bytes(rows.to_bytes()[:200])
