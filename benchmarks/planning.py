@@ -157,7 +157,7 @@ def write_store(directory: Path, pairs: int) -> None:
         "row": np.arange(1, pairs + 1, dtype="<i8"),
         "unsafe": np.full((pairs, 2), -1, "<i1"),
         "prompt_of": np.full(pairs, -1, "<i4"),
-        **{name: np.zeros(0, "<i8") for name in ("context", "own_prompts", "own_lengths")},
+        **{name: np.zeros(0, "<i8") for name in ("reference", "context", "own_prompts", "own_lengths")},
     }
     directory.mkdir()
     arrays = {"tokens": {"rows": int(totals.sum()), "crc32": 0}}

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -147,6 +148,22 @@ def stats(eval_pair_data: tuple[str, ...], **options: Any) -> None:
         print(json.dumps(told, indent=1))
     else:
         display.show(*report.blocks(), "", *statistics.blocks(), *quality.blocks())
+
+
+@data.command("add-reference", epilog=example("megatron-bdpo data add-reference RUN/cache/reference-X/Y rows.jsonl"))
+@click.argument("scores", type=PATH)
+@click.argument("output", type=PATH)
+def add_reference(scores: Path, output: Path) -> None:
+    """Write the rows of scored pairs with their reference log-probs, as TRL reads them.
+
+    SCORES is a directory that a scoring job or a training has made, OUTPUT a new file of JSON lines: the rows with
+    ref_chosen_logps and ref_rejected_logps, in nats, summed over the tokens of each answer.
+    """
+    common.prepare_platform()
+    from megatron_bdpo.training.reference.columns import add_columns  # imports Megatron
+
+    written, left_out = add_columns(scores, output)
+    print(f"{output}: {written:,} rows" + (f"; {left_out:,} rows have no scored pair" if left_out else ""))
 
 
 _FLAGS = (

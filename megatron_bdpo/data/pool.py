@@ -46,6 +46,14 @@ class PairPool:
         """[P, 2] tokens of chosen and rejected that are scored: all but the turns of others in them."""
         return self.lengths[:, 1:] if self._scored is None else self._scored
 
+    def reference(self) -> npt.NDArray[np.float64]:
+        """[P, 2] log-probs of chosen and rejected that the rows bring, in nats; NaN: none."""
+        values = np.concatenate(
+            [np.full((len(each), 2), np.nan) if each.reference is None else each.reference for each in self.stores]
+        )
+        values[self.swapped] = values[self.swapped][:, ::-1]
+        return values
+
     def store_ids(self, index: int) -> IntArray:
         """Pair ids of the store at ``index``, in the store's order."""
         return np.arange(self.offsets[index], self.offsets[index + 1])

@@ -13,11 +13,13 @@ implicit messages     absent                   whole conversations with a common
 
 Everything that both answers begin with belongs to the prompt; what follows is the answer, of one turn or of several.
 For what messages may hold, and the columns that go with them, see ``messages``. Optional columns ``chosen_safe`` and
-``rejected_safe`` (true/false or 1/0; absent or null means unknown) carry safety labels.
+``rejected_safe`` (true/false or 1/0; absent or null means unknown) carry safety labels, and ``ref_chosen_logps`` and
+``ref_rejected_logps``, as TRL writes them, the log-probs of a reference.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +54,8 @@ class PreferenceRecord:
     """Safety label of ``chosen``; None when unknown."""
     rejected_safe: bool | None = None
     """Safety label of ``rejected``; None when unknown."""
+    reference: tuple[float, float] | None = None
+    """Log-probs of ``chosen`` and ``rejected`` by a reference, in nats; None when unknown."""
     is_dialogue: bool = False
     """Strings that may hold further turns, which HH-RLHF's markers tell apart."""
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +92,7 @@ def parse_row(row: dict[str, Any]) -> PreferenceRecord:
         *parts,
         chosen_safe=_label(row, "chosen_safe"),
         rejected_safe=_label(row, "rejected_safe"),
+        reference=_reference(row),
         is_dialogue=prompt is None and any(USER_MARKER in response for response in parts[1:]),
         variables={} if isinstance(parts[0], str) else template_variables(row),
     )
@@ -209,3 +214,19 @@ def _label(row: dict[str, Any], column: str) -> bool | None:
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
     raise RowProblem(ProblemKind.WRONG_TYPE, f"column '{column}' is {value!r}; true, false, 1, 0 or null is needed")
+
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+def _reference(row: dict[str, Any]) -> tuple[float, float] | None:
+    """Both log-probs; None when both columns are absent or null."""
+    if all(row.get(column) is None for column in REFERENCE_COLUMNS):
+        return None
+    values = []
+    for column in REFERENCE_COLUMNS:
+        value = row.get(column)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= 0:
+            raise RowProblem(ProblemKind.WRONG_TYPE, f"column '{column}' is {value!r}; a log-prob is needed, 0 or less")
+        values.append(float(value))
+    return values[0], values[1]

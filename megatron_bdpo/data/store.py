@@ -8,6 +8,7 @@ A store is a directory, written once and never changed:
     source.bin       int16  [P]     index of the source the pair comes from
     row.bin          int64  [P]     its row there, counted from 1
     unsafe.bin       int8   [P, 2]  safety of chosen, rejected: 0 safe, 1 unsafe, -1 unknown
+    reference.bin    fp64   [P, 2]  log-probs of chosen, rejected that the rows bring, NaN: none; empty if none does
     context.bin      int64  [S, 2]  stretches of tokens.bin that belong to responses and are not scored, in order
     prompt_of.bin    int32  [P]     index of the pair's own unconditional prompt; -1: the one in meta.json
     own_prompts.bin  int32  [E]     those prompts, one after the other
@@ -53,12 +54,13 @@ _ARRAYS: dict[str, tuple[str, int | None]] = {
     "source": ("<i2", None),
     "row": ("<i8", None),
     "unsafe": ("<i1", 2),
+    "reference": ("<f8", 2),
     "context": ("<i8", 2),
     "prompt_of": ("<i4", None),
     "own_prompts": ("<i4", None),
     "own_lengths": ("<i4", None),
 }
-_MAY_BE_EMPTY = frozenset({"context", "own_prompts", "own_lengths"})
+_MAY_BE_EMPTY = frozenset({"reference", "context", "own_prompts", "own_lengths"})
 #: Those that have a row for each pair.
 _BY_PAIR = ("starts", "lengths", "source", "row", "unsafe", "prompt_of")
 
@@ -92,6 +94,7 @@ class PairStore:
         source: int16 [P], index into ``sources``.
         row: int64 [P], row or line in that source, counted from 1.
         unsafe: int8 [P, 2], safety of chosen and rejected: 0 safe, 1 unsafe, -1 unknown.
+        reference: float64 [P, 2], log-probs of chosen and rejected that the rows bring; NaN: none. None: no row does.
         scored: int32 [P, 2], tokens of chosen and rejected that are scored: all but the turns of others in them.
         empty_prompt: int32 [length], the prompt of the unconditional log-probability of pairs without one of their own.
         unconditional: int32 [P], tokens of each pair's unconditional prompt.
@@ -111,6 +114,7 @@ class PairStore:
         self.source: npt.NDArray[np.int16] = arrays["source"]
         self.row: npt.NDArray[np.int64] = arrays["row"]
         self.unsafe: npt.NDArray[np.int8] = arrays["unsafe"]
+        self.reference: npt.NDArray[np.float64] | None = arrays["reference"] if len(arrays["reference"]) else None
         self._tokens: TokenArray = arrays[_TOKENS]
         self._starts: npt.NDArray[np.int64] = arrays["starts"]
         self._context: npt.NDArray[np.int64] = arrays["context"]
@@ -254,6 +258,7 @@ class PairStoreWriter:
             "source": np.full(len(rows), source),
             "row": rows.row,
             "unsafe": rows.unsafe,
+            "reference": rows.reference,
             "context": rows.context + self._written,
             "prompt_of": np.where(rows.prompt_of < 0, -1, rows.prompt_of + self._own_prompts),
             "own_prompts": rows.own_prompts,
@@ -269,6 +274,8 @@ class PairStoreWriter:
         self._tokens.flush()
         os.fsync(self._tokens.fileno())
         arrays = {_TOKENS: {"rows": self._written, "crc32": self._crc32}}
+        if all(np.isnan(part).all() for part in self._columns["reference"]):
+            self._columns["reference"] = []
         for name, columns in self._columns.items():
             data = b"".join(column.tobytes() for column in columns)
             write_whole(_array_path(self._directory, name), data)
@@ -351,7 +358,7 @@ def _open_array(directory: Path, name: str, described: dict[str, int]) -> npt.ND
 def _check_consistency(directory: Path, info: StoreInfo, arrays: dict[str, npt.NDArray[Any]]) -> None:
     """The arrays fit each other: one row per pair, and the lengths add up to the tokens. And they fit the sources."""
     pairs = len(arrays["lengths"])
-    if any(len(arrays[name]) != pairs for name in _BY_PAIR):
+    if any(len(arrays[name]) != pairs for name in _BY_PAIR) or len(arrays["reference"]) not in (0, pairs):
         raise _damaged(directory, "its arrays are of different numbers of pairs")
     if int(arrays["lengths"].sum(dtype=np.int64)) != len(arrays[_TOKENS]):
         raise _damaged(directory, "the lengths do not add up to the number of tokens")

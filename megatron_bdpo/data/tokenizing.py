@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -80,9 +80,11 @@ class RowTokenizer:
         record = parse_row(row)
         whole = self.tokenizer.encode(record)
         pair = self.tokenizer.truncate(whole, self.max_prompt_tokens, self.max_response_tokens)
-        builder.append(pair, number, record, self.tokenizer.own_unconditional_prompt(record))
         parts = zip(pair.parts, whole.parts, strict=True)
         prompt_cut, *responses_cut = (len(after) < len(before) for after, before in parts)
+        if prompt_cut or any(responses_cut) or pair.scored != (None, None):  # they are log-probs of the whole pair
+            record = replace(record, reference=None)
+        builder.append(pair, number, record, self.tokenizer.own_unconditional_prompt(record))
         builder.outcome.truncated_prompts += prompt_cut
         builder.outcome.truncated_responses += sum(responses_cut)
         return record

@@ -139,6 +139,12 @@ def build_job(arguments: Arguments) -> PairJob:
                 "--reference resident knows no scores before the first step, and an option of the loss is to follow "
                 "from them (auto). Give it a value, or leave --reference out."
             )
+        if settings.reference.is_in_columns and (loss.requirements.comprehension or not loss.requirements.reference):
+            reads = "the unconditional log-probs too" if loss.requirements.comprehension else "no reference"
+            raise UserError(
+                f"--reference columns has the log-probs of answers after their prompts; --preference-loss "
+                f"{settings.loss.name} reads {reads}. Leave --reference out."
+            )
         plan_settings(settings)  # what is wrong with the plan whatever the pairs: before they are read
     file = settings.evaluation.eval_prompts
     with all_ranks_agree():
@@ -147,6 +153,18 @@ def build_job(arguments: Arguments) -> PairJob:
     prompts = _prompts(arguments, rows, stores[0]) if file else None
     with all_ranks_agree():
         return _plan_job(settings, loss, PairPool(stores), prompts)
+
+
+def _check_columns(pool: PairPool, ids: IntArray) -> None:
+    """All pairs in use bring their reference's log-probs."""
+    missing = np.isnan(pool.reference()[ids]).any(axis=1)
+    if missing.any():
+        example = pool.describe(int(ids[np.argmax(missing)]))
+        raise UserError(
+            f"--reference columns: {int(missing.sum())} of {len(ids)} pairs bring no log-probs ({example}). "
+            "Give every row ref_chosen_logps and ref_rejected_logps, or leave --reference out. They are of whole "
+            "answers: a pair that a limit of length cuts, or that holds turns of others, has none."
+        )
 
 
 def _prompts(arguments: Arguments, rows: list[PromptRow], store: PairStore) -> EvalPrompts:
@@ -178,6 +196,8 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
     sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
+    if settings.reference.is_in_columns:
+        _check_columns(pool, np.concatenate([train.ids, held_out.ids]))
     sources = pool.pools(0, train.ids)
     for_plan = plan_settings(settings)
     steps, epochs = settings.schedule.train_iters, settings.steps.pair_epochs

@@ -161,8 +161,9 @@ class ModelSettings:
 class ReferenceSettings:
     """The frozen model that the policy is measured against."""
 
-    reference: Literal["precomputed", "resident"] = "precomputed"
-    """score the reference once before training, or keep a frozen copy beside the policy"""
+    reference: Literal["precomputed", "resident", "columns"] = "precomputed"
+    """score the reference once before training, keep a frozen copy beside the policy, or take the rows' own columns
+    ref_chosen_logps and ref_rejected_logps"""
     reference_cache: str | None = _flag(metavar="DIR")
     """where the reference scores of this data and model are kept"""
     step_zero_check: bool = _switch("step-zero-check", True)
@@ -171,6 +172,10 @@ class ReferenceSettings:
     @property
     def is_resident(self) -> bool:
         return self.reference == "resident"
+
+    @property
+    def is_in_columns(self) -> bool:
+        return self.reference == "columns"
 
 
 @dataclass(frozen=True)

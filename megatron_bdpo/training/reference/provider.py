@@ -21,7 +21,7 @@ from megatron_bdpo.training.hf.start import weights_loader
 from megatron_bdpo.training.identity import RunIdentity, checkpoint_directory
 from megatron_bdpo.training.reference.cache import differences
 from megatron_bdpo.training.reference.fingerprint import is_of_this_version, of_every_version, reference_identity
-from megatron_bdpo.training.reference.passes import NoReference, ResidentReference
+from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.reference.precomputed import PrecomputedReference
 from megatron_bdpo.training.reference.weights import (
     WEIGHTS_DIR,
@@ -65,6 +65,9 @@ class ReferenceProvider:
                 "the resumed run had no reference (its loss reads none), but this loss needs one. Start a new run from "
                 "its weights with --finetune."
             )
+        if self.setup.settings.reference.is_in_columns:
+            say("reference: the log-probs that the rows bring")
+            return ReferenceTable(self.setup.job.pool.reference(), None), identity
         if self.setup.job.resident:
             return self._resident(policy, identity, resumed=resumed)
         return self.log_probs(policy, identity, resumed=resumed).table(), identity

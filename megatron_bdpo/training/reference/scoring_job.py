@@ -62,8 +62,8 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
                 raise UserError(
                     f"--preference-loss {setup.settings.loss.name} reads no reference: there is nothing to score."
                 )
-            if setup.job.resident:
-                raise UserError("--reference resident keeps no log-probs. Leave it out to score.")
+            if (kind := setup.settings.reference.reference) != "precomputed":
+                raise UserError(f"--reference {kind} scores nothing ahead of a training. Leave it out to score.")
         initialize_megatron()
         job = setup.job
         pairs = each_once(job.pairs_in_use(None), job.train.ids, job.held_out.ids)

@@ -1,0 +1,50 @@
+"""Reference log-probs as columns of the rows they are of, as TRL reads and writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from megatron_bdpo.artifact import write_whole
+from megatron_bdpo.data.records import REFERENCE_COLUMNS
+from megatron_bdpo.data.sources import SourceSpec, describe_row, read_rows
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.training.reference.cache import open_scores
+
+
+def add_columns(scores: Path, output: Path) -> tuple[int, int]:
+    """Write the rows of scored pairs as JSON lines, with ``ref_chosen_logps`` and ``ref_rejected_logps``.
+
+    Args:
+        scores: directory of a scoring job that has ended.
+        output: the file; there must be none.
+
+    Returns:
+        How many rows were written, and how many were left out because they gave no pair, or none that was scored.
+
+    Raises:
+        UserError: the log-probs or a source cannot be read, or a row gave several pairs.
+    """
+    if output.exists():
+        raise UserError(f"{output} is there already. Remove it, or name another file.")
+    found = open_scores(scores)
+    lines, left_out = [], 0
+    for index, source in enumerate(map(SourceSpec, found.manifest["sources"])):
+        ids = np.flatnonzero((found.source == index) & np.isfinite(found.conditional).all(axis=1))
+        by_row = dict(zip(found.row[ids].tolist(), found.conditional[ids].tolist(), strict=True))
+        if len(by_row) < len(ids):
+            rows, counts = np.unique(found.row[ids], return_counts=True)
+            several = describe_row(source, int(rows[np.argmax(counts > 1)]))
+            raise UserError(f"{several} has given several pairs, and has no room for the log-probs of each.")
+        for number, row in read_rows(source):
+            if number in by_row and isinstance(row, dict):
+                lines.append(json.dumps({**row, **dict(zip(REFERENCE_COLUMNS, by_row[number], strict=True))}))
+            else:
+                left_out += 1
+    try:
+        write_whole(output, "".join(f"{line}\n" for line in lines), replace=False)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror or error}.") from error
+    return len(lines), left_out
