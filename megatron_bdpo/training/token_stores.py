@@ -55,20 +55,15 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
         if is_rank_zero():
             _refuse_unused_options(wanted)
     shared_by_every_node("--pair-cache-dir", cache)
-    found = settings.tokenizer.model
+    tokenizer = _tokenizer_of_every_node(arguments)
     stop = StopRequest(settings.checkpoints.stop_file or ())
     with stop.listening(signal.SIGTERM, settings.schedule.exit_signal):
         _make_parts(arguments, wanted, stop)
         with all_ranks_agree(), contextlib.suppress(StopRequested):
-            if is_rank_zero():
-                tokenizer = pair_tokenizer(arguments)
-                found = arguments.settings.tokenizer.model
+            if tokenizer:
                 pause = stop.leave_alone_if_asked
                 directories = [str(prepare_pairs(each, tokenizer, pause=pause).directory) for each in wanted]
         stop.leave_if_asked()
-    if settings.tokenizer.model:  # Megatron builds it on every rank
-        own = on_every_node("--tokenizer-model", settings.tokenizer.model, str(found), tokenizer_directory)
-        arguments.set(tokenizer_model=own)
     with all_ranks_agree():
         # Every rank maps the files that rank 0 has written: ranks of one node share the pages.
         stores = [
@@ -86,17 +81,40 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
     return stores
 
 
+def _tokenizer_of_every_node(arguments: Arguments) -> PairTokenizer | None:
+    """Rank 0's, and the arguments name one that this rank's node has: Megatron builds it on every rank. Collective."""
+    tokenizer, named = None, arguments.settings.tokenizer.model
+    with all_ranks_agree():
+        if is_rank_zero():
+            tokenizer = pair_tokenizer(arguments)
+    if named:
+        found = str(arguments.settings.tokenizer.model)
+        arguments.set(tokenizer_model=on_every_node("--tokenizer-model", named, found, tokenizer_directory))
+    return tokenizer
+
+
 def _make_parts(arguments: Arguments, wanted: list[PairDataSettings], stop: StopRequest) -> None:
-    """With several nodes, each tokenizes its part of the shards; rank 0 finds them. Collective."""
-    first_ranks = sorted(set(gather(first_rank_of_node())))
-    if len(first_ranks) == 1:
+    """With several nodes, those that see the data tokenize a part each; rank 0 finds them. Collective."""
+    if len(set(gather(first_rank_of_node()))) == 1:
         return
+    rank = first_rank_of_node()
+    parts = sorted(set(gather(rank if is_first_of_node() and _sees(wanted) else -1)) - {-1})
     with all_ranks_agree(), contextlib.suppress(StopRequested):
-        if is_first_of_node():
-            tokenizer, node = pair_tokenizer(arguments), first_ranks.index(first_rank_of_node())
+        if is_first_of_node() and rank in parts and len(parts) > 1:
+            tokenizer = pair_tokenizer(arguments)
             for each in wanted:
-                make_part(each, tokenizer, node, len(first_ranks), stop.leave_alone_if_asked)
+                make_part(each, tokenizer, parts.index(rank), len(parts), stop.leave_alone_if_asked)
     stop.leave_if_asked()
+
+
+def _sees(wanted: list[PairDataSettings]) -> bool:
+    """Whether the data are on this node, too."""
+    try:
+        for each in wanted:
+            check_sources(each.sources)
+    except UserError:
+        return False
+    return True
 
 
 def pair_tokenizer(arguments: Arguments) -> PairTokenizer:

@@ -46,7 +46,10 @@ def wheel(tmp_path_factory) -> Path:
 def test_what_the_wheel_holds(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_bdpo").rglob("*.py")}
-    assert {name for name in names if name.startswith("megatron_bdpo/")} == expected | {"megatron_bdpo/py.typed"}
+    assert {name for name in names if name.startswith("megatron_bdpo/")} == expected | {
+        "megatron_bdpo/py.typed",
+        "megatron_bdpo/report/page.html",
+    }
     assert any(name.endswith("licenses/LICENSE") for name in names)
     metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("/METADATA"))).decode()
     assert "Requires-Python: >=3.12" in metadata and "License: Apache-2.0" in metadata

@@ -110,7 +110,7 @@ def test_scoring_ahead_of_the_training(cluster):
     """A job of its own, stopped while it scores; the training finds what it has left."""
     flags = (*FLAGS, "--train-iters=2")
     scoring = cluster.submit("scored", *flags, script="score.sh")
-    scoring.wait_for(lambda: "logs:" in scoring.log, "the launch")
+    scoring.wait_for(lambda: any((scoring.run / "cache").glob("*/meta.json")), "the tokens")
     scoring.signal()
     scoring.wait()
     assert "attempt 0: stopped" in scoring.log
@@ -120,6 +120,17 @@ def test_scoring_ahead_of_the_training(cluster):
     training = cluster.submit("scored", *flags)
     training.wait()
     assert re.search(r"\d+ train pairs, 0 of them scored now", training.rank_logs())
+
+
+def test_tokenizing_ahead_of_the_training(cluster):
+    """By both nodes; a stop that comes before the first shard costs an attempt and no more."""
+    job = cluster.submit("prepared", *FLAGS, script="prepare.sh")
+    job.wait_for(lambda: "logs:" in job.log, "the launch")
+    job.signal()
+    job.wait()
+    assert "attempt 0: stopped" in job.log
+    assert last_line(job).endswith("attempt 1: finished")
+    assert len(list((job.run / "cache").glob("*/meta.json"))) == 2  # training and held-out pairs
 
 
 def test_kill_switch(cluster):
