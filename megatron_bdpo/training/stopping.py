@@ -28,6 +28,9 @@ class StopRequested(SystemExit):
         self.reason = reason
 
 
+_ELSEWHERE = "another rank was asked to"
+
+
 class StopRequest:
     """Collects requests to stop."""
 
@@ -40,6 +43,7 @@ class StopRequest:
         """Why the run is to stop, once ``signals_received`` or ``leave_if_asked`` has said so; else empty."""
         self._files = [Path(file) for file in files]
         self._signal = ""
+        self._left = ""
 
     @contextlib.contextmanager
     def listening(self, *signals: signal.Signals) -> Iterator[None]:
@@ -81,12 +85,30 @@ class StopRequest:
         if any(self.signals_received()):
             raise StopRequested(self.reason)
 
+    @contextlib.contextmanager
+    def working_alone(self) -> Iterator[None]:
+        """The block is work that ranks do on their own; one that leaves it, by :meth:`leave_alone_if_asked`, goes on
+        behind it, to :meth:`leave_together`."""
+        try:
+            yield
+        except StopRequested as stopped:
+            self._left = stopped.reason
+
+    def leave_together(self) -> None:
+        """After work that some rank has left. Collective.
+
+        Raises:
+            StopRequested: on all ranks.
+        """
+        if reasons := list(filter(None, gather(self._left))):
+            raise StopRequested(min(reasons, key=_ELSEWHERE.__eq__))
+
     def leave_alone_if_asked(self) -> None:
-        """Where ranks work on their own, and come together in :meth:`leave_if_asked`. Not collective.
+        """Where ranks work on their own. Not collective.
 
         Raises:
             StopRequested: on this rank.
         """
         own = f"{self._signal} received" if self._signal else self._file_there()
         if is_raised("stop", here=bool(own)):
-            raise StopRequested(own or "another rank was asked to")
+            raise StopRequested(own or _ELSEWHERE)

@@ -24,7 +24,7 @@ from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gathe
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.nodes import first_rank_of_node, is_first_of_node, on_every_node, shared_by_every_node
 from megatron_bdpo.training.settings import PairSettings, Settings
-from megatron_bdpo.training.stopping import StopRequest, StopRequested
+from megatron_bdpo.training.stopping import StopRequest
 
 
 def cache_directory(settings: Settings) -> Path:
@@ -59,11 +59,11 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
     stop = StopRequest(settings.checkpoints.stop_file or ())
     with stop.listening(signal.SIGTERM, settings.schedule.exit_signal):
         _make_parts(arguments, wanted, stop)
-        with all_ranks_agree(), contextlib.suppress(StopRequested):
+        with all_ranks_agree(), stop.working_alone():
             if tokenizer:
                 pause = stop.leave_alone_if_asked
                 directories = [str(prepare_pairs(each, tokenizer, pause=pause).directory) for each in wanted]
-        stop.leave_if_asked()
+        stop.leave_together()
     with all_ranks_agree():
         # Every rank maps the files that rank 0 has written: ranks of one node share the pages.
         stores = [
@@ -99,12 +99,12 @@ def _make_parts(arguments: Arguments, wanted: list[PairDataSettings], stop: Stop
         return
     rank = first_rank_of_node()
     parts = sorted(set(gather(rank if is_first_of_node() and _sees(wanted) else -1)) - {-1})
-    with all_ranks_agree(), contextlib.suppress(StopRequested):
+    with all_ranks_agree(), stop.working_alone():
         if is_first_of_node() and rank in parts and len(parts) > 1:
             tokenizer = pair_tokenizer(arguments)
             for each in wanted:
                 make_part(each, tokenizer, parts.index(rank), len(parts), stop.leave_alone_if_asked)
-    stop.leave_if_asked()
+    stop.leave_together()
 
 
 def _sees(wanted: list[PairDataSettings]) -> bool:

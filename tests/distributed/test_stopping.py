@@ -67,9 +67,12 @@ def test_stopped_run_resumes_bit_identically(ranks, tmp_path, how, expected_reas
 
 def test_asked_before_the_first_step(ranks, tmp_path):
     stop_file = tmp_path / "stop"
-    stop_file.touch()
     flags = [*LAYOUT, "--save", str(tmp_path / "run"), "--stop-file", str(stop_file)]
-    outcomes = ranks(2)(train, flags)
+    cache = str(tmp_path / "cache")
+    tokens = [*LAYOUT[:4], "--preference-loss", "simpo"]
+    ranks(2)(train, tokens, pair_cache_dir=cache)
+    stop_file.touch()
+    outcomes = ranks(2)(train, flags, pair_cache_dir=cache)
     assert [outcome.exit_code for outcome in outcomes] == [0, 0]
     assert last_stage(outcomes).steps == []
     assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["step"]) == ("stopped", 0)
