@@ -105,7 +105,7 @@ def auxiliary_loss_weighed_by_own_tokens(undo: contextlib.ExitStack) -> None:
 def branches_one_position_late(undo: contextlib.ExitStack) -> None:
     from megatron_bdpo.data import packs
 
-    def add_branch(self: Any, response: Any, prompt: Any) -> None:
+    def add_branch(self: Any, response: Any, scored: Any, prompt: Any) -> None:
         own = self.add_segment(response, prefix=prompt, first_position=len(prompt) + 1)
         self.scored.append((np.concatenate([prompt[-1:], own[:-1]]), response))
 
@@ -115,7 +115,7 @@ def branches_one_position_late(undo: contextlib.ExitStack) -> None:
 def second_branch_without_its_prompt(undo: contextlib.ExitStack) -> None:
     from megatron_bdpo.data import packs
 
-    def add_branch(self: Any, response: Any, prompt: Any) -> None:
+    def add_branch(self: Any, response: Any, scored: Any, prompt: Any) -> None:
         is_second = len(self.scored) % 2 == 1
         own = self.add_segment(response, prefix=prompt[:0] if is_second else prompt, first_position=len(prompt))
         self.scored.append((np.concatenate([prompt[-1:], own[:-1]]), response))
@@ -126,7 +126,7 @@ def second_branch_without_its_prompt(undo: contextlib.ExitStack) -> None:
 def second_branch_sees_the_first(undo: contextlib.ExitStack) -> None:
     from megatron_bdpo.data import packs
 
-    def add_branch(self: Any, response: Any, prompt: Any) -> None:
+    def add_branch(self: Any, response: Any, scored: Any, prompt: Any) -> None:
         past = np.arange(prompt[0], self.used)
         own = self.add_segment(response, prefix=past, first_position=len(prompt))
         self.scored.append((np.concatenate([prompt[-1:], own[:-1]]), response))
