@@ -139,11 +139,18 @@ def build_job(arguments: Arguments) -> PairJob:
                 "--reference resident knows no scores before the first step, and an option of the loss is to follow "
                 "from them (auto). Give it a value, or leave --reference out."
             )
+        reads_reference = loss.requirements.reference or loss.requirements.comprehension
         if settings.reference.is_in_columns and (loss.requirements.comprehension or not loss.requirements.reference):
             reads = "the unconditional log-probs too" if loss.requirements.comprehension else "no reference"
             raise UserError(
                 f"--reference columns has the log-probs of answers after their prompts; --preference-loss "
                 f"{settings.loss.name} reads {reads}. Leave --reference out."
+            )
+        if settings.reference.reference_model and (settings.reference.is_in_columns or not reads_reference):
+            raise UserError(
+                "--reference-model names a reference that nobody reads: "
+                + ("the rows bring its log-probs. " if reads_reference else "the loss has none. ")
+                + "Leave it out."
             )
         plan_settings(settings)  # what is wrong with the plan whatever the pairs: before they are read
     file = settings.evaluation.eval_prompts

@@ -164,6 +164,9 @@ class ReferenceSettings:
     reference: Literal["precomputed", "resident", "columns"] = "precomputed"
     """score the reference once before training, keep a frozen copy beside the policy, or take the rows' own columns
     ref_chosen_logps and ref_rejected_logps"""
+    reference_model: str | None = _flag(metavar="PATH_OR_NAME")
+    """weights of the reference where they are not those that the policy starts from: a Hugging Face model (directory or
+    hub name) or a torch_dist checkpoint, of the policy's architecture"""
     reference_cache: str | None = _flag(metavar="DIR")
     """where the reference scores of this data and model are kept"""
     step_zero_check: bool = _switch("step-zero-check", True)

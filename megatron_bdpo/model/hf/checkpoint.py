@@ -149,6 +149,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
                 name: StoredTensor(path, tensor.get_dtype(), tuple(tensor.get_shape()))
                 for name, tensor in stored.items()
             }
+    except UnicodeEncodeError as error:  # the index spells half a surrogate pair
+        raise UserError(f"{str(path)!a} cannot be the name of a file: {error.reason}.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except SafetensorError as error:

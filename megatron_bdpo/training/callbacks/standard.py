@@ -45,7 +45,7 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
     reads_reference = job.loss.requirements.reference
     shape = PackShape(job.max_pack_length, settings.length_unit, job.fixed_length)
     found: list[Callback] = []
-    if settings.reference.step_zero_check and reads_reference:
+    if settings.reference.step_zero_check and reads_reference and not settings.reference.reference_model:
         found.append(StepZeroCheck(step, settings.precision))
     found.append(FiniteCheck(job.pairs_of_step, job.pool.describe))
     if save:

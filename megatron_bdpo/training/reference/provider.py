@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from megatron.core.utils import unwrap_model
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.digest import weights_digest
-from megatron_bdpo.model.hf.directory import is_model_directory
+from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
+from megatron_bdpo.model.hf.config import read_config
+from megatron_bdpo.model.hf.directory import is_model_directory, model_directory
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.training.batches import IntArray
 from megatron_bdpo.training.checkpoints import integrity_problems
@@ -42,6 +44,8 @@ class ReferenceProvider:
     """Ids of the pairs whose values are needed, in the order of their use."""
     pause: Callable[[], None]
     """Called again and again while scoring, on all ranks; may raise to leave."""
+    _named: list[Any] = field(default_factory=list, init=False)
+    """The model of --reference-model, once it is loaded."""
 
     def provide(
         self, policy: list[Any], identity: RunIdentity, *, resumed: bool
@@ -73,15 +77,39 @@ class ReferenceProvider:
         return self.log_probs(policy, identity, resumed=resumed).table(), identity
 
     def identify(self, identity: RunIdentity, policy: list[Any]) -> RunIdentity:
-        """The identity of a run that starts now, completed by what its reference is: the policy."""
+        """The identity of a run that starts now, completed by what its reference is: the policy, or the named model."""
+        if named := self.setup.settings.reference.reference_model:
+            source = self._source(named)
+            self._named = build_reference(self.setup.config)
+            self._load(self._named, source)
+            say(f"reference: the weights of {source}")
+            return replace(identity, reference=self._identify(self._named), reference_weights=source)
         return replace(identity, reference=self._identify(policy), reference_weights=self._pretrained())
+
+    def _source(self, named: str) -> str:
+        """The directory that --reference-model names."""
+        checkpoint = checkpoint_directory(named)
+        if checkpoint is not None:
+            return str(checkpoint.resolve())
+        policy = self.setup.settings.model.hf_model
+        with all_ranks_agree():
+            directory = model_directory(named)
+            if policy:
+                own, other = (read_config(read_json(Path(each) / CONFIG)) for each in (policy, directory))
+                if found := differences(own.arguments, other.arguments):
+                    listed = "\n".join(f"  {line}" for line in found)
+                    raise UserError(
+                        f"--reference-model {named} is of another architecture than the policy:\n{listed}\n"
+                        "Name a model of the same one."
+                    )
+        return str(directory.resolve())
 
     def log_probs(self, policy: list[Any], identity: RunIdentity, *, resumed: bool) -> PrecomputedReference:
         """The log-probs of the run's pairs. What can still score as the reference: the policy before its first step,
-        or the weights that were kept."""
+        the model that was named, or the weights that were kept."""
 
         def model() -> list[Any]:
-            return self._load_original(identity) if resumed else policy
+            return self._load_original(identity) if resumed else self._named or policy
 
         return PrecomputedReference(self.setup, identity.reference, self.pairs, model, self.pause)
 
@@ -105,6 +133,8 @@ class ReferenceProvider:
     ) -> tuple[ResidentReference, RunIdentity]:
         if resumed:
             reference = self._load_original(identity)
+        elif self._named:
+            reference = self._named
         else:
             reference = build_reference(self.setup.config)
             copy_policy(policy, reference)

@@ -179,13 +179,13 @@ def tokens() -> Check:
             return False
         start = whole.prompt[:1].tolist()
         assert start == [tokenizer.bos], "the start token, once"
-        for text, answer in zip(texts[1:], whole[1:], strict=True):
+        for text, answer in zip(texts[1:], whole.parts[1:], strict=True):
             assert answer[-1] == tokenizer.eod and answer.dtype == "int32"
             joint = [*whole.prompt[1:].tolist(), *answer.tolist()]
             ids = tokenizer.tokenize(texts[0] + text)
             ids = ids[1:] if ids[:1] == start else ids
             assert joint in (ids, [*ids, tokenizer.eod])
-        for limit, before, after in zip((limits[0], limits[1], limits[1]), whole, cut, strict=True):
+        for limit, before, after in zip((limits[0], limits[1], limits[1]), whole.parts, cut.parts, strict=True):
             assert 1 <= len(after) == min(len(before), limit or len(before))
         assert cut.chosen.tolist() == whole.chosen[: len(cut.chosen)].tolist() != cut.rejected.tolist()
         return True
