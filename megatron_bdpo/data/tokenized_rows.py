@@ -7,7 +7,6 @@ of. Shapes: N tokens, P pairs, S stretches of context, E tokens and D number of 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import PreferenceRecord
@@ -116,11 +117,9 @@ class TokenizedRows:
         return len(self.lengths)
 
     def to_bytes(self) -> bytes:
-        """As a file of NumPy's without pickles."""
-        file = io.BytesIO()
+        """As a safetensors file."""
         outcome = np.frombuffer(json.dumps(dataclasses.asdict(self.outcome)).encode(), np.uint8)
-        np.savez(file, outcome=outcome, **{name: getattr(self, name) for name in ARRAYS})
-        return file.getvalue()
+        return save({"outcome": outcome, **{name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}})
 
     @classmethod
     def from_bytes(cls, content: bytes) -> TokenizedRows:
@@ -130,10 +129,10 @@ class TokenizedRows:
             ValueError: it is something else, or not whole.
         """
         try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                outcome = Outcome.from_json(json.loads(file["outcome"].tobytes()))
-                return cls(**{name: file[name] for name in ARRAYS}, outcome=outcome)
-        except Exception as error:  # zip's, NumPy's and JSON's: a file cut short, or another one
+            arrays = load(content)
+            outcome = Outcome.from_json(json.loads(arrays["outcome"].tobytes()))
+            return cls(**{name: arrays[name] for name in ARRAYS}, outcome=outcome)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
 

@@ -131,7 +131,7 @@ class Shards:
             write_whole(self._path(number), rows.to_bytes(), replace=False)
 
     def _path(self, number: int) -> Path:
-        return self.directory / f"{number:06}.npz"
+        return self.directory / f"{number:06}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Nodes:
         return told
 
     def shards(self) -> int:
-        return len(list(self.directory.glob("cache/*.shards/*.npz")))
+        return len(list(self.directory.glob("cache/*.shards/*.safetensors")))
 
     def marks(self) -> list[set[int]]:
         """Records that each node has encoded since this was last asked."""

@@ -44,6 +44,7 @@ WRONG = {
         ([str(DATA / "train.jsonl"), "--pairs-from", "all"], "--pairs-from all makes no difference"),
     ],
     "data prepare": [([str(DATA / "train.jsonl")], "no tokenizer"), (["nowhere.jsonl", *TOKENIZER], "no such file")],
+    "data add-reference": [(["nowhere", "rows.jsonl"], "holds no reference scores")],
     "data stats": [
         ([str(DATA / "train.jsonl"), "--tokenizer-type", "Nonsense"], "tokenizer-type"),
         ([str(DATA / "train.jsonl"), *TOKENIZER[:3], str(DATA / "train.jsonl")], "tokenizer cannot be built"),
