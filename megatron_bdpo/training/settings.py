@@ -116,8 +116,9 @@ class PairSettings:
         try:
             return template_variables({TEMPLATE_KWARGS: self.chat_template_kwargs})
         except RowProblem as problem:
+            told = problem.detail.removeprefix(f"column '{TEMPLATE_KWARGS}' ")
             raise UserError(
-                f"--chat-template-kwargs: {problem.detail}. Give a JSON object: '{{\"enable_thinking\": false}}'."
+                f"--chat-template-kwargs {told}. Give a JSON object: '{{\"enable_thinking\": false}}'."
             ) from problem
 
 
