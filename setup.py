@@ -40,8 +40,8 @@ INSTALL_REQUIRES = [
 
 HF = ["transformers"]
 REPORT = ["matplotlib"]
-# What examples/smollm2 reads its model with, a GGUF file.
-SMOLLM2 = [*HF, *REPORT, "gguf"]
+# What examples/smollm2 reads its model with, a GGUF file, for which transformers wants accelerate.
+SMOLLM2 = [*HF, *REPORT, "gguf", "accelerate"]
 
 EXTRAS_REQUIRE = {
     # The Transformer Engine build that this release of megatron-core names.

@@ -10,15 +10,15 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> bool:
+def write_whole(path: Path, content: bytes | str | Iterable[str], *, replace: bool = True) -> bool:
     """Write a file that appears whole or not at all, and is on the disk when this returns.
 
     Args:
-        content: text is written as UTF-8.
+        content: text is written as UTF-8; a file too large for memory comes in pieces.
         replace: False: a file that is there wins.
 
     Returns:
@@ -30,7 +30,8 @@ def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> bo
     partial = _unique(path)
     try:
         with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            for piece in [content] if isinstance(content, bytes | str) else content:
+                file.write(piece.encode() if isinstance(piece, str) else piece)
             file.flush()
             os.fsync(file.fileno())
         if replace:

@@ -40,6 +40,10 @@ RETRIES = 2
 DISK, MEMORY = 1.0, 3.0
 
 
+#: What reads a GGUF file, of the extra smollm2.
+NEEDS = ("gguf", "transformers", "accelerate")
+
+
 def fetch(output: Path = MODEL, gguf: Path | None = None) -> Path:
     """The directory of the checkpoint, which is made if it is not there.
 
@@ -53,7 +57,7 @@ def fetch(output: Path = MODEL, gguf: Path | None = None) -> Path:
     """
     if (output / "config.json").is_file():
         return output
-    if absent := [name for name in ("gguf", "transformers") if importlib.util.find_spec(name) is None]:
+    if absent := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"{' and '.join(absent)} cannot be imported. Install: pip install '.[smollm2]', or make smollm2."
         )

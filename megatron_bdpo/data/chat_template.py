@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: the texts of conversations, who says what in them, and what ends a response."""
+"""A tokenizer's chat template: the texts of conversations, and what ends a response."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import functools
 import itertools
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_bdpo.data.messages import ASSISTANT, SYSTEM_ROLES, TOOLS, USER, Message
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
-from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.vocabulary import MegatronTextTokenizer, library_object
 from megatron_bdpo.errors import UserError
 
@@ -21,13 +20,6 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 type Spans = list[tuple[int, int]]
 """Stretches of a text, from and to a character, in order."""
-
-
-class Rendered(NamedTuple):
-    """A prompt and a response as one text. Only ``spans`` of the response are scored; None: all of it."""
-
-    text: str
-    spans: Spans | None = None
 
 
 class ChatTemplate:
@@ -53,29 +45,6 @@ class ChatTemplate:
         """Whether it is told the start token's name, and so decides whether there is one."""
         return self._library in _TRANSFORMERS
 
-    def render(self, record: PreferenceRecord) -> tuple[str, Rendered, Rendered]:
-        """Texts of the prompt and of the two whole conversations: rule 4 of ``tokenization``.
-
-        Raises:
-            RowProblem: the template writes something else where the response begins, or between its turns.
-        """
-        assert isinstance(record.prompt, list)
-        responses = [response for response in (record.chosen, record.rejected) if isinstance(response, list)]
-        opened = all(response[0]["role"] == ASSISTANT for response in responses)
-        prompt = self.apply(record.prompt, record.variables, add_generation_prompt=opened)
-        texts = []
-        for name, response in zip(("chosen", "rejected"), responses, strict=True):
-            text = self.apply(record.prompt + response, record.variables, add_generation_prompt=False)
-            if not text.startswith(prompt):
-                raise RowProblem(
-                    ProblemKind.TEMPLATE_MISMATCH,
-                    f"the rendered prompt ends with {prompt[-40:]!r}, but with the response of {name} the template "
-                    f"writes {text[max(0, len(prompt) - 40) : len(prompt)]!r} there",
-                )
-            spans = None if len(response) == 1 else self._spans(record, response, text, len(prompt), name)
-            texts.append(Rendered(text, spans))
-        return prompt, texts[0], texts[1]
-
     def apply(self, messages: list[Message], variables: Mapping[str, Any], *, add_generation_prompt: bool) -> str:
         """The text of a conversation.
 
@@ -93,6 +62,11 @@ class ChatTemplate:
     def reads(self, field: str) -> bool:
         """Whether the template's text names a field of messages, which otherwise has no effect."""
         return field in self._words
+
+    @functools.cached_property
+    def opening(self) -> str:
+        """A question, and what the template puts between it and its response."""
+        return self.apply([{"role": USER, "content": "a"}], {}, add_generation_prompt=True)
 
     @functools.cached_property
     def leaves_turn_open(self) -> bool:
@@ -138,17 +112,10 @@ class ChatTemplate:
                 detail += f" (Megatron gives the templates of {self._library} tokenizers no bos_token and no eos_token)"
             raise RowProblem(ProblemKind.TEMPLATE_REFUSED, detail) from error
 
-    def _spans(
-        self, record: PreferenceRecord, response: list[Message], text: str, prompt_ends: int, name: str
-    ) -> Spans:
-        """Where the assistant speaks in a response of several turns."""
-        assert isinstance(record.prompt, list)
-        if self.knows_bos and _GENERATION.search(self._tokenizer.chat_template or ""):
-            return self._marked_spans(record.prompt + response, record.variables, prompt_ends)
-        return self._spans_by_turn(record, response, text, name)
-
-    def _marked_spans(self, messages: list[Message], variables: Mapping[str, Any], prompt_ends: int) -> Spans:
-        """Those that the template itself marks with ``{% generation %}``."""
+    def marked_spans(self, messages: list[Message], variables: Mapping[str, Any]) -> Spans | None:
+        """What the template marks as the assistant's with ``{% generation %}``; None: it marks nothing."""
+        if not (self.knows_bos and _GENERATION.search(self._tokenizer.chat_template or "")):
+            return None
         from transformers.utils.chat_template_utils import render_jinja_template  # of the extra hf
 
         tokenizer = library_object(self._tokenizer).tokenizer
@@ -161,45 +128,7 @@ class ChatTemplate:
             return_assistant_tokens_mask=True,
             **given,
         )
-        return [(max(start, prompt_ends), end) for start, end in marked[0] if end > prompt_ends]
-
-    def _spans_by_turn(self, record: PreferenceRecord, response: list[Message], text: str, name: str) -> Spans:
-        """What comes between the text before a turn, opened for the assistant, and the text with it."""
-        assert isinstance(record.prompt, list)
-        conversation, spans = record.prompt + response, []
-        for index in range(len(record.prompt), len(conversation)):
-            if conversation[index]["role"] != ASSISTANT:
-                continue
-            before = self.apply(conversation[:index], record.variables, add_generation_prompt=True)
-            if not text.startswith(before):
-                raise RowProblem(
-                    ProblemKind.TEMPLATE_MISMATCH,
-                    f"where turn {index + 1} of {name} begins, the template writes {before[-40:]!r} if it is the last, "
-                    f"and {text[max(0, len(before) - 40) : len(before)]!r} if the conversation goes on",
-                )
-            spans.append((len(before), self._end_of_turn(record, conversation, index, text, len(before), name)))
-        return spans
-
-    def _end_of_turn(
-        self, record: PreferenceRecord, conversation: list[Message], index: int, text: str, start: int, name: str
-    ) -> int:
-        if index == len(conversation) - 1:
-            return len(text)
-        upto = self.apply(conversation[: index + 1], record.variables, add_generation_prompt=False)
-        if len(upto) > start and text.startswith(upto):
-            return len(upto)
-        # Some templates write a turn in another way once it is not the last: its reasoning is left out, for one. Then
-        # it goes to the first end of a turn.
-        after = self.short_conversation[1]
-        mark = after.strip()
-        at = text.find(mark, start) if mark else -1
-        if at < 0:
-            raise RowProblem(
-                ProblemKind.TEMPLATE_MISMATCH, f"the template does not show where turn {index + 1} of {name} ends"
-            )
-        space = after[len(after.rstrip()) :]
-        end = at + len(mark)
-        return end + len(space) if text.startswith(space, end) else end
+        return list(marked[0])
 
 
 def kept_context(prompt: list[Message]) -> list[Message]:

@@ -19,7 +19,7 @@ from megatron_bdpo.data.row_reader import RECOGNISED, FormatSettings, row_reader
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec, content_digest, describe_row, sha256_of_file
 from megatron_bdpo.data.store import FORMAT_VERSION, PairStore, PairStoreWriter, StoreInfo
-from megatron_bdpo.data.tokenization import PairTokenizer
+from megatron_bdpo.data.tokenization import FOR_CHATS, PairTokenizer
 from megatron_bdpo.data.tokenized_rows import CHATS, Outcome
 from megatron_bdpo.data.tokenizing import RowTokenizer, Shards, Tokenizing
 from megatron_bdpo.errors import UserError
@@ -222,6 +222,8 @@ def _write_store(
         report.add(source, len(rows), rows.outcome)
     if not form:
         raise UserError(f"No row of the pair data can be used.\n{_explained(report, settings)}")
+    if form != CHATS and (given := [flag for name, flag in FOR_CHATS.items() if name in decisive]):
+        raise UserError(f"{given[0]}: the pairs are strings, which no chat template is applied to. Leave it out.")
     report.set_lengths(writer.lengths)
     _check_shares(report, settings)
     empty_prompt = tokenizer.empty_prompt(form == CHATS).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,9 +113,9 @@ class DataReport:
             lines += _at_most(4, [f"  {name}: {pairs:,} of {rows:,}" for name, pairs, rows in per_source])
         problems = sorted(self.problems, key=lambda problem: -problem.count)
         room = _MAX_LINES - len(lines) - len(_PARTS) - 2 - bool(self.unread)
-        lines += _at_most(room, [self._describe(problem) for problem in problems])
+        lines += _at_most(room, [_describe(problem, self.sources) for problem in problems])
         if self.unread:
-            lines.append(self._not_read())
+            lines.append(_not_read(self.unread))
         blocks: list[Block] = ["\n".join(lines)]
         if self.tokens:
             rows = [
@@ -128,17 +128,6 @@ class DataReport:
                 f"prompts, {self.truncated_responses:,} responses"
             )
         return blocks
-
-    def _describe(self, problem: ProblemCount) -> str:
-        where = f" of {self.sources[problem.source]}" if len(self.sources) > 1 else ""
-        rows = ", ".join(str(row) for row in problem.rows) + (", ..." if problem.count > len(problem.rows) else "")
-        kind = ProblemKind[problem.kind]
-        return f"  {problem.count:,} {'malformed' if kind.malformed else 'unusable'}: {kind.value} (row {rows}{where})"
-
-    def _not_read(self) -> str:
-        names = sorted(self.unread, key=lambda name: (-self.unread[name], name))
-        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-        return f"  not read: {', '.join(printable(name, 60) for name in names[:_MAX_NAMES])}{more}"
 
     def to_json(self) -> dict[str, Any]:
         """The report as an object for `json.dump`; `from_json` reads it back."""
@@ -187,6 +176,19 @@ _SHAPE = {
     "tokens": Each({"mean": is_number, "p50": is_number, "p95": is_number, "max": is_count}),
     "prompt_token_share": is_number,
 }
+
+
+def _describe(problem: ProblemCount, sources: Sequence[str]) -> str:
+    where = f" of {sources[problem.source]}" if len(sources) > 1 else ""
+    rows = ", ".join(str(row) for row in problem.rows) + (", ..." if problem.count > len(problem.rows) else "")
+    kind = ProblemKind[problem.kind]
+    return f"  {problem.count:,} {'malformed' if kind.malformed else 'unusable'}: {kind.value} (row {rows}{where})"
+
+
+def _not_read(unread: Mapping[str, int]) -> str:
+    names = sorted(unread, key=lambda name: (-unread[name], name))
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"  not read: {', '.join(printable(name, 60) for name in names[:_MAX_NAMES])}{more}"
 
 
 def _at_most(count: int, lines: Sequence[str]) -> list[str]:

@@ -33,6 +33,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._fast = _fast_backend(tokenizer)
         self.before, self.after = _tokens_added_by_library(tokenizer)
+        self._last_marks: dict[str, Mark | None] = {}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text.
@@ -73,9 +74,11 @@ class TextEncoder:
 
     def last_mark(self, text: str) -> Mark | None:
         """The last special token in a text at which the tokenizer cuts, whatever stands around it; None: none."""
-        found = [(text.rfind(mark.text), mark) for mark in self._marks]
-        at, mark = max(found, default=(-1, None), key=lambda each: each[0])
-        return mark if at >= 0 else None
+        if text not in self._last_marks:
+            found = [(text.rfind(mark.text), mark) for mark in self._marks]
+            at, mark = max(found, default=(-1, None), key=lambda each: each[0])
+            self._last_marks = {text: mark if at >= 0 else None}  # it is asked for the same text again and again
+        return self._last_marks[text]
 
     def places(self, text: str, cuts: list[int]) -> list[int]:
         """How many tokens of ``encode(text)`` come before each of some characters.

@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,11 +30,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.data.chat_template import ChatTemplate, Rendered, Spans, kept_context
+from megatron_bdpo.data.chat_template import ChatTemplate, Spans, kept_context
 from megatron_bdpo.data.messages import DOCUMENTS, TOOLS, USER, Message
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
-from megatron_bdpo.data.records import ASSISTANT_MARKER, USER_MARKER, PreferenceRecord
-from megatron_bdpo.data.text_encoder import Mark, TextEncoder
+from megatron_bdpo.data.records import PreferenceRecord
+from megatron_bdpo.data.start_tokens import StartTokens
+from megatron_bdpo.data.text_encoder import TextEncoder
+from megatron_bdpo.data.turns import render_chat, render_strings
 from megatron_bdpo.data.vocabulary import VOCABULARY_OF, MegatronTextTokenizer, vocabulary
 from megatron_bdpo.errors import UserError
 
@@ -69,6 +70,13 @@ class PairTokens:
     def scored(self) -> tuple[BoolArray | None, BoolArray | None]:
         """Which tokens of chosen and of rejected are scored; None: all."""
         return self.chosen_scored, self.rejected_scored
+
+
+#: Settings that concern chats alone, by their names in ``PairTokenizer.settings``, and their flags.
+FOR_CHATS = {
+    "chat_template_kwargs": "--chat-template-kwargs",
+    "unconditional_context": "--unconditional-prompt context",
+}
 
 
 class PairTokenizer:
@@ -110,8 +118,9 @@ class PairTokenizer:
             raise UserError("The tokenizer has no EOS (end-of-document) token, so no response could end. Define one.")
         bos = _special_id(tokenizer, "bos")
         self._end = end
-        # Rule 2. More than one token only where the library itself puts more than one in front.
-        self._start = self._encoder.before or ([] if bos is None else [bos])
+        # More than one token only where the library itself puts more than one in front.
+        tokens = self._encoder.before or ([] if bos is None else [bos])
+        self._start = StartTokens(tokens, end, self.template.knows_bos)
 
     def encode(self, record: PreferenceRecord) -> PairTokens:
         """Token ids of a record, not truncated.
@@ -121,47 +130,30 @@ class PairTokenizer:
             UserError: a chat record, and the tokenizer has no chat template or one that cannot be used at all.
         """
         is_chat = record.is_chat
-        prompt_text, *rendered = (self.template.render if is_chat else _joint_texts)(record)
-        mark = self._mark if is_chat else None
+        prompt_text, *rendered = render_chat(self.template, record) if is_chat else render_strings(record)
+        mark = self._encoder.last_mark(self.template.opening) if is_chat else None
         texts = [prompt_text, *(each.text for each in rendered)]
-        prompt, *joint = (self._unstarted(ids, is_chat) for ids in self._encoder.encode_after(texts, prompt_text, mark))
+        prompt, *joint = (
+            self._start.strip(ids, is_chat) for ids in self._encoder.encode_after(texts, prompt_text, mark)
+        )
         end = [self._end] if not is_chat or self.template.leaves_turn_open else []
         responses: list[TokenArray] = []
         scored: list[BoolArray | None] = []
         for name, ids, each in zip(("chosen", "rejected"), joint, rendered, strict=True):
             response = _ended(_after(prompt, ids, name), end, name)
             responses.append(_int32(response))
-            scored.append(self._scored(each, len(response) - len(ids) + len(prompt), len(response), name))
+            scored.append(None)
+            if each.spans is not None:
+                spans = each.spans[-1:] if self._train_on == "last" else each.spans
+                added = len(response) - len(ids) + len(prompt)
+                scored[-1] = _scored(self._encoder, each.text, spans, added, len(response), name)
         chosen, rejected = responses
         if np.array_equal(chosen, rejected):
             raise RowProblem(ProblemKind.IDENTICAL_TOKENS, "chosen and rejected give the same tokens")
-        return PairTokens(self._started(prompt, is_chat), chosen, rejected, *scored)
+        return PairTokens(_int32(self._start.put(prompt, is_chat)), chosen, rejected, *scored)
 
-    def _scored(self, rendered: Rendered, added: int, length: int, name: str) -> BoolArray | None:
-        """Rule 6: which of a response's tokens are scored.
-
-        Args:
-            added: tokens that the response has beyond its text: its end.
-        """
-        if rendered.spans is None:
-            return None
-        spans = rendered.spans[-1:] if self._train_on == "last" else rendered.spans
-        cuts = [cut for span in spans for cut in span]
-        whole, *places = self._encoder.places(rendered.text, [len(rendered.text), *cuts])
-        scored = np.zeros(length, bool)
-        for start, end in zip(places[::2], places[1::2], strict=True):  # counted from the end, where both texts agree
-            from_end = length - added - whole
-            scored[max(0, from_end + start) : from_end + end] = True
-        if spans and spans[-1][1] == len(rendered.text):
-            scored[length - added :] = True
-        if not scored.any():
-            raise RowProblem(ProblemKind.NO_ASSISTANT_TURN, f"{name} has no token of the assistant's")
-        return None if scored.all() else scored
-
-    @functools.cached_property
-    def _mark(self) -> Mark | None:
-        opened = self.template.apply([{"role": USER, "content": "a"}], {}, add_generation_prompt=True)
-        return self._encoder.last_mark(opened)
+    def _prompt(self, text: str, *, chat: bool) -> TokenArray:
+        return _int32(self._start.put(self._start.strip(self._encoder.encode(text), chat), chat))
 
     def encode_prompt(self, prompt: str | list[Message], variables: Mapping[str, Any] | None = None) -> TokenArray:
         """Token ids of a prompt alone, int32 [length >= 1]: those that :meth:`encode` gives it before a response.
@@ -171,9 +163,9 @@ class PairTokenizer:
             UserError: it is made of messages, and the tokenizer has no chat template.
         """
         if isinstance(prompt, str):
-            return self._started(self._ids(prompt, chat=False), chat=False)
+            return self._prompt(prompt, chat=False)
         text = self.template.apply(prompt, variables or {}, add_generation_prompt=True)
-        return self._started(self._ids(text, chat=True), chat=True)
+        return self._prompt(text, chat=True)
 
     def ends(self, *, chat: bool) -> list[list[int]]:
         """What a response ends with, each as token ids: EOD; in chats also what the template puts after a response.
@@ -183,8 +175,8 @@ class PairTokenizer:
         ends = [[self._end]]
         if chat:
             text, after = self.template.short_conversation
-            before = self._ids(text[: len(text) - len(after)], chat=True)
-            whole = self._ids(text.rstrip(), chat=True)
+            before = self._start.strip(self._encoder.encode(text[: len(text) - len(after)]), chat=True)
+            whole = self._start.strip(self._encoder.encode(text.rstrip()), chat=True)
             if whole[: len(before)] == before:
                 ends.append(whole[len(before) :])
         return [end for index, end in enumerate(ends) if end and end not in ends[:index]]
@@ -206,8 +198,8 @@ class PairTokenizer:
         """
         (prompt, chosen, rejected), scored = pair.parts, pair.scored
         if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
-            starts_so = prompt[: len(self._start)].tolist() == self._start
-            start = prompt[: min(len(self._start), max_prompt_tokens - 1)] if starts_so else prompt[:0]
+            starts_so = prompt[: len(self._start.tokens)].tolist() == self._start.tokens
+            start = prompt[: min(len(self._start.tokens), max_prompt_tokens - 1)] if starts_so else prompt[:0]
             prompt = np.concatenate([start, prompt[len(prompt) - (max_prompt_tokens - len(start)) :]])
         if max_response_tokens is not None:
             chosen, rejected = chosen[:max_response_tokens], rejected[:max_response_tokens]
@@ -232,7 +224,7 @@ class PairTokenizer:
         The start token (EOD where there is none) for string records; the template with one empty user turn, opened for
         the assistant's answer, for chat records.
         """
-        return self._empty_turn([], {}) if chat else self._started([], chat=False)
+        return self._empty_turn([], {}) if chat else self._prompt("", chat=False)
 
     def own_unconditional_prompt(self, record: PreferenceRecord) -> TokenArray | None:
         """That of a record that brings more to its template than messages; None: it is :meth:`empty_prompt`.
@@ -255,14 +247,13 @@ class PairTokenizer:
                 "--chat-template: the template cannot render an empty user turn, which is the prompt of the "
                 f"unconditional log-probability ({problem.detail})."
             ) from problem
-        return self._started(self._ids(text, chat=True), chat=True)
-
-    def identity(self) -> str:
-        """Hex SHA-256 of everything that decides which tokens a record becomes, wherever the tokenizer's files lie."""
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
+        return self._prompt(text, chat=True)
 
     def settings(self) -> dict[str, Any]:
-        """The same by name: a digest of vocabulary and rules, the chat template itself, and what is set beside it."""
+        """What decides which tokens a record becomes, wherever the tokenizer's files lie.
+
+        By name: a digest of vocabulary and rules, the chat template itself, and what is set beside it.
+        """
         beside: dict[str, Any] = {}  # what is as by default is left out: stores of before are found again
         if self.template.variables:
             beside["chat_template_kwargs"] = self.template.variables
@@ -278,54 +269,37 @@ class PairTokenizer:
         rules = {
             "rules_version": RULES_VERSION,
             "library": self._library,
-            "start": self._start,
+            "start": self._start.tokens,
             "end": self._end,
             "added": [self._encoder.before, self._encoder.after],
         }
         digest.update(json.dumps(rules, sort_keys=True).encode())
         return digest.hexdigest()
 
-    def _ids(self, text: str, chat: bool) -> list[int]:
-        return self._unstarted(self._encoder.encode(text), chat)
 
-    def _unstarted(self, ids: list[int], chat: bool) -> list[int]:
-        """Tokens without the start token that a text may spell out: putting it there is `_started`'s part."""
-        spelled_out = not (chat and self.template.knows_bos) and ids[: len(self._start)] == self._start
-        return ids[len(self._start) :] if spelled_out else ids
+def _scored(encoder: TextEncoder, text: str, spans: Spans, added: int, length: int, name: str) -> BoolArray | None:
+    """Rule 6: which of a response's tokens are scored, [length]; None: all.
 
-    def _started(self, prompt: list[int], chat: bool) -> TokenArray:
-        """The prompt with its start token: rules 2 and 5."""
-        if prompt and chat and self.template.knows_bos:
-            return _int32(prompt)
-        return _int32((self._start or ([] if prompt else [self._end])) + prompt)
+    Args:
+        text: prompt and response.
+        spans: where the assistant speaks in it.
+        added: tokens that the response has beyond its text: its end.
+    """
+    cuts = [cut for span in spans for cut in span]
+    whole, *places = encoder.places(text, [len(text), *cuts])
+    scored = np.zeros(length, bool)
+    for start, end in zip(places[::2], places[1::2], strict=True):  # counted from the end, where both texts agree
+        from_end = length - added - whole
+        scored[max(0, from_end + start) : from_end + end] = True
+    if spans and spans[-1][1] == len(text):
+        scored[length - added :] = True
+    if not scored.any():
+        raise RowProblem(ProblemKind.NO_ASSISTANT_TURN, f"{name} has no token of the assistant's")
+    return None if scored.all() else scored
 
 
 def _int32(ids: list[int]) -> TokenArray:
     return np.array(ids, dtype=np.int32)
-
-
-def _joint_texts(record: PreferenceRecord) -> tuple[str, Rendered, Rendered]:
-    """Texts of the prompt and of the prompt with either response."""
-    assert isinstance(record.prompt, str) and isinstance(record.chosen, str) and isinstance(record.rejected, str)
-    start = len(record.prompt)
-    chosen, rejected = (
-        Rendered(record.prompt + response, _dialogue_spans(response, start) if record.is_dialogue else None)
-        for response in (record.chosen, record.rejected)
-    )
-    return record.prompt, chosen, rejected
-
-
-_TURN = re.compile(f"{USER_MARKER}.*?(?:{ASSISTANT_MARKER}|$)", re.DOTALL)
-
-
-def _dialogue_spans(response: str, start: int) -> Spans | None:
-    """Where the assistant speaks in the rest of a plain-text dialogue; None: everywhere."""
-    users = [match.span() for match in _TURN.finditer(response)]
-    if not users:
-        return None
-    ends, starts = zip(*users, strict=True)
-    bounds = zip((0, *starts), (*ends, len(response)), strict=True)
-    return [(start + begin, start + end) for begin, end in bounds if end > begin]
 
 
 def _after(prompt: list[int], joint: list[int], name: str) -> list[int]:

@@ -156,9 +156,11 @@ class Tokenizing:
 
     def first_pairs(self, count: int) -> Iterator[tuple[int, TokenizedRows]]:
         """The same of the first ``count`` pairs, chunk after chunk, and of no row after them."""
-        for chunk in self._chunks(part=0, parts=1):
+        for chunk, done in self._done(self._chunks(part=0, parts=1)):
             self.pause()
-            rows = self.work(chunk.source, chunk.rows, count)
+            rows = self._made(chunk, done)
+            if len(rows) >= count:  # once more, to the last pair and no further
+                rows = self.work(chunk.source, chunk.rows, count)
             yield chunk.source, rows
             count -= len(rows)
             if not count:

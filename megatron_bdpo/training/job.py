@@ -146,6 +146,11 @@ def build_job(arguments: Arguments) -> PairJob:
                 f"--reference columns has the log-probs of answers after their prompts; --preference-loss "
                 f"{settings.loss.name} reads {reads}. Leave --reference out."
             )
+        if settings.pairs.unconditional_prompt != "empty" and not loss.requirements.comprehension:
+            raise UserError(
+                f"--unconditional-prompt is for unconditional log-probs; --preference-loss {settings.loss.name} reads "
+                "none. Leave it out."
+            )
         if settings.reference.reference_model and (settings.reference.is_in_columns or not reads_reference):
             raise UserError(
                 "--reference-model names a reference that nobody reads: "

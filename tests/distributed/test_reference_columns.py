@@ -82,6 +82,17 @@ def test_values_that_do_not_fit_are_refused(scored, ranks, tmp_path):
     assert "'ref_chosen_logps' is 3" in refusal(DPO, lambda row, i: row | {"ref_chosen_logps": 3})
 
 
+def test_rows_that_have_changed_since(ranks, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join((DATA / "train.jsonl").read_text().splitlines(keepends=True)[:16]))
+    ranks(1)(train, DPO, pair_cache_dir=str(tmp_path / "cache"), **JOB | {"pair_data": [str(data)]})
+    (manifest,) = (tmp_path / "cache").glob("**/manifest.json")
+    data.write_text("\n" + data.read_text())
+    with pytest.raises(UserError, match="has changed since its pairs were scored"):
+        add_columns(manifest.parent, tmp_path / "rows.jsonl")
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
 def test_output(tmp_path: Path):
     with pytest.raises(UserError, match="holds no reference scores"):
         add_columns(tmp_path, tmp_path / "rows.jsonl")

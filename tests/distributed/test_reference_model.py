@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,13 @@ def test_a_resumed_run_keeps_it(ranks, other, tmp_path):
     resumed = ranks(1)(train, [*flags, *run, "--train-iters", "4"], **JOB, pair_cache_dir=str(tmp_path / "again"))
     found, expected = whole_weights(resumed), whole_weights(whole)
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+    named = flags.index("--reference-model") + 1
+    flags[named] = shutil.copytree(other / "run", tmp_path / "moved")
+    ranks(1)(train, [*map(str, flags), *run, "--train-iters", "4"], **JOB, **cache)
+    flags[named] = tmp_path / "run"
+    with pytest.raises(RankFailure, match="do not make the reference of the resumed"):
+        ranks(1)(train, [*map(str, flags), *run, "--train-iters", "4"], **JOB, **cache)
 
 
 def test_one_that_nobody_reads(ranks, other):

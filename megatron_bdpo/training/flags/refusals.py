@@ -40,8 +40,9 @@ _REFUSALS = (
         "--eval-prompt-tokens: at least 1, the longest answer to the prompts of --eval-prompts. Give both.",
     ),
     _Refusal(
-        lambda a: a.reference == "resident" and a.reference_cache,
-        "--reference-cache keeps the values of a precomputed reference; a resident one has none. Leave it out.",
+        lambda a: a.reference != "precomputed" and a.reference_cache,
+        "--reference-cache keeps the values of a precomputed reference; one that is resident or in columns has none. "
+        "Leave it out.",
     ),
     _Refusal(
         lambda a: bool(a.save) != (a.save_interval is not None or a.save_every_minutes is not None),

@@ -69,6 +69,8 @@ class ReferenceProvider:
                 "the resumed run had no reference (its loss reads none), but this loss needs one. Start a new run from "
                 "its weights with --finetune."
             )
+        else:
+            identity = self.recall(identity)
         if self.setup.settings.reference.is_in_columns:
             say("reference: the log-probs that the rows bring")
             return ReferenceTable(self.setup.job.pool.reference(), None), identity
@@ -85,6 +87,18 @@ class ReferenceProvider:
             say(f"reference: the weights of {source}")
             return replace(identity, reference=self._identify(self._named), reference_weights=source)
         return replace(identity, reference=self._identify(policy), reference_weights=self._pretrained())
+
+    def recall(self, identity: RunIdentity) -> RunIdentity:
+        """The identity of a resumed run. A reference that is named once more, from another place, has to be the same.
+
+        Raises:
+            UserError: it is another one.
+        """
+        named = self.setup.settings.reference.reference_model
+        if named and (source := self._source(named)) != identity.reference_weights:
+            identity = replace(identity, reference_weights=source)
+            self._named = self._load_original(identity)
+        return identity
 
     def _source(self, named: str) -> str:
         """The directory that --reference-model names."""
@@ -109,7 +123,7 @@ class ReferenceProvider:
         the model that was named, or the weights that were kept."""
 
         def model() -> list[Any]:
-            return self._load_original(identity) if resumed else self._named or policy
+            return self._named or (self._load_original(identity) if resumed else policy)
 
         return PrecomputedReference(self.setup, identity.reference, self.pairs, model, self.pause)
 
@@ -131,10 +145,10 @@ class ReferenceProvider:
     def _resident(
         self, policy: list[Any], identity: RunIdentity, *, resumed: bool
     ) -> tuple[ResidentReference, RunIdentity]:
-        if resumed:
-            reference = self._load_original(identity)
-        elif self._named:
+        if self._named:
             reference = self._named
+        elif resumed:
+            reference = self._load_original(identity)
         else:
             reference = build_reference(self.setup.config)
             copy_policy(policy, reference)

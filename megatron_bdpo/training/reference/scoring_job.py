@@ -73,6 +73,8 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
         if not setup.resumed:
             model = _starting_model(setup)
             run = provider.identify(run, model)
+        else:
+            run = provider.recall(run)
         log_probs = provider.log_probs(model, run, resumed=setup.resumed)
         decide_options(job.loss, log_probs.table().training_pairs(job), len(job.train.ids), {})
         return [log_probs.directory(index) for index in range(len(job.pool.stores))]

@@ -111,7 +111,7 @@ def said_by(tokens: list[int], ends: list[list[int]]) -> GreedyAnswers:
 
 def test_tokens_that_the_tokenizer_does_not_know_have_no_text(build):
     tokenizer = build()
-    (known,) = (tokenizer._ids("a", chat=False),)
+    (known,) = (tokenizer._encoder.encode("a"),)
     assert tokenizer.text([*known, 10**6]) == "a"
 
 

@@ -404,3 +404,13 @@ def test_damaged_meta(settings: PairDataSettings, tokenizer: PairTokenizer, tmp_
         PairStore.open(directory)
     with pytest.raises(UserError, match="no pair store"):
         PairStore.open(tmp_path)
+
+
+def test_settings_of_chats_are_refused_for_strings(settings: PairDataSettings, tokenizer: PairTokenizer) -> None:
+    of_megatron = tokenizer._tokenizer
+    for changed, flag in (
+        (PairTokenizer(of_megatron, {"think": False}), "--chat-template-kwargs: the pairs are strings"),
+        (PairTokenizer(of_megatron, unconditional_context=True), "--unconditional-prompt context: the pairs are"),
+    ):
+        with pytest.raises(UserError, match=flag):
+            prepare_pairs(settings, changed)

@@ -254,9 +254,9 @@ def test_identical_after_truncation(llama: PairTokenizer) -> None:
 
 
 def test_identity_follows_content_not_place(any_tokenizer: Any, megatron_tokenizer: Build, tmp_path: Path) -> None:
-    identity = PairTokenizer(any_tokenizer).identity()
+    identity = PairTokenizer(any_tokenizer).settings()
     any_tokenizer.tokenize("encoding something does not change it")
-    assert PairTokenizer(any_tokenizer).identity() == identity
+    assert PairTokenizer(any_tokenizer).settings() == identity
 
     place = Path(any_tokenizer.path)
     copy = tmp_path / place.name
@@ -267,9 +267,9 @@ def test_identity_follows_content_not_place(any_tokenizer: Any, megatron_tokeniz
     if any_tokenizer.library != "tiktoken":
         kind = {"huggingface": "HuggingFaceTokenizer", "sentencepiece": "SentencePieceTokenizer"}[any_tokenizer.library]
         again = PairTokenizer(megatron_tokenizer(kind, tokenizer_model=str(copy)))
-        assert again.identity() == identity
+        assert again.settings() == identity
     any_tokenizer.chat_template = "{{ messages }}"
-    assert PairTokenizer(any_tokenizer).identity() != identity
+    assert PairTokenizer(any_tokenizer).settings() != identity
 
 
 def test_identity_sees_vocabulary_and_special_tokens(
@@ -277,11 +277,11 @@ def test_identity_sees_vocabulary_and_special_tokens(
 ) -> None:
     other_model = train_sentencepiece(tmp_path / "other", vocab_size=400)
     other = PairTokenizer(megatron_tokenizer("SentencePieceTokenizer", tokenizer_model=str(other_model)))
-    assert other.identity() != sentencepiece.identity()
+    assert other.settings() != sentencepiece.settings()
 
     other_end = train_hugging_face(tmp_path, LLAMA_TEMPLATE, bos="<s>", eos="<end>", library_adds_bos=True)
     other = PairTokenizer(megatron_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(other_end)))
-    assert other.identity() != llama.identity()
+    assert other.settings() != llama.settings()
 
-    null = [PairTokenizer(megatron_tokenizer("NullTokenizer", vocab_size=size)).identity() for size in (50, 60)]
+    null = [PairTokenizer(megatron_tokenizer("NullTokenizer", vocab_size=size)).settings() for size in (50, 60)]
     assert null[0] != null[1]

@@ -135,8 +135,12 @@ def test_a_shard_that_is_damaged_is_made_again(data: PairDataSettings, of_megatr
     assert len(store) == ROWS - 20 and not directory.exists()
 
 
-def test_the_first_pairs_and_no_row_after_them(data: PairDataSettings, of_megatron: Any) -> None:
-    store = prepare_pairs(replace(data, max_pairs=55), PairTokenizer(of_megatron))
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_first_pairs_and_no_row_after_them(data: PairDataSettings, of_megatron: Any, workers: int) -> None:
+    lines = Path(data.sources[0].path).read_text().splitlines()
+    lines[57] = "{"  # just behind them
+    Path(data.sources[0].path).write_text("\n".join(lines))
+    store = prepare_pairs(replace(data, max_pairs=55, workers=workers), PairTokenizer(of_megatron))
     assert store.row.tolist() == [i + 1 for i in range(58) if i % 50][:55]
     assert sum(store.report.rows_read) == 57 and store.report.dropped_rows == 2
 

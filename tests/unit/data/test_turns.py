@@ -187,7 +187,7 @@ def test_variables_of_a_template(build: Build) -> None:
     assert plain.own_unconditional_prompt(RECORD) is None
     assert decoded(plain, plain.own_unconditional_prompt(with_mood)).startswith("nice\n")
     assert decoded(moody, moody.empty_prompt(chat=True)).startswith("helpful\n")
-    assert plain.identity() != moody.identity()
+    assert plain.settings() != moody.settings()
 
 
 def test_the_unconditional_prompt_keeps_the_context_if_asked(build: Build) -> None:
