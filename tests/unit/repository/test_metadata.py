@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import megatron_bdpo
+from examples.smollm2 import fetch
 from megatron_bdpo.platform import versions
 
 ROOT = Path(__file__).parents[3]
@@ -34,6 +35,13 @@ def test_what_pip_asks_for_is_what_the_start_checks():
     settings = [node for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body if isinstance(node, ast.Assign)]
     required = {node.targets[0].id: node.value for node in settings}["INSTALL_REQUIRES"]
     assert {TORCH, MEGATRON} <= set(ast.literal_eval(required))
+
+
+def test_the_real_models_extra_brings_what_reads_it():
+    """The tests' environment has it all for other reasons, so that only a user's own would miss it."""
+    extra = re.search(r"^SMOLLM2 = \[(.*)\]$", (ROOT / "setup.py").read_text("utf-8"), re.M)
+    assert extra is not None
+    assert set(fetch.NEEDS) - {"transformers"} <= set(re.findall(r'"([a-z]+)"', extra[1])) and "*HF" in extra[1]
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/quickstart.md"])
