@@ -82,7 +82,8 @@ class RowTokenizer:
         pair = self.tokenizer.truncate(whole, self.max_prompt_tokens, self.max_response_tokens)
         parts = zip(pair.parts, whole.parts, strict=True)
         prompt_cut, *responses_cut = (len(after) < len(before) for after, before in parts)
-        if prompt_cut or any(responses_cut) or pair.scored != (None, None):  # they are log-probs of the whole pair
+        has_context = any(mask is not None for mask in pair.scored)
+        if prompt_cut or any(responses_cut) or has_context:  # the row's log-probs are those of the whole pair
             record = replace(record, reference=None)
         builder.append(pair, number, record, self.tokenizer.own_unconditional_prompt(record))
         builder.outcome.truncated_prompts += prompt_cut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import PreferenceRecord, parse_row
+from megatron_bdpo.data.row_reader import RECOGNISED, row_readers
+from megatron_bdpo.data.sources import SourceSpec
 from megatron_bdpo.data.text_encoder import TextEncoder
 from megatron_bdpo.data.tokenization import PairTokenizer
+from megatron_bdpo.data.tokenizing import RowTokenizer
 from tests.unit.conftest import CHATML_TEMPLATE, LLAMA_TEMPLATE
 
 Build = Callable[..., PairTokenizer]
@@ -123,6 +127,18 @@ def test_sentencepiece_finds_the_same_turns(megatron_tokenizer: Callable[..., An
     scored = pair.chosen[pair.chosen_scored].tolist()
     assert " ".join(of_megatron.detokenize(scored[:-1]).split()) == "The city of Paris. Yes, the capital is Paris."
     assert scored[-1] == of_megatron.eod  # the template leaves the turn open
+
+
+def test_rows_of_several_turns(build: Build, tmp_path: Path) -> None:
+    """As they come from a file; the row's own log-probs are of whole answers, so they are of no use here."""
+    row = {"prompt": [USER], "chosen": LONG, "rejected": SHORT, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    source = SourceSpec(str(tmp_path / "rows.jsonl"))
+    Path(source.path).write_text(json.dumps(row))
+    work = RowTokenizer(build(CHATML_TEMPLATE), row_readers([source], RECOGNISED))
+    rows = work(0, [(1, row), (2, {**row, "chosen": LONG[:1]})])
+    assert len(rows) == rows.outcome.read == 2
+    assert len(rows.context) == 1
+    assert np.isnan(rows.reference).all(axis=1).tolist() == [True, False]
 
 
 def test_tool_calls_are_scored_and_what_tools_answer_is_not(build: Build) -> None:
