@@ -65,6 +65,7 @@ EXTRAS_REQUIRE = {
         "setuptools>=77",  # with the environment's own backend
         "hypothesis",
         "mypy>=2.4,<3",
+        "peft",
         "pytest>=8",
         "ruff>=0.17,<0.18",
         "tensorboard",

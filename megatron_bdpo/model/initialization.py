@@ -6,7 +6,9 @@ from a checkpoint, except in trials, tests and benchmarks; there, equal starts a
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,25 +17,36 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_bdpo.model.shards import weight_shards
 
 
-@torch.no_grad()
 def initialize_by_name(model: list[Any], seed: int) -> list[Any]:
     """Redraw every matrix from a generator seeded with its name and layer, by Megatron's own init methods.
 
-    Each rank draws the whole tensor and keeps its part. Vectors (norms, biases) already start at a constant.
+    Vectors (norms, biases) already start at a constant.
 
     Args:
         model: this rank's chunks, before DDP.
     """
-    for shard in weight_shards(model):
-        assert shard.data is not None
-        if shard.data.dim() >= 2:
-            whole = torch.empty(shard.global_shape[shard.prepend_axis_num :], dtype=torch.float32, device="cpu")
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_seed_of(shard, seed))
-                _init_method(shard.key, model[0].config)(whole)
-            own = shard.global_slice()[shard.prepend_axis_num :]
-            shard.data.copy_(whole[own])
+    matrices = (shard for shard in weight_shards(model) if shard.data is not None and shard.data.dim() >= 2)
+    fill_by_name(matrices, functools.partial(_init_method, config=model[0].config), seed)
     return model
+
+
+@torch.no_grad()
+def fill_by_name(
+    shards: Iterable[ShardedTensor], method_of: Callable[[str], Callable[[torch.Tensor], Any]], seed: int
+) -> None:
+    """Draw weights from generators seeded with their names and layers. Each rank draws the whole tensor and keeps its
+    part.
+
+    Args:
+        method_of: a weight's name -> what fills the whole tensor.
+    """
+    for shard in shards:
+        assert shard.data is not None
+        whole = torch.empty(shard.global_shape[shard.prepend_axis_num :], dtype=torch.float32, device="cpu")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed_of(shard, seed))
+            method_of(shard.key)(whole)
+        shard.data.copy_(whole[shard.global_slice()[shard.prepend_axis_num :]])
 
 
 def _seed_of(shard: ShardedTensor, seed: int) -> int:

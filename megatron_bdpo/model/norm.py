@@ -7,6 +7,8 @@ sequence.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -32,6 +34,33 @@ class LocalNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+def separate_norms(layer: Any) -> None:
+    """Have a Transformer Engine layer's norms built apart from the linear layers behind them, as local layers have
+    them.
+
+    Checkpoints name the weights alike.
+
+    Args:
+        layer: the spec's ``TransformerLayerSubmodules``, changed in place.
+    """
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # needs Transformer Engine
+
+    backend = TESpecProvider()
+    names = dict(layer.sharded_state_dict_keys_map or {})
+    attention = layer.self_attention.submodules
+    if attention.linear_qkv is backend.column_parallel_layer_norm_linear():
+        attention.linear_qkv = backend.column_parallel_linear()
+        layer.input_layernorm = backend.layer_norm()
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    mlp = layer.mlp.keywords["submodules"]
+    if getattr(mlp, "linear_fc1", None) is backend.column_parallel_layer_norm_linear():
+        separate = dataclasses.replace(mlp, linear_fc1=backend.column_parallel_linear())
+        layer.mlp = functools.partial(layer.mlp, submodules=separate)
+        layer.pre_mlp_layernorm = backend.layer_norm()
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    layer.sharded_state_dict_keys_map = names
 
 
 class ZeroCenteredRMSNorm(torch.nn.Module):

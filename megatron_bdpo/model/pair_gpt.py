@@ -6,6 +6,7 @@ This is the only file that names GPTModel (Megatron announces its replacement by
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,14 +21,38 @@ from torch import Tensor
 from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, answer_log_probs, likeliest_tokens
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.moe import with_pair_router
-from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm
+from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm, separate_norms
 from megatron_bdpo.model.precision import forget_quantisation_state
+from megatron_bdpo.model.shards import is_adapter
 
 
 class PairGPTModel(GPTModel):
     """GPTModel whose rotary embedding follows the plan's positions, and whose experts know the plan's padding."""
 
     embedding_scale: float | None
+    keeps_adapters_only: bool = False
+    """Checkpoints hold its adapters and not the weights that they stand beside. See ``model.lora``."""
+
+    def whole_state_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's ``sharded_state_dict`` of all weights."""
+        state: dict[str, Any] = super().sharded_state_dict(**kwargs)
+        return state
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        if not self.keeps_adapters_only:
+            return state
+        return {key: value for key, value in state.items() if is_adapter(key)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
+        """Load what a checkpoint holds."""
+        if not self.keeps_adapters_only:
+            return super().load_state_dict(state_dict, strict=strict, **kwargs)
+        expected = {name for name in self.state_dict() if is_adapter(name)}
+        if strict and expected != state_dict.keys():
+            raise KeyError(f"the adapters of the checkpoint are others: {sorted(expected ^ state_dict.keys())[:8]}")
+        return super().load_state_dict(state_dict, strict=False, **kwargs)
 
     def _preprocess(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         plan = packed_seq_params
@@ -94,6 +119,9 @@ class PairGPTConfig(GPTModelConfig):
     fuse_local_layers: bool = False
     """Compile the norms of local layers that are not one kernel of torch's."""
 
+    separate_norms: bool = False
+    """Norms in front of Transformer Engine's linear layers as layers of their own: adapters read what they give."""
+
     builder: ClassVar[str] = f"{__name__}.{PairGPTBuilder.__qualname__}"
 
     def __post_init__(self) -> None:
@@ -122,6 +150,9 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
                 attention.q_layernorm = attention.k_layernorm = LocalNorm
     if not use_te:
         block.layer_norm = LocalNorm
+    elif config.separate_norms:
+        for spec in block.layer_specs:
+            separate_norms(spec.submodules)
     return block
 
 

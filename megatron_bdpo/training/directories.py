@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
@@ -13,7 +15,7 @@ from megatron_bdpo.training.checkpoints import choose_intact_checkpoints
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.flags import recipe
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.identity import checkpoint_directory, stored_arguments
+from megatron_bdpo.training.identity import checkpoint_directory, identity_in, refuse_other_adapters, stored_arguments
 from megatron_bdpo.training.nodes import on_every_node, shared_by_every_node
 from megatron_bdpo.training.settings import Settings
 
@@ -21,8 +23,11 @@ from megatron_bdpo.training.settings import Settings
 _METADATA = ".metadata"
 
 
-def check_directories(settings: Settings) -> None:
+def check_directories(settings: Settings, lora: Mapping[str, Any]) -> None:
     """Refuse a starting checkpoint that is not there or damaged, and a --save that cannot be written. Collective.
+
+    Args:
+        lora: the run's adapters; see ``RunIdentity.lora``.
 
     Raises:
         UserError: on every rank, naming the flag.
@@ -35,14 +40,17 @@ def check_directories(settings: Settings) -> None:
             on_every_node(flag, tracker, tracker)
     if settings.checkpoints.checkpoint_checksums and is_run:  # a dry run reads and changes no checkpoint
         choose_intact_checkpoints(directories)
-    if pretrained and not any(map(checkpoint_directory, (load, pretrained))):
+    # The weights that adapters stand beside are read at every start.
+    if pretrained and not any(map(checkpoint_directory, (pretrained,) if lora else (load, pretrained))):
         raise UserError(f"--pretrained-checkpoint {pretrained}: there is no checkpoint in it.")
-    for root in (pretrained, load if directories.finetune else None):
+    starts = {"--pretrained-checkpoint": (pretrained, {}), "--load": (load if directories.finetune else None, lora)}
+    for flag, (root, adapters) in starts.items():
         directory = checkpoint_directory(root)
         with all_ranks_agree():
             # Megatron would read the same, but end in a traceback where it cannot.
             if directory and is_rank_zero() and is_run and (directory / _METADATA).is_file():
-                stored_arguments(directory)
+                stored = identity_in(stored_arguments(directory))
+                refuse_other_adapters(stored.get("lora", {}), adapters, f"{flag} {directory}")
     if directories.save:
         _check_save(Path(directories.save))
 

@@ -47,16 +47,25 @@ class RunIdentity:
     """What the reference is (see ``fingerprint.reference_identity``); empty where the loss reads none."""
     reference_weights: str = ""
     """Directory that holds the reference's weights, if one does."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """What adapters the checkpoint holds (see ``adapters.identity_part``); empty where it holds the whole model."""
+    base_weights: str = ""
+    """With adapters: the digest of the weights that they stand beside."""
 
 
-def identity_of(settings: Settings, job: PairJob) -> RunIdentity:
-    """The identity of the run that starts now; the reference is not known yet."""
+def identity_of(settings: Settings, job: PairJob, lora: dict[str, Any]) -> RunIdentity:
+    """The identity of the run that starts now; the reference is not known yet.
+
+    Args:
+        lora: see ``RunIdentity.lora``.
+    """
     return RunIdentity(
         data=job.pool.stores[0].fingerprint,
         pairs=len(job.train.ids),
         pairs_per_step=job.plan.steps.shape[1],
         seed=settings.schedule.seed,
         loss=f"{job.loss.spec.name} {job.loss.options}",
+        lora=lora,
     )
 
 
@@ -103,10 +112,38 @@ def resumed_identity(directories: DirectorySettings, current: RunIdentity) -> Ru
     found = RunIdentity(**{name: value for name, value in (broadcast(stored) or {}).items() if name in known})
     with all_ranks_agree():
         _check_position(found, current, directory)
+        refuse_other_adapters(found.lora, current.lora, f"--load {directory}")
     if found.loss != current.loss:
         say(f"WARNING: the resumed run used the loss {found.loss}, this one uses {current.loss}")
         found = replace(found, imbalance_edges=[])
     return replace(found, loss=current.loss)
+
+
+def refuse_other_adapters(there: Mapping[str, Any], here: Mapping[str, Any], place: str) -> None:
+    """Refuse a checkpoint whose adapters a run does not have, or the other way round.
+
+    Args:
+        there, here: ``RunIdentity.lora`` of the checkpoint and of the run.
+        place: the flag and the checkpoint's directory.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if there and not here:
+        raise UserError(
+            f"{place} holds adapters and no model. Add --lora-rank {there['rank']} to go on with them; megatron-bdpo "
+            "convert merge puts them into the model that they stand beside."
+        )
+    if here and not there:
+        raise UserError(
+            f"{place} holds a whole model and no adapters. Name it with --pretrained-checkpoint to train adapters "
+            "beside it."
+        )
+    differing = [
+        f"{name}: {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]
+    ]
+    if differing:
+        raise UserError(f"{place} holds other adapters: {'; '.join(differing)}.")
 
 
 def stored_arguments(directory: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from megatron_bdpo.model.evaluation import weights_at_rest
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity
+from megatron_bdpo.training.adapters import with_base
 from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
 from megatron_bdpo.training.callbacks.progress import LogInterval, Progress
 from megatron_bdpo.training.callbacks.standard import standard_callbacks
@@ -120,8 +121,11 @@ class PreferenceRun:
         """The policy holds its weights: get the reference, and what follows from its values."""
         self.model, self.iteration = model, self.arguments.iteration
         resumed = self.iteration > 0
+        run_identity = self.setup.identity
+        if self.setup.lora:
+            run_identity = with_base(run_identity, model, self.scoring.vocab_size)
         provider = ReferenceProvider(self.setup, _pairs_in_use(self), pause=self.stop.leave_if_asked)
-        reference, known = provider.provide(model, self.setup.identity, resumed=resumed)
+        reference, known = provider.provide(model, run_identity, resumed=resumed)
         self.step.reference = reference
         if isinstance(reference, ReferenceTable):
             known = _decide_by_data(self, reference, known, resumed=resumed)
@@ -213,6 +217,7 @@ def in_megatron(run: PreferenceRun) -> Iterator[None]:
         SystemExit: Megatron's loop ends early, after its checkpoint.
     """
     run.setup.add_initial_weights()
+    run.setup.add_adapters()
     try:
         with trainer_seams(run), run.stop.listening(signal.SIGTERM, run.settings.schedule.exit_signal):
             yield

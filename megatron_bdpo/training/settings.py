@@ -23,6 +23,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import registry
 from megatron_bdpo.model.attention_backends import BACKENDS
+from megatron_bdpo.model.lora.config import KINDS, SCALINGS
 from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.training.megatron_settings import (
     ArchitectureSettings,
@@ -159,12 +160,42 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters in the place of the whole model's weights. All but --lora-rank and --lora-start need one of
+    these."""
+
+    lora_rank: int | None = _flag(metavar="R")
+    """train adapters of this rank beside the policy's linear layers; the base model is frozen, and the reference"""
+    lora_alpha: float | None = _flag(type=_finite, metavar="A")
+    """adapters are scaled by A / R (default: 2 R)"""
+    lora_dropout: float | None = _flag(type=_finite, metavar="D")
+    """dropout of the adapters' inputs (default: 0)"""
+    lora_targets: str | None = _flag(metavar="NAMES")
+    """projections with adapters, with commas between them: attention, mlp, all-linear, or q_proj, k_proj, v_proj,
+    o_proj, gate_proj, up_proj, down_proj (default: all-linear)"""
+    lora_scaling: str | None = _flag(choices=SCALINGS)
+    """scale by A / R, or by A over the square root of R (rsLoRA) (default: rank)"""
+    lora_type: str | None = _flag(choices=KINDS)
+    """lora, or dora: the norms of the weights' rows learn apart from their directions (default: lora)"""
+    lora_start: str | None = _flag(metavar="DIR")
+    """adapters to start from, as PEFT writes them; rank, alpha and targets are theirs"""
+    save_hf_merged: str | None = _flag(metavar="DIR")
+    """at the end of training, write the policy with its adapters merged in as a Hugging Face model; --save-hf then
+    writes the adapters, as PEFT does"""
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.lora_rank is not None or self.lora_start is not None
+
+
+@dataclass(frozen=True)
 class ReferenceSettings:
     """The frozen model that the policy is measured against."""
 
-    reference: Literal["precomputed", "resident", "columns"] = "precomputed"
+    reference: Literal["precomputed", "resident", "columns", "base"] = "precomputed"
     """score the reference once before training, keep a frozen copy beside the policy, or take the rows' own columns
-    ref_chosen_logps and ref_rejected_logps"""
+    ref_chosen_logps and ref_rejected_logps; with --lora-rank, precomputed is also called base, and resident keeps no
+    copy: the reference is the model without its adapters"""
     reference_model: str | None = _flag(metavar="PATH_OR_NAME")
     """weights of the reference where they are not those that the policy starts from: a Hugging Face model (directory or
     hub name) or a torch_dist checkpoint, of the policy's architecture"""
@@ -267,6 +298,7 @@ FLAG_GROUPS: Mapping[str, type] = {
     "preference pairs": PairSettings,
     "steps and packs": StepSettings,
     "policy": ModelSettings,
+    "LoRA": LoraSettings,
     "reference": ReferenceSettings,
     "log-probs": LogProbSettings,
     "checkpoints": CheckpointSettings,
@@ -312,6 +344,7 @@ class Settings:
     steps: StepSettings
     model: ModelSettings
     loss: LossSettings
+    lora: LoraSettings
     reference: ReferenceSettings
     log_probs: LogProbSettings
     checkpoints: CheckpointSettings

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.training.training import destroy_global_state
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.initialization import initialize_by_name
+from megatron_bdpo.model.lora.attach import adapters_hook
+from megatron_bdpo.model.lora.config import LoraConfig
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.compilation import fuse_rotary_embedding
 from megatron_bdpo.training import identity
+from megatron_bdpo.training.adapters import identity_part, lora_config
 from megatron_bdpo.training.directories import check_directories
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.flags.arguments import Arguments
@@ -24,11 +27,13 @@ from megatron_bdpo.training.flags.layout_check import check_layout
 from megatron_bdpo.training.flags.precision_check import check_precision
 from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
 from megatron_bdpo.training.flags.validation import rehearse, validate
+from megatron_bdpo.training.hf.adapters import adapters_loader, expected_base
 from megatron_bdpo.training.hf.exporting import check_save_hf
 from megatron_bdpo.training.hf.start import start_from_hugging_face, weights_loader
 from megatron_bdpo.training.identity import RunIdentity
 from megatron_bdpo.training.job import PairJob, build_job
 from megatron_bdpo.training.nodes import same_flags
+from megatron_bdpo.training.reference.weights import checkpoint_loader
 from megatron_bdpo.training.settings import Settings
 
 
@@ -50,18 +55,37 @@ class RunSetup:
     """Of this run, or of the one that it resumes."""
     resumed: bool
     """There is a checkpoint of this run to go on from."""
+    lora: LoraConfig | None = None
+    """The adapters that are trained, where it is not the whole model."""
 
     def add_initial_weights(self) -> None:
-        """Where there is no checkpoint to load, have the model filled as it is built. Collective."""
+        """Where there is no checkpoint to load, have the model filled as it is built. Collective.
+
+        With adapters there is none of the model: they are loaded alone.
+        """
         directories = self.settings.directories
-        if any(map(identity.checkpoint_directory, (directories.load, directories.pretrained_checkpoint))):
-            return
-        if self.settings.model.hf_model:
+        kept = [identity.checkpoint_directory(directories.pretrained_checkpoint)]
+        if not self.lora:
+            kept.append(identity.checkpoint_directory(directories.load))
+        if any(kept):
+            if self.lora and kept[0]:
+                self.config.pre_wrap_hooks.append(checkpoint_loader(kept[0]))
+        elif self.settings.model.hf_model:
             self.config.transformer.perform_initialization = False
             self.config.pre_wrap_hooks.append(weights_loader(self.settings.model.hf_model))
         else:
             seed = self.settings.schedule.seed
             self.config.pre_wrap_hooks.append(functools.partial(initialize_by_name, seed=seed))
+
+    def add_adapters(self) -> None:
+        """Have the model frozen and given its adapters as it is built, after its weights."""
+        if not self.lora:
+            return
+        self.config.pre_wrap_hooks.append(adapters_hook(self.lora, self.settings.schedule.seed))
+        if self.settings.lora.lora_start and not self.resumed:
+            self.config.pre_wrap_hooks.append(adapters_loader(self.settings, self.lora))
+        # Megatron would look there for adapters where --load has none yet.
+        self.arguments.set(pretrained_checkpoint=None)
 
 
 def set_up(arguments: Arguments) -> RunSetup:
@@ -81,10 +105,14 @@ def set_up(arguments: Arguments) -> RunSetup:
         refuse_what_cannot_be_honoured(arguments.megatron)
         check_layout(arguments.settings)
         check_precision(arguments.settings)
+        lora = lora_config(arguments.settings)
         arguments.set(**fusion_arguments(arguments.settings))
     arguments.log_to_wandb_too()
     rehearse(arguments)
-    check_directories(arguments.settings)
+    if lora:  # which is what it is called with adapters
+        arguments.set(reference=arguments.settings.reference.reference.replace("base", "precomputed"))
+    adapters = identity_part(lora)
+    check_directories(arguments.settings, adapters)
     job = build_job(arguments)
     _check_evaluation(arguments.settings, job)
     check_save_hf(arguments.settings, last_step=len(job.plan.steps))
@@ -92,10 +120,12 @@ def set_up(arguments: Arguments) -> RunSetup:
     with _forgotten_on_error():
         config = validate(arguments, job)
         settings = arguments.settings
-        current = identity.identity_of(settings, job)
+        current = identity.identity_of(settings, job, adapters)
         found = identity.resumed_identity(settings.directories, current)
+        if found is None and settings.lora.lora_start:
+            current = replace(current, base_weights=expected_base(settings))
     scoring = token_scoring(arguments)
-    return RunSetup(arguments, settings, job, config, scoring, found or current, resumed=found is not None)
+    return RunSetup(arguments, settings, job, config, scoring, found or current, found is not None, lora)
 
 
 def _check_evaluation(settings: Settings, job: PairJob) -> None:

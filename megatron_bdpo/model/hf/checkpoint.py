@@ -69,8 +69,20 @@ class HuggingFaceCheckpoint:
             tensors |= _read_header(file)
         return cls(directory, tensors)
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+    @classmethod
+    def of_file(cls, file: Path) -> HuggingFaceCheckpoint:
+        """The tensors of one file.
+
+        Raises:
+            UserError: it is missing, truncated or no safetensors file.
+        """
+        return cls(file.parent, _read_header(file))
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], described_by: str = CONFIG) -> None:
         """Compare names, shapes and data types with those of the architecture.
+
+        Args:
+            described_by: the file that says which there should be.
 
         Raises:
             UserError: naming what differs.
@@ -97,7 +109,8 @@ class HuggingFaceCheckpoint:
         ]
         if problems:
             listed = "\n".join(f"  {problem}" for problem in problems)
-            raise UserError(f"the weights in {self.directory} are not those that its {CONFIG} describes:\n{listed}")
+            where = f"the weights in {self.directory}"
+            raise UserError(f"{where} are not those that its {described_by} describes:\n{listed}")
 
     def rows(self, name: str, start: int, stop: int, columns: tuple[slice, ...] = ()) -> Tensor:
         """Rows of a tensor, and of these only some columns."""

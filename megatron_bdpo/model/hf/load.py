@@ -26,11 +26,16 @@ def load_weights(model: list[Any], checkpoint: HuggingFaceCheckpoint, weights: W
         UserError: the model is not of the architecture that ``weights`` describes, or a file cannot be read.
     """
     for shard in weight_shards(model):
-        _fill(shard, checkpoint, weights)
+        fill(shard, checkpoint, weights)
     checkpoint.close()
 
 
-def _fill(shard: ShardedTensor, checkpoint: HuggingFaceCheckpoint, weights: WeightMap) -> None:
+def fill(shard: ShardedTensor, checkpoint: HuggingFaceCheckpoint, weights: WeightMap) -> None:
+    """Read one piece of a weight.
+
+    Raises:
+        UserError: as :func:`load_weights`.
+    """
     assert shard.data is not None
     stacked = shard.prepend_axis_num
     place = place_of(shard.key, shard.global_offset[:stacked])

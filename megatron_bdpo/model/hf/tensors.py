@@ -38,6 +38,8 @@ class Dimensions:
     head: int
     vocab: int
     experts: int = 0
+    rank: int = 0
+    """Of adapters."""
 
     @property
     def queries(self) -> int:

@@ -1,27 +1,31 @@
-"""``--save-hf``: the policy as a Hugging Face model, once the last step is done."""
+"""``--save-hf``, ``--save-hf-merged``: the policy in Hugging Face's formats, once the last step is done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from megatron_bdpo.model.lora.config import LoraConfig
 from megatron_bdpo.training.callbacks.callback import Callback, Record, Start
+from megatron_bdpo.training.flags.arguments import Arguments
+from megatron_bdpo.training.hf.exporting import save_live
 
 
 class ExportAtEnd(Callback):
     """Collects what the model's card says of the last evaluation, on the ranks that have it."""
 
-    def __init__(self, export: Callable[[list[Any], Mapping[str, float]], None]) -> None:
+    def __init__(self, arguments: Arguments, lora: LoraConfig | None) -> None:
         """
         Args:
-            export: given the model's chunks and the metrics, writes the model. Collective.
+            arguments: of the run.
+            lora: the adapters that are trained.
         """
-        self._export = export
+        self._arguments, self._lora, self._base = arguments, lora, ""
         self._model: list[Any] = []
         self._evaluation: Mapping[str, float] = {}
 
     def after_load(self, start: Start) -> None:
-        self._model = start.model
+        self._model, self._base = start.model, start.identity.base_weights
 
     def after_record(self, record: Record) -> None:
         if record.kind == "evaluation":
@@ -29,4 +33,4 @@ class ExportAtEnd(Callback):
 
     def finished(self) -> None:
         """Collective."""
-        self._export(self._model, self._evaluation)
+        save_live(self._arguments, self._model, self._evaluation, self._lora, self._base)

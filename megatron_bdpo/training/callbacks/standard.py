@@ -24,9 +24,10 @@ from megatron_bdpo.training.callbacks.step_zero_check import StepZeroCheck
 from megatron_bdpo.training.callbacks.timetable import Interval, Timetable
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.generation.decoding import PackShape
-from megatron_bdpo.training.hf.exporting import save_live
+from megatron_bdpo.training.hf.exporting import targets
 from megatron_bdpo.training.reporting.advice import Advisor
 from megatron_bdpo.training.reporting.provenance import provenance
+from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup
 from megatron_bdpo.training.stopping import StopRequest
 
@@ -45,7 +46,7 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
     reads_reference = job.loss.requirements.reference
     shape = PackShape(job.max_pack_length, settings.length_unit, job.fixed_length)
     found: list[Callback] = []
-    if settings.reference.step_zero_check and reads_reference and not settings.reference.reference_model:
+    if settings.reference.step_zero_check and reads_reference and _starts_as_its_reference(settings):
         found.append(StepZeroCheck(step, settings.precision))
     found.append(FiniteCheck(job.pairs_of_step, job.pool.describe))
     if save:
@@ -62,10 +63,17 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
         _timetable(setup),
         *callbacks_of_packages(settings, job),
     ]
-    if settings.model.save_hf:
-        found.append(ExportAtEnd(functools.partial(save_live, setup.arguments)))
+    if targets(settings):
+        found.append(ExportAtEnd(setup.arguments, setup.lora))
     # Last: a run that is said to be finished has all that it leaves.
     return [*found, StatusFile(save, len(job.plan.steps))]
+
+
+def _starts_as_its_reference(settings: Settings) -> bool:
+    """Whether the policy is its reference before the first step."""
+    directories = settings.directories
+    has_adapters = settings.lora.lora_start or (settings.lora.is_wanted and directories.finetune and directories.load)
+    return not (settings.reference.reference_model or has_adapters)
 
 
 def _deletion(setup: RunSetup) -> list[Callback]:

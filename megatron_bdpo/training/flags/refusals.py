@@ -40,7 +40,7 @@ _REFUSALS = (
         "--eval-prompt-tokens: at least 1, the longest answer to the prompts of --eval-prompts. Give both.",
     ),
     _Refusal(
-        lambda a: a.reference != "precomputed" and a.reference_cache,
+        lambda a: a.reference not in ("precomputed", "base") and a.reference_cache,
         "--reference-cache keeps the values of a precomputed reference; one that is resident or in columns has none. "
         "Leave it out.",
     ),
@@ -193,6 +193,21 @@ _REFUSALS = (
         "--tp-comm-overlap: its buffers, Transformer Engine's, are of one size, and packs are not. Add "
         "--fixed-pack-length, and have Transformer Engine installed.",
     ),
+    # What adapters do not stand beside, or would change under them.
+    _Refusal(
+        lambda a: _has_adapters(a) and (a.moe_grouped_gemm or a.use_transformer_engine_op_fuser),
+        "--moe-grouped-gemm, --use-transformer-engine-op-fuser: adapters stand beside single linear layers, which "
+        "these do not have. Leave them out.",
+    ),
+    _Refusal(
+        lambda a: _has_adapters(a) and (a.fp8_param_gather or a.init_model_with_meta_device),
+        "--fp8-param-gather, --init-model-with-meta-device: the weights that adapters stand beside are in half or full "
+        "precision, and read as the model is built. --fp8-format computes with them in FP8 all the same.",
+    ),
+    _Refusal(
+        lambda a: _has_adapters(a) and a.moe_router_enable_expert_bias,
+        "--moe-router-enable-expert-bias changes the frozen model that adapters stand beside. Leave it out.",
+    ),
     # What our attention or log-probs replace.
     _Refusal(
         lambda a: a.attention_backend.name not in ("auto", "flash") or a.use_kitchen_attention,
@@ -274,6 +289,10 @@ _REFUSALS = (
     _Refusal(lambda a: a.perform_rl_step, "--perform-rl-step: this is a preference run."),
     _Refusal(lambda a: a.ckpt_format != "torch_dist", "--ckpt-format: checkpoints are torch_dist."),
 )
+
+
+def _has_adapters(args: argparse.Namespace) -> bool:
+    return args.lora_rank is not None or args.lora_start is not None
 
 
 def refuse_what_cannot_be_honoured(args: argparse.Namespace) -> None:

@@ -28,10 +28,13 @@ from megatron_bdpo.model.hf.file_layout import ExportFile, Source, index, lay_ou
 from megatron_bdpo.model.hf.gather import LiveWeights
 from megatron_bdpo.model.hf.stored import StoredWeights
 from megatron_bdpo.model.hf.tensors import WeightMap
+from megatron_bdpo.model.lora.attach import merge
+from megatron_bdpo.model.lora.config import LoraConfig
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.checkpoints import refuse_damaged
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, host_group, is_rank_zero, say
 from megatron_bdpo.training.flags.arguments import Arguments
+from megatron_bdpo.training.hf.adapters import export_adapters, save_adapters
 from megatron_bdpo.training.megatron_settings import DirectorySettings
 from megatron_bdpo.training.settings import Settings
 
@@ -44,8 +47,14 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-#: In --save: which export is this run's. Written before the export gets its name.
-_RECORD = "export.json"
+#: In --save: which exports are this run's. Written before an export gets its name.
+_RECORDS = {"save_hf": "export.json", "save_hf_merged": "export_merged.json"}
+
+
+def targets(settings: Settings) -> dict[str, Path]:
+    """Where a run writes at its end: setting -> directory."""
+    named = {"save_hf": settings.model.save_hf, "save_hf_merged": settings.lora.save_hf_merged}
+    return {name: Path(target) for name, target in named.items() if target}
 
 
 def check_save_hf(settings: Settings, last_step: int | None = None) -> None:
@@ -56,19 +65,17 @@ def check_save_hf(settings: Settings, last_step: int | None = None) -> None:
     Args:
         last_step: of the training, once it is known.
     """
-    target = settings.model.save_hf
-    if not target:
-        return
-    with all_ranks_agree():
-        if not settings.model.hf_model:
-            raise UserError(
-                "--save-hf writes the configuration of --hf-model, which is not given. Export from a checkpoint "
-                "instead: megatron-bdpo convert export."
-            )
-        if is_rank_zero() and not _is_own_export(settings.directories, Path(target), last_step):
-            refuse_existing(Path(target))
-    if last_step is None:
-        _check_shared(Path(target))
+    for name, target in targets(settings).items():
+        with all_ranks_agree():
+            if not settings.model.hf_model:
+                raise UserError(
+                    "--save-hf writes the configuration of --hf-model, which is not given. Export from a checkpoint "
+                    "instead: megatron-bdpo convert export."
+                )
+            if is_rank_zero() and not _is_own_export(settings.directories, name, target, last_step):
+                refuse_existing(target)
+        if last_step is None:
+            _check_shared(target)
 
 
 def _check_shared(target: Path) -> None:
@@ -87,12 +94,12 @@ def _check_shared(target: Path) -> None:
             mark.unlink()
 
 
-def _is_own_export(directories: DirectorySettings, target: Path, last_step: int | None) -> bool:
+def _is_own_export(directories: DirectorySettings, name: str, target: Path, last_step: int | None) -> bool:
     """Whether the run that is resumed has written what is at ``target``, after its step ``last_step``."""
     if not directories.save or not directories.goes_on_in_place:
         return False
     try:
-        record = json.loads((Path(directories.save) / _RECORD).read_bytes())
+        record = json.loads((Path(directories.save) / _RECORDS[name]).read_bytes())
         return record["directory"] == _number(target) and last_step in (None, record["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -103,31 +110,45 @@ def _number(directory: Path) -> int:
     return directory.stat().st_ino
 
 
-def save_live(arguments: Arguments, model: list[Any], metrics: Mapping[str, float]) -> None:
-    """Write the policy in ``model`` to ``--save-hf``. Collective.
+def save_live(
+    arguments: Arguments, model: list[Any], metrics: Mapping[str, float], lora: LoraConfig | None = None, base: str = ""
+) -> None:
+    """Write the policy in ``model`` to ``--save-hf``, or its adapters, and the two together to ``--save-hf-merged``.
+
+    Collective.
 
     Args:
         arguments: of a run that is done.
-        model: the chunks, perhaps in DDP.
+        model: the chunks, perhaps in DDP. Adapters are in the base's weights afterwards.
         metrics: of the last evaluation, where this rank has them.
+        lora: the adapters that were trained.
+        base: fingerprint of the weights that they stand beside.
     """
     settings = arguments.settings
     directories, last_step = settings.directories, settings.schedule.train_iters
-    original, target = Path(settings.model.hf_model or ""), Path(settings.model.save_hf or "")
-    if broadcast(is_rank_zero() and _is_own_export(directories, target, last_step)):
-        return say(f"policy written to {target} before")
-
-    def keep_record(directory: Path) -> None:
-        if directories.save:
-            record = {"step": last_step, "directory": _number(directory), "name": str(target)}
-            write_whole(Path(directories.save) / _RECORD, json.dumps(record) + "\n")
-
+    original = Path(settings.model.hf_model or "")
     known = [each for each in gather(dict(metrics)) if each]
     done = {**vars(arguments.megatron), "iteration": last_step}  # Megatron leaves there where the run began
     facts = training_facts(done, known[0] if known else {})
-    source = LiveWeights(unwrap_model(model), host_group())
-    write_model(source, target, read_json(original / CONFIG), original, facts, keep_record)
-    say(f"policy written to {target}")
+    for name, target in targets(settings).items():
+        if broadcast(is_rank_zero() and _is_own_export(directories, name, target, last_step)):
+            say(f"policy written to {target} before")
+            continue
+
+        def keep_record(directory: Path, name: str = name, target: Path = target) -> None:
+            if directories.save:
+                record = {"step": last_step, "directory": _number(directory), "name": str(target)}
+                write_whole(Path(directories.save) / _RECORDS[name], json.dumps(record) + "\n")
+
+        if lora and name == "save_hf":
+            save_adapters(unwrap_model(model), target, settings, lora, base, facts, keep_record)
+            say(f"adapters written to {target}")
+            continue
+        if lora:
+            merge(model)
+        source = LiveWeights(unwrap_model(model), host_group())
+        write_model(source, target, read_json(original / CONFIG), original, facts, keep_record)
+        say(f"policy written to {target}")
 
 
 def write_model(
@@ -224,6 +245,11 @@ def export_checkpoint(
     arguments = identity.stored_arguments(directory)
     architecture = read_config(config)
     check_architecture(architecture, arguments, directory)
+    if identity.identity_in(arguments).get("lora"):
+        if original is None:
+            raise UserError("the checkpoint holds adapters, which stand beside a model: give --hf-model.")
+        card = model_card(training_facts(arguments, {}))
+        return export_adapters(directory, target, str(original), arguments, card)
     source = StoredWeights(directory, architecture.weights)
     write_model(source, target, config, original, training_facts(arguments, {}))
 

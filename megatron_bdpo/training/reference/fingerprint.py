@@ -67,7 +67,7 @@ LEFT_OUT: dict[str, str] = {
     "rows of the vocabulary that are padding, and of positions: the digest has the true ones": """
         vocab_size should_pad_vocab make_vocab_size_divisible_by seq_length""",
     "which kernel computes a function": """
-        pair_attention attention_backend flash_attention_version fuse_local_layers bias_activation_fusion
+        separate_norms pair_attention attention_backend flash_attention_version fuse_local_layers bias_activation_fusion
         masked_softmax_fusion bias_dropout_fusion apply_rope_fusion use_fused_weighted_squared_relu
         fused_single_qkv_rope fused_residual_rmsnorm persist_layer_norm memory_efficient_layer_norm
         use_te_activation_func use_transformer_engine_op_fuser

@@ -19,6 +19,7 @@ from megatron_bdpo.data.bin_packing import cut_into_blocks, pack_evenly, round_u
 from megatron_bdpo.data.packs import group_tokens
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import PairLogProbs, Requirements
+from megatron_bdpo.model.lora.attach import adapters_off
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import sum_over_ranks
 from megatron_bdpo.training.forward import ScoringStep, forward_only
@@ -104,7 +105,8 @@ class ResidentReference:
         per_batch = 2 if self.requirements.comprehension else 1
         count, length = per_batch * len(batches[0]), batches[0][0].length
         iterators = [_with_unconditional(chunk) for chunk in batches]
-        scores = forward_only(self.model, ScoringStep(self.scoring), iterators, count, length)
+        with adapters_off(self.model):
+            scores = forward_only(self.model, ScoringStep(self.scoring), iterators, count, length)
         # Only the last stage has scores, and only it looks them up; its last chunk's batches are the ones it uses.
         self._values = {
             _batch_key(batch): (values[0], values[1] if len(values) > 1 else None)
@@ -210,7 +212,8 @@ class GroupScorer:
         ]
         made = (self._pack(block.groups[pack], block.length) for block, pack, _ in own)
         made_once = list(itertools.tee(made, len(self.model)))
-        scores = forward_only(self.model, ScoringStep(self.scoring), made_once, len(own), blocks[0].length)
+        with adapters_off(self.model):
+            scores = forward_only(self.model, ScoringStep(self.scoring), made_once, len(own), blocks[0].length)
         result = np.zeros((int(starts[-1]), 2))
         if _is_one_of_each_replica():
             for (_, _, places), score in zip(own, scores, strict=True):

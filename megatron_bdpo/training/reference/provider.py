@@ -86,7 +86,8 @@ class ReferenceProvider:
             self._load(self._named, source)
             say(f"reference: the weights of {source}")
             return replace(identity, reference=self._identify(self._named), reference_weights=source)
-        return replace(identity, reference=self._identify(policy), reference_weights=self._pretrained())
+        own = self._identify(policy, identity.base_weights)
+        return replace(identity, reference=own, reference_weights=self._pretrained())
 
     def recall(self, identity: RunIdentity) -> RunIdentity:
         """The identity of a resumed run. A reference that is named once more, from another place, has to be the same.
@@ -123,18 +124,19 @@ class ReferenceProvider:
         the model that was named, or the weights that were kept."""
 
         def model() -> list[Any]:
-            return self._named or (self._load_original(identity) if resumed else policy)
+            return self._named or (self._original(policy, identity) if resumed else policy)
 
         return PrecomputedReference(self.setup, identity.reference, self.pairs, model, self.pause)
 
-    def _identify(self, model: list[Any]) -> dict[str, Any]:
-        weights = weights_digest(unwrap_model(model), self.setup.scoring.vocab_size)
+    def _identify(self, model: list[Any], digest: str = "") -> dict[str, Any]:
+        weights = digest or weights_digest(unwrap_model(model), self.setup.scoring.vocab_size)
         return reference_identity(self.setup.config, weights, self.setup.scoring)
 
     def _pretrained(self) -> str:
         """The checkpoint the policy has just been loaded from, as far as it can serve as the reference later."""
         directories = self.setup.settings.directories
-        for root in (directories.load, directories.pretrained_checkpoint):
+        roots = (None if self.setup.lora else directories.load, directories.pretrained_checkpoint)
+        for root in roots:
             directory = checkpoint_directory(root)
             if directory is not None:
                 return str(directory.resolve())
@@ -147,6 +149,10 @@ class ReferenceProvider:
     ) -> tuple[ResidentReference, RunIdentity]:
         if self._named:
             reference = self._named
+        elif self.setup.lora:
+            say("reference: resident, the policy without its adapters")
+            reference = self._original(policy, identity) if resumed else policy
+            return ResidentReference(reference, self.setup.job.loss.requirements, self.setup.scoring), identity
         elif resumed:
             reference = self._load_original(identity)
         else:
@@ -160,6 +166,15 @@ class ReferenceProvider:
                 identity = replace(identity, reference_weights=str(directory))
         say("reference: resident, a frozen copy beside the policy")
         return ResidentReference(reference, self.setup.job.loss.requirements, self.setup.scoring), identity
+
+    def _original(self, policy: list[Any], identity: RunIdentity) -> list[Any]:
+        """The reference of a run that goes on: with adapters still the policy, without them."""
+        source = identity.reference_weights
+        if not self.setup.lora or (source and source != self._pretrained()):  # that of --reference-model
+            return self._load_original(identity)
+        found = self._identify(policy, identity.base_weights)
+        self._check_original(source or f"--seed {identity.seed}", identity.reference, found)
+        return policy
 
     def _load_original(self, identity: RunIdentity) -> list[Any]:
         source = identity.reference_weights or f"--seed {identity.seed}"

@@ -70,11 +70,9 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
         provider = ReferenceProvider(setup, pairs, pause=stop.leave_if_asked)
         model: list[Any] = []
         run = setup.identity
-        if not setup.resumed:
+        if not setup.resumed or setup.lora:
             model = _starting_model(setup)
-            run = provider.identify(run, model)
-        else:
-            run = provider.recall(run)
+        run = provider.recall(run) if setup.resumed else provider.identify(run, model)
         log_probs = provider.log_probs(model, run, resumed=setup.resumed)
         decide_options(job.loss, log_probs.table().training_pairs(job), len(job.train.ids), {})
         return [log_probs.directory(index) for index in range(len(job.pool.stores))]
@@ -99,7 +97,8 @@ def _starting_model(setup: RunSetup) -> list[Any]:
     setup.add_initial_weights()
     model = build_reference(setup.config, with_weights=True)
     directories = setup.settings.directories
-    for root in (directories.load, directories.pretrained_checkpoint):
+    # Adapters take no part; the weights that they stand beside are there.
+    for root in () if setup.lora else (directories.load, directories.pretrained_checkpoint):
         directory = identity.checkpoint_directory(root)
         if directory is not None:
             with all_ranks_agree():

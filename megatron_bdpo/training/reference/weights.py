@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,6 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_bdpo.artifact import new_directory, partial_directory
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
+from megatron_bdpo.model.shards import is_adapter, whole_state
+from megatron_bdpo.training.distributed import all_ranks_agree, say
 
 #: Below --save, where the reference's weights are nowhere else.
 WEIGHTS_DIR = "reference_weights"
@@ -68,6 +71,18 @@ def save_weights(model: list[Any], directory: Path) -> None:
     torch.distributed.barrier()
 
 
+def checkpoint_loader(directory: Path) -> Callable[[list[Any]], list[Any]]:
+    """A pre-wrap hook that fills model chunks from a Megatron checkpoint. Collective."""
+
+    def load(model: list[Any]) -> list[Any]:
+        with all_ranks_agree():
+            load_weights(model, directory)
+        say(f"weights: {directory}, which adapters stand beside")
+        return model
+
+    return load
+
+
 def load_weights(model: list[Any], directory: Path) -> None:
     """Load weights written by :func:`save_weights`, or the model part of a Megatron checkpoint. Collective.
 
@@ -78,16 +93,17 @@ def load_weights(model: list[Any], directory: Path) -> None:
     try:
         loaded = dist_checkpointing.load(state, str(directory))
     except (Exception, CheckpointException) as error:  # many kinds, and one that is no Exception
-        raise UserError(
-            f"the reference weights in {directory} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"the weights in {directory} cannot be loaded: {type(error).__name__}: {error}") from error
     for key, chunk in _keys(unwrap_model(model)):
         chunk.load_state_dict(loaded[key], strict=True)
 
 
 def _sharded_weights(model: list[Any]) -> dict[str, Any]:
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _keys(unwrap_model(model))}
+    return {key: _base_state(chunk) for key, chunk in _keys(unwrap_model(model))}
+
+
+def _base_state(chunk: Any) -> dict[str, Any]:
+    return {key: value for key, value in whole_state(chunk).items() if not is_adapter(key)}
 
 
 def _keys(chunks: list[Any]) -> list[tuple[str, Any]]:

@@ -1,0 +1,135 @@
+"""Adapters in PEFT's format: a run's start from them, its end, and those of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_bdpo.artifact import new_directory
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.hf.card import TrainingFacts, model_card
+from megatron_bdpo.model.hf.checkpoint import read_json
+from megatron_bdpo.model.hf.config import Architecture
+from megatron_bdpo.model.hf.export import refuse_existing, write_file, write_json
+from megatron_bdpo.model.hf.file_layout import lay_out
+from megatron_bdpo.model.hf.stored import StoredWeights
+from megatron_bdpo.model.lora.config import LoraConfig
+from megatron_bdpo.model.lora.moving import gather_adapters, load_adapters, names_of
+from megatron_bdpo.model.lora.peft_format import (
+    BASE,
+    BASE_DTYPE,
+    CONFIG,
+    WEIGHTS,
+    adapter_map,
+    base_of,
+    config_json,
+    open_weights,
+)
+from megatron_bdpo.training.distributed import all_ranks_agree, host_group, say
+from megatron_bdpo.training.hf.start import architecture_of
+from megatron_bdpo.training.identity import identity_in
+from megatron_bdpo.training.settings import Settings
+
+
+def adapters_loader(settings: Settings, config: LoraConfig) -> Callable[[list[Any]], list[Any]]:
+    """A pre-wrap hook that fills a model's adapters from those of --lora-start. Collective.
+
+    Args:
+        config: theirs.
+    """
+    directory = Path(settings.lora.lora_start or "")
+
+    def load(model: list[Any]) -> list[Any]:
+        with all_ranks_agree():
+            weights = adapter_map(_architecture(settings).weights, config)
+            load_adapters(model, open_weights(directory, weights), weights)
+        say(f"adapters: {directory}")
+        return model
+
+    return load
+
+
+def expected_base(settings: Settings) -> str:
+    """Fingerprint of the weights that the adapters of --lora-start were trained beside; "" where it does not say, or
+    these weights were of another type than here. Warns where another model is named.
+
+    Raises:
+        UserError: a file of it is missing or damaged.
+    """
+    directory, base = Path(settings.lora.lora_start or ""), settings.model.hf_model or ""
+    named = str(read_json(directory / CONFIG).get("base_model_name_or_path") or "")
+    if named and Path(named).name != Path(base).name:
+        say(f"WARNING: the adapters in {directory} say that they stand beside {named}, and here it is {base}")
+    facts = base_of(directory)
+    return facts.get(BASE, "") if facts.get(BASE_DTYPE) == str(settings.precision.dtype) else ""
+
+
+def save_adapters(
+    model: list[Any], target: Path, settings: Settings, config: LoraConfig, base: str, facts: TrainingFacts,
+    before_naming: Callable[[Path], None],
+) -> None:  # fmt: skip
+    """Write a policy's adapters as PEFT does. Collective; rank 0 writes.
+
+    Args:
+        model: the chunks, unwrapped.
+        base: fingerprint of the weights that they stand beside.
+        before_naming: called on rank 0 with the finished directory before it gets its name.
+
+    Raises:
+        UserError: on every rank; it cannot be written.
+    """
+    weights = _architecture(settings).weights
+    tensors = gather_adapters(model, adapter_map(weights, config), host_group())
+    about = {BASE: base, BASE_DTYPE: str(settings.precision.dtype)}
+    with all_ranks_agree():
+        if tensors:
+            content = config_json(config, weights, settings.model.hf_model or "")
+            _write(target, content, tensors, model_card(facts), about, before_naming)
+
+
+def export_adapters(directory: Path, target: Path, hf_model: str, arguments: Mapping[str, Any], card: str) -> None:
+    """Write the adapters of a checkpoint as PEFT does. In one process.
+
+    Args:
+        directory: of the checkpoint.
+        arguments: that it was written with.
+
+    Raises:
+        UserError: they cannot be read or written.
+    """
+    run = identity_in(arguments)
+    config = LoraConfig(**run["lora"])
+    if config.kind == "dora":
+        raise UserError(
+            "a checkpoint has of DoRA's magnitudes what they have gained, and not the norms that they began with. Add "
+            "--save-hf to the run, and start it once more from its last checkpoint."
+        )
+    weights = architecture_of(Path(hf_model)).weights
+    adapters = adapter_map(weights, config)
+    stored = StoredWeights(directory, adapters)
+    (file,) = lay_out(stored.wholes, adapters, file_bytes=1 << 62)
+    tensors = names_of(stored.together([file]), adapters)
+    content = config_json(config, weights, hf_model)
+    _write(target, content, tensors, card, {BASE: run["base_weights"]}, lambda directory: None)
+
+
+def _write(
+    target: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str, about: Mapping[str, str],
+    before_naming: Callable[[Path], None],
+) -> None:  # fmt: skip
+    refuse_existing(target)
+    try:
+        with new_directory(target) as directory:
+            write_file(directory / WEIGHTS, tensors, about)
+            write_json(directory / CONFIG, config)
+            (directory / "README.md").write_text(card, "utf-8")
+            before_naming(directory)
+    except OSError as error:
+        raise UserError(f"the adapters cannot be written to {target}: {error}. Make room there.") from error
+
+
+def _architecture(settings: Settings) -> Architecture:
+    return architecture_of(Path(settings.model.hf_model or ""))

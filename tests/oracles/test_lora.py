@@ -1,0 +1,89 @@
+"""Adapters: a step here is the step of PEFT and transformers, and what comes out is what PEFT reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bdpo.data.store import PairStore
+from tests.harness.jobs import last_stage, train
+from tests.harness.lora import load_adapter, make_adapter, step_of_dpo, tensors_of
+from tests.harness.tiny_models import make_model
+
+pytest.importorskip("peft", reason="the oracle is PEFT")
+
+BETA, LEARNING_RATE, PAIRS = 0.1, 0.1, 4
+SGD = {
+    "max_pairs": PAIRS,
+    "pairs_per_step": PAIRS,
+    "train_iters": 1,
+    "preference_loss": "dpo",
+    "beta": BETA,
+    "optimizer": "sgd",
+    "sgd_momentum": 0.0,
+    "weight_decay": 0.0,
+    "clip_grad": 0.0,
+    "lr": LEARNING_RATE,
+}
+TP2, SP = ["--tensor-model-parallel-size", "2"], ["--sequence-parallel"]
+PP2, CP2 = ["--pipeline-model-parallel-size", "2"], ["--context-parallel-size", "2"]
+LAYOUTS = {
+    "1 rank": (1, []),
+    "TP2": (2, TP2),
+    "TP2 SP": (2, [*TP2, *SP]),
+    "PP2": (2, PP2),
+    "CP2": (2, CP2),
+    "TP2 SP PP2": (4, [*TP2, *SP, *PP2]),
+    "recomputed": (
+        1,
+        ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+    ),
+    "resident": (1, ["--reference", "resident"]),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+}
+CASES = [
+    *(("llama", "LoRA", layout) for layout in LAYOUTS),
+    ("llama", "rsLoRA", "1 rank"),
+    *(("qwen2", "DoRA", layout) for layout in LAYOUTS),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "layout"), CASES)
+def test_a_step_is_pefts(ranks, tmp_path, name, kind, layout):
+    base = make_model(name, tmp_path)
+    start = make_adapter(base, tmp_path / "start", **KINDS[kind])
+    found, loss = one_step(ranks, tmp_path, base, start, layout)
+    model = load_adapter(base, start)
+    (meta,) = (tmp_path / "cache").glob("*/meta.json")
+    expected_loss = step_of_dpo(model, PairStore.open(meta.parent), beta=BETA, lr=LEARNING_RATE)
+    assert loss == pytest.approx(expected_loss, abs=1e-6)
+    model.save_pretrained(tmp_path / "expected")
+    compare(found, tmp_path / "expected", start)
+
+
+def one_step(ranks, tmp_path: Path, base: Path, start: Path, layout: str) -> tuple[Path, float]:
+    """The adapters after a step, as they are exported, and the step's loss."""
+    world_size, flags = LAYOUTS[layout]
+    saved = tmp_path / "saved"
+    outcomes = ranks(world_size)(
+        train,
+        ["--hf-model", str(base), "--lora-start", str(start), "--save-hf", str(saved), *flags],
+        pair_cache_dir=str(tmp_path / "cache"),
+        **SGD,
+    )
+    return saved, last_stage(outcomes).steps[0]["loss"]
+
+
+def compare(found: Path, expected: Path, start: Path) -> None:
+    own, theirs, before = map(tensors_of, (found, expected, start))
+    assert own.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert own[name].shape == tensor.shape, name
+        assert (own[name] - tensor).abs().max() <= 1e-5, name
+        assert (tensor - before[name]).abs().max() > 2e-5, f"{name}: a step that would not be missed compares nothing"
