@@ -50,6 +50,25 @@ def export(
     print(f"{output}: complete")
 
 
+@convert.command("merge", epilog=example("megatron-bdpo convert merge --adapters DIR --hf-model MODEL --output MERGED"))
+@click.option(
+    "--adapters", type=PATH, required=True, metavar="DIR", help="As PEFT writes them, or a checkpoint of a LoRA run."
+)
+@click.option("--hf-model", required=True, metavar="PATH_OR_NAME", help="The model that they stand beside.")
+@click.option("--output", type=PATH, required=True, metavar="DIR", help="Must not be there yet.")
+def merge(adapters: Path, hf_model: str, output: Path) -> None:
+    """Write a Hugging Face model with LoRA adapters merged into its weights.
+
+    One process; in memory are the adapters and one file of the model.
+    """
+    prepare_platform()
+    from megatron_bdpo.training.hf import conversion  # imports Megatron
+
+    with _written(output):
+        conversion.merge_alone(adapters, hf_model, output)
+    print(f"{output}: complete")
+
+
 @contextlib.contextmanager
 def _written(output: Path) -> Iterator[None]:
     """In the block, what the operating system refuses about ``output`` is a UserError."""

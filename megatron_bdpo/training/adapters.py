@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.utils import unwrap_model
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.digest import weights_digest
@@ -77,16 +76,15 @@ def _of_start(lora: LoraSettings, start: LoraConfig, targets: tuple[str, ...]) -
 
 
 def with_base(run: RunIdentity, model: list[Any], vocab_size: int) -> RunIdentity:
-    """The identity of a run with adapters, completed by what they stand beside; says how large they are. Collective.
+    """The identity of a run with adapters, completed by what they stand beside. Collective.
+
+    Args:
+        model: this rank's chunks, with the weights that the adapters are to stand beside.
 
     Raises:
         UserError: on every rank: a resumed run has other weights there.
     """
-    chunks = unwrap_model(model)
-    digest = weights_digest(chunks, vocab_size)
-    own = [sum(_size(shard) for shard in shards(chunks)) for shards in (adapter_shards, weight_shards)]
-    trained, frozen = map(int, sum_over_ranks(torch.tensor(own, dtype=torch.float64)))
-    say(f"adapters: {trained:,} parameters are trained beside {frozen:,} frozen ones ({trained / frozen:.2%})")
+    digest = weights_digest(model, vocab_size)
     with all_ranks_agree():
         if run.base_weights and run.base_weights != digest:
             raise UserError(
@@ -94,6 +92,14 @@ def with_base(run: RunIdentity, model: list[Any], vocab_size: int) -> RunIdentit
                 f"those here have {digest}. Name that run's model with --hf-model or --pretrained-checkpoint."
             )
     return replace(run, base_weights=digest)
+
+
+def say_sizes(model: list[Any]) -> list[Any]:
+    """A pre-wrap hook that says how large adapters and base are. Collective."""
+    own = [sum(map(_size, shards(model))) for shards in (adapter_shards, weight_shards)]
+    trained, frozen = map(int, sum_over_ranks(torch.tensor(own, dtype=torch.float64)))
+    say(f"adapters: {trained:,} parameters are trained beside {frozen:,} frozen ones ({trained / frozen:.2%})")
+    return model
 
 
 def _size(shard: ShardedTensor) -> int:

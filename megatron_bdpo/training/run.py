@@ -26,7 +26,6 @@ from megatron_bdpo.model.evaluation import weights_at_rest
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity
-from megatron_bdpo.training.adapters import with_base
 from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
 from megatron_bdpo.training.callbacks.progress import LogInterval, Progress
 from megatron_bdpo.training.callbacks.standard import standard_callbacks
@@ -121,11 +120,8 @@ class PreferenceRun:
         """The policy holds its weights: get the reference, and what follows from its values."""
         self.model, self.iteration = model, self.arguments.iteration
         resumed = self.iteration > 0
-        run_identity = self.setup.identity
-        if self.setup.lora:
-            run_identity = with_base(run_identity, model, self.scoring.vocab_size)
         provider = ReferenceProvider(self.setup, _pairs_in_use(self), pause=self.stop.leave_if_asked)
-        reference, known = provider.provide(model, run_identity, resumed=resumed)
+        reference, known = provider.provide(model, self.setup.identity, resumed=resumed)
         self.step.reference = reference
         if isinstance(reference, ReferenceTable):
             known = _decide_by_data(self, reference, known, resumed=resumed)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron.training.training import destroy_global_state
 
@@ -17,7 +18,7 @@ from megatron_bdpo.model.lora.config import LoraConfig
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.compilation import fuse_rotary_embedding
 from megatron_bdpo.training import identity
-from megatron_bdpo.training.adapters import identity_part, lora_config
+from megatron_bdpo.training.adapters import identity_part, lora_config, say_sizes, with_base
 from megatron_bdpo.training.directories import check_directories
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.flags.arguments import Arguments
@@ -81,11 +82,20 @@ class RunSetup:
         """Have the model frozen and given its adapters as it is built, after its weights."""
         if not self.lora:
             return
-        self.config.pre_wrap_hooks.append(adapters_hook(self.lora, self.settings.schedule.seed))
+        self.config.pre_wrap_hooks += [
+            self._look_at_base,
+            adapters_hook(self.lora, self.settings.schedule.seed),
+            say_sizes,
+        ]
         if self.settings.lora.lora_start and not self.resumed:
             self.config.pre_wrap_hooks.append(adapters_loader(self.settings, self.lora))
         # Megatron would look there for adapters where --load has none yet.
         self.arguments.set(pretrained_checkpoint=None)
+
+    def _look_at_base(self, model: list[Any]) -> list[Any]:
+        """A hook, before Megatron loads anything beside these weights. Collective."""
+        self.identity = with_base(self.identity, model, self.scoring.vocab_size)
+        return model
 
 
 def set_up(arguments: Arguments) -> RunSetup:

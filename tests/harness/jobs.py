@@ -166,16 +166,21 @@ def _empty(model: list[Any]) -> None:
         vars(chunk).clear()
 
 
-def copy_shards(model: list[Any]) -> Shards:
-    """This rank's main copies of the weights."""
+def copy_shards(model: list[Any], *, trained: bool = False) -> Shards:
+    """This rank's main copies of the weights.
+
+    Args:
+        trained: only of those that have gradients.
+    """
     from megatron.core.utils import unwrap_model
 
-    from megatron_bdpo.model.shards import is_main_copy, weight_shards
+    from megatron_bdpo.model.shards import adapter_shards, is_main_copy, weight_shards
 
+    chunks = unwrap_model(model)
     return [
         (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().float().cpu().numpy().copy())
-        for shard in weight_shards(unwrap_model(model))
-        if is_main_copy(shard)
+        for shard in itertools.chain(weight_shards(chunks), adapter_shards(chunks))
+        if is_main_copy(shard) and (shard.data.requires_grad or not trained)
     ]
 
 

@@ -131,7 +131,7 @@ def _recorded_run() -> type[Any]:
                 result = inner(*args, forward_only=forward_only, **kwargs)
                 if not forward_only:
                     with gradients_in_place(self.model):
-                        self.now.gradients = copy_shards(self.model)
+                        self.now.gradients = copy_shards(self.model, trained=True)
                 return result
 
             return run
@@ -211,7 +211,7 @@ def gradients_in_place(model: list[Any]) -> Iterator[None]:
     for chunk in model:
         for buffer in chunk.buffers + chunk.expert_parallel_buffers:
             _complete(buffer)
-    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    parameters = [parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad]
     weights = [parameter.data for parameter in parameters]
     for parameter in parameters:
         parameter.data = parameter.main_grad.to(parameter.dtype)

@@ -105,6 +105,22 @@ MODELS = {
     ),
 }
 
+MODELS["LoRA"] = Model(
+    {
+        name: DENSE_LAYOUTS[name]
+        for name in (
+            "DP2", "TP2", "TP2 SP", "PP2", "PP2 VPP2", "CP2", "TP2 SP PP2", "TP2 CP2", "TP2 SP CP2", "PP2 CP2",
+        )
+    },
+    {**_DENSE_JOB, "lora_rank": 4, "lora_alpha": 32.0},
+)  # fmt: skip
+MODELS["DoRA, experts"] = Model(
+    {name: MOE_LAYOUTS[name] for name in ("EP2", "TP2 SP", "PP2 EP2", "CP2 EP2", "TP2 SP EP2")},
+    {**MODELS["experts"].overrides, "lora_rank": 4, "lora_alpha": 32.0, "lora_type": "dora"},
+)
+
+ADAPTERS = ("LoRA", "DoRA, experts")
+
 LOSSES = ("dpo", "bdpo", "simpo")
 
 OPTIMIZERS = {"plain": "", "distributed": "--use-distributed-optimizer"}
@@ -112,6 +128,9 @@ OPTIMIZERS = {"plain": "", "distributed": "--use-distributed-optimizer"}
 #: fp32. Log-probs are sums of some hundred terms, each rounded to 6e-8 of itself; a gradient element adds up a thousand
 #: products in another order; a weight has taken three steps along such gradients.
 ALLOWED = {"log-probs": 1e-6, "loss": 2e-6, "gradients": 1e-5, "weights": 3e-6}
+
+#: Of adapters, B begins at zero: all of it is steps along gradients.
+ALLOWED_ADAPTERS = ALLOWED | {"weights": ALLOWED["gradients"]}
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,10 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.model}-{self.layout}-{self.loss}-{self.optimizer}"
+
+    @property
+    def allowed(self) -> dict[str, float]:
+        return ALLOWED_ADAPTERS if self.model in ADAPTERS else ALLOWED
 
     @property
     def ranks(self) -> int:
@@ -146,10 +169,14 @@ CASES = [
 
 
 def _cover() -> set[Case]:
-    """Every layout with every loss, and with both optimizers: half of all cases."""
-    optimizers = itertools.cycle(OPTIMIZERS)
-    pairs = [(name, layout) for name, model in MODELS.items() for layout in model.layouts]
-    return {Case(*pair, loss, next(optimizers)) for pair in pairs for loss in LOSSES}
+    """Every layout with every loss, and with both optimizers: half of all cases. Adapters are below any loss: there
+    every layout once."""
+    optimizers, losses = itertools.cycle(OPTIMIZERS), itertools.cycle(LOSSES)
+    pairs = [(name, layout) for name, model in MODELS.items() for layout in model.layouts if name not in ADAPTERS]
+    with_adapters = [(name, layout) for name in ADAPTERS for layout in MODELS[name].layouts]
+    return {Case(*pair, loss, next(optimizers)) for pair in pairs for loss in LOSSES} | {
+        Case(*pair, next(losses), next(optimizers)) for pair in with_adapters
+    }
 
 
 COVER = _cover()
@@ -174,7 +201,9 @@ def render(deviations: dict[Case, dict[str, float]]) -> str:
     head = TABLE_HEAD.format(
         runs=len(LOSSES) * len(OPTIMIZERS), losses=", ".join(LOSSES), optimizers=" and the ".join(OPTIMIZERS)
     )
-    lines = [head, f"Allowed: {', '.join(f'{name} {value:.0e}' for name, value in ALLOWED.items())}.", ""]
+    allowed = ", ".join(f"{name} {value:.0e}" for name, value in ALLOWED.items())
+    adapters = f"of adapters, of which B begins at zero, weights {ALLOWED_ADAPTERS['weights']:.0e}"
+    lines = [head, f"Allowed: {allowed}; {adapters}.", ""]
     lines += [f"| model | layout | ranks | {' | '.join(ALLOWED)} |", "|---" * (3 + len(ALLOWED)) + "|"]
     for name, model in MODELS.items():
         for layout, (ranks, _) in model.layouts.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_bdpo.model.lora.config import LoraConfig
-from megatron_bdpo.model.lora.peft_format import PREFIX
+from megatron_bdpo.model.lora.peft_format import MAGNITUDE, PREFIX
 
 
 @torch.no_grad()
@@ -28,6 +28,6 @@ def merged(name: str, weight: Tensor, adapters: Mapping[str, Tensor], config: Lo
         return weight
     moved = weight.float() + config.factor * (up.float() @ low.float())
     if config.kind == "dora":
-        magnitude = adapters[f"{own}.lora_magnitude_vector"].float()
+        magnitude = adapters[own + MAGNITUDE].float()
         moved *= (magnitude / moved.norm(dim=1))[:, None]
     return moved.to(weight.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
 from megatron_bdpo.model.hf.export import split
 from megatron_bdpo.model.hf.load import fill
 from megatron_bdpo.model.hf.tensors import Place, WeightMap, place_of
+from megatron_bdpo.model.lora.peft_format import MAGNITUDE, PREFIX
 from megatron_bdpo.model.shards import adapter_shards, is_main_copy
 
 
@@ -58,6 +59,22 @@ def gather_adapters(model: Iterable[Any], weights: WeightMap, group: Any) -> dic
 def names_of(wholes: Iterable[tuple[Place, Tensor]], weights: WeightMap) -> dict[str, Tensor]:
     """Whole adapters by PEFT's names."""
     return {name: tensor for place, whole in wholes for name, tensor in split(place, whole, weights).items()}
+
+
+def with_whole_magnitudes(tensors: Mapping[str, Tensor], base: HuggingFaceCheckpoint) -> dict[str, Tensor]:
+    """Adapters of a checkpoint, with DoRA's m in the place of what it has gained.
+
+    Args:
+        tensors: by PEFT's names.
+        base: of the model that they stand beside.
+    """
+    found = dict(tensors)
+    for name, gained in tensors.items():
+        if name.endswith(MAGNITUDE):
+            weight = name.removeprefix(PREFIX).removesuffix(MAGNITUDE) + ".weight"
+            found[name] = base.rows(weight, 0, len(gained)).float().norm(dim=1) + gained.float()
+    base.close()
+    return found
 
 
 _Piece = tuple[Place, tuple[int, ...], tuple[slice, ...], Tensor]

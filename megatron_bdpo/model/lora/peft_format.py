@@ -19,7 +19,8 @@ from megatron_bdpo.model.shards import ADAPTER
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-PREFIX = "base_model.model."
+#: How PEFT's names of tensors begin, and how that of DoRA's m ends.
+PREFIX, MAGNITUDE = "base_model.model.", ".lora_magnitude_vector"
 
 #: Our own entries in the header of the weights' file: fingerprint (``model.digest``) and type of the base's weights.
 BASE, BASE_DTYPE = "base_weights", "base_dtype"
@@ -55,7 +56,7 @@ def adapter_map(weights: WeightMap, config: LoraConfig) -> WeightMap:
             rules[f"{own}_A"] = Rule({f"{theirs}.lora_A.weight": "rank"}, columns)
             rules[f"{own}_B"] = Rule({f"{theirs}.lora_B.weight": size}, "rank")
             if config.kind == "dora":
-                rules[f"{own}_magnitude"] = Rule({f"{theirs}.lora_magnitude_vector": size})
+                rules[f"{own}_magnitude"] = Rule({f"{theirs}{MAGNITUDE}": size})
     return WeightMap(rules, dataclasses.replace(weights.sizes, rank=config.rank))
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from megatron_bdpo.artifact import new_directory
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.card import TrainingFacts, model_card
-from megatron_bdpo.model.hf.checkpoint import read_json
+from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint, read_json
 from megatron_bdpo.model.hf.config import Architecture
 from megatron_bdpo.model.hf.export import refuse_existing, write_file, write_json
 from megatron_bdpo.model.hf.file_layout import lay_out
 from megatron_bdpo.model.hf.stored import StoredWeights
 from megatron_bdpo.model.lora.config import LoraConfig
-from megatron_bdpo.model.lora.moving import gather_adapters, load_adapters, names_of
+from megatron_bdpo.model.lora.moving import gather_adapters, load_adapters, names_of, with_whole_magnitudes
 from megatron_bdpo.model.lora.peft_format import (
     BASE,
     BASE_DTYPE,
@@ -100,20 +100,31 @@ def export_adapters(directory: Path, target: Path, hf_model: str, arguments: Map
     Raises:
         UserError: they cannot be read or written.
     """
-    run = identity_in(arguments)
-    config = LoraConfig(**run["lora"])
-    if config.kind == "dora":
-        raise UserError(
-            "a checkpoint has of DoRA's magnitudes what they have gained, and not the norms that they began with. Add "
-            "--save-hf to the run, and start it once more from its last checkpoint."
-        )
-    weights = architecture_of(Path(hf_model)).weights
-    adapters = adapter_map(weights, config)
+    config, tensors = stored_adapters(directory, hf_model, arguments)
+    content = config_json(config, architecture_of(Path(hf_model)).weights, hf_model)
+    about = {BASE: identity_in(arguments)["base_weights"], BASE_DTYPE: str(arguments["params_dtype"])}
+    _write(target, content, tensors, card, about, lambda directory: None)
+
+
+def stored_adapters(
+    directory: Path, hf_model: str, arguments: Mapping[str, Any]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The adapters of a checkpoint by PEFT's names. In one process.
+
+    Args:
+        directory: of the checkpoint.
+        hf_model: directory of the model that they stand beside.
+        arguments: that it was written with.
+
+    Raises:
+        UserError: they cannot be read, or are of another model.
+    """
+    config = LoraConfig(**identity_in(arguments)["lora"])
+    adapters = adapter_map(architecture_of(Path(hf_model)).weights, config)
     stored = StoredWeights(directory, adapters)
     (file,) = lay_out(stored.wholes, adapters, file_bytes=1 << 62)
     tensors = names_of(stored.together([file]), adapters)
-    content = config_json(config, weights, hf_model)
-    _write(target, content, tensors, card, {BASE: run["base_weights"]}, lambda directory: None)
+    return config, with_whole_magnitudes(tensors, HuggingFaceCheckpoint.open(Path(hf_model)))
 
 
 def _write(

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
+from torch import Tensor
+
+from megatron_bdpo.artifact import new_directory
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.hf.card import TrainingFacts, model_card
+from megatron_bdpo.model.hf.checkpoint import CONFIG, INDEX, HuggingFaceCheckpoint, read_json
 from megatron_bdpo.model.hf.directory import model_directory
-from megatron_bdpo.model.hf.export import refuse_existing
+from megatron_bdpo.model.hf.export import refuse_existing, write_companions, write_file
+from megatron_bdpo.model.lora import peft_format
+from megatron_bdpo.model.lora.config import LoraConfig
+from megatron_bdpo.model.lora.merging import merged
+from megatron_bdpo.training import identity
 from megatron_bdpo.training.distributed import process_groups
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.hf.exporting import config_of, export_checkpoint
+from megatron_bdpo.training.hf.adapters import stored_adapters
+from megatron_bdpo.training.hf.exporting import config_of, export_checkpoint, training_facts
 from megatron_bdpo.training.hf.importing import import_model
+from megatron_bdpo.training.hf.start import architecture_of
 from megatron_bdpo.training.megatron_settings import ProcessSettings
 
 _ONE_PROCESS = ProcessSettings(rank=0, local_rank=0, ranks=1, backend="gloo", timeout_minutes=10, is_made_up=False)
@@ -27,6 +40,49 @@ def export_alone(
         else:
             original, config = None, config_of(checkpoint, family or "")
         export_checkpoint(checkpoint, output, config, original, compare_digests=compare_digests)
+
+
+def merge_alone(adapters: Path, hf_model: str, output: Path) -> None:
+    """Write a Hugging Face model with adapters merged into its weights, one of its files after the other.
+
+    Args:
+        adapters: as PEFT writes them, or a torch_dist checkpoint of a run with adapters.
+
+    Raises:
+        UserError: there are none, or they are of another model.
+    """
+    refuse_existing(output)
+    original = model_directory(hf_model)
+    with process_groups(_ONE_PROCESS):
+        config, tensors, facts = _adapters_in(adapters, original)
+    base = HuggingFaceCheckpoint.open(original)
+    dtype = None
+    with new_directory(output) as directory:
+        for file in sorted({stored.file for stored in base.tensors.values()}):
+            named = [name for name, stored in base.tensors.items() if stored.file == file]
+            weights = {name: base.rows(name, 0, base.tensors[name].shape[0]) for name in named}
+            write_file(directory / file.name, {name: merged(name, w, tensors, config) for name, w in weights.items()})
+            dtype = next(iter(weights.values())).dtype
+        if (original / INDEX).is_file():
+            shutil.copyfile(original / INDEX, directory / INDEX)
+        write_companions(directory, read_json(original / CONFIG), dtype, original, model_card(facts))
+
+
+def _adapters_in(directory: Path, original: Path) -> tuple[LoraConfig, Mapping[str, Tensor], TrainingFacts]:
+    """Adapters by PEFT's names, and what is known of the run that made them."""
+    weights = architecture_of(original).weights
+    if (directory / peft_format.CONFIG).is_file():
+        config = peft_format.read_config(directory)
+        expected = peft_format.adapter_map(weights, config)
+        stored = peft_format.open_weights(directory, expected)
+        tensors = {name: stored.rows(name, 0, shape[0]) for name, shape in expected.shapes().items()}
+        return config, tensors, TrainingFacts(base_model=str(original))
+    checkpoint = identity.checkpoint_directory(str(directory)) or directory
+    arguments = identity.stored_arguments(checkpoint)
+    if not identity.identity_in(arguments).get("lora"):
+        raise UserError(f"the checkpoint {checkpoint} holds a model. megatron-bdpo convert export writes it.")
+    config, tensors = stored_adapters(checkpoint, str(original), arguments)
+    return config, tensors, training_facts(arguments, {})
 
 
 def import_on_all_ranks(hf_model: str, output: Path, dtype: str) -> bool:

@@ -35,9 +35,12 @@ def build_reference(config: PairGPTConfig, *, with_weights: bool = False) -> lis
     Args:
         with_weights: those that the configuration's hooks give the policy; else they are undefined.
     """
-    config = copy.deepcopy(config)
-    if not with_weights:
-        config.pre_wrap_hooks = []
+    without_hooks = copy.copy(config)  # which may hold the whole job
+    without_hooks.pre_wrap_hooks = []
+    hooks, config = config.pre_wrap_hooks, copy.deepcopy(without_hooks)
+    if with_weights:
+        config.pre_wrap_hooks += hooks
+    else:
         config.transformer.perform_initialization = False
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(

@@ -35,6 +35,10 @@ TINY = ["--recipe", str(ROOT / "recipes" / "tiny.yaml")]
 
 #: Sub-command -> arguments that it cannot use, and a word of the reason.
 WRONG = {
+    "convert merge": [
+        (["--adapters", "nowhere", "--hf-model", "nowhere", "--output", "merged"], "nowhere"),
+        (["--adapters", ".", "--hf-model", "nowhere"], "--output"),
+    ],
     "data check": [
         (["nowhere.jsonl"], "no such file"),
         ([], "PAIRS"),
