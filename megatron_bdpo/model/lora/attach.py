@@ -16,6 +16,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.initialization import fill_by_name
 from megatron_bdpo.model.lora.adapter import COLUMN, ROW, LoraAdapter, Outputs, Split
 from megatron_bdpo.model.lora.config import LINEARS, LoraConfig
+from megatron_bdpo.model.lora.grouped import GroupedAdapters
 from megatron_bdpo.model.shards import ADAPTER, adapter_shards
 
 _COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
@@ -67,9 +68,9 @@ def merge(model: Iterable[Any]) -> None:
     """Put the adapters into the base's weights, for good; they take no part afterwards. Collective."""
     for chunk in unwrap_model(list(model)):
         for parent in chunk.modules():
-            for name, adapter in parent.named_children():
-                if isinstance(adapter, LoraAdapter):
-                    weight = parent.get_submodule(name.removesuffix(ADAPTER)).weight
+            for name in [name for name, _ in parent.named_children() if name.endswith(ADAPTER)]:
+                weights = _weights(parent.get_submodule(name.removesuffix(ADAPTER)))
+                for adapter, weight in zip(adapters([parent.get_submodule(name)]), weights, strict=True):
                     weight.copy_(adapter.merged(weight))
                     adapter.is_on = False
 
@@ -78,16 +79,30 @@ def _add_to(parent: nn.Module, name: str, config: LoraConfig, model: Any, *, is_
     """An adapter beside one linear layer of a module, if one of its projections is a target."""
     linear = parent.get_submodule(name)
     split = _split(COLUMN if name in _COLUMN_PARALLEL else ROW, model, is_expert=is_expert)
-    weight = getattr(linear, "weight", None)
-    if weight is None:  # of grouped experts, weight0, weight1, ...
-        raise UserError("LoRA beside --moe-grouped-gemm is not supported. Leave the flag out.")
-    outputs = _outputs(name, weight.shape[0], model, split.group.size())
+    weights = _weights(linear)
+    outputs = _outputs(name, weights[0].shape[0], model, split.group.size())
     if not set(outputs.rows) & set(config.targets):
         return
-    adapter = LoraAdapter(config, weight, outputs, split)
+    own = [LoraAdapter(config, weight, outputs, split) for weight in weights]
     # A sibling and no child: layers describe their own children to checkpoints as if they were whole on every rank.
-    parent.add_module(name + ADAPTER, adapter)
-    linear.register_forward_hook(functools.partial(_adapted, adapter))
+    if hasattr(linear, "weight"):
+        parent.add_module(name + ADAPTER, own[0])
+        linear.register_forward_hook(functools.partial(_adapted, own[0]))
+    else:
+        grouped = GroupedAdapters(own)
+        parent.add_module(name + ADAPTER, grouped)
+        linear.register_forward_hook(functools.partial(_grouped, grouped))
+
+
+def _weights(linear: Any) -> list[Tensor]:
+    """A linear layer's weight, or those of grouped experts in their order."""
+    if hasattr(linear, "weight"):
+        return [linear.weight]
+    named = dict(linear.named_parameters(recurse=False))
+    weights = [named[f"weight{number}"] for number in range(len(named)) if f"weight{number}" in named]
+    if not weights:
+        raise UserError("the experts' weights are stacked in one, beside which no adapters can stand.")
+    return weights
 
 
 def _adapted(adapter: LoraAdapter, linear: Any, inputs: tuple[Any, ...], result: tuple[Tensor, Any]) -> Any:
@@ -99,6 +114,14 @@ def _adapted(adapter: LoraAdapter, linear: Any, inputs: tuple[Any, ...], result:
     if added_bias is not None and not added_bias.numel():  # Transformer Engine's word for none
         added_bias = None
     return adapter(inputs[0], output, linear.weight, added_bias), own_bias
+
+
+def _grouped(adapters: GroupedAdapters, linear: Any, inputs: tuple[Any, ...], result: tuple[Tensor, Any]) -> Any:
+    """The forward hook of grouped experts' linear layer."""
+    if not all(each.is_on for each in adapters):
+        return None
+    output, bias = result
+    return adapters(*inputs, output, _weights(linear)), bias
 
 
 def _split(axis: int, model: Any, *, is_expert: bool) -> Split:

@@ -195,9 +195,8 @@ _REFUSALS = (
     ),
     # What adapters do not stand beside, or would change under them.
     _Refusal(
-        lambda a: _has_adapters(a) and (a.moe_grouped_gemm or a.use_transformer_engine_op_fuser),
-        "--moe-grouped-gemm, --use-transformer-engine-op-fuser: adapters stand beside single linear layers, which "
-        "these do not have. Leave them out.",
+        lambda a: _has_adapters(a) and a.use_transformer_engine_op_fuser,
+        "--use-transformer-engine-op-fuser: adapters stand beside linear layers, which it does not have. Leave it out.",
     ),
     _Refusal(
         lambda a: _has_adapters(a) and (a.fp8_param_gather or a.init_model_with_meta_device),

@@ -1,0 +1,130 @@
+"""Adapters on one rank: grouped experts against single ones, what is merged, and what checkpoints call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.lora.config import GROUPS, PROJECTIONS, LoraConfig, parse_targets
+
+
+def grouped_against_single(kind: str) -> dict[str, Any]:
+    """On a rank: three experts' layer in one, as Transformer Engine has it, beside three single ones."""
+    from megatron.core import parallel_state
+
+    from megatron_bdpo.model.lora.adapter import COLUMN, LoraAdapter, Outputs, Split
+    from megatron_bdpo.model.lora.attach import _add_to, adapters_off, merge
+    from megatron_bdpo.training.distributed import process_groups
+    from tests.harness.jobs import own_process
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for i in range(3):
+                self.register_parameter(f"weight{i}", nn.Parameter(torch.randn(8, 6), requires_grad=False))
+
+        def forward(self, hidden: torch.Tensor, splits: list[int]) -> tuple[torch.Tensor, None]:
+            parts = zip(hidden.split(splits), (self.weight0, self.weight1, self.weight2), strict=True)
+            return torch.cat([part @ weight.t() for part, weight in parts]), None
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear_fc1 = Grouped()
+
+    class Model:
+        gated_linear_unit, expert_model_parallel_size, sequence_parallel = True, 1, False
+
+    with process_groups(own_process()):
+        parallel_state.initialize_model_parallel()
+        torch.manual_seed(5)
+        experts, config = Experts(), LoraConfig(2, 3.0, kind=kind)  # type: ignore[arg-type]
+        _add_to(experts, "linear_fc1", config, Model(), is_expert=True)
+        adapters = experts.linear_fc1_adapter
+        for parameter in adapters.parameters():
+            parameter.data.normal_()
+        hidden, splits = torch.randn(7, 6, requires_grad=True), [3, 0, 4]
+        output, _ = experts.linear_fc1(hidden, splits)
+        output.square().sum().backward()
+        gradients = [parameter.grad.clone() for parameter in adapters.parameters()]
+        inputs = hidden.grad.clone()
+        expected, hidden.grad = [], None
+        group = parallel_state.get_expert_tensor_parallel_group()
+        outputs = Outputs({"gate_proj": 4, "up_proj": 4})
+        for i, part in enumerate(hidden.split(splits)):
+            weight = getattr(experts.linear_fc1, f"weight{i}")
+            single = LoraAdapter(config, weight, outputs, Split(COLUMN, group, is_expert=True))
+            single.load_state_dict(adapters[i].state_dict())
+            expected.append((single(part, part @ weight.t(), weight, None), single))
+        whole = torch.cat([each for each, _ in expected])
+        whole.square().sum().backward()
+        singles = [parameter.grad for _, single in expected for parameter in single.parameters()]
+        state = adapters.sharded_state_dict(
+            "linear_fc1_adapter.", (), {"dp_cp_group": parallel_state.get_data_parallel_group()}
+        )
+        with adapters_off([experts]):
+            without, _ = experts.linear_fc1(hidden, splits)
+        base, _ = Grouped.forward(experts.linear_fc1, hidden, splits), None
+        merge([experts])
+        merged, _ = experts.linear_fc1(hidden, splits)
+        parallel_state.destroy_model_parallel()
+        return {
+            "outputs": float((output - whole).abs().max()),
+            "gradients": max(float((a - b).abs().max()) for a, b in zip(gradients, singles, strict=True)),
+            "inputs": float((inputs - hidden.grad).abs().max()),
+            "without": float((without - base[0]).abs().max()),
+            "merged": float((merged - output).abs().max()),
+            "moved": float((output - without).abs().max()),
+            "places": {
+                name: (shard.key, shard.global_shape, shard.global_offset) for name, shard in sorted(state.items())
+            },
+        }
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_grouped_experts(ranks, kind):
+    """Transformer Engine's layer needs a GPU; its interface stands in: ``weight0``, ..., tokens by expert."""
+    (found,) = ranks(1)(grouped_against_single, kind)
+    for name in ("outputs", "gradients", "inputs", "without"):
+        assert found[name] == 0, name
+    assert found["merged"] < 1e-4 < 0.1 < found["moved"]
+    places = found["places"]
+    assert len(places) == 3 * (6 if kind == "dora" else 4)
+    assert places["linear_fc1_adapter.2.up_proj_B"] == ("linear_fc1_adapter.up_proj_B", (3, 4, 2), (2, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("all-linear", PROJECTIONS),
+        ("attention", GROUPS["attention"]),
+        ("mlp, q_proj", ("q_proj", "gate_proj", "up_proj", "down_proj")),
+        ("w2,w1", ("gate_proj", "down_proj")),
+    ],
+)
+def test_targets(text, expected):
+    assert parse_targets(text, gated=True) == expected
+
+
+def test_targets_without_a_gate():
+    assert "gate_proj" not in parse_targets("all-linear", gated=False)
+    with pytest.raises(UserError, match="gate_proj: the model has no such projection"):
+        parse_targets("gate_proj", gated=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "--lora-rank 0"),
+        ({"alpha": 0.0}, "--lora-alpha 0"),
+        ({"dropout": 1.0}, "--lora-dropout 1"),
+        ({"dropout": 0.1, "kind": "dora"}, "second product"),
+    ],
+)
+def test_settings_that_are_none(settings, message):
+    with pytest.raises(UserError, match=message):
+        LoraConfig(**{"rank": 4, "alpha": 8.0, **settings})
