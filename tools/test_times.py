@@ -1,7 +1,7 @@
 """What each test file costs, as a plugin of pytest: ``python -m pytest -p tools.test_times [paths]``.
 
-Wall time, and processor time of pytest's whole process tree: ranks, programs, their children. A fixture that several tests
-share counts for the first. Linux only; under pytest-xdist, measure with ``-n 0``.
+Wall time, and processor time of pytest's whole process tree: ranks, programs, their children. A fixture that several
+tests share counts for the first. Linux only. Not counted: what has left the tree (daemons, the nodes of a SLURM lab).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _costs: dict[str, tuple[float, float]] = {}
 
 
 def processor_seconds(root: int) -> float:
-    """User and system time of a process, its living descendants, and all of their children that have been waited for."""
+    """User and system time of a process, its living descendants, and all of their children that they waited for."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
