@@ -146,10 +146,16 @@ CASES = [
 
 
 def _cover() -> set[Case]:
-    """Every layout with every loss, and with both optimizers: half of all cases."""
-    optimizers = itertools.cycle(OPTIMIZERS)
-    pairs = [(name, layout) for name, model in MODELS.items() for layout in model.layouts]
-    return {Case(*pair, loss, next(optimizers)) for pair in pairs for loss in LOSSES}
+    """Every layout with B-DPO, whose scores are of both kinds, and with one of the losses that need fewer of them.
+
+    One with each optimizer; from layout to layout they take turns, so that all four combinations come in each model.
+    """
+    cases = set()
+    for name, model in MODELS.items():
+        turns = itertools.product(("dpo", "simpo"), itertools.permutations(OPTIMIZERS))
+        for layout, (other, (first, second)) in zip(model.layouts, itertools.cycle(turns), strict=False):
+            cases |= {Case(name, layout, "bdpo", first), Case(name, layout, other, second)}
+    return cases
 
 
 COVER = _cover()
