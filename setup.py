@@ -66,6 +66,7 @@ EXTRAS_REQUIRE = {
         "hypothesis",
         "mypy>=2.4,<3",
         "pytest>=8",
+        "pytest-xdist",  # make pytest runs tests/unit on all cores
         "ruff>=0.17,<0.18",
         "tensorboard",
         "tiktoken",

@@ -17,6 +17,7 @@ import pytest
 
 FILES, TESTS = 100, 40  # rows of the tables at the end
 
+_started: dict[str, tuple[float, float]] = {}
 _costs: dict[str, tuple[float, float]] = {}
 
 
@@ -37,13 +38,25 @@ def processor_seconds(root: int) -> float:
     return sum(ticks.get(process, 0) for process in family) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _started[nodeid] = time.monotonic(), processor_seconds(os.getpid())
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    wall, processor = time.monotonic(), processor_seconds(os.getpid())
-    try:
-        return (yield)
-    finally:
-        _costs[item.nodeid] = time.monotonic() - wall, processor_seconds(os.getpid()) - processor
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
+    report = yield
+    if call.when == "teardown":  # the last one of a test; with pytest-xdist it travels from the worker
+        wall, processor = _started[item.nodeid]
+        cost = time.monotonic() - wall, processor_seconds(os.getpid()) - processor
+        report.user_properties.append(("cost", cost))
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for name, cost in report.user_properties:
+        if name == "cost":
+            _costs[report.nodeid] = cost
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,4 +1,4 @@
-"""What every rank imports, for the process that ranks are forked from: importing this module prepares it."""
+"""What every rank imports, for the process that ranks are forked from: to import this module is to prepare it."""
 
 from __future__ import annotations
 
