@@ -52,8 +52,16 @@ lint: $(TEST_ENV) ## ruff
 types: $(TEST_ENV) ## mypy over megatron_bdpo
 	@$(RUN) mypy
 
+# By themselves: first those of one process, a worker for each core, files as wholes; then what starts ranks and programs,
+# one after the other, for several of these on two cores come into each other's time limits. All are run, whatever fails.
+ALONE := --ignore=tests/unit
+BESIDE := --numprocesses=auto --maxprocesses=8 --dist=loadfile
 pytest: $(TEST_ENV) ## the tests alone
+ifeq ($(strip $(PYTEST_ARGS)),)
+	@$(RUN) pytest tests/unit $(BESIDE); unit=$$?; $(RUN) pytest $(ALONE) && exit $$unit
+else
 	@$(RUN) pytest $(PYTEST_ARGS)
+endif
 
 parity: $(TEST_ENV) ## every layout with every loss and optimizer against one process; writes docs/parity.md
 	@$(RUN) pytest tests/parity/test_matrix.py --full-matrix --write-parity-table $(PYTEST_ARGS)

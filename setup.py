@@ -67,6 +67,7 @@ EXTRAS_REQUIRE = {
         "mypy>=2.4,<3",
         "peft",
         "pytest>=8",
+        "pytest-xdist",  # make pytest runs tests/unit on all cores
         "ruff>=0.17,<0.18",
         "tensorboard",
         "tiktoken",

@@ -44,12 +44,14 @@ def write_store(directory: Path, pairs: int, seed: int):
     from megatron_bdpo.data.sources import SourceSpec
     from megatron_bdpo.data.store import PairStore, PairStoreWriter, StoreInfo
     from megatron_bdpo.data.tokenization import PairTokens
+    from megatron_bdpo.data.tokenized_rows import RowsBuilder
 
     rng = np.random.default_rng(seed)
     medians, spread = np.array([100, 75, 75]), np.array([0.8, 0.7, 0.7])
     record, previous = PreferenceRecord("", "", ""), None
     directory.mkdir()
     with PairStoreWriter(directory) as writer:
+        rows = RowsBuilder()
         for row in range(pairs):
             lengths = np.clip(medians * np.exp(spread * rng.standard_normal(3)), 8, 2000).astype(int)
             tokens = rng.integers(0, 32000, lengths.sum(), dtype=np.int32)
@@ -59,8 +61,12 @@ def write_store(directory: Path, pairs: int, seed: int):
             elif previous is not None and row % 100 == 75:
                 pair = PairTokens(previous.prompt.copy(), pair.chosen, pair.rejected)
                 pair.prompt[4] += 1
-            writer.append(pair, 0, row + 1, record)
+            rows.append(pair, row + 1, record)
             previous = pair
+            if row % 10_000 == 9_999:  # what is written needs no memory
+                writer.extend(rows.finish(), 0)
+                rows = RowsBuilder()
+        writer.extend(rows.finish(), 0)
         report = DataReport(["generated"], rows_read=[pairs], pairs_kept=[pairs])
         writer.finish(StoreInfo("0" * 64, {}, [1], (SourceSpec("generated"),), report))
     return PairStore.open(directory)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.harness.ranks import RankPool
+from tests.harness.flags import remember_descriptions_of_flags
+from tests.harness.ranks import RankPool, start_server
 
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
     """``ranks(n)`` is a warm pool of n gloo ranks."""
+    start_server()  # here and not at the first job: a test that changes the environment would do so for all ranks
     pools: dict[int, RankPool] = {}
 
     def pool(world_size: int) -> RankPool:
@@ -22,6 +24,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
     yield pool
     for each in pools.values():
         each.close()
+
+
+def pytest_runtest_setup() -> None:
+    remember_descriptions_of_flags()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_bdpo.logprobs import OneRank
-from tests.harness.jobs import DATA, last_stage, train, whole_weights
+from tests.harness.jobs import FEW_HELD_OUT, last_stage, train, whole_weights
 from tests.harness.log_probs import PADDED_VOCABULARY, PROBLEMS, tensor_parallel_group
 from tests.harness.parity import assert_same_steps, assert_same_weights
 
@@ -93,7 +93,7 @@ JOBS = {
     "tied, TP2 SP": (2, TP2_SP, {"untie_embeddings_and_output_weights": False}),
     "tied, PP2": (2, ["--pipeline-model-parallel-size", "2"], {"untie_embeddings_and_output_weights": False}),
 }
-HELD_OUT = ["--eval-pair-data", str(DATA / "heldout.jsonl"), "--eval-interval", "2", "--log-entropy"]
+HELD_OUT = ["--eval-pair-data", str(FEW_HELD_OUT), "--eval-interval", "2", "--log-entropy"]
 
 
 @pytest.mark.parametrize("name", JOBS)

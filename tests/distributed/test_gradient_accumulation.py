@@ -16,7 +16,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from tests.harness.jobs import train, whole_weights
+from megatron_bdpo.training.callbacks.callback import Callback, Start
+from tests.harness.jobs import Outcome, Shards, assemble, copy_shards, train, whole_weights
 from tests.harness.ranks import RankFailure
 
 pytestmark = pytest.mark.skipif(
@@ -79,6 +80,22 @@ def fused(flags: list[str], *, without_apex: bool = True, **overrides: Any) -> t
     return outcome, by_main_grad
 
 
+class StartKept(Callback):
+    """Copies the weights before the first step."""
+
+    shards: Shards
+
+    def after_load(self, start: Start) -> None:
+        self.shards = copy_shards(start.model)
+
+
+def trained(flags: list[str], **overrides: Any) -> tuple[Shards, Outcome]:
+    """On a rank: train without the fusion. The weights before the first step, and the outcome."""
+    start = StartKept()
+    outcome = train(flags, callbacks=[start], **overrides)
+    return start.shards, outcome
+
+
 @pytest.mark.parametrize("kernel", ["fused", "plain"])
 @pytest.mark.parametrize(
     ("size", "flags", "untied"),
@@ -94,12 +111,12 @@ def test_weights_are_those_of_unfused_training(ranks, size, flags, untied, kerne
     """Of two steps of several microbatches. Tied embeddings get both of their gradients."""
     flags = [*flags, "--log-probs", kernel, "--no-pack-pairs"]
     shape = SGD | {"untie_embeddings_and_output_weights": untied, "train_iters": 2, "max_pairs": 16}
-    start = ranks(size)(train, flags, **(shape | {"lr": 0.0}))
-    expected = ranks(size)(train, flags, **shape)
+    starts, expected = zip(*ranks(size)(trained, flags, **shape), strict=True)
     outcomes = ranks(size)(fused, flags, **shape)
     of_last_stage = outcomes[-1][1]
     assert bool(of_last_stage) == (kernel == "fused"), "the plain kernel does without, for want of Apex"
-    before, after, found = (whole_weights(each) for each in (start, expected, [outcome for outcome, _ in outcomes]))
+    before, after = assemble(starts), whole_weights(expected)
+    found = whole_weights([outcome for outcome, _ in outcomes])
     # Of the longest step in the tensor. fp32: sums in another order. Half precision: the kernel adds its product in
     # fp32, autograd rounds it to 2^-8 of it, and weights are rounded to 2^-9 of themselves.
     allowed = 1e-5 if "--bf16" not in flags else 2e-2

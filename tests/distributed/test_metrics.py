@@ -10,10 +10,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_bdpo.cli.main import main
 from megatron_bdpo.training.reference.cache import open_scores
-from tests.harness.jobs import DATA, last_stage, scores_in, train
+from tests.harness.jobs import DATA, FEW_HELD_OUT, last_stage, scores_in, train
 from tests.harness.parity import assert_same_steps
 
-HELD_OUT = ["--eval-pair-data", str(DATA / "heldout.jsonl"), "--eval-interval", "2", "--eval-at-start"]
+HELD_OUT = ["--eval-pair-data", str(FEW_HELD_OUT), "--eval-interval", "2", "--eval-at-start"]
+TP2 = ["--tensor-model-parallel-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(ranks, tmp_path_factory):
+    return last_stage(ranks(1)(train, HELD_OUT, pair_cache_dir=str(tmp_path_factory.mktemp("one"))))
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(ranks, tmp_path_factory):
+    """Of data parallelism."""
+    return last_stage(ranks(2)(train, HELD_OUT, pair_cache_dir=str(tmp_path_factory.mktemp("two"))))
 
 
 def test_tensorboard_has_the_metrics_by_their_known_names(ranks, tmp_path):
@@ -58,7 +70,7 @@ def test_record_of_the_run(ranks, tmp_path, capsys):
     ranks(2)(train, flags, train_iters=6)
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["loss"] == "bdpo" and record["loss_options"]["bdpo_temperature"] == 0.25
-    assert record["pairs"] == {"train": 48, "heldout": 99}
+    assert record["pairs"] == {"train": 48, "heldout": 19}
     scores = open_scores(record["reference_scores"]["train"])
     imbalance = np.abs(np.diff((scores.conditional - scores.unconditional) / scores.tokens)).ravel()
     assert record["imbalance_quartiles"] == pytest.approx(np.quantile(imbalance, [0.25, 0.5, 0.75]).tolist())
@@ -86,10 +98,9 @@ def test_resumed_run_continues_the_metrics_file(ranks, tmp_path):
         assert found == expected
 
 
-def test_quartiles_of_imbalance(ranks, tmp_path):
+def test_quartiles_of_imbalance(on_one_rank, on_two_ranks):
     """Of the training pairs' own quartiles, whatever the layout; together they are the metric of all pairs."""
-    expected = last_stage(ranks(1)(train, HELD_OUT, pair_cache_dir=str(tmp_path / "1")))
-    found = last_stage(ranks(2)(train, HELD_OUT, pair_cache_dir=str(tmp_path / "2")))
+    expected, found = on_one_rank, on_two_ranks
     assert_same_steps(found.steps + found.evaluations, expected.steps + expected.evaluations)
     for record in expected.steps + expected.evaluations:
         shares = {q: record.get(f"pairs/imbalance_{q}", 0.0) for q in ("q1", "q2", "q3", "q4")}
@@ -105,12 +116,13 @@ def test_no_quartiles_where_the_imbalance_is_not_known(ranks, tmp_path, flags):
     assert not [name for name in outcome.steps[0] if "quartile" in name or "imbalance_q" in name]
 
 
-def test_evaluation_covers_all_held_out_pairs_on_every_layout(ranks, tmp_path):
-    expected = last_stage(ranks(1)(train, HELD_OUT, pair_cache_dir=str(tmp_path / "1"))).evaluations
+def test_evaluation_covers_all_held_out_pairs_on_every_layout(ranks, tmp_path, on_one_rank, on_two_ranks):
+    """Whichever pairs share a pack: on one rank all may, on two they are an odd number."""
+    expected = on_one_rank.evaluations
     assert [record["iteration"] for record in expected] == [0, 2, 3]
-    for name, flags in {"dp": [], "tp": ["--tensor-model-parallel-size", "2"]}.items():
-        found = last_stage(ranks(2)(train, [*HELD_OUT, *flags], pair_cache_dir=str(tmp_path / name))).evaluations
-        assert_same_steps(found, expected)
+    tensor = last_stage(ranks(2)(train, [*HELD_OUT, *TP2], pair_cache_dir=str(tmp_path)))
+    for found in (on_two_ranks, tensor):
+        assert_same_steps(found.evaluations, expected)
 
 
 def test_experts_are_evaluated_too(ranks, tmp_path):

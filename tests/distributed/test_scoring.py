@@ -146,7 +146,7 @@ def test_the_program(ranks, tmp_path):
     assert np.isfinite(open_scores(tmp_path / "scores" / "heldout").unconditional).all()
     for flag, value, reason in (
         ("--preference-loss", "simpo", "reads no reference: there is nothing to score"),
-        ("--reference", "resident", "a resident one has none"),
+        ("--reference", "resident", "one that is resident or in columns has none"),
     ):
         ((code, _, errors),) = ranks(1)(program, *model, *tokenizer, *data, *places, flag, value)
         assert code == 2 and reason in errors, errors

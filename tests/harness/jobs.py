@@ -18,6 +18,9 @@ from megatron_bdpo.training.reference.cache import Scores, open_scores
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 
+#: The first 19 of the example's held-out pairs: what evaluates all 99, again and again, does little else.
+FEW_HELD_OUT = Path(__file__).with_name("heldout.jsonl")
+
 #: A model small enough for hundreds of runs, yet with everything: grouped queries, RMSNorm, SwiGLU, rope, two stages.
 TINY_MODEL = {
     "num_layers": 4,

@@ -1,6 +1,7 @@
 """Real gloo ranks that stay warm between tests, and show the traceback of the rank that failed first.
 
-Starting a rank means importing torch and Megatron (6 s); a pool pays that once per world size and session.
+Starting a rank means importing torch and Megatron (6 s). A server process does that once per session (``warm.py``), and
+all ranks of all pools are forked from it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import faulthandler
 import gc
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 SHOW_STACKS = signal.SIGUSR2
 """A rank that gets it writes where its threads are to its log, and goes on."""
@@ -81,7 +84,7 @@ class RankPool:
         if self._processes and all(process.is_alive() for process in self._processes):
             return
         self.close()
-        context = multiprocessing.get_context("spawn")
+        context = start_server()
         for rank in range(self.world_size):
             here, there = context.Pipe()
             log = self.log_dir / f"rank{rank}of{self.world_size}.log"
@@ -108,6 +111,19 @@ class RankPool:
         return "\n".join([f"--- end of {log} ---", *tail])
 
 
+def start_server() -> Any:
+    """Start the process that ranks are forked from, unless it runs. Returns its ``multiprocessing`` context.
+
+    Not this process: it has threads and pytest's state. The server's environment is that of its ranks.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.harness.warm"])
+    search = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, dict.fromkeys(search)))):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -115,7 +131,7 @@ def _free_port() -> int:
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:
-    """A rank's life: import once, then run what comes through the pipe."""
+    """A rank's life: run what comes through the pipe."""
     os.setsid()
     output = log.open("w", buffering=1)
     os.dup2(output.fileno(), 1)
@@ -129,15 +145,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:
         OMP_NUM_THREADS="1",
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     )
-    import torch
+    from tests.harness import warm  # noqa: F401  # has been imported before the fork, unless that has failed
 
-    torch.set_num_threads(1)
-    from megatron_bdpo.platform.boot import prepare_platform
-
-    prepare_platform()
-    import megatron.training  # noqa: F401  # now rather than in the first job: what is imported stays, see below
-
-    gc.freeze()
     while True:
         try:
             function, args, kwargs, environment = pipe.recv()

@@ -169,14 +169,19 @@ CASES = [
 
 
 def _cover() -> set[Case]:
-    """Every layout with every loss, and with both optimizers: half of all cases. Adapters are below any loss: there
-    every layout once."""
-    optimizers, losses = itertools.cycle(OPTIMIZERS), itertools.cycle(LOSSES)
-    pairs = [(name, layout) for name, model in MODELS.items() for layout in model.layouts if name not in ADAPTERS]
-    with_adapters = [(name, layout) for name in ADAPTERS for layout in MODELS[name].layouts]
-    return {Case(*pair, loss, next(optimizers)) for pair in pairs for loss in LOSSES} | {
-        Case(*pair, next(losses), next(optimizers)) for pair in with_adapters
-    }
+    """Every layout with B-DPO, whose scores are of both kinds, and with one of the losses that need fewer of them.
+
+    One with each optimizer; from layout to layout they take turns, so that all four combinations come in each model.
+    Adapters are below any loss: there every layout comes once.
+    """
+    cases = set()
+    for name, model in MODELS.items():
+        turns = itertools.product(("dpo", "simpo"), itertools.permutations(OPTIMIZERS))
+        for layout, (other, (first, second)) in zip(model.layouts, itertools.cycle(turns), strict=False):
+            cases |= {Case(name, layout, "bdpo", first)}
+            if name not in ADAPTERS:
+                cases |= {Case(name, layout, other, second)}
+    return cases
 
 
 COVER = _cover()

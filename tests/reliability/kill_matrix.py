@@ -184,10 +184,7 @@ def _made_model(directory: Path) -> Path:
 
 def matrix(kills: int, seed: int, directory: Path) -> Tally:
     """Run the whole matrix below a directory."""
-    from megatron_bdpo.platform.boot import prepare_platform
-
-    prepare_platform()
-    import megatron_bdpo.training.run  # noqa: F401  # before the forks: this is what takes seconds
+    import tests.harness.warm  # noqa: F401  # before the forks: this is what takes seconds
 
     rng, board, model = random.Random(seed), PhaseBoard(RANKS), _made_model(directory)
     first, undisturbed = (Run(directory / name, model, board) for name in ("first", "undisturbed"))

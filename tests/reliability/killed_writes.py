@@ -109,10 +109,7 @@ def _watched_writing(record: Path, last: int | None) -> Any:
 
 def kill_at_all(directory: Path, every: int = 1) -> tuple[collections.Counter[str], list[str]]:
     """Returns the kills by rank, and what was lost."""
-    from megatron_bdpo.platform.boot import prepare_platform
-
-    prepare_platform()
-    import megatron_bdpo.training.run  # noqa: F401  # before the forks: this is what takes seconds
+    import tests.harness.warm  # noqa: F401  # before the forks: this is what takes seconds
 
     half = Job(directory / "half")
     half.directory.mkdir()

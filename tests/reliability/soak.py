@@ -171,10 +171,7 @@ def growth(rank: int, samples: Sequence[Sequence[int]], warm_up: int) -> Growth:
 
 def soak(steps: int, interval: int, directory: Path) -> list[str]:
     """Both runs. Prints the table; returns what is wrong."""
-    from megatron_bdpo.platform.boot import prepare_platform
-
-    prepare_platform()
-    import megatron_bdpo.training.run  # noqa: F401  # before the forks: this is what takes seconds
+    import tests.harness.warm  # noqa: F401  # before the forks: this is what takes seconds
 
     whole = Soak(directory / "whole", steps, interval, in_pieces=False)
     pieces = Soak(directory / "pieces", steps, interval, in_pieces=True)

@@ -18,7 +18,10 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 def run(*command: object) -> str:
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True).stdout
+    """What a benchmark prints; it has to end well."""
+    ended = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    return ended.stdout
 
 
 @pytest.mark.slow
@@ -81,16 +84,7 @@ def test_log_probs(tmp_path):
     """Every run is on record, and the variants agree: the script itself stops when they do not."""
     shape = ["--positions", "48", "--hidden", "8", "--vocab", "96", "--device", "cpu", "--repeats", "1"]
     variants = ["plain", "fused", "fused, main_grad"]
-    command = [
-        sys.executable,
-        BENCHMARKS / "logprobs.py",
-        *shape,
-        "--variants",
-        *variants,
-        "--csv",
-        tmp_path / "runs.csv",
-    ]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = run(BENCHMARKS / "logprobs.py", *shape, "--variants", *variants, "--csv", tmp_path / "runs.csv")
     for name in variants:
         assert f"| {name} |" in output
     with (tmp_path / "runs.csv").open() as file:
@@ -102,8 +96,7 @@ TINY = ["--hidden=32", "--layers=1", "--heads=4", "--groups=2", "--ffn=48", "--v
 
 def measured(script: str, flags: list[str], directory: Path) -> tuple[str, list[dict[str, str]]]:
     """What a benchmark prints, and the rows of its CSV."""
-    command = [sys.executable, BENCHMARKS / script, *TINY, *flags, "--csv", directory / "runs.csv"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = run(BENCHMARKS / script, *TINY, *flags, "--csv", directory / "runs.csv")
     with (directory / "runs.csv").open() as file:
         return output, list(csv.DictReader(file))
 
