@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -11,7 +12,9 @@ from megatron_bdpo.cli import common
 from megatron_bdpo.cli.common import POSITIVE, example, only_one
 from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.lora.config import KINDS, parse_targets
 from megatron_bdpo.planning import tables
+from megatron_bdpo.planning.adapters import Adapters
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.memory import GB, JobShape
 from megatron_bdpo.planning.model import ModelShape, Split
@@ -56,6 +59,9 @@ def _only_layouts_with(function: Any) -> Any:
     help="Prompt and both answers, on average.",
 )
 @click.option("--reference", type=click.Choice(["precomputed", "resident"]), help="(precomputed, or the recipe's)")
+@click.option("--lora-rank", type=POSITIVE, metavar="R", help="With adapters of this rank (or the recipe's).")
+@click.option("--lora-targets", metavar="NAMES", help="Projections with adapters, as --help of train has them.")
+@click.option("--lora-type", type=click.Choice(KINDS), help="(lora, or the recipe's)")
 @click.option("--precision", type=click.Choice(["bf16", "fp16", "fp32", "fp8"]), help="(bf16, or the recipe's)")
 @_only_layouts_with
 @click.option("--rows", type=POSITIVE, default=8, show_default=True, metavar="N", help="Layouts to show.")
@@ -95,13 +101,15 @@ def _questions(options: dict[str, Any]) -> list[Question]:
     else:
         model, told = _of_hf_model(options["hf_model"]), {}
     chosen = {**_DEFAULTS, **told, **{name: options[name] for name in _DEFAULTS if options[name]}}
+    adapters = _adapters(options, model, chosen.get("adapters"))
     job = JobShape(
         ranks=1,
         split=Split(layout=Layout(1, 1, 1)),
         pack_length=chosen["seq_length"],
         microbatches=1,
         precision=chosen["precision"],
-        resident=chosen["reference"] == "resident",
+        resident=chosen["reference"] == "resident" and not adapters,  # then it is the policy without them
+        adapters=adapters,
     )
     return [
         Question(
@@ -117,6 +125,18 @@ def _questions(options: dict[str, Any]) -> list[Question]:
         )
         for gpus in (*options["gpus"], *options["more_gpus"])
     ]
+
+
+def _adapters(options: dict[str, Any], model: ModelShape, recipes: Adapters | None) -> Adapters | None:
+    rank, targets, kind = options["lora_rank"], options["lora_targets"], options["lora_type"]
+    if not rank and not recipes:
+        if targets or kind:
+            raise click.UsageError("--lora-targets and --lora-type are of adapters. Add --lora-rank.")
+        return None
+    found = replace(recipes, rank=rank or recipes.rank) if recipes else Adapters(rank=rank)
+    if targets:
+        found = replace(found, targets=parse_targets(targets, gated=model.gated))
+    return replace(found, dora=kind == "dora") if kind else found
 
 
 def _of_hf_model(path_or_name: str) -> ModelShape:

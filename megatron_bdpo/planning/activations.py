@@ -19,6 +19,8 @@ an RMSNorm's input and normalised input in fp32, the SiLU of the gate and the up
 tables, 4 s d e.
 With --fp8 the inputs of matrix products are kept in one byte; they are counted in two.
 
+Beside a frozen model adapters keep the same inputs, and some more (``planning.adapters``).
+
 Recomputation. full: the layer's input only, s H e / sp, and a layer whole while it is recomputed. selective: core_attn
 keeps queries, keys and values as they come from their projection, and as they are after the rotation; mlp (moe) keeps
 its input only; layernorm drops what the norms put out.
@@ -29,9 +31,10 @@ p holds min(M, p - i). Interleaved, with v chunks: min(v M, 2 (p - i - 1) + (v -
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.planning.adapters import Adapters, Linear, attention_linears, mlp_linears
 from megatron_bdpo.planning.model import ModelShape, Split
 
 _FP32 = 4
@@ -49,6 +52,10 @@ class Recompute:
     """Of 'full': 'uniform', or 'block': only the first layers of each chunk."""
     layers: int = 1
     """Of 'full': layers recomputed from one kept input; with 'block' how many of a chunk are recomputed."""
+
+    def of_mlp(self, *, has_experts: bool) -> bool:
+        """Whether 'selective' names the MLP of a layer of this kind."""
+        return ("moe" if has_experts else "mlp") in self.modules
 
     def __str__(self) -> str:
         if self.granularity == "selective":
@@ -71,6 +78,8 @@ class Pack:
     """Layers of Transformer Engine and flash attention, or Megatron's local ones."""
     keys: float = 1.5
     """Keys attended to per position: see above."""
+    adapters: Adapters | None = None
+    """Those that are trained; None: the whole model is."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +89,14 @@ class LayerBytes:
     input: float
     """Of these, the hidden states that come in."""
     norms: float
+    norm_outputs: float
+    """Of these, what the norms put out."""
     core_attention: float
     projection: float
     mlp: float
     core_attention_input: float
     """What is kept in the place of core attention that is recomputed."""
+    has_experts: bool
 
     @property
     def total(self) -> float:
@@ -94,23 +106,52 @@ class LayerBytes:
 def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: bool) -> LayerBytes:
     """Without recomputation."""
     tensor, positions = split.layout.tensor, pack.length / split.layout.context
-    residual = positions * model.hidden * pack.bytes / (tensor if pack.sequence_parallel else 1)
+    residual = positions * model.hidden * pack.bytes / _narrow(tensor, pack)
     queries = positions * model.heads * model.head * pack.bytes / tensor
     # With fewer groups than tensor-parallel ranks, ranks share a group.
     keys_of_pack = pack.length * max(model.groups / tensor, 1) * model.head * pack.bytes
-    norm = 2 * residual
-    if model.norm_vectors == 1 and not pack.fused:
-        norm = residual * (2 * _FP32 + pack.bytes) / pack.bytes
+    qkv, projection = attention_linears(model)
+    into, _ = mlp_linears(model, model.ffn)
+    # A router reads the second norm's output too.
+    outputs = residual * (_keeps_input(qkv, pack) + (has_experts or _keeps_input(into, pack)))
     return LayerBytes(
         input=residual,
-        norms=2 * norm,
+        norms=2 * _norm(model, pack, residual) + outputs,
+        norm_outputs=outputs,
         core_attention=2 * queries + positions * model.heads * _FP32 / tensor + 2 * pack.keys * keys_of_pack,
-        projection=queries
+        projection=_keeps_input(projection, pack) * queries
         + (0 if pack.fused else 4 * positions * model.head * pack.bytes)
-        + _qk_norm(model, split, pack),
+        + _qk_norm(model, split, pack)
+        + _adapters((qkv, projection), positions, tensor, pack),
         mlp=_experts(model, split, pack) if has_experts else _mlp(model, split, pack, model.ffn),
         core_attention_input=2 * queries + 3 * keys_of_pack / split.layout.context,
+        has_experts=has_experts,
     )
+
+
+def _norm(model: ModelShape, pack: Pack, residual: float) -> float:
+    """A norm, but for its output."""
+    if model.norm_vectors == 2 or pack.fused:
+        return residual
+    # The normalised input is for the gradient of the norm's weight.
+    return residual * (1 if pack.adapters else 2) * _FP32 / pack.bytes
+
+
+def _narrow(ranks: int, pack: Pack) -> int:
+    """Ranks that share the positions where a layer is not split."""
+    return ranks if pack.sequence_parallel else 1
+
+
+def _keeps_input(linear: Linear, pack: Pack) -> bool:
+    """For the gradient of its weight, or of its adapters'."""
+    return not pack.adapters or bool(linear.adapted(pack.adapters))
+
+
+def _adapters(linears: tuple[Linear, ...], positions: float, ranks: int, pack: Pack) -> float:
+    """Of a layer's linear layers, but for their inputs."""
+    if not pack.adapters:
+        return 0.0
+    return sum(each.kept(pack.adapters, positions, pack.bytes, ranks, _narrow(ranks, pack)) for each in linears)
 
 
 def _qk_norm(model: ModelShape, split: Split, pack: Pack) -> float:
@@ -125,10 +166,12 @@ def _qk_norm(model: ModelShape, split: Split, pack: Pack) -> float:
 
 def _mlp(model: ModelShape, split: Split, pack: Pack, ffn: int) -> float:
     """But for its input, which is a norm's output."""
-    kept = 3 if model.gated else 2
+    tensor, positions = split.layout.tensor, pack.length / split.layout.context
+    into, down = mlp_linears(model, ffn)
+    kept = (2 if model.gated else 1) + _keeps_input(down, pack)
     if not pack.fused and model.gated:
         kept += 2
-    return pack.length / split.layout.context * kept * ffn * pack.bytes / split.layout.tensor
+    return positions * kept * ffn * pack.bytes / tensor + _adapters((into, down), positions, tensor, pack)
 
 
 def _experts(model: ModelShape, split: Split, pack: Pack) -> float:
@@ -138,13 +181,20 @@ def _experts(model: ModelShape, split: Split, pack: Pack) -> float:
     router's logits and probabilities.
     """
     shared = _mlp(model, split, pack, model.shared_expert_ffn) if model.shared_expert_ffn else 0.0
-    positions = pack.length / split.layout.context / (split.layout.tensor if pack.sequence_parallel else 1)
+    positions = pack.length / split.layout.context / _narrow(split.layout.tensor, pack)
     # The tensor-parallel ranks of an expert see the positions of all of them, each its part of the inner ones.
     ranks = split.expert_tensor_size()
     routed = positions * model.expert_top_k * ranks
-    inner = (3 if model.gated else 2) + (0 if pack.fused else 1 + 2 * model.gated)
-    per_position = model.hidden + inner * model.expert_ffn / ranks
-    return routed * per_position * pack.bytes + 3 * positions * model.experts * _FP32 + shared
+    into, down = mlp_linears(model, model.expert_ffn)
+    inner = (2 if model.gated else 1) + _keeps_input(down, pack) + (0 if pack.fused else 1 + 2 * model.gated)
+    per_position = _keeps_input(into, pack) * model.hidden + inner * model.expert_ffn / ranks
+    own = model.experts // split.layout.expert
+    added = 0.0
+    if pack.adapters:
+        # Megatron sums over the ranks what experts give: they have whole positions on both sides.
+        parts = (each.kept(pack.adapters, routed, pack.bytes, ranks, 1, copies=own) for each in (into, down))
+        added = sum(parts)
+    return routed * per_position * pack.bytes + 3 * positions * model.experts * _FP32 + shared + added
 
 
 # Stages --------------------------------------------------------------------------------------------------------------
@@ -159,11 +209,23 @@ def stage_bytes(
     total, recomputed = 0.0, 0.0
     for index, numbers in enumerate(chunks):
         layers = [layer_bytes(model, split, pack, has_experts=model.has_experts(number)) for number in numbers]
+        if pack.adapters and stage == index == 0 and not recompute.granularity:
+            layers[0] = _without_gradient_of_input(layers[0], model, pack)
         kept, transient = _kept(layers, recompute)
         # Microbatches run through the chunks in groups: earlier chunks are ahead of later ones.
         total += kept * (held // len(chunks) + (index < held % len(chunks)))
         recomputed = max(recomputed, transient)
     return total, recomputed
+
+
+def _without_gradient_of_input(layer: LayerBytes, model: ModelShape, pack: Pack) -> LayerBytes:
+    """The model's first layer where embeddings are frozen: nothing in front of its first adapter is kept.
+
+    Recomputed, it has that gradient: see ``model.lora.attach``.
+    """
+    behind_adapters = _keeps_input(attention_linears(model)[0], pack)
+    norms, attention = layer.norms - _norm(model, pack, layer.input), layer.core_attention
+    return replace(layer, norms=norms, core_attention=attention if behind_adapters else 0.0)
 
 
 def in_flight(split: Split, stage: int, microbatches: int) -> int:
@@ -209,10 +271,10 @@ def _kept_by_selective(layers: list[LayerBytes], recompute: Recompute) -> tuple[
         parts = []
         if "core_attn" in recompute.modules:
             parts.append(layer.core_attention - layer.core_attention_input)
-        if {"mlp", "moe"} & recompute.modules:
+        if recompute.of_mlp(has_experts=layer.has_experts):
             parts.append(layer.mlp)
         if "layernorm" in recompute.modules:
-            parts.append(layer.norms / 2)
+            parts.append(layer.norm_outputs)
         dropped += sum(parts)
         transient = max([transient, *parts])
     return sum(layer.total for layer in layers) - dropped, transient

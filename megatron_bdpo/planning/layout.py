@@ -49,6 +49,8 @@ class Divisible:
     experts: int
     expert_ffn: int
     expert_tensor: int
+    shares_groups: bool = True
+    """Tensor-parallel ranks may share a query group; beside adapters they may not."""
 
     def problems(self, layout: Layout) -> Iterator[str]:
         """Reasons why the layout cannot work."""
@@ -65,6 +67,8 @@ class Divisible:
     def _tensor_problems(self, tensor: int) -> Iterator[str]:
         if self.heads % tensor:
             yield f"{self.heads} attention heads cannot be split over {tensor} tensor-parallel ranks"
+        elif self.groups % tensor and not self.shares_groups:
+            yield f"{self.groups} query groups cannot be split over {tensor} tensor-parallel ranks, as adapters need it"
         elif self.groups % tensor and tensor % self.groups:
             yield f"{self.groups} query groups can neither be split over nor shared by {tensor} tensor-parallel ranks"
         if self.ffn % tensor:

@@ -11,6 +11,9 @@
 | working space | the largest of what exists only while a layer is computed, beyond the log-probs' part       |
 | reserve       | an assumption: CUDA context and NCCL's buffers, and a share for fragmentation               |
 
+With adapters, gradients and optimizer are theirs alone, a frozen weight is its 2 (4) bytes, and a resident reference is
+the model without them, at no cost.
+
 A GB is 10^9 bytes.
 """
 
@@ -20,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_bdpo.planning.activations import Pack, Recompute, layer_bytes, stage_bytes
+from megatron_bdpo.planning.adapters import Adapters, adapter_parameters
 from megatron_bdpo.planning.model import ModelShape, Parameters, Split, stage_parameters
 
 GB = 10**9
@@ -50,6 +54,9 @@ class JobShape:
     gradient_bytes: int = 4
     recompute: Recompute = field(default_factory=Recompute)
     resident: bool = False
+    """A second model is kept as the reference."""
+    adapters: Adapters | None = None
+    """Trained beside the frozen model; None: the whole model is trained."""
     fused_log_probs: bool = True
     kept_softmax_bytes: float = KEPT_BYTES
     """The largest softmax that the fused log-probs keep for backward."""
@@ -77,6 +84,7 @@ class JobShape:
             sequence_parallel=self.sequence_parallel,
             fused=self.fused_layers,
             keys=self.keys,
+            adapters=self.adapters,
         )
 
 
@@ -99,12 +107,11 @@ def fullest(model: ModelShape, job: JobShape) -> Memory:
 
 def stage_memory(model: ModelShape, job: JobShape, stage: int) -> Memory:
     """What each rank of a pipeline stage needs."""
-    parameters = stage_parameters(model, job.split, stage)
     is_last = stage == job.split.layout.pipeline - 1
     kept, recomputed = stage_bytes(model, job.split, job.pack(), job.recompute, stage, job.microbatches)
     log_probs = _log_probs(model, job) if is_last else 0.0
     parts = {
-        **state(parameters, job),
+        **state(model, job, stage),
         "activations": kept,
         "log-probs": log_probs,
         # The backward pass is done with the log-probs before it comes to the layers.
@@ -114,18 +121,26 @@ def stage_memory(model: ModelShape, job: JobShape, stage: int) -> Memory:
     return Memory(stage, parts)
 
 
-def state(parameters: Parameters, job: JobShape) -> dict[str, float]:
-    """Weights, gradients, optimizer and reference: what is there between steps."""
-    shared = parameters.total - parameters.experts
+def state(model: ModelShape, job: JobShape, stage: int) -> dict[str, float]:
+    """Weights, gradients, optimizer and reference of a stage's rank: what is there between steps."""
+    own, trained = stage_parameters(model, job.split, stage), trained_parameters(model, job, stage)
     moments = 8 if job.precision == "fp32" else 12
-    weights = float(parameters.total * job.weight_bytes)
-    copies = 2 * (parameters.layers + parameters.experts) if job.precision == "fp8" else 0
+    weights = float(own.total * job.weight_bytes)
+    copies = 2 * (own.layers + own.experts) if job.precision == "fp8" else 0
+    shared = trained.total - trained.experts
     return {
-        "weights": weights + copies,
-        "gradients": float(parameters.total * job.gradient_bytes),
-        "optimizer": moments * (shared / _optimizer_ranks(job) + parameters.experts / _expert_optimizer_ranks(job)),
+        "weights": weights + copies + (trained.total * job.weight_bytes if job.adapters else 0),
+        "gradients": float(trained.total * job.gradient_bytes),
+        "optimizer": moments * (shared / _optimizer_ranks(job) + trained.experts / _expert_optimizer_ranks(job)),
         "reference": weights if job.resident else 0.0,
     }
+
+
+def trained_parameters(model: ModelShape, job: JobShape, stage: int) -> Parameters:
+    """Those of a stage's rank that have gradients."""
+    if job.adapters:
+        return adapter_parameters(model, job.split, job.adapters, stage)
+    return stage_parameters(model, job.split, stage)
 
 
 def _optimizer_ranks(job: JobShape) -> int:
@@ -144,7 +159,7 @@ def _expert_optimizer_ranks(job: JobShape) -> int:
 def kept_of_output(model: ModelShape, job: JobShape) -> float:
     """What the last stage keeps beside its layers of the one microbatch that is there."""
     layer = layer_bytes(model, job.split, job.pack(), has_experts=False)
-    final_norm = layer.norms / 2 - layer.input  # of its output, the scored positions
+    final_norm = (layer.norms - layer.norm_outputs) / 2  # of its output, the scored positions
     return final_norm + _scored(job) * model.hidden * job.weight_bytes + kept_softmax(model, job)
 
 
@@ -164,7 +179,7 @@ def _log_probs(model: ModelShape, job: JobShape) -> float:
     kept, scored, tensor = kept_of_output(model, job), _scored(job), job.split.layout.tensor
     rows = model.padded_vocab(tensor) / tensor
     # Returned to autograd; where it is added to main_grad, a stand-in of its size.
-    weight_gradient = rows * model.hidden * job.weight_bytes
+    weight_gradient = 0 if job.adapters else rows * model.hidden * job.weight_bytes
     if job.fused_log_probs:
         hidden_gradient = 4 * scored * model.hidden
         chunk = min(CHUNK_BYTES, 4 * scored * rows)
@@ -175,9 +190,16 @@ def _log_probs(model: ModelShape, job: JobShape) -> float:
 
 
 def _working_space(model: ModelShape, job: JobShape) -> float:
-    """While an MLP is computed backwards: its gathered input and that input's gradient, and two inner gradients."""
+    """While an MLP is computed backwards: its gathered input and that input's gradient, and two inner gradients.
+
+    With adapters also the scaled gradient of what they add to gate and up; for DoRA with its products in fp32.
+    """
     tensor, context = job.split.layout.tensor, job.split.layout.context
     positions = job.pack_length / context
-    ffn = max(model.ffn if not model.experts else 0, model.expert_ffn * model.expert_top_k)
-    inner = (3 if model.gated else 2) * ffn / tensor
+    kinds = {*map(model.has_experts, range(model.layers))}
+    ffn = max(model.expert_ffn * model.expert_top_k if has_experts else model.ffn for has_experts in kinds)
+    into = 2 if model.gated else 1
+    inner = (into + 1) * ffn / tensor
+    if job.adapters:
+        inner += into * ffn / tensor * (1 + job.adapters.dora * 2 * 4 / job.weight_bytes)
     return positions * job.weight_bytes * (2 * model.hidden + inner)

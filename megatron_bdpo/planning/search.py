@@ -112,7 +112,8 @@ def _problems(question: Question, layout: Layout) -> Iterator[str]:
     layers = question.model.layers
     if layers % layout.pipeline and not (layers + 1) % layout.pipeline:  # with the loss as one of them
         layers += 1
-    yield from replace(divisible(question.model, question.gpus), layers=layers).problems(layout)
+    shape = divisible(question.model, question.gpus)
+    yield from replace(shape, layers=layers, shares_groups=not question.job.adapters).problems(layout)
     tensor, pipeline, context, _ = layout.sizes()
     if question.gpus_per_node % tensor:
         yield f"tensor parallelism over {tensor} GPUs would leave the node of {question.gpus_per_node}"
@@ -162,7 +163,7 @@ def _least_recompute(question: Question, split: Split) -> Answer:
 
 def _recomputations(model: ModelShape) -> list[Recompute]:
     """Ways to recompute, from none to all."""
-    modules = frozenset({"moe"} if model.experts else {"mlp"})
+    modules = frozenset("moe" if model.has_experts(layer) else "mlp" for layer in range(model.layers))
     return [Recompute(), Recompute(granularity="selective", modules=modules), Recompute(granularity="full")]
 
 

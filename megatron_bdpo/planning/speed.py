@@ -20,6 +20,11 @@ backward. k is the router's choice of experts. Recomputation does the forward pa
 the last stage log-probs do three products of N H V / tp (four where the fused ones do not keep the softmax and make the
 logits a second time), with an all-gather and a reduce-scatter of s H e.
 
+Beside a frozen model adapters do their own products, forward and twice that backward, and send u = A x, s n r e, once
+each way beside each layer. The model's products have no gradients of weights: backward is as long as forward, log-probs
+do one product less, the inputs of query-key-value and the MLP are not gathered once more, and nothing hides the
+reduce-scatters (all-reduces) of their gradients.
+
     step = M x slowest stage + (p - 1) / v x mean stage + sends + gradients and weights + optimizer
 
 Sends: s H e / tp to the next stage and back, for each microbatch and chunk. 1F1B waits for them. Interleaved ones are
@@ -38,10 +43,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_bdpo.planning.adapters import Adapters, Linear, attention_linears, dense_mlp_linears, mlp_linears
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.machine import Machine
-from megatron_bdpo.planning.memory import JobShape, kept_softmax
-from megatron_bdpo.planning.model import ModelShape, Split, stage_parameters
+from megatron_bdpo.planning.memory import JobShape, kept_softmax, trained_parameters
+from megatron_bdpo.planning.model import ModelShape, Split
 
 #: Bytes that Adam reads and writes a parameter: fp32 gradient, weight and two moments read, the last three written,
 #: bf16 weight written.
@@ -81,7 +87,7 @@ class StepTime:
     """Of all ranks."""
     gpus: int
     operations: float
-    """The model's own, of the tokens: without recomputation and padding."""
+    """Of the model and its adapters, of the tokens: without recomputation and padding."""
     peak: float
 
     @property
@@ -95,7 +101,7 @@ class StepTime:
 
     @property
     def mfu(self) -> float:
-        """Share of the GPUs' peak that goes into the model's own arithmetic."""
+        """Share of the GPUs' peak that goes into the model's own arithmetic: what training it takes, and no more."""
         return self.operations / self.seconds / self.gpus / self.peak
 
     @property
@@ -126,15 +132,26 @@ def step_time(model: ModelShape, job: JobShape, machine: Machine, tokens: float,
         "sends": _sends(model, job, machine, totals[slowest]),
         **_data_parallel(model, job, machine, slowest, forward.seconds, backward.seconds),
     }
-    per_token = operations(model, keys, job.scored_share)
+    per_token = operations(model, keys, job.scored_share, job.adapters)
     return StepTime(parts, tokens, job.ranks, tokens * per_token, machine.peaks[job.precision])
 
 
-def operations(model: ModelShape, keys: float, scored_share: float) -> float:
-    """Floating-point operations of a token, forward and backward: the usual 6 a parameter, and attention."""
+def operations(model: ModelShape, keys: float, scored_share: float, adapters: Adapters | None = None) -> float:
+    """Floating-point operations of a token, forward and backward: the usual 6 a parameter, and attention.
+
+    Beside adapters, 4 a frozen parameter: its own gradient is not computed.
+    """
     whole = Split(layout=_ALONE)
     layers = [_forward_operations(model, whole, 1, keys, model.has_experts(layer)) for layer in range(model.layers)]
-    return 3 * (sum(map(sum, layers)) + 2 * scored_share * model.hidden * model.vocab)
+    attention = sum(each[1] for each in layers)
+    products = sum(map(sum, layers)) - attention + 2 * scored_share * model.hidden * model.vocab
+    if not adapters:
+        return 3 * (products + attention)
+    added = [
+        _adapter_operations(model, whole, adapters, 1, model.has_experts(layer), sequence_parallel=False)
+        for layer in range(model.layers)
+    ]
+    return 2 * products + 3 * (attention + sum(map(sum, added)))
 
 
 # Layers --------------------------------------------------------------------------------------------------------------
@@ -159,6 +176,26 @@ def _forward_operations(
     )
 
 
+def _adapter_operations(
+    model: ModelShape, split: Split, adapters: Adapters, positions: float, has_experts: bool, *, sequence_parallel: bool
+) -> tuple[float, float]:
+    """Forward, of one layer's adapters on a rank: beside attention, and in the MLP."""
+
+    def of(linears: tuple[Linear, ...], positions: float, ranks: int, *, narrow: bool) -> float:
+        return sum(each.operations(adapters, positions, ranks, sequence_parallel=narrow) for each in linears)
+
+    tensor, within = split.layout.tensor, split.expert_tensor_size()
+    attention, mlp = attention_linears(model), dense_mlp_linears(model, has_experts=has_experts)
+    routed = 0.0
+    if has_experts:
+        own = positions / (tensor if sequence_parallel else 1) * model.expert_top_k * within
+        routed = of(mlp_linears(model, model.expert_ffn), own, within, narrow=False)
+    return (
+        of(attention, positions, tensor, narrow=sequence_parallel),
+        of(mlp, positions, tensor, narrow=sequence_parallel) + routed,
+    )
+
+
 def layer_passes(model: ModelShape, job: JobShape, machine: Machine, keys: float, *, has_experts: bool) -> list[Pass]:
     """One layer and one microbatch: forward and backward, with what the backward recomputes."""
     layout, rate = job.split.layout, machine.rate(job.precision)
@@ -167,28 +204,56 @@ def layer_passes(model: ModelShape, job: JobShape, machine: Machine, keys: float
         each / rate for each in _forward_operations(model, job.split, positions, keys, has_experts)
     )
     one = machine.collective(positions * model.hidden * job.weight_bytes, 1, layout.tensor)
-    hidden = [one - qkv, one - qkv, one - mlp, one - mlp] if job.sequence_parallel else [2 * one - qkv, 2 * one - mlp]
     context = _context(model, job, machine)
     expert = _experts(model, job, machine) if has_experts else 0.0
     products = qkv + attention + projection + mlp
     forward = Pass(products, 4 * one, context, expert)
+    if job.adapters:
+        beside, within = _adapters(model, job, machine, job.adapters, has_experts=has_experts)
+        backward = Pass(products + 1.5 * attention, 4 * one, context, expert)
+        for each in (beside, within):
+            forward, backward = forward + each, backward + Pass(2 * each.products, each.tensor)
+        mlp_again = Pass(mlp, 2 * one, 0.0, expert) + within
+        return [forward, backward + _recomputed(job, forward, attention, mlp_again, has_experts=has_experts)]
+    hidden = [one - qkv, one - qkv, one - mlp, one - mlp] if job.sequence_parallel else [2 * one - qkv, 2 * one - mlp]
     backward = Pass(
         2 * products + attention / 2,
         (2 * one if job.sequence_parallel else 0.0) + sum(max(0.0, each) for each in hidden),
         context,
         expert,
     )
-    again = _recomputed(job, forward, attention, Pass(mlp, 2 * one, 0.0, expert))
+    again = _recomputed(job, forward, attention, Pass(mlp, 2 * one, 0.0, expert), has_experts=has_experts)
     return [forward, backward + again]
 
 
-def _recomputed(job: JobShape, forward: Pass, attention: float, mlp: Pass) -> Pass:
+def _adapters(
+    model: ModelShape, job: JobShape, machine: Machine, adapters: Adapters, *, has_experts: bool
+) -> tuple[Pass, Pass]:
+    """The forward pass of one layer's adapters: of those beside attention, and of the MLP's."""
+    layout = job.split.layout
+    positions = job.pack_length / layout.context
+    products = _adapter_operations(
+        model, job.split, adapters, positions, has_experts, sequence_parallel=job.sequence_parallel
+    )
+
+    def sent(linears: tuple[Linear, ...]) -> float:
+        low = [positions * len(each.adapted(adapters)) * adapters.rank * job.weight_bytes for each in linears]
+        return sum(machine.collective(size, 1, layout.tensor) for size in low)
+
+    linears = attention_linears(model), dense_mlp_linears(model, has_experts=has_experts)
+    beside, within = (
+        Pass(each / machine.rate(_outside_fp8(job)), sent(own)) for each, own in zip(products, linears, strict=True)
+    )
+    return beside, within
+
+
+def _recomputed(job: JobShape, forward: Pass, attention: float, mlp: Pass, *, has_experts: bool) -> Pass:
     recompute = job.recompute
     if recompute.granularity == "full":
         return forward
     again = Pass()
     if recompute.granularity == "selective":
-        again += mlp if {"mlp", "moe"} & recompute.modules else Pass()
+        again += mlp if recompute.of_mlp(has_experts=has_experts) else Pass()
         again += Pass(attention) if "core_attn" in recompute.modules else Pass()
     return again
 
@@ -234,11 +299,15 @@ def log_prob_passes(model: ModelShape, job: JobShape, machine: Machine) -> tuple
     layout = job.split.layout
     positions = job.pack_length / layout.context
     rows = model.padded_vocab(layout.tensor) / layout.tensor
-    precision = "bf16" if job.precision == "fp8" else job.precision
-    product = 2 * job.scored_share * positions * model.hidden * rows / machine.rate(precision)
+    product = 2 * job.scored_share * positions * model.hidden * rows / machine.rate(_outside_fp8(job))
     one = machine.collective(positions * model.hidden * job.weight_bytes, 1, layout.tensor)
     makes_logits_again = job.fused_log_probs and not kept_softmax(model, job)
-    return Pass(product, one), Pass((3 if makes_logits_again else 2) * product, one)
+    backward = 1 + makes_logits_again + (not job.adapters)
+    return Pass(product, one), Pass(backward * product, one)
+
+
+def _outside_fp8(job: JobShape) -> str:
+    return "bf16" if job.precision == "fp8" else job.precision
 
 
 def _sends(model: ModelShape, job: JobShape, machine: Machine, stage: float) -> float:
@@ -256,7 +325,7 @@ def _data_parallel(
     model: ModelShape, job: JobShape, machine: Machine, stage: int, forward: float, backward: float
 ) -> dict[str, float]:
     """Gradients and weights beyond what the last backward and the first forward pass cover, and the optimizer."""
-    layout, parameters = job.split.layout, stage_parameters(model, job.split, stage)
+    layout, parameters = job.split.layout, trained_parameters(model, job, stage)
     shared, replicas = parameters.total - parameters.experts, job.data_parallel * layout.context
     own = layout.expert * job.split.expert_tensor_size()
     expert_replicas = job.ranks // (own * layout.pipeline)

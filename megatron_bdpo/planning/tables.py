@@ -97,15 +97,19 @@ def flags(each: Answer) -> str:
         words.append("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
     elif recompute.granularity:
         words.append(f"--recompute-granularity selective --recompute-modules {' '.join(sorted(recompute.modules))}")
+    if each.job.adapters:
+        words.append(each.job.adapters.flags())
     return " ".join(words)
 
 
 def _heading(question: Question) -> str:
     job = question.job
+    reference = "resident" if job.resident else "precomputed"
+    trained = f"{job.adapters}, reference the model without it" if job.adapters else f"reference {reference}"
     return (
         f"{question.gpus} GPUs of {question.gpu_memory / GB:g} GB, {question.gpus_per_node} a node; packs of "
         f"{question.seq_length}, {question.pairs_per_step} pairs a step of {question.tokens_per_pair:g} tokens; "
-        f"{job.precision}, reference {'resident' if job.resident else 'precomputed'}"
+        f"{job.precision}, {trained}"
     )
 
 

@@ -141,12 +141,16 @@ def _as_reported(settings: Settings) -> str:
     is_parallel = settings.layout.sequence_parallel and settings.memory.recompute_granularity == "selective"
     formula = "its formula for selective recomputation" if is_parallel else "its formula without sequence parallelism"
     without = ", and without context parallelism" if settings.layout.context > 1 else ""
-    return f" ({formula}{without})"
+    trained = ", and for training all weights: it knows no adapters" if settings.lora.is_wanted else ""
+    return f" ({formula}{without}{trained})"
 
 
 @dataclass(frozen=True)
 class Work:
     """Arithmetic that a run does, by Megatron's own count: products of matrices, without recomputation.
+
+    Beside adapters a third of it is left out, but for attention: the gradients of frozen weights. The adapters' own
+    products are not counted.
 
     Attributes:
         tokens: positions that hold a token, over all steps; ``positions`` with the padding.
@@ -169,14 +173,17 @@ class Work:
         positions = plan.positions.sum() / len(plan.steps)
         attention = causal_squares(job.pool.lengths, share_prompts=job.share_prompts)
         squares = float(attention[plan.steps].sum() / len(plan.steps))
-        step = float(num_floating_point_operations(arguments.megatron, plan.packs_per_step, squares, positions))
+        whole = _operations(arguments, plan.packs_per_step, squares, positions)
+        # Without squares of lengths there is no attention, whose backward pass has no weights.
+        layers = _operations(arguments, plan.packs_per_step, 0.0, positions)
+        step = whole - layers / 3 if arguments.settings.lora.is_wanted else whole
         needs = job.loss.requirements
         passes = int(needs.reference or needs.comprehension) + int(needs.comprehension)
         scored = len(job.train.ids) + len(job.held_out.ids)
         if job.resident:
             scored = len(plan.steps) * plan.steps.shape[1]
-        # A forward pass is a third of a step's arithmetic; answers without their prompts are shorter than pairs.
-        scoring = passes * scored / plan.steps.shape[1] * step / 3
+        # A forward pass is a third of all this; answers without their prompts are shorter than pairs.
+        scoring = passes * scored / plan.steps.shape[1] * whole / 3
         steps = len(plan.steps)
         layout = arguments.settings.layout
         waits = (layout.pipeline - 1) / layout.chunks
@@ -199,12 +206,17 @@ class Work:
             f"{self.training / 1e15:,.1f} PFLOP of training, at most {self.scoring / 1e15:,.1f} of scoring references"
         )
         time = f"{_duration(training)} of training, at most {_duration(scoring)} of scoring"
+        without = ", the adapters' own products" if settings.lora.is_wanted else ""
         return [
             f"  steps: {self.steps:,}, with {self.tokens:,} tokens in {self.positions:,} positions",
-            f"  arithmetic: {work}; recomputation and evaluations not counted",
+            f"  arithmetic: {work}; recomputation{without} and evaluations not counted",
             f"  time: {time}. Assumed, not measured:",
             f"    a GPU does {utilisation:.0%} of {peak:g} TFLOP/s (--assumed-mfu, --gpu-tflops){waiting}",
         ]
+
+
+def _operations(arguments: Arguments, packs: int, squares: float, positions: float) -> float:
+    return float(num_floating_point_operations(arguments.megatron, packs, squares, positions))
 
 
 def _duration(seconds: float) -> str:

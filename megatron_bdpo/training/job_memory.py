@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.directory import model_directory
+from megatron_bdpo.model.lora.config import LoraConfig
 from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.planning.activations import Recompute
+from megatron_bdpo.planning.adapters import Adapters
 from megatron_bdpo.planning.memory import KEPT_BYTES, JobShape
 from megatron_bdpo.planning.model import ModelShape, Split
+from megatron_bdpo.training.adapters import lora_config
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.hf.start import architecture_of
 from megatron_bdpo.training.job import PairJob
@@ -52,6 +56,7 @@ def job_shape(settings: Settings, job: PairJob) -> JobShape:
     prompts, *answers = job.pool.lengths[job.train.ids].sum(axis=0, dtype=np.int64)
     tokens = int(prompts + sum(answers))
     fill, kept = job.plan.fill, settings.log_probs.kept_bytes
+    lora = lora_config(settings)
     return JobShape(
         ranks=layout.ranks,
         split=Split(
@@ -69,7 +74,9 @@ def job_shape(settings: Settings, job: PairJob) -> JobShape:
         distributed_optimizer=memory.use_distributed_optimizer,
         gradient_bytes=4 if memory.fp32_gradients or settings.precision.dtype == torch.float32 else 2,
         recompute=_recompute(memory),
-        resident=job.resident,
+        # Beside adapters it is the policy without them, unless it has weights of its own.
+        resident=job.resident and (not lora or bool(settings.reference.reference_model)),
+        adapters=adapters_shape(lora),
         fused_log_probs=settings.log_probs.log_probs == "fused",
         kept_softmax_bytes=KEPT_BYTES if kept is None else kept,
         # Without a GPU local layers are chosen for the user; the job is to run on one.
@@ -77,6 +84,13 @@ def job_shape(settings: Settings, job: PairJob) -> JobShape:
         keys=fill * ((3 * prompts + sum(answers)) / tokens if job.share_prompts else 1.0),
         scored_share=fill * sum(answers) / (tokens if job.share_prompts else tokens + int(prompts)),
     )
+
+
+def adapters_shape(lora: LoraConfig | None) -> Adapters | None:
+    """What of adapters memory depends on."""
+    if lora is None:
+        return None
+    return Adapters(rank=lora.rank, targets=lora.targets, dora=lora.kind == "dora", dropout=bool(lora.dropout))
 
 
 def _precision(precision: Precision) -> str:
@@ -105,17 +119,24 @@ def of_recipe(recipes: Sequence[str]) -> tuple[ModelShape, dict[str, Any]]:
     # A plan needs no data and writes nothing: the recipe's variables for these need not be set.
     arguments = Arguments.parse([*words, "--pair-data", "", "--save", "", "--load", ""])
     settings = arguments.settings
-    told = {
+    told: dict[str, Any] = {
         "seq_length": settings.schedule.seq_length,
         "pairs_per_step": settings.steps.pairs_per_step,
         "reference": settings.reference.reference,
         "precision": _precision(settings.precision),
     }
-    told = {name: value for name, value in told.items() if value}
+    model = _model_of(arguments)
+    gated = replace(settings.architecture, gated=model.gated)  # an --hf-model's, which is not among the arguments yet
+    told["adapters"] = adapters_shape(lora_config(replace(settings, architecture=gated)))
+    return model, {name: value for name, value in told.items() if value}
+
+
+def _model_of(arguments: Arguments) -> ModelShape:
+    settings = arguments.settings
     if settings.model.hf_model:
         architecture = architecture_of(model_directory(settings.model.hf_model, weights=False))
-        return ModelShape.from_arguments(architecture.arguments, architecture.weights.sizes.vocab), told
+        return ModelShape.from_arguments(architecture.arguments, architecture.weights.sizes.vocab)
     if not settings.architecture.layers or not settings.tokenizer.type:
         raise UserError("the recipe names neither an --hf-model nor a model's flags and its tokenizer.")
     vocab = settings.architecture.vocab_size or int(build_tokenizer(arguments).vocab_size)
-    return ModelShape.from_arguments(vars(arguments.megatron), vocab), told
+    return ModelShape.from_arguments(vars(arguments.megatron), vocab)

@@ -220,13 +220,24 @@ def test_outside_slurm_the_way_out_is_said():
     assert "submit this with sbatch" in done.stderr
 
 
-@pytest.mark.parametrize(("script", "more"), [("bdpo_70b.sh", {}), ("bdpo_8b.sh", {"SBATCH_NODES": "8"})])
-def test_dry_run_of_the_70b_job(tmp_path, script, more):
-    """64 ranks, with the real configuration of the model and a tokenizer of ours; the recipe is the site's."""
+EIGHT_NODES = ("4 tensor x 4 pipeline x 5 virtual stages x 2 context x 2 data", "64 ranks, 8 nodes of 8")
+ONE_NODE = ("4 tensor x 2 pipeline x 8 virtual stages", "8 ranks, 1 nodes of 8")
+
+
+@pytest.mark.parametrize(
+    ("script", "recipe", "more", "expected"),
+    [
+        ("bdpo_70b.sh", "llama3_70b.yaml", {}, EIGHT_NODES),
+        ("bdpo_8b.sh", "llama3_70b.yaml", {"SBATCH_NODES": "8"}, EIGHT_NODES),
+        ("bdpo_70b_lora.sh", "llama3_70b_lora.yaml", {}, ONE_NODE),
+    ],
+)
+def test_dry_run_of_the_70b_job(tmp_path, script, recipe, more, expected):
+    """With the real configuration of the model and a tokenizer of ours; the recipe is the site's."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA_70B))
     data = ROOT / "examples" / "data"
-    site = {"RECIPE": ROOT / "recipes" / "llama3_70b.yaml", "HF_MODEL": tmp_path / "model", "RUN_DIR": "/not/this/one"}
+    site = {"RECIPE": ROOT / "recipes" / recipe, "HF_MODEL": tmp_path / "model", "RUN_DIR": "/not/this/one"}
     lines = [f"export {name}=${{{name}:-{shlex.quote(str(value))}}}\n" for name, value in site.items()]
     (tmp_path / "site.sh").write_text("".join(lines))
     settings = {
@@ -242,6 +253,7 @@ def test_dry_run_of_the_70b_job(tmp_path, script, more):
         env=os.environ | settings | more, cwd=tmp_path, text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "layout: 4 tensor x 4 pipeline x 5 virtual stages x 2 context x 2 data\n" in done.stdout
-    assert "dry run of 64 ranks, 8 nodes of 8\n" in done.stdout
+    expected_layout, expected_cluster = expected
+    assert f"layout: {expected_layout}\n" in done.stdout
+    assert f"dry run of {expected_cluster}\n" in done.stdout
     assert f"kept in: {tmp_path / 'run'}," in done.stdout, "the environment wins over the site"

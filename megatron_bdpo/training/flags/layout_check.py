@@ -51,4 +51,5 @@ def divisible(settings: Settings) -> Divisible:
         experts=model.experts or 0,
         expert_ffn=model.expert_ffn or ffn,
         expert_tensor=layout.expert_tensor or 0,
+        shares_groups=not settings.lora.is_wanted,
     )

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 
 from megatron_bdpo.display import Facts
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.planning.adapters import adapter_parameters
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.memory import GB, fullest
 from megatron_bdpo.planning.model import Split, stage_parameters
+from megatron_bdpo.training.adapters import lora_config
 from megatron_bdpo.training.flags import fused_layers, precision_check
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.job import PairJob
-from megatron_bdpo.training.job_memory import job_shape, model_shape
+from megatron_bdpo.training.job_memory import adapters_shape, job_shape, model_shape
 from megatron_bdpo.training.megatron_settings import LayoutSettings
 from megatron_bdpo.training.settings import Settings
 
@@ -20,7 +22,8 @@ from megatron_bdpo.training.settings import Settings
 def summarize(arguments: Arguments, job: PairJob) -> Facts:
     """All of it, of validated arguments; the same for a run and for its dry run."""
     settings = arguments.settings
-    lines = [f"model: {_model(arguments)}", f"layout: {layout(settings.layout)}", *job.describe()]
+    lines = [f"model: {_model(arguments)}", *_adapters(arguments)]
+    lines += [f"layout: {layout(settings.layout)}", *job.describe()]
     lines += [*precision_check.describe(settings), *fused_layers.describe(settings)]
     lines += [*memory(arguments, job), *_places(settings)]
     return Facts.of(lines)
@@ -32,11 +35,27 @@ def _model(arguments: Arguments) -> str:
     except UserError:  # of a kind whose parameters are not counted
         architecture = arguments.settings.architecture
         return f"{architecture.layers} layers of {architecture.hidden}"
-    count = stage_parameters(shape, Split(layout=Layout(1, 1, 1)), 0).total
-    written = next(f"{count / unit:.3g} {name}" for unit, name in _UNITS if count >= unit)
-    return (
-        f"{shape.layers} layers of {shape.hidden}, {shape.heads} heads, vocabulary {shape.vocab}; {written} parameters"
-    )
+    count = _rounded(stage_parameters(shape, _ALONE, 0).total)
+    return f"{shape.layers} layers of {shape.hidden}, {shape.heads} heads, vocabulary {shape.vocab}; {count} parameters"
+
+
+def _adapters(arguments: Arguments) -> Iterator[str]:
+    adapters = adapters_shape(lora_config(arguments.settings))
+    if not adapters:
+        return
+    try:
+        count = _rounded(adapter_parameters(model_shape(arguments), _ALONE, adapters, 0).total)
+    except UserError:  # as above
+        yield f"trained: {adapters}; the model is frozen"
+        return
+    yield f"trained: {adapters}, {count} parameters; the model is frozen"
+
+
+def _rounded(count: int) -> str:
+    return next(f"{count / unit:.3g} {name}" for unit, name in _UNITS if count >= unit).rstrip()
+
+
+_ALONE = Split(layout=Layout(1, 1, 1))
 
 
 _UNITS = ((10**9, "billion"), (10**6, "million"), (10**3, "thousand"), (1, ""))

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_bdpo.planning.activations import Recompute, stage_bytes
+from megatron_bdpo.planning.adapters import Adapters
 from megatron_bdpo.planning.layout import Layout
-from megatron_bdpo.planning.memory import JobShape, kept_of_output, state
+from megatron_bdpo.planning.memory import JobShape, kept_of_output, state, trained_parameters
 from megatron_bdpo.planning.model import ModelShape, Split, stage_parameters
 from tests.harness.jobs import TINY_MODEL
 from tests.harness.memory import Held, count
@@ -55,6 +56,7 @@ class Case:
     split: Split = field(default_factory=lambda: Split(layout=Layout(1, 1, 1)))
     recompute: Recompute = field(default_factory=Recompute)
     model: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Adapters | None = None
 
     def command_line(self) -> list[str]:
         """All flags of the job."""
@@ -69,6 +71,8 @@ class Case:
             words.append(f"--recompute-modules {' '.join(recompute.modules)}")
         if recompute.granularity == "full":
             words.append(f"--recompute-method {recompute.method} --recompute-num-layers {recompute.layers}")
+        if self.adapters:
+            words.append(self.adapters.flags())
         return " ".join(words).split()
 
     def shapes(self, held: Held) -> tuple[ModelShape, JobShape]:
@@ -83,6 +87,7 @@ class Case:
             sequence_parallel=SP in self.flags,
             distributed_optimizer=DISTRIBUTED in self.flags,
             recompute=self.recompute,
+            adapters=self.adapters,
             fused_layers=False,
             keys=held.keys,
             scored_share=held.scored / held.pack_length * self.split.layout.context,
@@ -118,6 +123,30 @@ CASES = {
     "TP2 SP PP2, experts": Case(ranks=4, split=Split(layout=Layout(2, 2, 1)), flags=SP, model=EXPERTS),
 }
 
+LORA = Adapters(rank=6)
+DORA = Adapters(rank=6, dora=True)
+SOME = Adapters(rank=6, targets=("q_proj", "v_proj", "up_proj"))
+OVERLAPPED = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather"
+
+#: Jobs with adapters.
+CASES |= {
+    "LoRA": Case(adapters=LORA),
+    "LoRA of some, bf16": Case(flags="--bf16", adapters=SOME),
+    "LoRA of the others": Case(adapters=Adapters(rank=6, targets=("o_proj", "down_proj"))),
+    "LoRA, full recompute": Case(recompute=FULL, adapters=LORA),
+    "DoRA, mlp recomputed, experts": Case(recompute=selective("moe"), model=EXPERTS, adapters=DORA),
+    "LoRA, DP2, bf16, distributed optimizer": Case(ranks=2, flags=f"--bf16 {OVERLAPPED}", adapters=LORA),
+    "DoRA, TP2, biases, LayerNorm": Case(ranks=2, split=Split(layout=Layout(2, 1, 1)), model=GPT2, adapters=DORA),
+    "LoRA, PP2 VPP2": Case(ranks=2, split=Split(layout=Layout(1, 2, 1), chunks=2), adapters=LORA),
+    "LoRA, EP2, distributed optimizer": Case(
+        ranks=2, split=Split(layout=Layout(1, 1, 1, 2)), flags=DISTRIBUTED, model=EXPERTS, adapters=LORA
+    ),
+    "DoRA, TP2 SP PP2": Case(ranks=4, split=Split(layout=Layout(2, 2, 1)), flags=SP, adapters=DORA),
+    "LoRA, TP2 SP EP2, experts": Case(
+        ranks=4, split=Split(layout=Layout(2, 1, 1, 2)), flags=f"{SP} {DISTRIBUTED}", model=EXPERTS, adapters=LORA
+    ),
+}
+
 #: One step of eight pairs in four packs: more than any stage here holds. SimPO needs no reference.
 JOB = {"max_pairs": 8, "pairs_per_step": 8, "train_iters": 1, "preference_loss": "simpo"}
 
@@ -140,16 +169,16 @@ def test_parameters_are_exact(counted):
     case, ranks_held = counted
     for stage, held in by_stage(case, ranks_held):
         model, job = case.shapes(held)
-        expected = stage_parameters(model, job.split, stage)
-        assert held.parameters == expected.total
-        assert held.weights == state(expected, job)["weights"]
+        frozen = stage_parameters(model, job.split, stage).total if case.adapters else 0
+        assert held.parameters == frozen + trained_parameters(model, job, stage).total
+        assert held.weights == state(model, job, stage)["weights"]
 
 
 def test_gradients_are_exact_but_for_the_padding_of_buckets(counted):
     case, ranks_held = counted
     for stage, held in by_stage(case, ranks_held):
         model, job = case.shapes(held)
-        expected = state(stage_parameters(model, job.split, stage), job)["gradients"]
+        expected = state(model, job, stage)["gradients"]
         # The distributed optimizer starts each tensor at a multiple of 64 elements, and ends a bucket at one of 128 for
         # each data-parallel rank.
         padding = 4 * (64 * held.parameter_tensors + 2 * 128 * case.ranks) if job.distributed_optimizer else 0
@@ -161,7 +190,7 @@ def test_the_optimizers_state_is_exact(counted):
     stages: dict[int, list[tuple[float, float]]] = {}
     for stage, held in by_stage(case, ranks_held):
         model, job = case.shapes(held)
-        expected = state(stage_parameters(model, job.split, stage), job)["optimizer"]
+        expected = state(model, job, stage)["optimizer"]
         stages.setdefault(stage, []).append((held.optimizer, expected))
     for values in stages.values():
         # Ranks cut their buffer into equal parts, of which the last one may hold padding: exact over all of them.

@@ -150,14 +150,6 @@ def test_experts_are_divided_by_expert_parallelism():
 # The program
 
 
-@pytest.fixture
-def config(tmp_path):
-    from tests.unit.training.test_dry_run import LLAMA_8B as content
-
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    return str(tmp_path)
-
-
 def test_the_program(config, capsys):
     assert main(["plan", "--hf-model", config, "--gpus", "8", "--rows", "3"]) == 0
     text = capsys.readouterr().out
@@ -187,11 +179,17 @@ def test_a_recipe(ranks, tmp_path):
     assert ranks(1)(recipes_plan, str(RECIPES / "tiny.yaml")) == [0]
 
 
-@pytest.mark.parametrize(("model", "gpus"), [("LLAMA_70B", ["32", "64", "128"]), ("LLAMA_8B", ["8"])])
-@pytest.mark.parametrize("document", ["slurm/README.md"])
-def test_tables_in_documents_are_what_the_program_prints(document, model, gpus, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("document", "model", "flags"),
+    [
+        ("slurm/README.md", "LLAMA_70B", ["--gpus", "32", "64", "128", "--rows", "3"]),
+        ("slurm/README.md", "LLAMA_8B", ["--gpus", "8", "--rows", "3"]),
+        ("docs/layouts.md", "LLAMA_70B", ["--gpus", "8", "--lora-rank", "16", "--rows", "7"]),
+    ],
+)
+def test_tables_in_documents_are_what_the_program_prints(document, model, flags, tmp_path, capsys):
     from tests.unit.training import test_dry_run
 
     (tmp_path / "config.json").write_text(json.dumps(getattr(test_dry_run, model)))
-    assert main(["plan", "--hf-model", str(tmp_path), "--gpus", *gpus, "--markdown", "--rows", "3"]) == 0
+    assert main(["plan", "--hf-model", str(tmp_path), "--markdown", *flags]) == 0
     assert capsys.readouterr().out in (test_dry_run.ROOT / document).read_text("utf-8")

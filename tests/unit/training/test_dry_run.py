@@ -128,6 +128,7 @@ def dry_run(ranks, tmp_path):
     ("recipe", "config", "world_size", "expected_layout"),
     [
         ("llama3_70b.yaml", LLAMA_70B, 64, "4 tensor x 4 pipeline x 5 virtual stages x 2 context x 2 data"),
+        ("llama3_70b_lora.yaml", LLAMA_70B, 8, "4 tensor x 2 pipeline x 8 virtual stages"),
         ("llama3_8b.yaml", LLAMA_8B, 8, "2 tensor x 4 data"),
         ("qwen2_7b.yaml", QWEN2_7B, 8, "2 tensor x 4 data"),
         ("tiny.yaml", None, 1, "one rank"),
@@ -171,6 +172,34 @@ def test_memory_of_the_fullest_gpu(dry_run):
     assert "Megatron's report: weights, gradients and optimizer 27.3" in printed
     refused = dry_run("llama3_70b.yaml", "--dry-run", "64", "--gpu-memory", "24", config=LLAMA_70B)
     assert "this job does not fit --gpu-memory 24 (GB)" in refused.rpartition("ended: ")[2]
+
+
+def test_adapters_need_no_more_than_their_own(dry_run):
+    """Gradients and optimizer are theirs, a resident reference is none, and frozen weights have no gradients to
+    compute."""
+    flags = ["--dry-run", "8", "--gpu-memory", "80", "--reference", "resident"]
+    printed = dry_run("llama3_70b_lora.yaml", *flags, config=LLAMA_70B)
+    assert printed.endswith("ended: 0")
+    assert "trained: LoRA of rank 16, 207 million parameters; the model is frozen" in printed
+    assert "weights 17.7, gradients 0.2, optimizer 0.6, activations " in printed
+    assert "for training all weights: it knows no adapters" in printed
+    whole = ["--recipe", "{lora-rank: null, lora-alpha: null}"]
+    refused = dry_run("llama3_70b_lora.yaml", *flags, *whole, config=LLAMA_70B)
+    assert "this job does not fit --gpu-memory 80 (GB)" in refused.rpartition("ended: ")[2]
+    flags = ["--dry-run", "8", "--reference", "resident", *whole]
+    printed_of_whole = dry_run("llama3_70b_lora.yaml", *flags, config=LLAMA_70B)
+    assert "weights 17.6, gradients 35.3, optimizer 105.9, reference 17.6" in printed_of_whole
+    assert "knows no adapters" not in printed_of_whole
+    # A little more than two thirds: attention has no weights.
+    assert 2 / 3 < petaflops(printed)[0] / petaflops(printed_of_whole)[0] < 0.68
+    assert petaflops(printed)[1] == petaflops(printed_of_whole)[1]
+
+
+def petaflops(printed: str) -> tuple[float, float]:
+    """Of training and of scoring."""
+    found = re.search(r"arithmetic: ([\d.]+) PFLOP of training, at most ([\d.]+) of scoring", printed)
+    assert found
+    return float(found[1]), float(found[2])
 
 
 @pytest.mark.parametrize(

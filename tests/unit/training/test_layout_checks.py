@@ -17,6 +17,10 @@ REFUSED = {
     ("ranks", f"{TP} 2", 3): ("3 ranks cannot be split into model replicas of 2", "data parallelism alone"),
     ("heads", f"{TP} 8", 8): ("4 attention heads cannot be split over 8", f"{TP} 4"),
     ("groups", f"{TP} 2 --num-query-groups 3 --num-attention-heads 6", 2): ("3 query groups can neither", None),
+    ("groups beside adapters", f"{TP} 4 --lora-rank 2", 4): (
+        "2 query groups cannot be split over 4 tensor-parallel ranks, as adapters need it",
+        f"{TP} 2",
+    ),
     ("MLP", f"{TP} 4 --ffn-hidden-size 66", 4): ("an MLP of 66 cannot be split over 4", f"{TP} 2"),
     ("layers", f"{PP} 3", 3): ("4 layers cannot be split evenly over 3 pipeline stages", "data parallelism alone"),
     ("layers, more ranks", f"{PP} 3", 12): ("4 layers cannot be split evenly over 3 pipeline stages", f"{PP} 4"),
