@@ -89,9 +89,14 @@ def rate(shape: dict[str, int], lengths: Any, figures: rounds.Record, *, share: 
 
 
 def run_trl(
-    directory: Path, steps: list[Any], warm_up: int, device: str, dtype: str, batch: int | None = None, **settings: Any
-) -> tuple[rounds.Record, Any]:
-    """Train in TRL on the steps' pairs, which are given as tokens. Returns figures, and the timed steps' lengths."""
+    directory: Path, steps: list[Any], warm_up: int, device: str, dtype: str, batch: int | None = None,
+    adapter: Path | None = None, **settings: Any,
+) -> tuple[rounds.Record, Any]:  # fmt: skip
+    """Train in TRL on the steps' pairs, which are given as tokens. Returns figures, and the timed steps' lengths.
+
+    Args:
+        adapter: train these adapters of PEFT's, and not the whole model.
+    """
     import transformers
     import trl
     from datasets import Dataset
@@ -122,7 +127,7 @@ def run_trl(
     with tempfile.TemporaryDirectory() as work:
         start = Instant.now()
         trainer = InOrder(
-            transformers.AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32),
+            loaded(directory / "model", adapter),
             args=trl.DPOConfig(
                 **settings,
                 beta=0.1,
@@ -163,6 +168,18 @@ def run_trl(
         "losses": np.mean(np.reshape(values, (len(steps), -1)), axis=1).tolist(),
     }
     return figures, lengths[warm_up:]
+
+
+def loaded(model: Path, adapter: Path | None) -> Any:
+    """The policy that TRL trains."""
+    import transformers
+
+    found = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter is None:
+        return found
+    import peft
+
+    return peft.PeftModel.from_pretrained(found, adapter, is_trainable=True)
 
 
 def as_texts(pair: list[list[int]]) -> dict[str, str]:

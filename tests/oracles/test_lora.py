@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_bdpo.data.store import PairStore
 from tests.harness.jobs import last_stage, train
 from tests.harness.lora import load_adapter, make_adapter, step_of_dpo, tensors_of
-from tests.harness.tiny_models import make_model
+from tests.harness.tiny_models import load_model, make_model
 
 pytest.importorskip("peft", reason="the oracle is PEFT")
 
@@ -29,12 +31,14 @@ SGD = {
 }
 TP2, SP = ["--tensor-model-parallel-size", "2"], ["--sequence-parallel"]
 PP2, CP2 = ["--pipeline-model-parallel-size", "2"], ["--context-parallel-size", "2"]
+EP2 = ["--expert-model-parallel-size", "2"]
 LAYOUTS = {
     "1 rank": (1, []),
     "TP2": (2, TP2),
     "TP2 SP": (2, [*TP2, *SP]),
     "PP2": (2, PP2),
     "CP2": (2, CP2),
+    "EP2": (2, EP2),
     "TP2 SP PP2": (4, [*TP2, *SP, *PP2]),
     "recomputed": (
         1,
@@ -48,9 +52,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
 }
 CASES = [
-    *(("llama", "LoRA", layout) for layout in LAYOUTS),
+    *(("llama", "LoRA", layout) for layout in LAYOUTS if layout != "EP2"),
     ("llama", "rsLoRA", "1 rank"),
-    *(("qwen2", "DoRA", layout) for layout in LAYOUTS),
+    *(("qwen2", "DoRA", layout) for layout in LAYOUTS if layout not in ("EP2", "TP2", "PP2")),
 ]
 
 
@@ -67,13 +71,15 @@ def test_a_step_is_pefts(ranks, tmp_path, name, kind, layout):
     compare(found, tmp_path / "expected", start)
 
 
-def one_step(ranks, tmp_path: Path, base: Path, start: Path, layout: str) -> tuple[Path, float]:
+def one_step(
+    ranks, tmp_path: Path, base: Path, start: Path, layout: str, more: Sequence[str] = ()
+) -> tuple[Path, float]:
     """The adapters after a step, as they are exported, and the step's loss."""
     world_size, flags = LAYOUTS[layout]
     saved = tmp_path / "saved"
     outcomes = ranks(world_size)(
         train,
-        ["--hf-model", str(base), "--lora-start", str(start), "--save-hf", str(saved), *flags],
+        ["--hf-model", str(base), "--lora-start", str(start), "--save-hf", str(saved), *flags, *more],
         pair_cache_dir=str(tmp_path / "cache"),
         **SGD,
     )
@@ -87,3 +93,23 @@ def compare(found: Path, expected: Path, start: Path) -> None:
         assert own[name].shape == tensor.shape, name
         assert (own[name] - tensor).abs().max() <= 1e-5, name
         assert (tensor - before[name]).abs().max() > 2e-5, f"{name}: a step that would not be missed compares nothing"
+
+
+def test_experts_are_those_of_peft(ranks, tmp_path):
+    """PEFT puts an adapter for each expert and projection beside the experts that transformers stacks."""
+    base, start = make_model("mixtral", tmp_path), tmp_path / "start"
+    made = ["--hf-model", str(base), "--lora-rank", "4", "--save-hf", str(start), *EP2]
+    ranks(2)(train, made, pair_cache_dir=str(tmp_path / "cache"), **SGD | {"optimizer": "adam", "lr": 0.02})
+    assert any("experts.3.w2.lora_B" in name and tensor.any() for name, tensor in tensors_of(start).items())
+    saved = ["--save-hf-merged", str(tmp_path / "merged")]
+    _, loss = one_step(ranks, tmp_path, base, start, "EP2", saved)
+    model = load_adapter(base, start)
+    (meta,) = (tmp_path / "cache").glob("*/meta.json")
+    expected_loss = step_of_dpo(model, PairStore.open(meta.parent), beta=BETA, lr=0.0)
+    assert expected_loss < 0.69
+    assert loss == pytest.approx(expected_loss, abs=1e-6)
+    tokens = torch.arange(3, 90)[None]
+    with torch.no_grad():
+        expected = load_adapter(base, tmp_path / "saved")(input_ids=tokens).logits
+        merged = load_model(tmp_path / "merged")(input_ids=tokens).logits
+    assert (merged - expected).abs().max() <= 1e-5

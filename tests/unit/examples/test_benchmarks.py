@@ -115,6 +115,18 @@ def test_vs_trl(tmp_path):
 
 
 @pytest.mark.slow
+def test_lora(tmp_path):
+    """From the same adapters, ours and TRL's take the same steps."""
+    pytest.importorskip("peft")
+    pytest.importorskip("trl")
+    _, rows = measured("lora.py", ["--pairs-per-step=4", "--steps=3", "--warm-up=1", "--rank=4"], tmp_path)
+    losses = {row["contender"]: json.loads(row["losses"]) for row in rows}
+    assert losses["trl, LoRA"] == pytest.approx(losses["ours, LoRA"], abs=1e-5)
+    assert losses["ours, LoRA"] != pytest.approx(losses["ours"], abs=1e-5)
+    assert len(set(losses["ours, LoRA"])) == 3, "losses that do not move compare nothing"
+
+
+@pytest.mark.slow
 def test_sharing(tmp_path):
     """Sharing saves the tokens that it should, and what is promised lies above 1."""
     output, rows = measured("sharing.py", ["--shares=50", "--length=32", "--pairs-per-step=4", "--steps=3"], tmp_path)
