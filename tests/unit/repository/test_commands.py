@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.documents import ROOT, Command, commands
+from tests.harness.lora import make_adapter
 from tests.unit.cli.test_cli import run
 from tests.unit.repository.test_docs import known_flags
 from tests.unit.training.test_dry_run import LLAMA_8B, LLAMA_70B, QWEN2_7B, SMOLLM2_135M
@@ -124,6 +125,7 @@ def make_files(directory: Path, chat_template: str) -> None:
         capture_output=True,
     )
     (directory / "ORIGINAL").symlink_to("MODEL")
+    make_adapter(directory / "MODEL", directory / "PEFT_ADAPTERS")
     write_rows(directory / "pairs.jsonl", TEXTS, 200)
     write_rows(directory / "heldout.jsonl", TEXTS, 20)
     for name in ("train", "heldout"):
