@@ -33,6 +33,9 @@ def lora_config(settings: Settings) -> LoraConfig | None:
         return None
     if lora.lora_start and not settings.model.hf_model:
         raise UserError("--lora-start is read by the names of --hf-model, which is not given.")
+    directories = settings.directories
+    if lora.lora_start and directories.finetune and directories.load:
+        raise UserError("--lora-start and --load with --finetune both say where the adapters start. Give one.")
     named = parse_targets(lora.lora_targets or "all-linear", gated=settings.architecture.gated)
     if lora.lora_start:
         return _of_start(lora, read_config(Path(lora.lora_start)), named)

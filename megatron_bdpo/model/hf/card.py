@@ -20,9 +20,13 @@ class TrainingFacts:
     """Of the held-out pairs, at the end."""
 
 
-def model_card(facts: TrainingFacts) -> str:
-    """README.md of a model, with the header that Hugging Face reads."""
-    header = ["---", "library_name: transformers", "tags: [preference-optimization, megatron_bdpo]"]
+def model_card(facts: TrainingFacts, library: str = "transformers") -> str:
+    """README.md of a model, with the header that Hugging Face reads.
+
+    Args:
+        library: that loads the model: of adapters peft.
+    """
+    header = ["---", f"library_name: {library}", "tags: [preference-optimization, megatron_bdpo]"]
     if facts.base_model:
         header.append(f"base_model: {json.dumps(facts.base_model)}")
     start = f"from `{facts.base_model}` " if facts.base_model else ""

@@ -50,8 +50,6 @@ class Split:
     """Process group of the split."""
     sequence_parallel: bool = False
     is_expert: bool = False
-    expert_parallel: bool = False
-    """Experts are divided among ranks: their weights' gradients are summed over other ranks than the others'."""
 
     @property
     def is_alone(self) -> bool:
@@ -102,6 +100,8 @@ class LoraAdapter(nn.Module):
         self.names = [name for name in outputs.rows if name in config.targets]
         self.is_on = True
         norms = outputs.apart(self._row_norms(weight)) if config.kind == "dora" else {}
+        # Of experts, gradients may be summed over other replicas than of the rest.
+        self.all_reduced = getattr(weight, "allreduce", True)
         for name in self.names:
             self._register(f"{name}_A", weight.new_zeros(config.rank, weight.shape[1]), ROW)
             self._register(f"{name}_B", weight.new_zeros(outputs.rows[name], config.rank), COLUMN)
@@ -268,7 +268,7 @@ class LoraAdapter(nn.Module):
         # The axis of A's inputs is its second one, that of B's and m's outputs their first.
         set_tensor_model_parallel_attributes(parameter, is_split, split_axis if is_split else -1, 1)
         shared = {"sequence_parallel": self.split.sequence_parallel and not is_split}
-        for key, attribute in {**shared, "allreduce": not self.split.expert_parallel}.items():
+        for key, attribute in {**shared, "allreduce": self.all_reduced}.items():
             setattr(parameter, key, attribute)
         self.register_parameter(name, parameter)
         return parameter

@@ -126,8 +126,7 @@ def _grouped(adapters: GroupedAdapters, linear: Any, inputs: tuple[Any, ...], re
 
 def _split(axis: int, model: Any, *, is_expert: bool) -> Split:
     if is_expert:
-        group = parallel_state.get_expert_tensor_parallel_group()
-        return Split(axis, group, is_expert=True, expert_parallel=model.expert_model_parallel_size > 1)
+        return Split(axis, parallel_state.get_expert_tensor_parallel_group(), is_expert=True)
     group = parallel_state.get_tensor_model_parallel_group()
     return Split(axis, group, sequence_parallel=model.sequence_parallel and group.size() > 1)
 

@@ -87,7 +87,7 @@ def save_adapters(
     with all_ranks_agree():
         if tensors:
             content = config_json(config, weights, settings.model.hf_model or "")
-            _write(target, content, tensors, model_card(facts), about, before_naming)
+            _write(target, content, tensors, model_card(facts, library="peft"), about, before_naming)
 
 
 def export_adapters(directory: Path, target: Path, hf_model: str, arguments: Mapping[str, Any], card: str) -> None:

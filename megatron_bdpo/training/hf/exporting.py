@@ -42,7 +42,8 @@ from megatron_bdpo.training.settings import Settings
 _SETTINGS = (
     "pairs_per_step", "train_iters", "seq_length", "max_prompt_length", "max_response_length", "lr", "min_lr",
     "lr_decay_style", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "params_dtype",
-    "share_prompts", "reference", "seed", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "share_prompts", "reference", "lora_rank", "lora_alpha", "lora_targets", "lora_type", "lora_scaling", "seed",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "context_parallel_size", "expert_model_parallel_size", "data_parallel_size",
 )  # fmt: skip
 
@@ -65,13 +66,16 @@ def check_save_hf(settings: Settings, last_step: int | None = None) -> None:
     Args:
         last_step: of the training, once it is known.
     """
-    for name, target in targets(settings).items():
+    places = targets(settings)
+    for name, target in places.items():
         with all_ranks_agree():
             if not settings.model.hf_model:
                 raise UserError(
-                    "--save-hf writes the configuration of --hf-model, which is not given. Export from a checkpoint "
-                    "instead: megatron-bdpo convert export."
+                    f"--{name.replace('_', '-')} writes the configuration of --hf-model, which is not given. Export "
+                    "from a checkpoint instead: megatron-bdpo convert export."
                 )
+            if len(places) > len({place.absolute() for place in places.values()}):
+                raise UserError(f"--save-hf and --save-hf-merged both name {target}. Give two directories.")
             if is_rank_zero() and not _is_own_export(settings.directories, name, target, last_step):
                 refuse_existing(target)
         if last_step is None:
@@ -248,7 +252,7 @@ def export_checkpoint(
     if identity.identity_in(arguments).get("lora"):
         if original is None:
             raise UserError("the checkpoint holds adapters, which stand beside a model: give --hf-model.")
-        card = model_card(training_facts(arguments, {}))
+        card = model_card(training_facts(arguments, {}), library="peft")
         return export_adapters(directory, target, str(original), arguments, card)
     source = StoredWeights(directory, architecture.weights)
     write_model(source, target, config, original, training_facts(arguments, {}))
