@@ -17,7 +17,7 @@ from megatron_bdpo.data.store import PairStore
 from tests.harness.jobs import DATA
 
 ROWS = 800
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 #: Small shards, and a mark in a file for each record of a process; ``SLOW`` seconds for each.
 SMALL_SHARDS = """

@@ -19,8 +19,10 @@ def _prepare() -> None:
 
     import megatron_bdpo.training.run  # noqa: F401
     from tests.harness.flags import remember_descriptions_of_flags
+    from tests.harness.gloo import share_device
 
     remember_descriptions_of_flags()
+    share_device()
     gc.freeze()  # imported for good: ranks share this memory, and look for no garbage in it
 
 

@@ -27,7 +27,7 @@ FLAGS = (
     [
         ("raises", 4, "RuntimeError: THE FIRST CAUSE"),  # one waits for it in its tensor group, one in its data group
         ("bad data", 2, "error (rank 1): pairs.jsonl, line 17: THE FIRST CAUSE"),
-        ("dies", 2, ""),
+        ("dies", 4, ""),
     ],
 )
 def test_all_ranks_stop_and_the_first_cause_is_shown_once(tmp_path, fault, ranks, expected):
@@ -42,7 +42,8 @@ def test_all_ranks_stop_and_the_first_cause_is_shown_once(tmp_path, fault, ranks
     assert ended.returncode != 0
     assert seconds < SECONDS, f"{seconds:.0f} s after the fault"
     ours = ended.stderr.split("torch/distributed/elastic")[0]  # the launcher adds a summary and a traceback of its own
-    assert ours.count("Traceback") == (fault == "raises"), ours
+    # Of one that was killed nobody tells, but that its connection is closed one of the others may, before it is ended.
+    assert ours.count("Traceback") in {"raises": {1}, "bad data": {0}, "dies": {0, 1}}[fault], ours
     if expected:
         assert ended.stderr.count(": THE FIRST CAUSE") == 1, ended.stderr
         assert expected in ended.stderr, ended.stderr
