@@ -91,7 +91,7 @@ def with_base(run: RunIdentity, model: list[Any], vocab_size: int) -> RunIdentit
     with all_ranks_agree():
         if run.base_weights and run.base_weights != digest:
             raise UserError(
-                f"the adapters of the checkpoint were trained beside weights with the fingerprint {run.base_weights}; "
+                f"the adapters were trained beside weights with the fingerprint {run.base_weights}; "
                 f"those here have {digest}. Name that run's model with --hf-model or --pretrained-checkpoint."
             )
     return replace(run, base_weights=digest)

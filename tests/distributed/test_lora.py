@@ -134,27 +134,39 @@ def test_all_that_is_exported_is_one_model(ranks, trained):
         assert (load_model(directory / name)(input_ids=tokens).logits - expected).abs().max() <= 5e-6, name
 
 
+OTHERS = "were trained beside weights with the fingerprint"
+DORA = [*LORA, "--lora-type", "dora"]
 REFUSED = {
-    "another base": (["--hf-model", "OTHER"], "were trained beside weights with the fingerprint"),
-    "another rank": (["--hf-model", "BASE", "--lora-rank", "8"], "rank: 4 there, 8 here"),
-    "no adapters": (["--hf-model", "BASE"], "holds adapters and no model"),
+    "a resume on another base": (["--hf-model", "OTHER", "--load", "RUN", *DORA], OTHERS),
+    "adapters of another base": (["--hf-model", "OTHER", "--lora-start", "ADAPTERS"], OTHERS),
+    "another rank": (["--hf-model", "BASE", "--load", "RUN", *DORA, "--lora-rank", "8"], "rank: 4 there, 8 here"),
+    "no adapters": (["--hf-model", "BASE", "--load", "RUN"], "holds adapters and no model"),
+    "one place for two": (["--hf-model", "BASE", *DORA, "--save-hf", "x", "--save-hf-merged", "x"], "both name"),
+    "a smaller base": (["--hf-model", "SMALL", "--lora-start", "FOREIGN"], "of another shape: .*down_proj.lora_A"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_checkpoint_of_other_adapters_is_refused(ranks, trained, case):
+@pytest.fixture(scope="module")
+def places(trained) -> dict[str, str]:
+    """The words of ``REFUSED`` that stand for a directory."""
     base, directory = trained
+    other = directory / "other"
+    shutil.copytree(base, other)
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][5, 5] += 0.01
+    save_file(weights, other / "model.safetensors")
+    small = make_model("qwen2", directory / "small", intermediate_size=80)
+    found = {"BASE": base, "OTHER": other, "SMALL": small, "RUN": directory / "run", "ADAPTERS": directory / "adapters"}
+    found["FOREIGN"] = directory / "foreign"  # says nothing about its base
+    shutil.copytree(found["ADAPTERS"], found["FOREIGN"], ignore=shutil.ignore_patterns("base_weights.json"))
+    return {name: str(path) for name, path in found.items()}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(ranks, places, case):
     flags, expected = REFUSED[case]
-    places = {"BASE": base, "OTHER": directory / "other"}
-    if case == "another base":
-        shutil.copytree(base, places["OTHER"])
-        weights = load_file(base / "model.safetensors")
-        weights["model.embed_tokens.weight"][5, 5] += 0.01
-        save_file(weights, places["OTHER"] / "model.safetensors")
-    lora = [] if case == "no adapters" else [*LORA, "--lora-type", "dora"]
-    words = [*lora, *(str(places.get(flag, flag)) for flag in flags), "--load", str(directory / "run")]
     with pytest.raises(RankFailure, match=expected):
-        ranks(1)(train, words, train_iters=3, **SMALL)
+        ranks(1)(train, [places.get(flag, flag) for flag in flags], train_iters=2, **SMALL)
 
 
 def test_a_checkpoint_as_the_base(ranks, tmp_path):

@@ -182,12 +182,12 @@ def _made_model(directory: Path) -> Path:
     return directory / "llama"
 
 
-def matrix(kills: int, seed: int, directory: Path) -> Tally:
-    """Run the whole matrix below a directory."""
+def matrix(kills: int, seed: int, directory: Path, more: tuple[str, ...] = ()) -> Tally:
+    """Run the whole matrix below a directory, of a job with ``more`` flags."""
     import tests.harness.warm  # noqa: F401  # before the forks: this is what takes seconds
 
     rng, board, model = random.Random(seed), PhaseBoard(RANKS), _made_model(directory)
-    first, undisturbed = (Run(directory / name, model, board) for name in ("first", "undisturbed"))
+    first, undisturbed = (Run(directory / name, model, board, more) for name in ("first", "undisturbed"))
     seconds = {}
     for run in (first, undisturbed):
         run.directory.mkdir()
@@ -201,7 +201,7 @@ def matrix(kills: int, seed: int, directory: Path) -> Tally:
     print("undisturbed: " + ", ".join(f"{phase} {value:.2f} s" for phase, value in seconds.items()), flush=True)
     tally = Tally()
     while tally.kills.total() < kills:
-        run = Run(directory / f"run{tally.runs + len(tally.lost)}", model, board)
+        run = Run(directory / f"run{tally.runs + len(tally.lost)}", model, board, more)
         run.directory.mkdir()
         disturb(run, kills, seconds, rng, tally)
         if not run.is_finished():
@@ -219,12 +219,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="where the runs are kept (default: a temporary one)")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG ...", help="more flags of the job: -- --lora-rank 4")
     arguments = parser.parse_args()
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         directory = arguments.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
-        tally = matrix(arguments.kills, arguments.seed, directory)
+        tally = matrix(arguments.kills, arguments.seed, directory, tuple(arguments.flags))
     print(tally.table())
     print(f"{time.monotonic() - start:.0f} s")
     for problem in tally.lost:

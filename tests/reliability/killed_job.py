@@ -40,6 +40,8 @@ class Run:
     directory: Path
     model: Path
     board: PhaseBoard
+    more: tuple[str, ...] = ()
+    """Further flags of the job."""
     steps: int = 6
 
     @property
@@ -56,6 +58,7 @@ class Run:
         return [
             *flags_of(places | data),
             *f"--train-iters {self.steps} {SETTINGS}".split(),
+            *self.more,
         ]
 
     def start(self) -> JobTree:

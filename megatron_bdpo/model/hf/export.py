@@ -48,17 +48,14 @@ def refuse_existing(target: Path) -> None:
         raise UserError(f"{target} is there already. Remove it, or name another directory.")
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file.
-
-    Args:
-        about: for its header.
 
     Raises:
         OSError: it cannot be written.
     """
     try:
-        save_file(dict(tensors), path, metadata={"format": "pt", **(about or {})})
+        save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:  # its own, for a full disk too
         raise OSError(str(error)) from error
     path.chmod(0o644)  # safetensors makes files for their owner alone

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Maybe, is_count, is_number, schema_error
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint, read_json
@@ -22,8 +20,9 @@ WEIGHTS = "adapter_model.safetensors"
 #: How PEFT's names of tensors begin, and how that of DoRA's m ends.
 PREFIX, MAGNITUDE = "base_model.model.", ".lora_magnitude_vector"
 
-#: Our own entries in the header of the weights' file: fingerprint (``model.digest``) and type of the base's weights.
-BASE, BASE_DTYPE = "base_weights", "base_dtype"
+#: A file of our own beside PEFT's, which PEFT does not look at: fingerprint (``model.digest``) and type of the base's
+#: weights. In the header of the weights' file the order of entries would be another in every process.
+BASE_FILE = "base_weights.json"
 
 #: Fields of PEFT's configuration (0.11 to 0.21) that make another model of it, and the values that do not.
 _HONOURED: Mapping[str, tuple[Any, ...]] = {
@@ -139,17 +138,24 @@ def _targets(named: str | list[str]) -> tuple[str, ...]:
     return tuple(name for name in PROJECTIONS if name in found)
 
 
-def base_of(directory: Path) -> Mapping[str, str]:
-    """What the weights' file says of the model that the adapters were trained beside.
+def base_json(fingerprint: str, dtype: str) -> dict[str, str]:
+    """The content of ``BASE_FILE``."""
+    return {"fingerprint": fingerprint, "dtype": dtype}
+
+
+def base_of(directory: Path, dtype: str) -> str:
+    """Fingerprint of the weights that the adapters were trained beside; "" where nothing tells, or of another type.
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: the file that tells is damaged.
     """
-    try:
-        with safe_open(_weights_file(directory), framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory / WEIGHTS} cannot be read: {error}.") from error
+    path = directory / BASE_FILE
+    if not path.exists():
+        return ""
+    content = read_json(path)
+    if wrong := schema_error(content, {"fingerprint": str, "dtype": str}):
+        raise UserError(f"{path} does not say which weights the adapters stand beside: {wrong}.")
+    return str(content["fingerprint"]) if content["dtype"] == dtype else ""
 
 
 def open_weights(directory: Path, weights: WeightMap) -> HuggingFaceCheckpoint:

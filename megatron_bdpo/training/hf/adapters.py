@@ -19,11 +19,11 @@ from megatron_bdpo.model.hf.stored import StoredWeights
 from megatron_bdpo.model.lora.config import LoraConfig
 from megatron_bdpo.model.lora.moving import gather_adapters, load_adapters, names_of, with_whole_magnitudes
 from megatron_bdpo.model.lora.peft_format import (
-    BASE,
-    BASE_DTYPE,
+    BASE_FILE,
     CONFIG,
     WEIGHTS,
     adapter_map,
+    base_json,
     base_of,
     config_json,
     open_weights,
@@ -63,8 +63,7 @@ def expected_base(settings: Settings) -> str:
     named = str(read_json(directory / CONFIG).get("base_model_name_or_path") or "")
     if named and Path(named).name != Path(base).name:
         say(f"WARNING: the adapters in {directory} say that they stand beside {named}, and here it is {base}")
-    facts = base_of(directory)
-    return facts.get(BASE, "") if facts.get(BASE_DTYPE) == str(settings.precision.dtype) else ""
+    return base_of(directory, str(settings.precision.dtype))
 
 
 def save_adapters(
@@ -83,7 +82,7 @@ def save_adapters(
     """
     weights = _architecture(settings).weights
     tensors = gather_adapters(model, adapter_map(weights, config), host_group())
-    about = {BASE: base, BASE_DTYPE: str(settings.precision.dtype)}
+    about = base_json(base, str(settings.precision.dtype))
     with all_ranks_agree():
         if tensors:
             content = config_json(config, weights, settings.model.hf_model or "")
@@ -102,7 +101,7 @@ def export_adapters(directory: Path, target: Path, hf_model: str, arguments: Map
     """
     config, tensors = stored_adapters(directory, hf_model, arguments)
     content = config_json(config, architecture_of(Path(hf_model)).weights, hf_model)
-    about = {BASE: identity_in(arguments)["base_weights"], BASE_DTYPE: str(arguments["params_dtype"])}
+    about = base_json(identity_in(arguments)["base_weights"], str(arguments["params_dtype"]))
     _write(target, content, tensors, card, about, lambda directory: None)
 
 
@@ -134,8 +133,9 @@ def _write(
     refuse_existing(target)
     try:
         with new_directory(target) as directory:
-            write_file(directory / WEIGHTS, tensors, about)
+            write_file(directory / WEIGHTS, tensors)
             write_json(directory / CONFIG, config)
+            write_json(directory / BASE_FILE, about)
             (directory / "README.md").write_text(card, "utf-8")
             before_naming(directory)
     except OSError as error:
