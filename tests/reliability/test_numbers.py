@@ -171,11 +171,11 @@ def test_a_reference_that_is_not_finite_is_not_kept(ranks, tmp_path):
 
 def test_pairs_at_the_edges_train_to_finite_numbers(ranks, tmp_path):
     """Answers of one token, nearly identical ones, an answer of 8k tokens beside them; identical ones are dropped."""
-    long = " word" * 4800
+    long, some = " word" * 4800, " word" * 400
     rows = [
         {"prompt": "Q", "chosen": "a", "rejected": "b"},
         {"prompt": "Q", "chosen": long, "rejected": " no"},
-        {"prompt": "Q", "chosen": " yes" + long, "rejected": " no" + long},
+        {"prompt": "Q", "chosen": " yes" + some, "rejected": " no" + some},
         {"prompt": "Q", "chosen": "same", "rejected": "same"},
     ]
     data = write(tmp_path / "edges.jsonl", *rows)
