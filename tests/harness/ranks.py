@@ -114,8 +114,11 @@ class RankPool:
 def start_server() -> Any:
     """Start the process that ranks are forked from, unless it runs. Returns its ``multiprocessing`` context.
 
-    Not this process: it has threads and pytest's state. The server's environment is that of its ranks.
+    Not this process: it has threads and pytest's state. The server's environment is that of its ranks. Where there is a
+    GPU each rank starts by itself: a process that has asked for CUDA devices cannot be forked.
     """
+    if Path("/dev/nvidiactl").exists():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.harness.warm"])
     search = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -145,7 +148,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:
         OMP_NUM_THREADS="1",
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     )
-    from tests.harness import warm  # noqa: F401  # has been imported before the fork, unless that has failed
+    from tests.harness import warm  # noqa: F401  # has been imported before the fork, if there was one
 
     while True:
         try:
