@@ -12,7 +12,7 @@ from megatron_bdpo.cli import common
 from megatron_bdpo.cli.common import POSITIVE, example, only_one
 from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.lora.config import KINDS, parse_targets
+from megatron_bdpo.model.lora.lora_config import KINDS, parse_targets
 from megatron_bdpo.planning import tables
 from megatron_bdpo.planning.adapters import Adapters
 from megatron_bdpo.planning.layout import Layout

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from megatron_bdpo.planning.model import ModelShape, Parameters, Split
 
-#: As ``model.lora.config`` has them.
+#: As ``model.lora.lora_config`` has them.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -11,16 +11,16 @@ import torch
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.directory import model_directory
-from megatron_bdpo.model.lora.config import LoraConfig
+from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.planning.activations import Recompute
 from megatron_bdpo.planning.adapters import Adapters
 from megatron_bdpo.planning.memory import KEPT_BYTES, JobShape
 from megatron_bdpo.planning.model import ModelShape, Split
-from megatron_bdpo.training.adapters import lora_config
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.hf.start import architecture_of
 from megatron_bdpo.training.job import PairJob
+from megatron_bdpo.training.lora import lora_config
 from megatron_bdpo.training.megatron_settings import MemorySettings
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.token_stores import build_tokenizer

@@ -23,7 +23,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import registry
 from megatron_bdpo.model.attention_backends import BACKENDS
-from megatron_bdpo.model.lora.config import KINDS, SCALINGS
+from megatron_bdpo.model.lora.lora_config import KINDS, SCALINGS
 from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.training.megatron_settings import (
     ArchitectureSettings,

@@ -14,11 +14,10 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.lora.attach import adapters_hook
-from megatron_bdpo.model.lora.config import LoraConfig
+from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.compilation import fuse_rotary_embedding
 from megatron_bdpo.training import identity
-from megatron_bdpo.training.adapters import identity_part, lora_config, say_sizes, with_base
 from megatron_bdpo.training.directories import check_directories
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.flags.arguments import Arguments
@@ -28,11 +27,12 @@ from megatron_bdpo.training.flags.layout_check import check_layout
 from megatron_bdpo.training.flags.precision_check import check_precision
 from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
 from megatron_bdpo.training.flags.validation import rehearse, validate
-from megatron_bdpo.training.hf.adapters import adapters_loader, expected_base
+from megatron_bdpo.training.hf.adapter_files import adapters_loader, expected_base
 from megatron_bdpo.training.hf.exporting import check_save_hf
 from megatron_bdpo.training.hf.start import start_from_hugging_face, weights_loader
 from megatron_bdpo.training.identity import RunIdentity
 from megatron_bdpo.training.job import PairJob, build_job
+from megatron_bdpo.training.lora import identity_part, lora_config, say_sizes, with_base
 from megatron_bdpo.training.nodes import same_flags
 from megatron_bdpo.training.reference.weights import checkpoint_loader
 from megatron_bdpo.training.settings import Settings

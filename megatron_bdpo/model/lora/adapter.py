@@ -1,19 +1,4 @@
-"""The adapters of one linear layer: of every projection in it one, side by side as the layer's outputs are.
-
-How the work is split follows the layer, so that no rank holds or moves what is as wide as the hidden states:
-
-    layer     | A        | B        | between A and B           | gradients summed over the layer's ranks
-    ----------|----------|----------|---------------------------|-----------------------------------------
-    column    | whole    | by rows  | u of all ranks is one     | of u, which makes A's whole
-    column SP | whole    | by rows  | u gathered along tokens   | of u (reduce-scatter); of A, by Megatron
-    row       | columns  | whole    | u summed                  | none
-    row SP    | columns  | whole    | u summed and scattered    | of B and m, by Megatron
-    expert    | as above | as above | nothing: Megatron sums    | of what is whole, over its ranks, here
-              |          |          | what the experts give     |
-
-u = A x is [tokens, rank]: with SP a thousandth of the hidden states. Megatron sums the gradients of weights that are
-marked ``sequence_parallel`` in ``finalize_model_grads``.
-"""
+"""The adapters of one linear layer: of every projection in it one, side by side as the layer's outputs are."""
 
 from __future__ import annotations
 
@@ -22,39 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    get_cuda_rng_tracker,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_bdpo.model.lora.config import LoraConfig
-
-COLUMN, ROW = 0, 1
-"""Which axis of the layer's weight is split: its outputs or its inputs."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """How a linear layer is split over ranks."""
-
-    axis: int
-    """``COLUMN`` or ``ROW``."""
-    group: Any
-    """Process group of the split."""
-    sequence_parallel: bool = False
-    is_expert: bool = False
-
-    @property
-    def is_alone(self) -> bool:
-        """One rank has the whole layer."""
-        return bool(self.group.size() == 1)
+from megatron_bdpo.model.lora.lora_config import LoraConfig
+from megatron_bdpo.model.lora.split import COLUMN, ROW, Split
 
 
 @dataclass(frozen=True)
@@ -118,10 +77,12 @@ class LoraAdapter(nn.Module):
             weight: [out, in], its own.
             bias: [out], which it has added; None: none.
         """
-        low = self._between(functional.linear(self._dropped_out(hidden), torch.cat(self._weights("A"))))
+        if self.training and self.config.dropout:
+            hidden = self.split.drop_out(hidden, self.config.dropout)
+        low = self.config.factor * self.split.between(functional.linear(hidden, torch.cat(self._weights("A"))))
         pieces = dict(zip(self.names, low.split(self.config.rank, dim=-1), strict=True))
         up = dict(zip(self.names, self._weights("B"), strict=True))
-        added = self.config.factor * self.outputs.together(
+        added = self.outputs.together(
             [
                 functional.linear(pieces[name], up[name]) if name in up else output.new_zeros(*output.shape[:-1], rows)
                 for name, rows in self.outputs.rows.items()
@@ -139,13 +100,11 @@ class LoraAdapter(nn.Module):
     def merged(self, weight: Tensor) -> Tensor:
         """The layer's weight with the adapters in it, in fp32. Collective for DoRA beside a row-parallel layer."""
         whole = weight.float()
-        products = [
-            self._parameter(name, "B").float() @ self._parameter(name, "A").float()
-            if name in self.names
-            else whole.new_zeros(rows, whole.shape[1])
-            for name, rows in self.outputs.rows.items()
-        ]
-        moved = whole + self.config.factor * self.outputs.together([each.t() for each in products]).t()
+        made = zip(self.names, self._weights("A"), self._weights("B"), strict=True)
+        products = {name: up.float() @ low.float() for name, low, up in made}
+        zeros = {name: whole.new_zeros(rows, whole.shape[1]) for name, rows in self.outputs.rows.items()}
+        parts = [each.t() for each in (zeros | products).values()]
+        moved = whole + self.config.factor * self.outputs.together(parts).t()
         if self.config.kind == "lora":
             return moved
         return moved * self._scales(self.outputs.apart(self._row_norms(moved)))[:, None]
@@ -169,97 +128,49 @@ class LoraAdapter(nn.Module):
         )
         return state
 
-    # Work on this rank's part ----------------------------------------------------------------------------------------
-
-    def _dropped_out(self, hidden: Tensor) -> Tensor:
-        probability = self.config.dropout
-        if not (self.training and probability):
-            return hidden
-        if self.split.is_alone or (self.split.axis == COLUMN and not self.split.sequence_parallel):
-            return functional.dropout(hidden, probability)  # the same on all ranks, as the input is
-        with get_cuda_rng_tracker().fork():
-            return functional.dropout(hidden, probability)
-
-    def _between(self, low: Tensor) -> Tensor:
-        """From A's outputs on this rank to B's inputs; see the table above."""
-        split = self.split
-        if split.is_alone or split.is_expert:
-            return low
-        if split.axis == COLUMN:
-            if split.sequence_parallel:
-                gathered: Tensor = gather_from_sequence_parallel_region(low, group=split.group)
-                return gathered
-            copied: Tensor = copy_to_tensor_model_parallel_region(low, group=split.group)
-            return copied
-        reduce = (
-            reduce_scatter_to_sequence_parallel_region
-            if split.sequence_parallel
-            else reduce_from_tensor_model_parallel_region
-        )
-        reduced: Tensor = reduce(low, group=split.group)
-        return reduced
-
     def _weights(self, kind: str) -> list[Tensor]:
-        return [self._summed_in_backward(self._parameter(name, kind)) for name in self.names]
-
-    def _summed_in_backward(self, weight: nn.Parameter) -> Tensor:
-        """A weight that every rank of a split expert has whole, and of whose gradient each rank gets a part."""
-        if self.split.is_alone or not self.split.is_expert or weight.tensor_model_parallel:  # type: ignore[attr-defined]
-            return weight
-        copied: Tensor = copy_to_tensor_model_parallel_region(weight, group=self.split.group)
-        return copied
+        """``NAME_A``, ``NAME_B`` or ``NAME_magnitude`` of all projections with adapters, for a forward pass."""
+        return [self.split.summed_in_backward(self.get_parameter(f"{name}_{kind}")) for name in self.names]
 
     # DoRA ------------------------------------------------------------------------------------------------------------
 
     def _scales(self, norms: Mapping[str, Tensor]) -> Tensor:
         """[out] m / |W + factor B A|, in fp32, of the norms by projection. One where a projection has no adapter."""
-        scales = [
-            self._magnitude(name) / norms[name]
-            if name in self.names
-            else torch.ones(rows, device=norms[self.names[0]].device)
-            for name, rows in self.outputs.rows.items()
-        ]
-        return self.outputs.together(scales)
+        starts = self._starts()
+        device = next(iter(starts.values())).device
+        scales = {name: torch.ones(rows, device=device) for name, rows in self.outputs.rows.items()}
+        for name, gained in zip(self.names, self._weights("magnitude"), strict=True):
+            scales[name] = (starts[name] + gained.float()) / norms[name]
+        return self.outputs.together(list(scales.values()))
 
-    def _magnitude(self, name: str) -> Tensor:
-        gained = self._parameter(name, "magnitude")
-        start: Tensor = gained.start  # type: ignore[attr-defined]
-        return start.to(gained.device) + self._summed_in_backward(gained).float()
+    def _starts(self) -> dict[str, Tensor]:
+        """By projection: [out] m at the start."""
+        gained = {name: self.get_parameter(f"{name}_magnitude") for name in self.names}
+        return {name: weight.start.to(weight.device) for name, weight in gained.items()}  # type: ignore[attr-defined]
 
     def _adapted_norms(self, weight: Tensor) -> dict[str, Tensor]:
         """|W + factor B A| by rows, without making B A, which is as large as W.
 
         The square is |W|^2 + 2 factor (W A^T) . B + factor^2 (B A A^T) . B, with a dot for the sum over a row.
         """
-        factor, found = self.config.factor, {}
-        with_low = self.outputs.apart(
-            functional.linear(weight, torch.cat([self._parameter(name, "A") for name in self.names])).float()
-        )
-        for place, name in enumerate(self.names):
-            low, up = self._parameter(name, "A").float(), self._parameter(name, "B").float()
-            own = slice(place * self.config.rank, (place + 1) * self.config.rank)
-            crossed = (with_low[name][:, own] * up).sum(1)
+        factor, rank, found, starts = self.config.factor, self.config.rank, {}, self._starts()
+        with_low = self.outputs.apart(functional.linear(weight, torch.cat(self._weights("A"))).float())
+        adapters = zip(self.names, self._weights("A"), self._weights("B"), strict=True)
+        for place, (name, low, up) in enumerate(adapters):
+            low, up = low.float(), up.float()
+            crossed = (with_low[name][:, place * rank : (place + 1) * rank] * up).sum(1)
             squares = ((up @ (low @ low.t())) * up).sum(1)
-            found[name] = self._summed_over_inputs(2 * factor * crossed + factor**2 * squares)
-        starts = {name: self._parameter(name, "magnitude").start.to(weight.device) for name in found}  # type: ignore[attr-defined]
-        # Where B is zero, this is the norm itself to the last bit.
-        return {name: starts[name] * (1 + moved / starts[name].square()).sqrt() for name, moved in found.items()}
+            moved = self.split.sum_over_inputs(2 * factor * crossed + factor**2 * squares)
+            # Where B is zero, this is the norm itself to the last bit.
+            found[name] = starts[name] * (1 + moved / starts[name].square()).sqrt()
+        return found
 
     def _row_norms(self, weight: Tensor) -> Tensor:
         """[out] in fp32, of whole rows."""
         with torch.no_grad():
-            return self._summed_over_inputs(weight.float().square().sum(1)).sqrt()
-
-    def _summed_over_inputs(self, values: Tensor) -> Tensor:
-        if self.split.axis == ROW and not self.split.is_alone:
-            torch.distributed.all_reduce(values, group=self.split.group)
-        return values
+            return self.split.sum_over_inputs(weight.float().square().sum(1)).sqrt()
 
     # Parameters ------------------------------------------------------------------------------------------------------
-
-    def _parameter(self, name: str, kind: str) -> nn.Parameter:
-        found = self.get_parameter(f"{name}_{kind}")
-        return found
 
     def _register(self, name: str, value: Tensor, split_axis: int) -> nn.Parameter:
         """A parameter that is split with the layer if the layer is split along ``split_axis``."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.initialization import fill_by_name
-from megatron_bdpo.model.lora.adapter import COLUMN, ROW, LoraAdapter, Outputs, Split
-from megatron_bdpo.model.lora.config import LINEARS, LoraConfig
+from megatron_bdpo.model.lora.adapter import LoraAdapter, Outputs
 from megatron_bdpo.model.lora.grouped import GroupedAdapters
+from megatron_bdpo.model.lora.lora_config import LINEARS, LoraConfig
+from megatron_bdpo.model.lora.split import COLUMN, ROW, Split
 from megatron_bdpo.model.shards import ADAPTER, adapter_shards
 
 _COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")

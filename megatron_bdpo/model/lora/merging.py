@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_bdpo.model.lora.config import LoraConfig
+from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.model.lora.peft_format import MAGNITUDE, PREFIX
 
 

@@ -11,7 +11,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Maybe, is_count, is_number, schema_error
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint, read_json
 from megatron_bdpo.model.hf.tensors import Rule, WeightMap
-from megatron_bdpo.model.lora.config import GROUPS, LINEARS, OTHER_NAMES, PROJECTIONS, LoraConfig
+from megatron_bdpo.model.lora.lora_config import GROUPS, LINEARS, OTHER_NAMES, PROJECTIONS, LoraConfig
 from megatron_bdpo.model.shards import ADAPTER
 
 CONFIG = "adapter_config.json"

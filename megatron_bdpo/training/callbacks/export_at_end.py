@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_bdpo.model.lora.config import LoraConfig
+from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.training.callbacks.callback import Callback, Record, Start
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.hf.exporting import save_live

@@ -15,12 +15,12 @@ from megatron_bdpo.model.hf.checkpoint import CONFIG, INDEX, HuggingFaceCheckpoi
 from megatron_bdpo.model.hf.directory import model_directory
 from megatron_bdpo.model.hf.export import refuse_existing, write_companions, write_file
 from megatron_bdpo.model.lora import peft_format
-from megatron_bdpo.model.lora.config import LoraConfig
+from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.model.lora.merging import merged
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.distributed import process_groups
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.hf.adapters import stored_adapters
+from megatron_bdpo.training.hf.adapter_files import stored_adapters
 from megatron_bdpo.training.hf.exporting import config_of, export_checkpoint, training_facts
 from megatron_bdpo.training.hf.importing import import_model
 from megatron_bdpo.training.hf.start import architecture_of

@@ -29,12 +29,12 @@ from megatron_bdpo.model.hf.gather import LiveWeights
 from megatron_bdpo.model.hf.stored import StoredWeights
 from megatron_bdpo.model.hf.tensors import WeightMap
 from megatron_bdpo.model.lora.attach import merge
-from megatron_bdpo.model.lora.config import LoraConfig
+from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.checkpoints import refuse_damaged
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, host_group, is_rank_zero, say
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.hf.adapters import export_adapters, save_adapters
+from megatron_bdpo.training.hf.adapter_files import export_adapters, save_adapters
 from megatron_bdpo.training.megatron_settings import DirectorySettings
 from megatron_bdpo.training.settings import Settings
 

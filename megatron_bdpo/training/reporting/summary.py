@@ -10,11 +10,11 @@ from megatron_bdpo.planning.adapters import adapter_parameters
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.memory import GB, fullest
 from megatron_bdpo.planning.model import Split, stage_parameters
-from megatron_bdpo.training.adapters import lora_config
 from megatron_bdpo.training.flags import fused_layers, precision_check
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.job_memory import adapters_shape, job_shape, model_shape
+from megatron_bdpo.training.lora import lora_config
 from megatron_bdpo.training.megatron_settings import LayoutSettings
 from megatron_bdpo.training.settings import Settings
 

@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.lora.config import GROUPS, PROJECTIONS, LoraConfig, parse_targets
+from megatron_bdpo.model.lora.lora_config import GROUPS, PROJECTIONS, LoraConfig, parse_targets
 
 
 def grouped_against_single(kind: str) -> dict[str, Any]:
     """On a rank: three experts' layer in one, as Transformer Engine has it, beside three single ones."""
     from megatron.core import parallel_state
 
-    from megatron_bdpo.model.lora.adapter import COLUMN, LoraAdapter, Outputs, Split
+    from megatron_bdpo.model.lora.adapter import LoraAdapter, Outputs
     from megatron_bdpo.model.lora.attach import _add_to, adapters_off, merge
+    from megatron_bdpo.model.lora.split import COLUMN, Split
     from megatron_bdpo.training.distributed import process_groups
     from tests.harness.jobs import own_process
 

@@ -16,7 +16,7 @@ from megatron_bdpo.model.hf.config import Architecture
 from megatron_bdpo.model.hf.export import refuse_existing, write_file, write_json
 from megatron_bdpo.model.hf.file_layout import lay_out
 from megatron_bdpo.model.hf.stored import StoredWeights
-from megatron_bdpo.model.lora.config import LoraConfig
+from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.model.lora.moving import gather_adapters, load_adapters, names_of, with_whole_magnitudes
 from megatron_bdpo.model.lora.peft_format import (
     BASE_FILE,

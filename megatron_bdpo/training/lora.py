@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.digest import weights_digest
-from megatron_bdpo.model.lora.config import LoraConfig, parse_targets
+from megatron_bdpo.model.lora.lora_config import LoraConfig, parse_targets
 from megatron_bdpo.model.lora.peft_format import read_config
 from megatron_bdpo.model.shards import adapter_shards, is_main_copy, weight_shards
 from megatron_bdpo.training.distributed import all_ranks_agree, say, sum_over_ranks

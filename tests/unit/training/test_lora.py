@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness.jobs import refusals
 
-CHECK = "megatron_bdpo.training.adapters.lora_config"
+CHECK = "megatron_bdpo.training.lora.lora_config"
 ACCEPTED = [
     "--lora-rank 4",
     "--lora-rank 4 --reference base",
