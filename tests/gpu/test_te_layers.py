@@ -49,3 +49,17 @@ def test_layers_add_up_their_gradients_without_apex(ranks):
         # fp32, but in tensor cores' TF32 where Transformer Engine lets them: sums in another order.
         for name in ("loss", "grad_norm", "rewards/margins"):
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("experts", ["", "--num-experts 4 --moe-token-dispatcher-type alltoall"])
+def test_adapters_take_the_steps_of_those_beside_local_layers(ranks, kind, experts):
+    """With the norms apart from the linear layers, and an adapter for each of grouped experts."""
+    flags = [*f"--lora-rank 4 --lora-alpha 32 --lora-type {kind} --no-pack-pairs --max-pairs 24 {experts}".split()]
+    grouped = ["--moe-grouped-gemm"] if experts else []
+    te = last_stage(ranks(1)(train, [*flags, *grouped, "--transformer-impl", "transformer_engine"])).steps
+    local = last_stage(ranks(1)(train, [*flags, "--transformer-impl", "local"])).steps
+    assert te[-1]["rewards/margins"] != 0
+    for one, other in zip(te, local, strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins"):  # TF32, see above
+            assert one[name] == pytest.approx(other[name], rel=1e-2, abs=1e-3), name

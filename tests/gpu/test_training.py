@@ -96,3 +96,11 @@ def test_fp8_resumes(ranks, tmp_path, recipe):
     """There is no state of Transformer Engine's that it would have to load."""
     whole, resumed = map(losses, run_in_two_parts(ranks, 1, tmp_path, fp8_flags(recipe)))
     assert resumed == pytest.approx(whole[2:], abs=2e-2)  # bf16, whose attention need not be deterministic
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_learn_from_exactly_their_reference(ranks, kind):
+    flags = [*WIDE, "--bf16", "--lora-rank", "16", "--lora-type", kind, "--reference", "resident", "--lr", "1e-2"]
+    found = losses(ranks(1)(train, [*flags, "--train-iters", "30"]))
+    assert found[0] == pytest.approx(LN_2, abs=OFF_BY["--bf16"])
+    assert found[-1] < 0.7 * LN_2

@@ -95,6 +95,19 @@ def compare(found: Path, expected: Path, start: Path) -> None:
         assert (tensor - before[name]).abs().max() > 2e-5, f"{name}: a step that would not be missed compares nothing"
 
 
+@pytest.mark.parametrize("kind", ["rsLoRA", "DoRA"])
+def test_pefts_adapters_come_back_unchanged(ranks, tmp_path, kind):
+    """After a step at rate 0, to the bit."""
+    base = make_model("qwen2", tmp_path)
+    start = make_adapter(base, tmp_path / "start", targets=["q_proj", "down_proj"], **KINDS[kind])
+    flags = ["--hf-model", str(base), "--lora-start", str(start), "--save-hf", str(tmp_path / "saved"), *TP2]
+    ranks(2)(train, flags, pair_cache_dir=str(tmp_path / "cache"), **SGD | {"lr": 0.0, "min_lr": 0.0})
+    found, expected = tensors_of(tmp_path / "saved"), tensors_of(start)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def test_experts_are_those_of_peft(ranks, tmp_path):
     """PEFT puts an adapter for each expert and projection beside the experts that transformers stacks."""
     base, start = make_model("mixtral", tmp_path), tmp_path / "start"
