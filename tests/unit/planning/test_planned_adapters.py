@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_bdpo.cli.main import main
-from megatron_bdpo.model.lora import config as lora
+from megatron_bdpo.model.lora import lora_config as lora
 from megatron_bdpo.planning.activations import layer_bytes
 from megatron_bdpo.planning.adapters import (
     PROJECTIONS,
