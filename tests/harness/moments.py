@@ -25,7 +25,7 @@ METRICS = {
 def start(iteration: int = 0, *, reference: str = "", model: list[Any] | None = None) -> Start:
     """A run of DPO that begins, or goes on; ``reference`` is the directory of its reference's weights."""
     loss = PairLossFunction(registry.get("dpo"), registry.build_options("dpo", {}))
-    identity: Any = SimpleNamespace(reference_weights=reference)
+    identity: Any = SimpleNamespace(reference_weights=reference, base_weights="abc")
     return Start(model or [], iteration, loss, identity, {}, [])
 
 

@@ -65,7 +65,7 @@ def show_phases(board: PhaseBoard, rank: int) -> None:
     import megatron.training.training as trainer
 
     from megatron_bdpo.training import run, setup
-    from megatron_bdpo.training.callbacks import export_at_end
+    from megatron_bdpo.training.callbacks import standard
     from megatron_bdpo.training.reference.provider import ReferenceProvider
 
     places: list[tuple[Any, str, str, str | None]] = [
@@ -74,7 +74,7 @@ def show_phases(board: PhaseBoard, rank: int) -> None:
         (trainer, "train", "training", None),
         (trainer, "evaluate", "evaluation", None),
         (trainer, "save_checkpoint", "checkpoint", None),
-        (export_at_end, "save_live", "export", "end"),
+        (standard, "save_live", "export", "end"),
     ]
     for owner, name, phase, afterwards in places:
         setattr(owner, name, _marked(getattr(owner, name), board, rank, phase, afterwards))

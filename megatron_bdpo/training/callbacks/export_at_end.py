@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.training.callbacks.callback import Callback, Record, Start
-from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.hf.exporting import save_live
 
 
 class ExportAtEnd(Callback):
     """Collects what the model's card says of the last evaluation, on the ranks that have it."""
 
-    def __init__(self, arguments: Arguments, lora: LoraConfig | None) -> None:
+    def __init__(self, export: Callable[[list[Any], Mapping[str, float], str], None]) -> None:
         """
         Args:
-            arguments: of the run.
-            lora: the adapters that are trained.
+            export: given the model's chunks, the metrics, and of adapters the fingerprint of the weights that they
+                stand beside, writes what was trained. Collective.
         """
-        self._arguments, self._lora, self._base = arguments, lora, ""
+        self._export, self._base = export, ""
         self._model: list[Any] = []
         self._evaluation: Mapping[str, float] = {}
 
@@ -33,4 +30,4 @@ class ExportAtEnd(Callback):
 
     def finished(self) -> None:
         """Collective."""
-        save_live(self._arguments, self._model, self._evaluation, self._lora, self._base)
+        self._export(self._model, self._evaluation, self._base)

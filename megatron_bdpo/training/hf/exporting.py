@@ -115,7 +115,7 @@ def _number(directory: Path) -> int:
 
 
 def save_live(
-    arguments: Arguments, model: list[Any], metrics: Mapping[str, float], lora: LoraConfig | None = None, base: str = ""
+    arguments: Arguments, lora: LoraConfig | None, model: list[Any], metrics: Mapping[str, float], base: str
 ) -> None:
     """Write the policy in ``model`` to ``--save-hf``, or its adapters, and the two together to ``--save-hf-merged``.
 
@@ -123,9 +123,9 @@ def save_live(
 
     Args:
         arguments: of a run that is done.
+        lora: the adapters that were trained.
         model: the chunks, perhaps in DDP. Adapters are in the base's weights afterwards.
         metrics: of the last evaluation, where this rank has them.
-        lora: the adapters that were trained.
         base: fingerprint of the weights that they stand beside.
     """
     settings = arguments.settings

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.harness.jobs import refusals
 
 CHECK = "megatron_bdpo.training.lora.lora_config"
@@ -66,29 +64,3 @@ def test_adapters_to_start_from(ranks, tmp_path: Path):
     (found,) = ranks(1)(refusals, CHECK, lines)
     for (changes, flags, expected), message in zip(STARTS, found, strict=True):
         assert expected in message and bool(expected) == bool(message), f"{changes} {flags}: {message}"
-
-
-def test_settings_that_adapters_rule_out(ranks):
-    lines = {
-        "--use-transformer-engine-op-fuser": "--use-transformer-engine-op-fuser: adapters stand beside",
-        "--fp8-param-gather": "--fp8-param-gather, --init-model-with-meta-device: the weights",
-        "--moe-router-enable-expert-bias": "--moe-router-enable-expert-bias changes the frozen model",
-    }
-    (found,) = ranks(1)(cannot_be_honoured, [f"--lora-rank 4 {flags}" for flags in lines])
-    for (flags, expected), message in zip(lines.items(), found, strict=True):
-        assert expected in message, f"{flags}: {message}"
-
-
-def cannot_be_honoured(command_lines: list[str]) -> list[str]:
-    """On a rank: what is said of each command line of the tiny job."""
-    from megatron_bdpo.errors import UserError
-    from megatron_bdpo.training.flags.arguments import Arguments
-    from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
-    from tests.harness.jobs import TINY_JOB, TINY_MODEL
-
-    found = []
-    for line in command_lines:
-        with pytest.raises(UserError) as refused:
-            refuse_what_cannot_be_honoured(Arguments.parse(line.split(), TINY_MODEL | TINY_JOB).megatron)
-        found.append(str(refused.value))
-    return found

@@ -81,6 +81,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(("columns", "expected"), [(80, "a" * 30 + " | " + "b" * 30), (200, None)])
 def test_lines_fit_the_terminal(monkeypatch, columns, expected):
     line = "a" * 30 + " | " + "b" * 30 + " | " + "c" * 30
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr("os.get_terminal_size", lambda descriptor: os.terminal_size((columns, 24)))
     assert _fitting(line) == (expected or line)
