@@ -44,7 +44,7 @@ def fill_by_name(
         assert shard.data is not None
         whole = torch.empty(shard.global_shape[shard.prepend_axis_num :], dtype=torch.float32, device="cpu")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed_of(shard, seed))
+            torch.default_generator.manual_seed(_seed_of(shard, seed))  # and no other device's
             method_of(shard.key)(whole)
         shard.data.copy_(whole[shard.global_slice()[shard.prepend_axis_num :]])
 

@@ -213,6 +213,8 @@ def iterate_packs(
         multiprocessing_context="fork" if workers else None,
         pin_memory=pin,
         persistent_workers=workers > 0,
+        # It draws a seed for workers, once a start: from torch's own generator a resumed run's dropout would differ.
+        generator=torch.Generator(),
     )
     return iter(loader)
 

@@ -130,9 +130,10 @@ def refuse_other_adapters(there: Mapping[str, Any], here: Mapping[str, Any], pla
         UserError: with the way out.
     """
     if there and not here:
+        way = f"Add --lora-rank {there['rank']} to go on with them; " if place.startswith("--load") else ""
         raise UserError(
-            f"{place} holds adapters and no model. Add --lora-rank {there['rank']} to go on with them; megatron-bdpo "
-            "convert merge puts them into the model that they stand beside."
+            f"{place} holds adapters and no model. {way}megatron-bdpo convert merge puts them into the model that they "
+            "stand beside."
         )
     if here and not there:
         raise UserError(

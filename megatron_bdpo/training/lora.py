@@ -27,6 +27,16 @@ def lora_config(settings: Settings) -> LoraConfig | None:
     Raises:
         UserError: flags that contradict each other or --lora-start, or are none of a run without adapters.
     """
+    config = _config(settings)
+    if config and config.dropout and config.kind == "dora":
+        raise UserError(
+            "dropout of DoRA's inputs needs a second product with every weight. Leave --lora-dropout or --lora-type "
+            "out; --lora-dropout 0 where --lora-start has one."
+        )
+    return config
+
+
+def _config(settings: Settings) -> LoraConfig | None:
     lora = settings.lora
     if not lora.is_wanted:
         _refuse_flags_alone(settings)

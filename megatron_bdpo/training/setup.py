@@ -83,17 +83,24 @@ class RunSetup:
         if not self.lora:
             return
         self.config.pre_wrap_hooks += [
-            self._look_at_base,
+            self.look_at_base,
             adapters_hook(self.lora, self.settings.schedule.seed),
             say_sizes,
         ]
         if self.settings.lora.lora_start and not self.resumed:
             self.config.pre_wrap_hooks.append(adapters_loader(self.settings, self.lora))
         # Megatron would look there for adapters where --load has none yet.
-        self.arguments.set(pretrained_checkpoint=None)
+        base = self.settings.directories.pretrained_checkpoint
+        self.arguments.set(pretrained_checkpoint=None, base_checkpoint=base)
 
-    def _look_at_base(self, model: list[Any]) -> list[Any]:
-        """A hook, before Megatron loads anything beside these weights. Collective."""
+    def look_at_base(self, model: list[Any]) -> list[Any]:
+        """A pre-wrap hook: compare the weights that adapters are to stand beside. Collective.
+
+        It comes before Megatron loads anything beside them.
+
+        Raises:
+            UserError: on every rank; they are not those of the checkpoint or of --lora-start.
+        """
         self.identity = with_base(self.identity, model, self.scoring.vocab_size)
         return model
 
@@ -132,7 +139,7 @@ def set_up(arguments: Arguments) -> RunSetup:
         settings = arguments.settings
         current = identity.identity_of(settings, job, adapters)
         found = identity.resumed_identity(settings.directories, current)
-        if found is None and settings.lora.lora_start:
+        if found is None and lora:
             current = replace(current, base_weights=expected_base(settings))
     scoring = token_scoring(arguments)
     return RunSetup(arguments, settings, job, config, scoring, found or current, found is not None, lora)

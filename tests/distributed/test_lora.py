@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.test_resume import STEPS, assert_bit_identical, run_in_two_parts
-from tests.harness.jobs import flags_of, last_stage, train, whole_weights
+from tests.harness.jobs import flags_of, last_stage, score, train, whole_weights
 from tests.harness.parity import assert_same_steps
 from tests.harness.ranks import RankFailure
 from tests.harness.tiny_models import load_model, make_model
@@ -22,7 +22,7 @@ LORA = ["--lora-rank", "4", "--lora-alpha", "32"]
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 OVERLAPPED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 CASES = {
-    "LoRA": (2, [*LORA, *TP2]),
+    "LoRA with dropout": (2, [*LORA, *TP2, "--lora-dropout", "0.2"]),
     "distributed optimizer, resident": (2, [*LORA, *OVERLAPPED, "--reference", "resident"]),
     "DoRA": (1, [*LORA, "--lora-type", "dora", "--lora-targets", "attention"]),
 }
@@ -139,6 +139,7 @@ DORA = [*LORA, "--lora-type", "dora"]
 REFUSED = {
     "a resume on another base": (["--hf-model", "OTHER", "--load", "RUN", *DORA], OTHERS),
     "adapters of another base": (["--hf-model", "OTHER", "--lora-start", "ADAPTERS"], OTHERS),
+    "a new run on another base": (["--hf-model", "OTHER", "--load", "RUN", "--finetune", *DORA], OTHERS),
     "another rank": (["--hf-model", "BASE", "--load", "RUN", *DORA, "--lora-rank", "8"], "rank: 4 there, 8 here"),
     "no adapters": (["--hf-model", "BASE", "--load", "RUN"], "holds adapters and no model"),
     "one place for two": (["--hf-model", "BASE", *DORA, "--save-hf", "x", "--save-hf-merged", "x"], "both name"),
@@ -167,6 +168,19 @@ def test_what_does_not_fit_is_refused(ranks, places, case):
     flags, expected = REFUSED[case]
     with pytest.raises(RankFailure, match=expected):
         ranks(1)(train, [places.get(flag, flag) for flag in flags], train_iters=2, **SMALL)
+
+
+def test_scores_are_not_filed_under_another_base(ranks, places):
+    with pytest.raises(RankFailure, match=OTHERS):
+        ranks(1)(score, ["--hf-model", places["OTHER"], "--lora-start", places["ADAPTERS"]], **SMALL)
+
+
+def test_a_base_may_move(ranks, places, tmp_path):
+    """A resumed run knows it by its weights."""
+    shutil.copytree(places["BASE"], tmp_path / "moved")
+    shutil.copytree(places["RUN"], tmp_path / "run")
+    flags = ["--hf-model", str(tmp_path / "moved"), "--load", str(tmp_path / "run"), *DORA, "--reference", "resident"]
+    ranks(1)(train, flags, train_iters=2, **SMALL)
 
 
 def test_a_checkpoint_as_the_base(ranks, tmp_path):

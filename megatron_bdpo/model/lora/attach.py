@@ -54,14 +54,14 @@ def adapters(model: Iterable[Any]) -> Iterator[LoraAdapter]:
 @contextlib.contextmanager
 def adapters_off(model: Iterable[Any]) -> Iterator[None]:
     """In the block, the model is its base."""
-    found = list(adapters(model))
-    for each in found:
+    found = [(each, each.is_on) for each in adapters(model)]
+    for each, _ in found:
         each.is_on = False
     try:
         yield
     finally:
-        for each in found:
-            each.is_on = True
+        for each, was_on in found:
+            each.is_on = was_on
 
 
 @torch.no_grad()
@@ -80,6 +80,8 @@ def _add_to(parent: nn.Module, name: str, config: LoraConfig, model: Any, *, is_
     """An adapter beside one linear layer of a module, if one of its projections is a target."""
     linear = parent.get_submodule(name)
     split = _split(COLUMN if name in _COLUMN_PARALLEL else ROW, model, is_expert=is_expert)
+    # A fused norm would leave adapters with its input; see ``norm.separate_norms``.
+    assert not hasattr(linear, "layer_norm_weight"), f"{name} has its norm in it"
     weights = _weights(linear)
     outputs = _outputs(name, weights[0].shape[0], model, split.group.size())
     if not set(outputs.rows) & set(config.targets):

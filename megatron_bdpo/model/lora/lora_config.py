@@ -60,10 +60,6 @@ class LoraConfig:
             raise UserError(f"--lora-alpha {self.alpha:g}: must be greater than 0.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora-dropout {self.dropout:g}: must be at least 0 and less than 1.")
-        if self.dropout and self.kind == "dora":
-            raise UserError(
-                "--lora-dropout with --lora-type dora needs a second product with every weight. Leave one of them out."
-            )
 
     @property
     def factor(self) -> float:

@@ -207,6 +207,19 @@ _REFUSALS = (
         lambda a: _has_adapters(a) and a.moe_router_enable_expert_bias,
         "--moe-router-enable-expert-bias changes the frozen model that adapters stand beside. Leave it out.",
     ),
+    _Refusal(
+        lambda a: _has_adapters(a) and a.moe_shared_expert_overlap and a.tensor_model_parallel_size > 1,
+        "--moe-shared-expert-overlap with tensor parallelism moves the shared expert's inputs and outputs outside of "
+        "the layers that adapters stand beside. Leave it out.",
+    ),
+    _Refusal(
+        lambda a: (
+            _has_adapters(a)
+            and (getattr(a, "moe_single_grouped_weight", False) or getattr(a, "moe_mlp_glu_interleave_size", None))
+        ),
+        "--moe-single-grouped-weight, --moe-mlp-glu-interleave-size: adapters are of each expert's own weights, gate "
+        "and up in two blocks. Leave them out.",
+    ),
     # What our attention or log-probs replace.
     _Refusal(
         lambda a: a.attention_backend.name not in ("auto", "flash") or a.use_kitchen_attention,

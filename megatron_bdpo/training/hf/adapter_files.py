@@ -28,9 +28,9 @@ from megatron_bdpo.model.lora.peft_format import (
     config_json,
     open_weights,
 )
-from megatron_bdpo.training.distributed import all_ranks_agree, host_group, say
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, host_group, is_rank_zero, say
 from megatron_bdpo.training.hf.start import architecture_of
-from megatron_bdpo.training.identity import identity_in
+from megatron_bdpo.training.identity import checkpoint_directory, identity_in, stored_arguments
 from megatron_bdpo.training.settings import Settings
 
 
@@ -53,17 +53,31 @@ def adapters_loader(settings: Settings, config: LoraConfig) -> Callable[[list[An
 
 
 def expected_base(settings: Settings) -> str:
-    """Fingerprint of the weights that the adapters of --lora-start were trained beside; "" where it does not say, or
-    these weights were of another type than here. Warns where another model is named.
+    """Fingerprint of the weights that the adapters to start from were trained beside, of --lora-start or of a
+    checkpoint; "" where nothing tells, or these weights were of another type than here. Collective.
 
     Raises:
         UserError: a file of it is missing or damaged.
     """
-    directory, base = Path(settings.lora.lora_start or ""), settings.model.hf_model or ""
+    dtype, directories, found = str(settings.precision.dtype), settings.directories, ""
+    checkpoint = checkpoint_directory(directories.load if directories.finetune else None)
+    with all_ranks_agree():
+        if settings.lora.lora_start:
+            start = Path(settings.lora.lora_start)
+            say_other_base(start, settings.model.hf_model or "")
+            found = base_of(start, dtype)
+        elif checkpoint and is_rank_zero():
+            arguments = stored_arguments(checkpoint)
+            same_type = str(arguments.get("params_dtype")) == dtype
+            found = identity_in(arguments).get("base_weights", "") if same_type else ""
+    return found if settings.lora.lora_start else broadcast(found)
+
+
+def say_other_base(directory: Path, base: str) -> None:
+    """Warn where a directory of PEFT's names another model than the one that its adapters are put beside."""
     named = str(read_json(directory / CONFIG).get("base_model_name_or_path") or "")
     if named and Path(named).name != Path(base).name:
         say(f"WARNING: the adapters in {directory} say that they stand beside {named}, and here it is {base}")
-    return base_of(directory, str(settings.precision.dtype))
 
 
 def save_adapters(

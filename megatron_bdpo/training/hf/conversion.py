@@ -20,7 +20,7 @@ from megatron_bdpo.model.lora.merging import merged
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.distributed import process_groups
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.hf.adapter_files import stored_adapters
+from megatron_bdpo.training.hf.adapter_files import say_other_base, stored_adapters
 from megatron_bdpo.training.hf.exporting import config_of, export_checkpoint, training_facts
 from megatron_bdpo.training.hf.importing import import_model
 from megatron_bdpo.training.hf.start import architecture_of
@@ -61,8 +61,10 @@ def merge_alone(adapters: Path, hf_model: str, output: Path) -> None:
         for file in sorted({stored.file for stored in base.tensors.values()}):
             named = [name for name, stored in base.tensors.items() if stored.file == file]
             weights = {name: base.rows(name, 0, base.tensors[name].shape[0]) for name in named}
-            write_file(directory / file.name, {name: merged(name, w, tensors, config) for name, w in weights.items()})
-            dtype = next(iter(weights.values())).dtype
+            dtype = weights[named[0]].dtype
+            write_file(
+                directory / file.name, {name: merged(name, weights.pop(name), tensors, config) for name in named}
+            )
         if (original / INDEX).is_file():
             shutil.copyfile(original / INDEX, directory / INDEX)
         write_companions(directory, read_json(original / CONFIG), dtype, original, model_card(facts))
@@ -72,6 +74,7 @@ def _adapters_in(directory: Path, original: Path) -> tuple[LoraConfig, Mapping[s
     """Adapters by PEFT's names, and what is known of the run that made them."""
     weights = architecture_of(original).weights
     if (directory / peft_format.CONFIG).is_file():
+        say_other_base(directory, str(original))
         config = peft_format.read_config(directory)
         expected = peft_format.adapter_map(weights, config)
         stored = peft_format.open_weights(directory, expected)

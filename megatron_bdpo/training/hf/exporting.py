@@ -42,7 +42,7 @@ from megatron_bdpo.training.settings import Settings
 _SETTINGS = (
     "pairs_per_step", "train_iters", "seq_length", "max_prompt_length", "max_response_length", "lr", "min_lr",
     "lr_decay_style", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "params_dtype",
-    "share_prompts", "reference", "lora_rank", "lora_alpha", "lora_targets", "lora_type", "lora_scaling", "seed",
+    "share_prompts", "reference", "lora_dropout", "seed",
     "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "context_parallel_size", "expert_model_parallel_size", "data_parallel_size",
 )  # fmt: skip
@@ -278,7 +278,9 @@ def training_facts(arguments: Mapping[str, Any], metrics: Mapping[str, float]) -
     """What a run's arguments, its identity among them, say about it."""
     run = identity.identity_in(arguments)
     return TrainingFacts(
-        base_model=str(arguments.get("hf_model") or arguments.get("pretrained_checkpoint") or ""),
+        base_model=str(
+            next(filter(None, map(arguments.get, ("hf_model", "pretrained_checkpoint", "base_checkpoint"))), "")
+        ),
         loss=", ".join([run.get("loss", ""), *(f"{name} {value}" for name, value in run.get("settled", {}).items())]),
         data={
             "pairs": " ".join(map(str, arguments.get("pair_data") or ())),
@@ -288,6 +290,7 @@ def training_facts(arguments: Mapping[str, Any], metrics: Mapping[str, float]) -
         },
         settings={
             "steps done": arguments.get("iteration"),
+            **{f"adapters' {name}": value for name, value in run.get("lora", {}).items()},
             **{name: arguments[name] for name in _SETTINGS if arguments.get(name) is not None},
         },
         metrics=metrics,

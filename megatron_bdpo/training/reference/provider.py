@@ -169,11 +169,11 @@ class ReferenceProvider:
 
     def _original(self, policy: list[Any], identity: RunIdentity) -> list[Any]:
         """The reference of a run that goes on: with adapters still the policy, without them."""
-        source = identity.reference_weights
-        if not self.setup.lora or (source and source != self._pretrained()):  # that of --reference-model
+        if not self.setup.lora or identity.reference.get("weights") != identity.base_weights:  # of --reference-model
             return self._load_original(identity)
+        # Wherever they were read: the weights that the adapters stand beside have been compared.
         found = self._identify(policy, identity.base_weights)
-        self._check_original(source or f"--seed {identity.seed}", identity.reference, found)
+        self._check_original("the model without its adapters", identity.reference, found)
         return policy
 
     def _load_original(self, identity: RunIdentity) -> list[Any]:

@@ -69,9 +69,9 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
         pairs = each_once(job.pairs_in_use(None), job.train.ids, job.held_out.ids)
         provider = ReferenceProvider(setup, pairs, pause=stop.leave_if_asked)
         model: list[Any] = []
-        run = setup.identity
         if not setup.resumed or setup.lora:
             model = _starting_model(setup)
+        run = setup.identity
         run = provider.recall(run) if setup.resumed else provider.identify(run, model)
         log_probs = provider.log_probs(model, run, resumed=setup.resumed)
         decide_options(job.loss, log_probs.table().training_pairs(job), len(job.train.ids), {})
@@ -95,6 +95,8 @@ def _without_training(settings: Settings) -> dict[str, object]:
 def _starting_model(setup: RunSetup) -> list[Any]:
     """The weights that the training would start from."""
     setup.add_initial_weights()
+    if setup.lora:
+        setup.config.pre_wrap_hooks.append(setup.look_at_base)
     model = build_reference(setup.config, with_weights=True)
     directories = setup.settings.directories
     # Adapters take no part; the weights that they stand beside are there.

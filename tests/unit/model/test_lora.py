@@ -98,6 +98,90 @@ def test_grouped_experts(ranks, kind):
     assert places["linear_fc1_adapter.2.up_proj_B"] == ("linear_fc1_adapter.up_proj_B", (3, 4, 2), (2, 0, 0))
 
 
+def grouped_places() -> list[tuple[str, tuple[int, ...], tuple[int, ...], Any]]:
+    """On a rank of two that share four experts: where checkpoints have its adapters."""
+    from megatron.core import parallel_state
+
+    from megatron_bdpo.model.lora.adapter import LoraAdapter, Outputs
+    from megatron_bdpo.model.lora.grouped import GroupedAdapters
+    from megatron_bdpo.model.lora.split import ROW, Split
+    from megatron_bdpo.training.distributed import process_groups
+    from tests.harness.jobs import own_process
+
+    with process_groups(own_process()):
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+        split = Split(ROW, parallel_state.get_expert_tensor_parallel_group(), is_expert=True)
+        own = [LoraAdapter(LoraConfig(2, 3.0), torch.zeros(6, 4), Outputs({"down_proj": 6}), split) for _ in range(2)]
+        state = GroupedAdapters(own).sharded_state_dict(
+            "fc2.", (), {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        )
+        parallel_state.destroy_model_parallel()
+    return [(each.key, each.global_shape, each.global_offset, each.replica_id) for each in state.values()]
+
+
+def test_experts_of_two_ranks_are_four_in_a_checkpoint(ranks):
+    found = [place for own in ranks(2)(grouped_places) for place in own]
+    assert {(shape, offset) for key, shape, offset, _ in found if key == "fc2.down_proj_B"} == {
+        ((4, 6, 2), (expert, 0, 0)) for expert in range(4)
+    }
+    assert all(not any(replica) for *_, replica in found), "each is the main copy of its expert"
+
+
+def in_training_and_not() -> dict[str, float]:
+    """On a rank: how far an adapter with dropout is from one without."""
+    from megatron.core import parallel_state
+
+    from megatron_bdpo.model.lora.adapter import LoraAdapter, Outputs
+    from megatron_bdpo.model.lora.split import COLUMN, Split
+    from megatron_bdpo.training.distributed import process_groups
+    from tests.harness.jobs import own_process
+
+    with process_groups(own_process()):
+        parallel_state.initialize_model_parallel()
+        split = Split(COLUMN, parallel_state.get_tensor_model_parallel_group())
+        torch.manual_seed(3)
+        weight, hidden = torch.randn(6, 4), torch.randn(9, 1, 4)
+        with_dropout, without = (
+            LoraAdapter(LoraConfig(2, 3.0, dropout=dropout), weight, Outputs({"o_proj": 6}), split)
+            for dropout in (0.5, 0.0)
+        )
+        for parameter in with_dropout.parameters():
+            parameter.data.normal_()
+        without.load_state_dict(with_dropout.state_dict())
+        outputs = [
+            each.train(mode)(hidden, hidden @ weight.t(), weight, None)
+            for each, mode in ((with_dropout, True), (with_dropout, False), (without, True))
+        ]
+        parallel_state.destroy_model_parallel()
+    return {
+        "training": float((outputs[0] - outputs[2]).abs().max()),
+        "evaluating": float((outputs[1] - outputs[2]).abs().max()),
+    }
+
+
+def test_dropout_is_for_training(ranks):
+    (found,) = ranks(1)(in_training_and_not)
+    assert found["training"] > 0.1 and found["evaluating"] == 0
+
+
+def merged_in_half_precision() -> tuple[float, float]:
+    """On a rank: errors of a merge in bf16, against the sum in fp32 and against that rounded once."""
+    from megatron_bdpo.model.lora.merging import merged
+
+    torch.manual_seed(4)
+    weight = torch.randn(64, 48).bfloat16()
+    low, up = torch.randn(8, 48).bfloat16(), 0.01 * torch.randn(64, 8).bfloat16()
+    tensors = {f"base_model.model.x.lora_{name}.weight": value for name, value in (("A", low), ("B", up))}
+    found = merged("x.weight", weight, tensors, LoraConfig(8, 16.0))
+    expected = weight.double() + 2 * (up.double() @ low.double())
+    return float((found.double() - expected).abs().max()), float((found - expected.bfloat16()).abs().max())
+
+
+def test_a_merge_rounds_once(ranks):
+    ((off, off_rounded),) = ranks(1)(merged_in_half_precision)
+    assert off_rounded == 0 < off
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -123,7 +207,6 @@ def test_targets_without_a_gate():
         ({"rank": 0}, "--lora-rank 0"),
         ({"alpha": 0.0}, "--lora-alpha 0"),
         ({"dropout": 1.0}, "--lora-dropout 1"),
-        ({"dropout": 0.1, "kind": "dora"}, "second product"),
     ],
 )
 def test_settings_that_are_none(settings, message):

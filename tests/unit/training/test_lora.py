@@ -23,7 +23,7 @@ REFUSED = {
     "--lora-rank 4 --lora-alpha 0": "--lora-alpha 0: must be greater than 0",
     "--lora-rank 4 --lora-targets q_porj": "--lora-targets q_porj: no such projection. Possible: attention, mlp",
     "--lora-rank 4 --lora-targets ,": "--lora-targets names no projection",
-    "--lora-rank 4 --lora-type dora --lora-dropout 0.1": "--lora-dropout with --lora-type dora",
+    "--lora-rank 4 --lora-type dora --lora-dropout 0.1": "dropout of DoRA's inputs",
     "--lora-start x": "--lora-start is read by the names of --hf-model",
     "--lora-start nowhere --hf-model x": "adapter_config.json cannot be read",
 }
@@ -41,6 +41,8 @@ STARTS = [
     ({}, "", ""),
     ({"target_modules": "all-linear", "use_rslora": True, "layers_to_transform": None, "bias": "none"}, "", ""),
     ({}, "--lora-rank 4 --lora-targets v_proj,q_proj", ""),
+    ({"use_dora": True, "lora_dropout": 0.1}, "", "--lora-dropout 0 where --lora-start has one"),
+    ({"use_dora": True, "lora_dropout": 0.1}, "--lora-dropout 0", ""),
     ({}, "--lora-rank 8", "rank: 4 instead of 8. Leave these flags out"),
     ({}, "--lora-targets mlp", "targets: "),
     ({"r": "four"}, "", "r is 'four'"),
