@@ -23,7 +23,7 @@ from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.moe import with_pair_router
 from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm, separate_norms
 from megatron_bdpo.model.precision import forget_quantisation_state
-from megatron_bdpo.model.shards import is_adapter
+from megatron_bdpo.model.shards import WHOLE, is_adapter
 
 
 class PairGPTModel(GPTModel):
@@ -33,15 +33,10 @@ class PairGPTModel(GPTModel):
     keeps_adapters_only: bool = False
     """Checkpoints hold its adapters and not the weights that they stand beside. See ``model.lora``."""
 
-    def whole_state_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Megatron's ``sharded_state_dict`` of all weights."""
-        state: dict[str, Any] = super().sharded_state_dict(**kwargs)
-        return state
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
-        state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
-        if not self.keeps_adapters_only:
+    def sharded_state_dict(self, *args: Any, metadata: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, Any]:
+        """What a checkpoint holds of it; all weights where the metadata ask for them (``shards.WHOLE``)."""
+        state: dict[str, Any] = super().sharded_state_dict(*args, metadata=metadata, **kwargs)
+        if not self.keeps_adapters_only or (metadata or {}).get(WHOLE):
             return state
         return {key: value for key, value in state.items() if is_adapter(key)}
 

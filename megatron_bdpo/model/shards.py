@@ -12,6 +12,10 @@ from megatron.core.dist_checkpointing.utils import nested_values
 #: What the name of a layer's adapter ends in: it stands beside the layer. See ``model.lora``.
 ADAPTER = "_adapter"
 
+#: Entry of the metadata of ``sharded_state_dict`` that asks a model for all weights, also where its checkpoints hold
+#: adapters alone.
+WHOLE = "megatron_bdpo_whole"
+
 
 def is_adapter(key: str) -> bool:
     """Whether a name of a checkpoint or a state dict is that of an adapter's weight."""
@@ -36,8 +40,8 @@ def adapter_shards(model: Iterable[Any]) -> Iterator[ShardedTensor]:
 
 def whole_state(chunk: Any) -> dict[str, Any]:
     """Megatron's description of all of a chunk's weights, adapters or not."""
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state: dict[str, Any] = chunk.whole_state_dict(metadata=metadata)
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True), WHOLE: True}
+    state: dict[str, Any] = chunk.sharded_state_dict(metadata=metadata)
     return state
 
 

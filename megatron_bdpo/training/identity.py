@@ -48,7 +48,7 @@ class RunIdentity:
     reference_weights: str = ""
     """Directory that holds the reference's weights, if one does."""
     lora: dict[str, Any] = field(default_factory=dict)
-    """What adapters the checkpoint holds (see ``adapters.identity_part``); empty where it holds the whole model."""
+    """What adapters the checkpoint holds (see ``lora.identity_part``); empty where it holds the whole model."""
     base_weights: str = ""
     """With adapters: the digest of the weights that they stand beside."""
 

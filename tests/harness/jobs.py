@@ -48,6 +48,20 @@ TINY_JOB = {
     "lr_decay_style": "constant",
 }
 
+#: One step of plain SGD on the DPO loss of four pairs, which an oracle takes too.
+SGD = {
+    "max_pairs": 4,
+    "pairs_per_step": 4,
+    "train_iters": 1,
+    "preference_loss": "dpo",
+    "beta": 0.1,
+    "optimizer": "sgd",
+    "sgd_momentum": 0.0,
+    "weight_decay": 0.0,
+    "clip_grad": 0.0,
+    "lr": 0.1,
+}
+
 
 #: A rank's pieces of whole tensors: (name, whole shape, place, values).
 Shards = list[tuple[str, tuple[int, ...], tuple[Any, ...], np.ndarray]]

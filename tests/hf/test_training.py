@@ -14,26 +14,14 @@ import torch
 from safetensors.numpy import load_file
 
 from megatron_bdpo.data.store import PairStore
-from tests.harness.jobs import last_stage, train
+from tests.harness.jobs import SGD, last_stage, train
 from tests.harness.ranks import RankFailure
 from tests.harness.tiny_models import load_model, make_model
 
 transformers = pytest.importorskip("transformers", reason="the oracle is Hugging Face transformers")
 
 TP2_PP2 = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
-BETA, LEARNING_RATE, PAIRS = 0.1, 0.1, 4
-SGD = {
-    "max_pairs": PAIRS,
-    "pairs_per_step": PAIRS,
-    "train_iters": 1,
-    "preference_loss": "dpo",
-    "beta": BETA,
-    "optimizer": "sgd",
-    "sgd_momentum": 0.0,
-    "weight_decay": 0.0,
-    "clip_grad": 0.0,
-    "lr": LEARNING_RATE,
-}
+BETA, LEARNING_RATE, PAIRS = SGD["beta"], SGD["lr"], SGD["max_pairs"]
 
 
 def safetensors_of(directory: Path) -> dict[str, np.ndarray]:

@@ -66,7 +66,10 @@ def adapters_off(model: Iterable[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(model: Iterable[Any]) -> None:
-    """Put the adapters into the base's weights, for good; they take no part afterwards. Collective."""
+    """Put adapters into the base's weights, for good; they take no part afterwards. Without any, nothing is done.
+
+    Collective.
+    """
     for chunk in unwrap_model(list(model)):
         for parent in chunk.modules():
             for name in [name for name, _ in parent.named_children() if name.endswith(ADAPTER)]:

@@ -24,7 +24,7 @@ from megatron_bdpo.training.callbacks.step_zero_check import StepZeroCheck
 from megatron_bdpo.training.callbacks.timetable import Interval, Timetable
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.generation.decoding import PackShape
-from megatron_bdpo.training.hf.exporting import save_live, targets
+from megatron_bdpo.training.hf.exporting import export_places, save_live
 from megatron_bdpo.training.reporting.advice import Advisor
 from megatron_bdpo.training.reporting.provenance import provenance
 from megatron_bdpo.training.settings import Settings
@@ -63,7 +63,7 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
         _timetable(setup),
         *callbacks_of_packages(settings, job),
     ]
-    if targets(settings):
+    if export_places(settings):
         found.append(ExportAtEnd(functools.partial(save_live, setup.arguments, setup.lora)))
     # Last: a run that is said to be finished has all that it leaves.
     return [*found, StatusFile(save, len(job.plan.steps))]

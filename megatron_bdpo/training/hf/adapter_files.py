@@ -47,6 +47,7 @@ def adapters_loader(settings: Settings, config: LoraConfig) -> Callable[[list[An
             weights = adapter_map(_architecture(settings).weights, config)
             load_adapters(model, open_weights(directory, weights), weights)
         say(f"adapters: {directory}")
+        say_other_base(directory, settings.model.hf_model or "")
         return model
 
     return load
@@ -62,15 +63,13 @@ def expected_base(settings: Settings) -> str:
     dtype, directories, found = str(settings.precision.dtype), settings.directories, ""
     checkpoint = checkpoint_directory(directories.load if directories.finetune else None)
     with all_ranks_agree():
-        if settings.lora.lora_start:
-            start = Path(settings.lora.lora_start)
-            say_other_base(start, settings.model.hf_model or "")
-            found = base_of(start, dtype)
-        elif checkpoint and is_rank_zero():
+        if is_rank_zero() and settings.lora.lora_start:
+            found = base_of(Path(settings.lora.lora_start), dtype)
+        elif is_rank_zero() and checkpoint:
             arguments = stored_arguments(checkpoint)
             same_type = str(arguments.get("params_dtype")) == dtype
             found = identity_in(arguments).get("base_weights", "") if same_type else ""
-    return found if settings.lora.lora_start else broadcast(found)
+    return broadcast(found)
 
 
 def say_other_base(directory: Path, base: str) -> None:

@@ -18,6 +18,7 @@ from megatron_bdpo.model.lora import peft_format
 from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.model.lora.merging import merged
 from megatron_bdpo.training import identity
+from megatron_bdpo.training.checkpoints import refuse_damaged
 from megatron_bdpo.training.distributed import process_groups
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.hf.adapter_files import say_other_base, stored_adapters
@@ -68,6 +69,7 @@ def merge_alone(adapters: Path, hf_model: str, output: Path) -> None:
         if (original / INDEX).is_file():
             shutil.copyfile(original / INDEX, directory / INDEX)
         write_companions(directory, read_json(original / CONFIG), dtype, original, model_card(facts))
+    base.close()
 
 
 def _adapters_in(directory: Path, original: Path) -> tuple[LoraConfig, Mapping[str, Tensor], TrainingFacts]:
@@ -84,6 +86,7 @@ def _adapters_in(directory: Path, original: Path) -> tuple[LoraConfig, Mapping[s
     arguments = identity.stored_arguments(checkpoint)
     if not identity.identity_in(arguments).get("lora"):
         raise UserError(f"the checkpoint {checkpoint} holds a model. megatron-bdpo convert export writes it.")
+    refuse_damaged(checkpoint)
     config, tensors = stored_adapters(checkpoint, str(original), arguments)
     return config, tensors, training_facts(arguments, {})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ _SETTINGS = (
 _RECORDS = {"save_hf": "export.json", "save_hf_merged": "export_merged.json"}
 
 
-def targets(settings: Settings) -> dict[str, Path]:
+def export_places(settings: Settings) -> dict[str, Path]:
     """Where a run writes at its end: setting -> directory."""
     named = {"save_hf": settings.model.save_hf, "save_hf_merged": settings.lora.save_hf_merged}
     return {name: Path(target) for name, target in named.items() if target}
@@ -66,7 +67,7 @@ def check_save_hf(settings: Settings, last_step: int | None = None) -> None:
     Args:
         last_step: of the training, once it is known.
     """
-    places = targets(settings)
+    places = export_places(settings)
     for name, target in places.items():
         with all_ranks_agree():
             if not settings.model.hf_model:
@@ -134,25 +135,25 @@ def save_live(
     known = [each for each in gather(dict(metrics)) if each]
     done = {**vars(arguments.megatron), "iteration": last_step}  # Megatron leaves there where the run began
     facts = training_facts(done, known[0] if known else {})
-    for name, target in targets(settings).items():
+    for name, target in export_places(settings).items():
+        keep_record = functools.partial(_keep_record, directories, name, target, last_step)
         if broadcast(is_rank_zero() and _is_own_export(directories, name, target, last_step)):
-            say(f"policy written to {target} before")
-            continue
-
-        def keep_record(directory: Path, name: str = name, target: Path = target) -> None:
-            if directories.save:
-                record = {"step": last_step, "directory": _number(directory), "name": str(target)}
-                write_whole(Path(directories.save) / _RECORDS[name], json.dumps(record) + "\n")
-
-        if lora and name == "save_hf":
+            say(f"{target}: written before")
+        elif lora and name == "save_hf":
             save_adapters(unwrap_model(model), target, settings, lora, base, facts, keep_record)
             say(f"adapters written to {target}")
-            continue
-        if lora:
+        else:
             merge(model)
-        source = LiveWeights(unwrap_model(model), host_group())
-        write_model(source, target, read_json(original / CONFIG), original, facts, keep_record)
-        say(f"policy written to {target}")
+            source = LiveWeights(unwrap_model(model), host_group())
+            write_model(source, target, read_json(original / CONFIG), original, facts, keep_record)
+            say(f"policy written to {target}")
+
+
+def _keep_record(directories: DirectorySettings, name: str, target: Path, step: int | None, directory: Path) -> None:
+    """Note in --save that the export in ``directory``, soon to be called ``target``, is this run's."""
+    if directories.save:
+        record = {"step": step, "directory": _number(directory), "name": str(target)}
+        write_whole(Path(directories.save) / _RECORDS[name], json.dumps(record) + "\n")
 
 
 def write_model(

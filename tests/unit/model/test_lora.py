@@ -212,3 +212,54 @@ def test_targets_without_a_gate():
 def test_settings_that_are_none(settings, message):
     with pytest.raises(UserError, match=message):
         LoraConfig(**{"rank": 4, "alpha": 8.0, **settings})
+
+
+def te_layer_apart() -> dict[str, Any]:
+    """On a rank: what becomes of Transformer Engine's spec of a layer, with stand-ins for its classes alone."""
+    import functools
+    from types import SimpleNamespace
+    from unittest import mock
+
+    from megatron.core.extensions import transformer_engine_spec_provider as provider
+    from megatron.core.transformer.attention import SelfAttentionSubmodules
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+    from megatron_bdpo.model.norm import separate_norms
+
+    fused, plain, norm = object(), object(), object()
+    backend = SimpleNamespace(
+        column_parallel_layer_norm_linear=lambda: fused, column_parallel_linear=lambda: plain, layer_norm=lambda: norm
+    )
+    mlp = functools.partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=fused, linear_fc2=plain))
+    layer = TransformerLayerSubmodules(
+        self_attention=ModuleSpec(object, submodules=SelfAttentionSubmodules(fused, object, plain)),
+        mlp=mlp,
+        sharded_state_dict_keys_map={"mlp.0.weight": "mlp.linear_fc1.layer_norm_weight"},
+    )
+    with mock.patch.object(provider, "TESpecProvider", lambda: backend):
+        separate_norms(layer)
+    return {
+        "qkv": layer.self_attention.submodules.linear_qkv is plain,
+        "fc1": layer.mlp.keywords["submodules"].linear_fc1 is plain,
+        "fc2": layer.mlp.keywords["submodules"].linear_fc2 is plain,
+        "norms": layer.input_layernorm is norm and layer.pre_mlp_layernorm is norm,
+        "others": mlp.keywords["submodules"].linear_fc1 is fused,
+        "names": layer.sharded_state_dict_keys_map,
+    }
+
+
+def test_norms_stand_apart_from_fused_layers(ranks):
+    """Checkpoints name them as Megatron's local layers have them."""
+    (found,) = ranks(1)(te_layer_apart)
+    names = found.pop("names")
+    assert all(found.values()), found
+    (local,) = ranks(1)(names_of_local_layers)
+    assert local.items() <= names.items() and "mlp.0.weight" in names
+
+
+def names_of_local_layers() -> dict[str, str]:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+
+    return dict(get_gpt_layer_local_submodules().sharded_state_dict_keys_map)
