@@ -49,7 +49,7 @@ test: lint types pytest ## lint, type check and all tests
 lint: $(TEST_ENV) ## ruff
 	@$(RUN) ruff check .
 
-types: $(TEST_ENV) ## mypy over megatron_bdpo
+types: $(TEST_ENV) ## mypy over the package, benchmarks, examples and tools
 	@$(RUN) mypy
 
 # By themselves: first those of one process, a worker for each core, files as wholes; then what starts ranks and programs,

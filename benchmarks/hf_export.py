@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
 RESULT = "hf_export result: "
@@ -42,8 +43,12 @@ def measure(model: Path, target: Path, flags: list[str]) -> None:
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from here
         start = time.perf_counter()
-        save_live(arguments, chunks, {})
-        own = {"seconds": time.perf_counter() - start, "peak": resident("VmHWM") - before, "sent": dict(sent)}
+        save_live(arguments, None, chunks, {}, base="")
+        own: dict[str, Any] = {
+            "seconds": time.perf_counter() - start,
+            "peak": resident("VmHWM") - before,
+            "sent": dict(sent),
+        }
         ranks = distributed.gather(own)
     if arguments.settings.process.rank == 0:
         into: Counter[int] = Counter()
@@ -91,7 +96,7 @@ def contend(checkout: Path, options: argparse.Namespace) -> dict:
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     shutil.rmtree(options.target, ignore_errors=True)
     os.sync()  # what was written before is not to be paid for by this one
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     shutil.rmtree(options.target)
     (line,) = [line for line in output.splitlines() if line.startswith(RESULT)]
     return json.loads(line.removeprefix(RESULT))

@@ -77,7 +77,7 @@ def read(directory: Path, flags: list[str]) -> None:
         figures["seconds"] = time.perf_counter() - start
         figures["peak_gib"] = resident("VmHWM") - before
 
-    hf_model.load_weights = measured
+    hf_model.load_weights = measured  # type: ignore[assignment]
     arguments = Arguments.parse(["--bf16", "--hf-model", str(directory), *flags])
     with distributed.process_groups(arguments.settings.process), model_in_memory(arguments) as model:
         own = sum(parameter.nbytes for chunk in model for parameter in chunk.parameters()) / 2**30

@@ -175,13 +175,16 @@ def inputs_of(options: argparse.Namespace) -> Inputs:
 
 def measured_pass(options: argparse.Namespace, inputs: Inputs) -> dict[str, float]:
     """Forward and backward over ``inputs``, with what it took."""
-    variant, returned = VARIANTS[options.variant], [inputs.hidden, inputs.weight]
+    variant = VARIANTS[options.variant]
+    hidden: Any = inputs.hidden
+    weight: Any = inputs.weight  # to Megatron's DDP a parameter has attributes more than PyTorch's tensors have
+    returned = [hidden, weight]
     accumulates = variant in (fused_main_grad, made_again)
-    inputs.hidden.grad = inputs.weight.grad = None
+    hidden.grad = weight.grad = None
     if accumulates:
-        inputs.weight.main_grad = torch.zeros_like(inputs.weight, dtype=torch.float32)
-        inputs.weight.grad_added_to_main_grad = False  # as Megatron's DDP marks it: it wants a stand-in
-        returned = [inputs.hidden]
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        weight.grad_added_to_main_grad = False  # as Megatron's DDP marks it: it wants a stand-in
+        returned = [hidden]
     memory = PeakMemory(options.device)
     started, processor = time.perf_counter(), time.process_time()
     total = variant(options, inputs)
@@ -190,14 +193,14 @@ def measured_pass(options: argparse.Namespace, inputs: Inputs) -> dict[str, floa
     peak = memory.read()  # synchronises
     seconds, processor = time.perf_counter() - started, time.process_time() - processor
     gradients = sum(tensor.grad.numel() * tensor.grad.element_size() for tensor in returned)
-    weight_gradient = inputs.weight.main_grad if accumulates else inputs.weight.grad
+    weight_gradient = weight.main_grad if accumulates else weight.grad
     return {
         "seconds": seconds,
         "processor_seconds": processor,
         "peak": peak,
         "peak_beside_gradients": peak - gradients,
         "total": total.item(),
-        "hidden_norm": inputs.hidden.grad.float().norm().item(),
+        "hidden_norm": hidden.grad.float().norm().item(),
         "weight_norm": weight_gradient.float().norm().item(),
     }
 

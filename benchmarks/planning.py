@@ -106,7 +106,7 @@ def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) 
     with told("order the pairs by their first use"):
         in_use = job.pairs_in_use(0)
     if with_scores:
-        setup = RunSetup(arguments, arguments.settings, job, None, None, None, resumed=False)
+        setup = RunSetup(arguments, arguments.settings, job, None, None, None, resumed=False)  # type: ignore[arg-type]
         log_probs = PrecomputedReference(setup, REFERENCE, in_use, no_model, pause=lambda: None)
         write_log_probs(log_probs)
         with told("look the reference scores up"):

@@ -106,7 +106,7 @@ def run_trl(
     losses: list[torch.Tensor] = []
     memory = PeakMemory(device)
 
-    class InOrder(trl.DPOTrainer):  # type: ignore[misc]
+    class InOrder(trl.DPOTrainer):
         def _get_train_sampler(self, *unused: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -115,7 +115,7 @@ def run_trl(
             losses.append((loss[0] if isinstance(loss, tuple) else loss).detach())
             return loss
 
-    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+    class Clock(transformers.TrainerCallback):
         def on_train_begin(self, *unused: Any, **named: Any) -> None:
             marks.append(Instant.now())
 

@@ -139,7 +139,7 @@ def plan(options: argparse.Namespace) -> tuple[Run | None, list[Run]]:
         own = ["--preference-loss", "orpo", "--orpo-weight", "0"]
         start = run("start", "start", 1234, options.sft_epochs, options.sft_lr, own)
         begin = ["--pretrained-checkpoint", str(start.directory)]
-    runs = []
+    runs: list[Run] = []
     for seed in range(1, options.seeds + 1):
         for loss in options.losses:
             own = list(LOSSES[loss])

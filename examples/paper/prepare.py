@@ -53,9 +53,9 @@ def classify(row: dict[str, Any]) -> tuple[str, Pair | None]:
     Raises:
         UserError: a column is missing, or of another type.
     """
-    for name, kind in COLUMNS.items():
-        if not isinstance(row.get(name), kind):
-            raise UserError(f"the column {name} should be {kind.__name__}, found {row.get(name)!r:.60}")
+    for name, required in COLUMNS.items():
+        if not isinstance(row.get(name), required):
+            raise UserError(f"the column {name} should be {required.__name__}, found {row.get(name)!r:.60}")
     responses = [row["response_0"].strip(), row["response_1"].strip()]
     is_safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
     if not all(responses) or not row["prompt"].strip():
