@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, answer_log_probs, likeliest_tokens
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
+from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.moe import with_pair_router
 from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm, separate_norms
 from megatron_bdpo.model.precision import forget_quantisation_state
@@ -95,7 +96,7 @@ class PairGPTBuilder(GPTModelBuilder):
 
     def _embedding_scale(self) -> float | None:
         """Rounded to the embeddings' type, as models are trained with it."""
-        if not self._model_config.scale_embeddings:
+        if not self._model_config.layers.scale_embeddings:
             return None
         transformer = self._model_config.transformer
         return torch.tensor(transformer.hidden_size**0.5, dtype=transformer.params_dtype).item()
@@ -105,8 +106,8 @@ class PairGPTBuilder(GPTModelBuilder):
 class PairGPTConfig(GPTModelConfig):
     """GPTModelConfig that names our builder and layer spec."""
 
-    scale_embeddings: bool = False
-    """Multiply embeddings by the square root of the hidden size."""
+    layers: LayerOptions = field(default_factory=LayerOptions)
+    """What Megatron's configuration does not say."""
 
     pair_attention: str | None = None
     """A name of ``attention_backends.BACKENDS``; None for the default of device and precision."""

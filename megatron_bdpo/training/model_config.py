@@ -22,12 +22,12 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
     settings = arguments.settings
     config: PairGPTConfig = gpt_config_from_args(arguments.megatron, model_config_cls=PairGPTConfig)
     config.rope_scaling_factor = settings.architecture.rope_scaling_factor  # Megatron leaves the flag's value behind
-    config.scale_embeddings = settings.model.scale_embeddings
+    config.layers = settings.layers
     config.pair_attention = None if settings.model.pair_attention == "auto" else settings.model.pair_attention
     config.fuse_local_layers = bool(settings.model.fuse_local_layers)
     config.separate_norms = settings.lora.is_wanted
     build_output_layer_without_apex(settings.architecture.implementation == "transformer_engine")
-    if settings.model.geglu_tanh:
+    if settings.layers.geglu_tanh:
         if not settings.architecture.gated:
             raise UserError("--geglu-tanh is the activation of gated layers: add --swiglu.")
         config.transformer.activation_func = functools.partial(functional.gelu, approximate="tanh")

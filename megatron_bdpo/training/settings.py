@@ -23,6 +23,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import registry
 from megatron_bdpo.model.attention_backends import BACKENDS
+from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.lora.lora_config import KINDS, SCALINGS
 from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.training.megatron_settings import (
@@ -148,10 +149,6 @@ class ModelSettings:
     arguments and the tokenizer, and is read into each rank's part directly"""
     save_hf: str | None = _flag(metavar="DIR")
     """at the end of training, write the policy as a Hugging Face model"""
-    scale_embeddings: bool = False
-    """multiply embeddings by the root of the hidden size (Gemma)"""
-    geglu_tanh: bool = False
-    """with --swiglu: tanh-approximated GELU in the place of SiLU (Gemma)"""
     pair_attention: str = _flag("auto", choices=("auto", *BACKENDS))
     """what computes attention; auto: on a GPU in half precision varlen, te where torch has none; else sdpa"""
     fuse_local_layers: bool | None = _switch("fuse-local-layers", None)
@@ -298,6 +295,7 @@ FLAG_GROUPS: Mapping[str, type] = {
     "preference pairs": PairSettings,
     "steps and packs": StepSettings,
     "policy": ModelSettings,
+    "layers beyond Megatron's": LayerOptions,
     "LoRA": LoraSettings,
     "reference": ReferenceSettings,
     "log-probs": LogProbSettings,
@@ -343,6 +341,7 @@ class Settings:
     pairs: PairSettings
     steps: StepSettings
     model: ModelSettings
+    layers: LayerOptions
     loss: LossSettings
     lora: LoraSettings
     reference: ReferenceSettings

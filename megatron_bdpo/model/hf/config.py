@@ -8,16 +8,16 @@ release of transformers writes what is understood here; the two spellings of rot
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.hf.families import FAMILIES, OUTPUT_LAYER, REFUSED, Family
+from megatron_bdpo.model.hf.families import FAMILIES, REFUSED
+from megatron_bdpo.model.hf.family import OUTPUT_LAYER, Config, Family
 from megatron_bdpo.model.hf.keys import TRANSLATED, keys_without_effect, line_about, refuse_own_code, refuse_quantised
 from megatron_bdpo.model.hf.kinds import check_kinds, pop_number, shown
 from megatron_bdpo.model.hf.tensors import Dimensions, WeightMap
-
-Config = Mapping[str, Any]
+from megatron_bdpo.model.layer_options import LayerOptions
 
 #: Megatron's arguments that are the same for all families, unless a family says otherwise.
 SHARED_ARGUMENTS: Mapping[str, Any] = {
@@ -29,20 +29,19 @@ SHARED_ARGUMENTS: Mapping[str, Any] = {
     "rotary_interleaved": False,
     "no_rope_freq": None,
     "swiglu": True,
-    "geglu_tanh": False,
     "quick_geglu": False,
     "squared_relu": False,
     "add_bias_linear": False,
     "add_qkv_bias": False,
     "qk_layernorm": False,
     "qk_l2_norm": False,
-    "scale_embeddings": False,
     "apply_residual_connection_post_layernorm": False,
     "moe_layer_freq": 1,
     "moe_router_score_function": "softmax",
     "moe_router_topk_scaling_factor": None,
     "moe_router_enable_expert_bias": False,
     "moe_shared_expert_intermediate_size": None,
+    **asdict(LayerOptions()),
 }
 
 #: What transformers assumes for an absent key.
@@ -86,9 +85,10 @@ def read_config(config: Config) -> Architecture:
         | _window_arguments(values, sizes.layers)
         | _expert_arguments(values, sizes)
         | dict(family.arguments)
+        | dict(family.own_arguments(values))
     )
     tied = values["tie_word_embeddings"]
-    rules = {key: rule for key, rule in family.rules.items() if not (tied and key == OUTPUT_LAYER)}
+    rules = {key: rule for key, rule in family.rules_of(values).items() if not (tied and key == OUTPUT_LAYER)}
     return Architecture(family, arguments, WeightMap(rules, sizes), line_about(unread, family))
 
 
@@ -286,7 +286,7 @@ def _unchecked_config(family: Family, arguments: Mapping[str, Any], vocab_size: 
             "moe_intermediate_size": arguments["moe_ffn_hidden_size"],
             "norm_topk_prob": not arguments["moe_router_pre_softmax"],
         }
-    return config
+    return config | dict(family.own_config(arguments))
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

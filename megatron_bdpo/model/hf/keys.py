@@ -19,10 +19,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.hf.families import Family
+from megatron_bdpo.model.hf.family import Config, Family
 from megatron_bdpo.model.hf.kinds import shown
-
-Config = Mapping[str, Any]
 
 #: The newest release of transformers whose sources these tables were compared with.
 KNOWN_RELEASE = (5, 24)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,6 +40,8 @@ class Dimensions:
     experts: int = 0
     rank: int = 0
     """Of adapters."""
+    sparse: tuple[bool, ...] = ()
+    """Of each layer, whether it has experts; empty where all are alike."""
 
     @property
     def queries(self) -> int:
@@ -62,6 +64,9 @@ class Rule:
     """None for vectors."""
     interleaved_by: str | None = None
     """Cut every tensor in so many parts; first come all first parts, then all second ones, ..."""
+    layers: str | None = None
+    """Of a model some of whose layers have experts: ``"sparse"`` for what those have, ``"dense"`` for what the others
+    have."""
 
     def parts(self, sizes: Dimensions, names: Mapping[str, int]) -> list[Rows]:
         """The Megatron tensor from its first row to its last; ``names`` gives the layer and the expert."""
@@ -125,12 +130,17 @@ class WeightMap:
         return 1 if self.rules[key].columns is None else 2
 
     def _indices(self, key: str, rule: Rule) -> Iterator[tuple[int, ...]]:
-        axes = []
+        axes: list[Sequence[int]] = []
         if any("{layer}" in name for name in rule.rows):
-            axes.append(range(self.sizes.layers))
+            axes.append([layer for layer in range(self.sizes.layers) if self._has(layer, rule)])
         if any("{expert}" in name for name in rule.rows):
             axes.append(range(self.sizes.experts))
         return itertools.product(*axes)
+
+    def _has(self, layer: int, rule: Rule) -> bool:
+        if rule.layers is None or not self.sizes.sparse:
+            return True
+        return self.sizes.sparse[layer] == (rule.layers == "sparse")
 
 
 def _names(indices: tuple[int, ...]) -> dict[str, int]:

@@ -10,11 +10,13 @@ import enum
 import functools
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from megatron_bdpo.logprobs import TokenScoring
+from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.training.reference.cache import IDENTITY_VERSION
 
@@ -80,10 +82,12 @@ LEFT_OUT: dict[str, str] = {
         inference_fuse_tp_communication inference_disable_triton_nvls_kernels inference_grouped_gemm_backend
         inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type inference_cuda_graph_scope
         nccl_all_reduce_for_prefill mlp_chunks_for_prefill moe_pad_experts_for_cuda_graph_inference""",
+    "said by another field: it is the activation_func": "geglu_tanh",
     "clocks and logs": """
         timers barrier_with_L1_time config_logger_dir log_max_attention_logit moe_per_layer_logging""",
 }  # fmt: skip
 _NOT_COUNTED = frozenset(" ".join(LEFT_OUT.values()).split())
+_PARTS = frozenset({"transformer", "layers"})
 
 
 def reference_identity(config: PairGPTConfig, weights: str, scoring: TokenScoring) -> dict[str, Any]:
@@ -97,10 +101,10 @@ def reference_identity(config: PairGPTConfig, weights: str, scoring: TokenScorin
         TypeError: a field holds something whose value cannot be told.
     """
     computed = {"weights": weights, "vocabulary": scoring.vocab_size, "log_probs": scoring.kernel}
-    model, transformer = _counting(config), _counting(config.transformer)
-    assert len({*computed, *model, *transformer}) == len(computed) + len(model) + len(transformer), "names hide others"
-    fields = {name: _json(value, name) for name, value in {**model, **transformer}.items()}
-    return {IDENTITY_VERSION: VERSION, **computed, **fields}
+    parts = [_counting(config), _counting(config.transformer), _layer_options(config.layers)]
+    assert len({*computed}.union(*parts)) == len(computed) + sum(map(len, parts)), "names hide others"
+    counted = {name: _json(value, name) for part in parts for name, value in part.items()}
+    return {IDENTITY_VERSION: VERSION, **computed, **counted}
 
 
 def is_of_this_version(identity: Mapping[str, Any]) -> bool:
@@ -115,7 +119,15 @@ def of_every_version(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _counting(config: Any) -> dict[str, Any]:
     """Fields, and what else is set on a configuration: Megatron hangs YaRN's settings on it without declaring them."""
-    return {name: value for name, value in vars(config).items() if name not in _NOT_COUNTED and name != "transformer"}
+    return {name: value for name, value in vars(config).items() if name not in _NOT_COUNTED | _PARTS}
+
+
+def _layer_options(options: LayerOptions) -> dict[str, Any]:
+    """Those that are on: a cache stays good when this package learns of one more."""
+    on = {each.name: getattr(options, each.name) for each in fields(options)}
+    is_off = {each.name for each in fields(options) if on[each.name] == each.default}
+    older = {"scale_embeddings"}  # than this rule
+    return {name: value for name, value in on.items() if name not in _NOT_COUNTED | (is_off - older)}
 
 
 def _json(value: Any, name: str) -> Any:

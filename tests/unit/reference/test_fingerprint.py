@@ -156,13 +156,13 @@ def walk() -> tuple[set[str], set[str], set[str]]:
 
     (config, _) = configurations([("", 1)])
     before, counted, ignored = identity_of(config), set(), set()
-    for part in (config, config.transformer):
+    for part in (config, config.transformer, config.layers):
         for name, value in list(vars(part).items()):
-            if value is config.transformer:
+            if value in (config.transformer, config.layers):
                 continue
-            setattr(part, name, _other(value))
+            object.__setattr__(part, name, _other(value))  # some are frozen
             (ignored if identity_of(config) == before else counted).add(name)
-            setattr(part, name, value)
+            object.__setattr__(part, name, value)
     assert identity_of(config) == before
     return counted, ignored, set(" ".join(LEFT_OUT.values()).split())
 

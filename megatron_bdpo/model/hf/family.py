@@ -1,0 +1,123 @@
+"""What families of models have in common: what one is, and the tensors and settings that most are made of.
+
+A family says what Megatron's arguments cannot say by themselves, what a key that is absent from its ``config.json``
+means, and which values of a key its layers here cannot honour. How keys become arguments is in ``config``; the families
+themselves are in ``families``, a file for each lineage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_bdpo.model.hf.tensors import Rule
+
+Config = Mapping[str, Any]
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+_LAYER = "model.layers.{layer}."
+
+_OUTSIDE = {
+    "embedding.word_embeddings.weight": Rule({"model.embed_tokens.weight": "vocab"}, "hidden"),
+    "decoder.final_layernorm.weight": Rule({"model.norm.weight": "hidden"}),
+}
+
+#: Where input and output embeddings are one, this tensor does not exist.
+OUTPUT_LAYER = "output_layer.weight"
+_OUTPUT = {OUTPUT_LAYER: Rule({"lm_head.weight": "vocab"}, "hidden")}
+
+
+def tensors(*of_a_layer: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The tensors of a model whose layers have these; names are within a layer, on both sides."""
+    in_layers = {
+        f"decoder.layers.{key}": dataclasses.replace(
+            rule, rows={_LAYER + name: size for name, size in rule.rows.items()}
+        )
+        for rules in of_a_layer
+        for key, rule in rules.items()
+    }
+    return _OUTSIDE | in_layers | _OUTPUT
+
+
+def fused_qkv(kind: str, columns: str | None) -> Rule:
+    projections = {"q": "queries", "k": "keys", "v": "keys"}
+    return Rule({f"self_attn.{name}_proj.{kind}": size for name, size in projections.items()}, columns, "groups")
+
+
+ATTENTION = {
+    "self_attention.linear_qkv.layer_norm_weight": Rule({"input_layernorm.weight": "hidden"}),
+    "self_attention.linear_qkv.weight": fused_qkv("weight", "hidden"),
+    "self_attention.linear_proj.weight": Rule({"self_attn.o_proj.weight": "hidden"}, "queries"),
+}
+QKV_BIAS = {"self_attention.linear_qkv.bias": fused_qkv("bias", None)}
+QK_NORM = {
+    "self_attention.q_layernorm.weight": Rule({"self_attn.q_norm.weight": "head"}),
+    "self_attention.k_layernorm.weight": Rule({"self_attn.k_norm.weight": "head"}),
+}
+MLP = {
+    "mlp.linear_fc1.layer_norm_weight": Rule({"post_attention_layernorm.weight": "hidden"}),
+    "mlp.linear_fc1.weight": Rule({"mlp.gate_proj.weight": "ffn", "mlp.up_proj.weight": "ffn"}, "hidden"),
+    "mlp.linear_fc2.weight": Rule({"mlp.down_proj.weight": "hidden"}, "ffn"),
+}
+
+
+def experts(block: str, gate: str, up: str, down: str) -> dict[str, Rule]:
+    expert = block + ".experts.{expert}."
+    norm = Rule({"post_attention_layernorm.weight": "hidden"})
+    return {
+        "mlp.linear_fc1.layer_norm_weight": norm,  # of local layers
+        "pre_mlp_layernorm.weight": norm,  # of Transformer Engine's
+        "mlp.router.weight": Rule({f"{block}.gate.weight": "experts"}, "hidden"),
+        "mlp.experts.experts.linear_fc1.weight": Rule(
+            {f"{expert}{gate}.weight": "ffn", f"{expert}{up}.weight": "ffn"}, "hidden"
+        ),
+        "mlp.experts.experts.linear_fc2.weight": Rule({f"{expert}{down}.weight": "hidden"}, "ffn"),
+    }
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+SILU = {"hidden_act": ("silu",)}
+#: Of families whose layers have the part always, whatever the key says.
+QKV_BIAS_ALWAYS = dict.fromkeys(("attention_bias", "qkv_bias"), (True, False, None))
+QK_NORM_ALWAYS = dict.fromkeys(("use_qk_norm", "qk_layernorm"), (True, None))
+ALL_LAYERS_SPARSE = {"mlp_layer_types": ("sparse", None)}
+SOME_LAYERS_SLIDE = {
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+
+
+# A family -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the models of one ``model_type`` have in common."""
+
+    model_type: str
+    architecture: str
+    """The one in ``architectures`` that is a language model."""
+    rules: Mapping[str, Rule] | Callable[[Config], Mapping[str, Rule]]
+    """The tensors, by Megatron's names without numbers; a function of the configuration where it decides which there
+    are."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Megatron's, beyond those that all families share."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What an absent key of ``config.json`` means, where it is not as in ``config.DEFAULTS``; these keys are read."""
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Keys whose other values the layers here do not have, where it is not as in ``keys.FIXED``."""
+    own_arguments: Callable[[Config], Mapping[str, Any]] = lambda values: {}
+    """Megatron's arguments from what the family reads and others do not. It is given every key that is translated, with
+    the family's defaults, and its arguments go before the others."""
+    own_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda arguments: {}
+    """The way back: keys of ``config.json`` from Megatron's arguments."""
+
+    def rules_of(self, values: Config) -> Mapping[str, Rule]:
+        """The tensors of a model with this configuration, its defaults included."""
+        return self.rules(values) if callable(self.rules) else self.rules
