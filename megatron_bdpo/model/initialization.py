@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_bdpo.model.shards import weight_shards
+from megatron_bdpo.model.shards import own_slices, weight_shards
 
 
 def initialize_by_name(model: list[Any], seed: int) -> list[Any]:
@@ -46,7 +46,7 @@ def fill_by_name(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_seed_of(shard, seed))  # and no other device's
             method_of(shard.key)(whole)
-        shard.data.copy_(whole[shard.global_slice()[shard.prepend_axis_num :]])
+        shard.data.copy_(whole[own_slices(shard)])
 
 
 def _seed_of(shard: ShardedTensor, seed: int) -> int:

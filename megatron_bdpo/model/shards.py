@@ -53,6 +53,12 @@ def _shards(model: Iterable[Any]) -> Iterator[ShardedTensor]:
             yield from (part for part in parts if isinstance(part, ShardedTensor))
 
 
+def own_slices(shard: ShardedTensor) -> tuple[slice, ...]:
+    """What this piece is of its whole: of the one layer's and expert's tensor, not of all that checkpoints stack."""
+    starts = shard.global_offset[shard.prepend_axis_num :]
+    return tuple(slice(start, start + size) for start, size in zip(starts, shard.local_shape, strict=True))
+
+
 def is_main_copy(shard: ShardedTensor) -> bool:
     """Whether, of all ranks that hold this piece, this one counts."""
     replica = shard.replica_id

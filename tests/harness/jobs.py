@@ -191,11 +191,16 @@ def copy_shards(model: list[Any], *, trained: bool = False) -> Shards:
     """
     from megatron.core.utils import unwrap_model
 
-    from megatron_bdpo.model.shards import adapter_shards, is_main_copy, weight_shards
+    from megatron_bdpo.model.shards import adapter_shards, is_main_copy, own_slices, weight_shards
 
     chunks = unwrap_model(model)
     return [
-        (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().float().cpu().numpy().copy())
+        (
+            shard.key,
+            shard.global_shape,
+            (*shard.global_offset[: shard.prepend_axis_num], *own_slices(shard)),
+            shard.data.detach().float().cpu().numpy().copy(),
+        )
         for shard in itertools.chain(weight_shards(chunks), adapter_shards(chunks))
         if is_main_copy(shard) and (shard.data.requires_grad or not trained)
     ]

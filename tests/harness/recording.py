@@ -184,14 +184,14 @@ def _pairs_told(tell: Callable[..., None]) -> Iterator[None]:
 
 def redraw_vectors(model: list[Any]) -> None:
     """Norm weights start at one and biases at zero: a model that swaps or forgets them would not be found out."""
-    from megatron_bdpo.model.shards import weight_shards
+    from megatron_bdpo.model.shards import own_slices, weight_shards
 
     for shard in weight_shards(model):
         if shard.data.dim() == 1:
             shape = shard.global_shape[shard.prepend_axis_num :]
             layer = shard.global_offset[: shard.prepend_axis_num]
             noise = torch.randn(shape, generator=seeded(zlib.crc32(f"{shard.key} {layer}".encode())))
-            shard.data.detach().add_(0.3 * noise[shard.global_slice()[shard.prepend_axis_num :]])
+            shard.data.detach().add_(0.3 * noise[own_slices(shard)])
 
 
 def _gathered(model: list[Any]) -> list[Any]:

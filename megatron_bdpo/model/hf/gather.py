@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 
 from megatron_bdpo.model.hf.file_layout import ExportFile, Whole
 from megatron_bdpo.model.hf.tensors import Place, place_of
-from megatron_bdpo.model.shards import is_main_copy, weight_shards
+from megatron_bdpo.model.shards import is_main_copy, own_slices, weight_shards
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class LiveWeights:
         for number, shard in enumerate(self._own[place]):
             stacked = shard.prepend_axis_num
             assert shard.data is not None
-            shape, slices = tuple(shard.global_shape[stacked:]), tuple(shard.global_slice()[stacked:])
+            shape, slices = tuple(shard.global_shape[stacked:]), own_slices(shard)
             found.append(_Piece(shape, slices, shard.data.dtype, self._rank, number))
         return found
 

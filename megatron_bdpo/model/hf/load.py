@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
 from megatron_bdpo.model.hf.tensors import WeightMap, place_of
-from megatron_bdpo.model.shards import weight_shards
+from megatron_bdpo.model.shards import own_slices, weight_shards
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def fill(shard: ShardedTensor, checkpoint: HuggingFaceCheckpoint, weights: Weigh
     place = place_of(shard.key, shard.global_offset[:stacked])
     if place.key not in weights.rules:
         raise UserError(f"the model has the weight {shard.key}, for which its Hugging Face family has no tensor.")
-    own, *columns = shard.global_slice()[stacked:]
+    own, *columns = own_slices(shard)
     target, first = shard.data.detach(), 0
     for part in weights.parts(place):
         # The part is at rows first ... first + length of the whole tensor; this shard has own.start ... own.stop.

@@ -16,7 +16,7 @@ from megatron_bdpo.model.hf.export import split
 from megatron_bdpo.model.hf.load import fill
 from megatron_bdpo.model.hf.tensors import Place, WeightMap, place_of
 from megatron_bdpo.model.lora.peft_format import MAGNITUDE, PREFIX
-from megatron_bdpo.model.shards import adapter_shards, is_main_copy
+from megatron_bdpo.model.shards import adapter_shards, is_main_copy, own_slices
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def _piece(shard: ShardedTensor) -> _Piece:
     stacked = shard.prepend_axis_num
     assert shard.data is not None
     place = place_of(shard.key, shard.global_offset[:stacked])
-    shape, slices = tuple(shard.global_shape[stacked:]), tuple(shard.global_slice()[stacked:])
+    shape, slices = tuple(shard.global_shape[stacked:]), own_slices(shard)
     return place, shape, slices, shard.data.detach().cpu().clone()
 
 
