@@ -192,7 +192,9 @@ def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
     hidden, queries = model.hidden, model.heads * model.head
     projected = (model.heads + 2 * model.groups) * model.head // tensor
     attention = hidden * projected + hidden * queries // tensor
-    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden + model.sinks * model.heads // tensor
+    attention += (
+        (model.biases or model.qkv_bias) * projected + model.biases * hidden + model.sinks * model.heads // tensor
+    )
     norms = 2 * model.norm_vectors * hidden + (2 * model.norm_vectors * model.head if model.qk_norm else 0)
     if not has_experts:
         return attention + norms + mlp_parameters(model, model.ffn, tensor)

@@ -64,14 +64,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def make_config(name: str, **settings: Any) -> dict[str, Any]:
+    """The ``config.json`` of one."""
+    return dict(_config(name, settings).to_dict())
+
+
+def _config(name: str, settings: dict[str, Any]) -> Any:
+    import transformers
+
+    family, own = MODELS[name]
+    return getattr(transformers, f"{family}Config")(**(_SIZES | own | settings))
+
+
 def make_model(name: str, directory: Path, **settings: Any) -> Path:
     """Write a random model in fp32. Weights are drawn wide, norms and biases too: errors in any of them shall show."""
     import transformers
 
-    family, own = MODELS[name]
     torch.manual_seed(7)
-    config = getattr(transformers, f"{family}Config")(**(_SIZES | own | settings))
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+    config = _config(name, settings)
+    model = getattr(transformers, f"{MODELS[name][0]}ForCausalLM")(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter)) if parameter.dim() == 1 else parameter.mul_(3)

@@ -106,6 +106,10 @@ class Family:
     rules: Mapping[str, Rule] | Callable[[Config], Mapping[str, Rule]]
     """The tensors, by Megatron's names without numbers; a function of the configuration where it decides which there
     are."""
+    models: str = ""
+    """Some of them, by the names they are known by."""
+    layers: str = ""
+    """What they have that Llama's have not, in a few words."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Megatron's, beyond those that all families share."""
     defaults: Mapping[str, Any] = field(default_factory=dict)

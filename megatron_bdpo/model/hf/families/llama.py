@@ -16,6 +16,8 @@ LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
     tensors(ATTENTION, MLP),
+    models="Llama 1 to 3.3, Yi, Falcon 3, SmolLM 1 and 2, CodeLlama, TinyLlama, DeepSeek R1 distilled to Llama",
+    layers="",
     defaults={"rms_norm_eps": 1e-6},
     only=SILU,
 )
@@ -24,6 +26,8 @@ MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
     tensors(ATTENTION, MLP),
+    models="Mistral 7B, Nemo",
+    layers="windows",
     defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
     only=SILU,
 )
@@ -32,6 +36,8 @@ MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
     tensors(ATTENTION, experts("block_sparse_moe", "w1", "w3", "w2")),
+    models="Mixtral 8x7B, 8x22B",
+    layers="experts",
     defaults={
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e6,
