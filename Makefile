@@ -52,13 +52,14 @@ lint: $(TEST_ENV) ## ruff
 types: $(TEST_ENV) ## mypy over the package, benchmarks, examples and tools
 	@$(RUN) mypy
 
-# By themselves: first those of one process, a worker for each core, files as wholes; then what starts ranks and programs,
-# one after the other, for several of these on two cores come into each other's time limits. All are run, whatever fails.
-ALONE := --ignore=tests/unit
-BESIDE := --numprocesses=auto --maxprocesses=8 --dist=loadfile
+# First what compares numbers, a worker for each core, files as wholes; then what stops, kills and waits, one test after the
+# other, for several of these on two cores come into each other's time limits. All are run, whatever fails.
+SIDE_BY_SIDE := tests/unit tests/parity tests/hf tests/oracles
+BESIDE := $(SIDE_BY_SIDE) --numprocesses=auto --maxprocesses=8 --dist=loadfile
+ALONE := $(SIDE_BY_SIDE:%=--ignore=%)
 pytest: $(TEST_ENV) ## the tests alone
 ifeq ($(strip $(PYTEST_ARGS)),)
-	@$(RUN) pytest tests/unit $(BESIDE); unit=$$?; $(RUN) pytest $(ALONE) && exit $$unit
+	@$(RUN) pytest $(BESIDE); beside=$$?; $(RUN) pytest $(ALONE) && exit $$beside
 else
 	@$(RUN) pytest $(PYTEST_ARGS)
 endif
