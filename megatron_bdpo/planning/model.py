@@ -76,7 +76,7 @@ class ModelShape:
             if get(name):
                 raise UserError(f"memory is not estimated for models with --{name.replace('_', '-')}.")
         heads, hidden, layers = get("num_attention_heads"), get("hidden_size"), get("num_layers")
-        gated = bool(get("swiglu"))
+        gated = bool(get("swiglu") or get("quick_geglu"))
         ffn = get("ffn_hidden_size") or (int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
         learned = get("position_embedding_type", "learned_absolute") == "learned_absolute"
         return cls(
@@ -192,7 +192,8 @@ def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
     hidden, queries = model.hidden, model.heads * model.head
     projected = (model.heads + 2 * model.groups) * model.head // tensor
     attention = hidden * projected + hidden * queries // tensor
-    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden + model.sinks * model.heads // tensor
+    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden
+    attention += model.heads // tensor if model.sinks else 0
     norms = 2 * model.norm_vectors * hidden + (2 * model.norm_vectors * model.head if model.qk_norm else 0)
     if not has_experts:
         return attention + norms + mlp_parameters(model, model.ffn, tensor)

@@ -22,11 +22,13 @@ LAYOUTS = {
 }
 EP2 = (2, ["--expert-model-parallel-size", "2"])
 SP = ["--sequence-parallel"]  # which experts need with tensor parallelism, and which is nothing without it
-EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name]
+EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name or "gpt" in name]
+#: What a model needs beside.
+NEEDS = dict.fromkeys(EXPERTS, SP) | {"gpt-oss": [*SP, "--expert-tensor-parallel-size", "1"]}
 #: One model of every family in every layout, their variants in the simplest and the fullest.
 FULL = {"llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3 moe"}
 CASES = {
-    f"{name} {layout}": (name, LAYOUTS[layout][0], [*LAYOUTS[layout][1], *(SP if name in EXPERTS else [])])
+    f"{name} {layout}": (name, LAYOUTS[layout][0], [*LAYOUTS[layout][1], *NEEDS.get(name, [])])
     for name in MODELS
     for layout in LAYOUTS
     if name in FULL or layout in ("TP1", "TP2 PP2")
