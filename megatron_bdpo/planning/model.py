@@ -44,6 +44,10 @@ class ModelShape:
     """Of RMSNorm one, of LayerNorm two."""
     qk_norm: bool = False
     sinks: bool = False
+    quick_gelu: bool = False
+    """The gate's activation is x sigmoid(1.702 x), whose two factors are kept."""
+    clamped: bool = False
+    """Gate and up projection are clamped, which keeps them as they were before too."""
     tied: bool = False
     learned_positions: int = 0
     vocab_multiple: int = 128
@@ -93,6 +97,8 @@ class ModelShape:
             norm_vectors=1 if get("normalization") == "RMSNorm" else 2,
             qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm"),
             sinks=get("softmax_type") == "learnable",
+            quick_gelu=bool(get("quick_geglu")),
+            clamped=get("activation_func_clamp_value") is not None,
             tied=not get("untie_embeddings_and_output_weights"),
             learned_positions=(get("max_position_embeddings") or 0) if learned else 0,
             vocab_multiple=get("make_vocab_size_divisible_by") or 128,

@@ -112,7 +112,8 @@ class PackedExperts(HuggingFaceCheckpoint):
         names = ("gate", "up") if stack.startswith("gate_up") else ("down",)
         found = (f"{layer}.{expert}.{name}_proj.{kind}" for name in names)
         parts = [self.plain.rows(name, 0, self.plain.tensors[name].shape[0]) for name in found]
-        return torch.stack(parts, dim=1).flatten(0, 1).T.contiguous()  # row by row from either; a vector stays one
+        rows = torch.stack(parts, dim=1).flatten(0, 1)  # one from each in turn
+        return rows.T.contiguous() if rows.dim() == 2 else rows
 
 
 def dequantised(blocks: Tensor, scales: Tensor) -> Tensor:

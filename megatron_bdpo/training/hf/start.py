@@ -47,6 +47,11 @@ def start_from_hugging_face(arguments: Arguments) -> None:
         architecture = architecture_of(directory)
         if architecture.remark:
             say(architecture.remark)
+        if settings.lora.is_wanted and (why := architecture.family.no_adapters):
+            raise UserError(
+                f"--hf-model {directory}: no adapters for models of the family '{architecture.family.model_type}': "
+                f"{why}. Leave --lora-rank and --lora-start out: all weights are trained then."
+            )
         if weights or any(directory.glob("*.safetensors")):
             architecture.open_weights(directory).check(architecture.weights.shapes())
         else:
