@@ -171,7 +171,13 @@ def _mlp(model: ModelShape, split: Split, pack: Pack, ffn: int) -> float:
     kept = (2 if model.gated else 1) + _keeps_input(down, pack)
     if not pack.fused and model.gated:
         kept += 2
+    kept += _of_activation(model)
     return positions * kept * ffn * pack.bytes / tensor + _adapters((into, down), positions, tensor, pack)
+
+
+def _of_activation(model: ModelShape) -> int:
+    """What else than SiLU's: in units of a position's inner values."""
+    return model.quick_gelu + model.clamped
 
 
 def _experts(model: ModelShape, split: Split, pack: Pack) -> float:
@@ -187,6 +193,7 @@ def _experts(model: ModelShape, split: Split, pack: Pack) -> float:
     routed = positions * model.expert_top_k * ranks
     into, down = mlp_linears(model, model.expert_ffn)
     inner = (2 if model.gated else 1) + _keeps_input(down, pack) + (0 if pack.fused else 1 + 2 * model.gated)
+    inner += _of_activation(model)
     per_position = _keeps_input(into, pack) * model.hidden + inner * model.expert_ffn / ranks
     own = model.experts // split.layout.expert
     added = 0.0

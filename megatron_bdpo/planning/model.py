@@ -44,6 +44,10 @@ class ModelShape:
     """Of RMSNorm one, of LayerNorm two."""
     qk_norm: bool = False
     sinks: bool = False
+    quick_gelu: bool = False
+    """The gate's activation is x sigmoid(1.702 x), whose two factors are kept."""
+    clamped: bool = False
+    """Gate and up projection are clamped, which keeps them as they were before too."""
     tied: bool = False
     learned_positions: int = 0
     vocab_multiple: int = 128
@@ -76,7 +80,7 @@ class ModelShape:
             if get(name):
                 raise UserError(f"memory is not estimated for models with --{name.replace('_', '-')}.")
         heads, hidden, layers = get("num_attention_heads"), get("hidden_size"), get("num_layers")
-        gated = bool(get("swiglu"))
+        gated = bool(get("swiglu") or get("quick_geglu"))
         ffn = get("ffn_hidden_size") or (int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
         learned = get("position_embedding_type", "learned_absolute") == "learned_absolute"
         return cls(
@@ -93,6 +97,8 @@ class ModelShape:
             norm_vectors=1 if get("normalization") == "RMSNorm" else 2,
             qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm"),
             sinks=get("softmax_type") == "learnable",
+            quick_gelu=bool(get("quick_geglu")),
+            clamped=get("activation_func_clamp_value") is not None,
             tied=not get("untie_embeddings_and_output_weights"),
             learned_positions=(get("max_position_embeddings") or 0) if learned else 0,
             vocab_multiple=get("make_vocab_size_divisible_by") or 128,
@@ -192,9 +198,8 @@ def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
     hidden, queries = model.hidden, model.heads * model.head
     projected = (model.heads + 2 * model.groups) * model.head // tensor
     attention = hidden * projected + hidden * queries // tensor
-    attention += (
-        (model.biases or model.qkv_bias) * projected + model.biases * hidden + model.sinks * model.heads // tensor
-    )
+    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden
+    attention += model.heads // tensor if model.sinks else 0
     norms = 2 * model.norm_vectors * hidden + (2 * model.norm_vectors * model.head if model.qk_norm else 0)
     if not has_experts:
         return attention + norms + mlp_parameters(model, model.ffn, tensor)

@@ -31,9 +31,11 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 GEMMA = LLAMA | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "head_dim": 32}
+GPT_OSS = LLAMA | {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 4}
 QWEN3_MOE = LLAMA | {
     "model_type": "qwen3_moe",
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -90,7 +92,7 @@ def test_absent_keys_mean_what_transformers_means():
 REFUSED = {
     "unknown family": (
         LLAMA | {"model_type": "mamba"},
-        "'mamba' (model_type) cannot be trained here: not mapped. Families that can: gemma, llama",
+        "'mamba' (model_type) cannot be trained here: not mapped. Families that can: gemma, ",
     ),
     "gemma 2": (LLAMA | {"model_type": "gemma2"}, "'gemma2' cannot be trained here: its attention scores and logits"),
     "gemma 3": (LLAMA | {"model_type": "gemma3_text"}, "'gemma3_text' cannot be trained here: it has norms behind"),
@@ -103,7 +105,18 @@ REFUSED = {
     "biases": (LLAMA | {"attention_bias": True}, "attention_bias is True, which"),
     "activation": (LLAMA | {"hidden_act": "relu"}, "hidden_act is 'relu', which"),
     "no size": (without(LLAMA, "hidden_size"), "hidden_size must be a positive whole number, not None"),
-    "yarn": (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rotary scaling of the kind 'yarn'"),
+    "longrope": (
+        LLAMA | {"rope_scaling": {"type": "longrope", "factor": 4.0}},
+        "rotary scaling of the kind 'longrope'",
+    ),
+    "yarn without a length": (
+        LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        "yarn's original_max_position_embeddings must be a positive whole number",
+    ),
+    "yarn with a factor of its own": (
+        LLAMA | {"rope_scaling": YARN | {"attention_factor": 1.5}},
+        "yarn's attention_factor is 1.5; Megatron computes it from the other settings as 1.13863",
+    ),
     "another Llama 3": (
         LLAMA | {"rope_scaling": LLAMA_3 | {"original_max_position_embeddings": 4096}},
         "'original_max_position_embeddings': 4096}. Megatron's code has {'low_freq_factor': 1",
@@ -134,10 +147,13 @@ def test_refused_by_name(config, message):
 CONFIGS = {
     "llama": LLAMA,
     "llama 3": LLAMA | {"rope_scaling": LLAMA_3},
+    "yarn": QWEN2 | {"rope_scaling": YARN | {"attention_factor": 1.138629436}},
+    "yarn with two scales": QWEN2 | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False}},
     "mistral": MISTRAL | {"sliding_window": 8},
     "qwen2": QWEN2,
     "gemma": GEMMA,
     "qwen3_moe": QWEN3_MOE,
+    "gpt_oss": GPT_OSS,
     "mixtral": LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from unittest import mock
 
@@ -22,11 +23,13 @@ LAYOUTS = {
 }
 EP2 = (2, ["--expert-model-parallel-size", "2"])
 SP = ["--sequence-parallel"]  # which experts need with tensor parallelism, and which is nothing without it
-EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name]
+EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name or "gpt" in name]
+#: What a model needs beside.
+NEEDS = dict.fromkeys(EXPERTS, SP) | {"gpt-oss": [*SP, "--expert-tensor-parallel-size", "1"]}
 #: One model of every family in every layout, their variants in the simplest and the fullest.
 FULL = {"llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3 moe"}
 CASES = {
-    f"{name} {layout}": (name, LAYOUTS[layout][0], [*LAYOUTS[layout][1], *(SP if name in EXPERTS else [])])
+    f"{name} {layout}": (name, LAYOUTS[layout][0], [*LAYOUTS[layout][1], *NEEDS.get(name, [])])
     for name in MODELS
     for layout in LAYOUTS
     if name in FULL or layout in ("TP1", "TP2 PP2")
@@ -127,12 +130,34 @@ def rope_factor_left_behind(undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(validation, "model_config", forgetful))
 
 
+def other_arguments(undo: contextlib.ExitStack, **changed: object) -> None:
+    """The configuration is read wrongly."""
+    from megatron_bdpo.training.hf import start
+
+    read = start._arguments
+    undo.enter_context(mock.patch.object(start, "_arguments", lambda *given: read(*given) | changed))
+
+
+#: Of gpt-oss, one at a time.
+GPT_OSS = {
+    "no offset of up": {"glu_linear_offset": 0.0},
+    "no clamp": {"activation_func_clamp_value": None},
+    "windows in the other layers": {"window_attn_skip_freq": [0, 1, 0, 1]},
+    "yarn's range rounded": {"yarn_correction_range_round_to_int": True},
+    "no attention factor": {"mscale_all_dim": 1.0},
+    "sinks at zero": {"softmax_type": "off-by-one"},
+}
+
 MISTAKES = {
     "columns of strided memory": (rows_of_the_first_rank, "llama", 2, TP2),
     "rope_theta lost": (rope_theta_lost, "qwen2", 1, []),
     "window off by one": (window_off_by_one, "mistral", 1, []),
     "any rope is Llama 3's": (any_rope_is_llama_3s, "llama", 1, []),
     "rope factor left behind": (rope_factor_left_behind, "llama 3.2", 1, []),
+    **{
+        f"gpt-oss: {what}": (functools.partial(other_arguments, **changed), "gpt-oss", 1, [])
+        for what, changed in GPT_OSS.items()
+    },
 }
 
 

@@ -120,6 +120,14 @@ CASES = {
     ),
     "TP4 SP, fewer groups": Case(ranks=4, split=Split(layout=Layout(4, 1, 1)), flags=SP),
     "TP2 SP PP2": Case(ranks=4, split=Split(layout=Layout(2, 2, 1)), flags=SP),
+    "sinks, experts with biases": Case(
+        model=EXPERTS | {"add_bias_linear": True, "softmax_type": "learnable", "swiglu": False, "quick_geglu": True}
+    ),
+    "gpt-oss": Case(
+        model=EXPERTS
+        | {"add_bias_linear": True, "softmax_type": "learnable", "swiglu": False, "quick_geglu": True}
+        | {"activation_func_clamp_value": 1.0, "glu_linear_offset": 1.0}
+    ),
     "TP2 SP PP2, experts": Case(ranks=4, split=Split(layout=Layout(2, 2, 1)), flags=SP, model=EXPERTS),
 }
 
