@@ -37,6 +37,9 @@ MODELS = {
     "qwen2 sliding": DENSE,
     "qwen3": DENSE,
     "gemma": DENSE,
+    "phi3": DENSE,
+    "qwen2 moe mixed": SPARSE,
+    "glm4 moe": SPARSE,
     "mixtral": SPARSE,
     "qwen3 moe unnormed": SPARSE,
 }
@@ -85,7 +88,8 @@ def gradients_in_transformers(model_directory: Path, store: PairStore, scratch: 
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     target = scratch / f"{model_directory.name}-gradients"
     model.save_pretrained(target)
-    return load_file(target / "model.safetensors")
+    buffers = dict(model.named_buffers())
+    return {name: value for name, value in load_file(target / "model.safetensors").items() if name not in buffers}
 
 
 def gradients_here(ranks, model: Path, cache: Path, world_size: int, flags: list[str], mistake=None):

@@ -48,7 +48,8 @@ def start_from_hugging_face(arguments: Arguments) -> None:
         if architecture.remark:
             say(architecture.remark)
         if weights or any(directory.glob("*.safetensors")):
-            HuggingFaceCheckpoint.open(directory).check(architecture.weights.shapes())
+            checkpoint = HuggingFaceCheckpoint.open(directory)
+            checkpoint.check(architecture.weights.shapes(), left_out=architecture.left_out)
         else:
             say(f"weights: not in {directory}, so not checked")
         arguments.set(**_arguments(arguments, architecture))
