@@ -35,6 +35,17 @@ _LLAMA_3 = {
     "original_max_position_embeddings": 8192,
 }
 
+_QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_GLM_MOE = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "num_mtp_layers": 0,
+}
+
 #: Name -> transformers' class of the model, and settings beyond ``_SIZES``.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rms_norm_eps": 1e-4}),
@@ -46,6 +57,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 sliding": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 32, "rope_theta": 1e6, "tie_word_embeddings": True}),
     "gemma": ("Gemma", {"head_dim": 32, "tie_word_embeddings": True}),
+    "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 9, "pad_token_id": 0}),
+    "phi3 tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 4, "pad_token_id": 0}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt-oss": (
         "GptOss",
@@ -80,6 +93,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 32},
     ),
+    "qwen3 moe mixed": ("Qwen3Moe", _QWEN_MOE | {"mlp_only_layers": [2], "head_dim": 32}),
+    "qwen2 moe": ("Qwen2Moe", _QWEN_MOE | {"shared_expert_intermediate_size": 40}),
+    "qwen2 moe mixed": (
+        "Qwen2Moe",
+        _QWEN_MOE | {"shared_expert_intermediate_size": 40, "decoder_sparse_step": 2, "norm_topk_prob": True},
+    ),
+    "glm4 moe": ("Glm4Moe", _GLM_MOE | {"attention_bias": True, "use_qk_norm": True, "head_dim": 32}),
+    "glm4 moe grouped": ("Glm4Moe", _GLM_MOE | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 0}),
 }
 
 
@@ -103,12 +124,27 @@ def make_model(name: str, directory: Path, **settings: Any) -> Path:
     config = _config(name, settings)
     model = getattr(transformers, f"{MODELS[name][0]}ForCausalLM")(config).float()
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            is_vector = parameter.dim() == 1 or key.endswith("_bias")  # or of every expert one
-            parameter.add_(0.1 * torch.randn_like(parameter)) if is_vector else parameter.mul_(3)
+        for key, value in itertools.chain(model.named_parameters(), _stored_buffers(model)):
+            is_vector = value.dim() == 1 or key.endswith("_bias")  # or of every expert one
+            value.add_(0.1 * torch.randn_like(value)) if is_vector else value.mul_(3)
     target = directory / name.replace(" ", "-")
     model.save_pretrained(target)
     return target
+
+
+def config_json(name: str) -> str:
+    """The ``config.json`` of :func:`make_model`, without weights."""
+    import transformers
+
+    family, own = MODELS[name]
+    content = getattr(transformers, f"{family}Config")(**(_SIZES | own)).to_json_string(use_diff=False)
+    return str(content)
+
+
+def _stored_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """Those that are in the file beside the parameters: experts' biases."""
+    stored = model.state_dict()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
 
 
 TEMPLATE = (

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-FAMILIES = ("gemma", "gpt_oss", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+from megatron_bdpo.model.hf.families import FAMILIES
 
 #: What models of every family run through: configuration, loading, masks, positions, caches.
 SHARED = ("configuration_utils", "modeling_utils", "masking_utils", "modeling_rope_utils", "cache_utils",

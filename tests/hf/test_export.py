@@ -45,6 +45,9 @@ LAYOUTS = {
         {0, 1},
     ),
     "gpt-oss, EP2 x PP2": ("gpt-oss", [*EP2, *PP2], 4, {0, 1, 2, 3}),
+    "fused projections": ("phi3", [*TP2, *PP2], 4, {0, 1, 2, 3}),
+    "experts in some layers": ("glm4 moe", [*EP2, *PP2], 4, {0, 1, 2, 3}),
+    "a shared expert": ("qwen2 moe mixed", [*TP2, "--sequence-parallel"], 2, {0, 1}),
     "EP2 x PP2": ("qwen3 moe", [*EP2, *PP2], 4, {0, 1, 2, 3}),
 }
 

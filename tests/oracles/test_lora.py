@@ -12,6 +12,7 @@ import torch
 from megatron_bdpo.data.store import PairStore
 from tests.harness.jobs import SGD, last_stage, train
 from tests.harness.lora import load_adapter, make_adapter, step_of_dpo, tensors_of
+from tests.harness.ranks import RankFailure
 from tests.harness.tiny_models import load_model, make_model
 
 pytest.importorskip("peft", reason="the oracle is PEFT")
@@ -94,12 +95,20 @@ def test_pefts_adapters_come_back_unchanged(ranks, tmp_path, kind):
         assert torch.equal(found[name], tensor), name
 
 
-def test_experts_are_those_of_peft(ranks, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        ("mixtral", "experts.3.w2.lora_B"),
+        ("qwen2 moe mixed", "shared_expert.up_proj.lora_B"),
+        ("glm4 moe", "layers.0.mlp.up_proj.lora_B"),
+    ],
+)
+def test_experts_are_those_of_peft(ranks, tmp_path, name, adapter):
     """PEFT puts an adapter for each expert and projection beside the experts that transformers stacks."""
-    base, start = make_model("mixtral", tmp_path), tmp_path / "start"
+    base, start = make_model(name, tmp_path), tmp_path / "start"
     made = ["--hf-model", str(base), "--lora-rank", "4", "--save-hf", str(start), *EP2]
     ranks(2)(train, made, pair_cache_dir=str(tmp_path / "cache"), **SGD | {"optimizer": "adam", "lr": 0.02})
-    assert any("experts.3.w2.lora_B" in name and tensor.any() for name, tensor in tensors_of(start).items())
+    assert any(adapter in name and tensor.any() for name, tensor in tensors_of(start).items())
     _, loss = one_step(ranks, tmp_path, base, start, 2, [*EP2, "--save-hf-merged", str(tmp_path / "merged")])
     model = load_adapter(base, start)
     (meta,) = (tmp_path / "cache").glob("*/meta.json")
@@ -111,3 +120,20 @@ def test_experts_are_those_of_peft(ranks, tmp_path):
         expected = load_adapter(base, tmp_path / "saved")(input_ids=tokens).logits
         merged = load_model(tmp_path / "merged")(input_ids=tokens).logits
     assert (merged - expected).abs().max() <= 1e-5
+
+
+def test_projections_in_one_tensor_are_refused_before_anything_is_built(ranks, tmp_path):
+    """PEFT's adapter beside qkv_proj is one of all three; those beside o_proj and down_proj are as anywhere."""
+    base, start = make_model("phi3", tmp_path), tmp_path / "start"
+    flags = ["--hf-model", str(base), "--lora-rank", "4"]
+    with pytest.raises(
+        RankFailure, match=r"UserError: the model keeps q_proj, k_proj, v_proj in one tensor \(qkv_proj"
+    ):
+        ranks(1)(train, flags, **SGD)
+    start = make_adapter(base, start, targets=["o_proj", "down_proj"])
+    found, loss = one_step(ranks, tmp_path, base, start, 1, ["--lora-targets", "o_proj,down_proj"])
+    model = load_adapter(base, start)
+    (meta,) = (tmp_path / "cache").glob("*/meta.json")
+    assert loss == pytest.approx(step_of_dpo(model, PairStore.open(meta.parent), beta=BETA, lr=LEARNING_RATE), abs=1e-6)
+    model.save_pretrained(tmp_path / "expected")
+    compare(found, tmp_path / "expected", start)

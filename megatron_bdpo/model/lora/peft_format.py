@@ -48,6 +48,7 @@ def adapter_map(weights: WeightMap, config: LoraConfig) -> WeightMap:
     Args:
         weights: of the model that the adapters stand in.
     """
+    refuse_fused(weights, config)
     rules: dict[str, Rule] = {}
     for key, projection, name, size, columns in _projections(weights):
         if projection in config.targets:
@@ -67,6 +68,23 @@ def _projections(weights: WeightMap) -> Iterator[tuple[str, str, str, str, str |
         # The first linear layer of an MLP without a gate has the other projection alone.
         for projection, (name, size) in zip(projections[-len(rule.rows) :], rule.rows.items(), strict=False):
             yield layer, projection, name.removesuffix(".weight"), size, rule.columns
+
+
+def refuse_fused(weights: WeightMap, config: LoraConfig) -> None:
+    """PEFT puts one adapter beside a projection that holds several; here each has its own.
+
+    Raises:
+        UserError: a target is one of several in one tensor.
+    """
+    for key, rule in weights.rules.items():
+        own = LINEARS.get(key.split(".")[-2], ())
+        fused = [name.split(".")[-2] for name, size in rule.rows.items() if not isinstance(size, str)]
+        if fused and set(own) & set(config.targets):
+            raise UserError(
+                f"the model keeps {', '.join(own)} in one tensor ({fused[0]}), beside which PEFT has one adapter for "
+                "all. Name other projections with --lora-targets (o_proj,down_proj), or train all weights: leave "
+                "--lora-rank out."
+            )
 
 
 def config_json(config: LoraConfig, weights: WeightMap, base: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_bdpo.model.hf.families import gemma, gpt_oss, llama, qwen
+from megatron_bdpo.model.hf.families import gemma, glm, gpt_oss, llama, phi, qwen
 from megatron_bdpo.model.hf.family import Family
 
 _ALL = (
@@ -12,10 +12,13 @@ _ALL = (
     llama.MISTRAL,
     llama.MIXTRAL,
     qwen.QWEN2,
+    qwen.QWEN2_MOE,
     qwen.QWEN3,
     qwen.QWEN3_MOE,
     gemma.GEMMA,
     gpt_oss.GPT_OSS,
+    phi.PHI3,
+    glm.GLM4_MOE,
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
@@ -26,6 +29,4 @@ REFUSED: Mapping[str, str] = {
     "and it has norms behind attention and MLP, which Megatron's layers do not have",
     "gemma3_text": "it has norms behind attention and MLP, and another rotary base in every kind of layer",
     "gemma3": "it has norms behind attention and MLP, and another rotary base in every kind of layer",
-    "qwen2_moe": "its shared expert has a gate of its own, which is not mapped",
-    "phi3": "its projections are stored fused in another order, which is not mapped",
 }
