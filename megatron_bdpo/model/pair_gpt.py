@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, answer_log_probs, likeliest_tokens
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
+from megatron_bdpo.model.layer import with_options
 from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.moe import with_pair_router
 from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm, separate_norms
@@ -144,6 +145,7 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LocalNorm
             if transformer.qk_layernorm and not transformer.qk_l2_norm:
                 attention.q_layernorm = attention.k_layernorm = LocalNorm
+        with_options(spec, config.layers, use_te=use_te)
     if not use_te:
         block.layer_norm = LocalNorm
     elif config.separate_norms:

@@ -17,7 +17,7 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
     """The configuration of policy and reference, from validated arguments.
 
     Raises:
-        UserError: ``--geglu-tanh`` without the gated layers that it changes.
+        UserError: an option of layers without what it changes.
     """
     settings = arguments.settings
     config: PairGPTConfig = gpt_config_from_args(arguments.megatron, model_config_cls=PairGPTConfig)
@@ -32,4 +32,6 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
             raise UserError("--geglu-tanh is the activation of gated layers: add --swiglu.")
         config.transformer.activation_func = functools.partial(functional.gelu, approximate="tanh")
         config.transformer.bias_activation_fusion = False  # Megatron's fused kernels are for SiLU and plain GELU
+    if settings.layers.qk_norm_over_heads and not config.transformer.qk_layernorm:
+        raise UserError("--qk-norm-over-heads is a kind of --qk-layernorm: give both.")
     return config

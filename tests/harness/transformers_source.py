@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-FAMILIES = ("gemma", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("gemma", "llama", "mistral", "mixtral", "olmo2", "qwen2", "qwen3", "qwen3_moe")
 
 #: What models of every family run through: configuration, loading, masks, positions, caches.
 SHARED = ("configuration_utils", "modeling_utils", "masking_utils", "modeling_rope_utils", "cache_utils",

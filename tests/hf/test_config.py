@@ -34,6 +34,7 @@ LLAMA_3 = {
 QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 GEMMA = LLAMA | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "head_dim": 32}
+OLMO2 = LLAMA | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
 QWEN3_MOE = LLAMA | {
     "model_type": "qwen3_moe",
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -137,6 +138,7 @@ CONFIGS = {
     "mistral": MISTRAL | {"sliding_window": 8},
     "qwen2": QWEN2,
     "gemma": GEMMA,
+    "olmo2": OLMO2,
     "qwen3_moe": QWEN3_MOE,
     "mixtral": LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
 }

@@ -17,14 +17,14 @@ from megatron_bdpo.model.hf import keys
 from megatron_bdpo.model.hf.config import read_config
 from megatron_bdpo.model.hf.families import FAMILIES
 from tests.harness import transformers_source
-from tests.hf.test_config import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3_MOE
+from tests.hf.test_config import GEMMA, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3_MOE
 
 HUB = json.loads(Path(__file__).with_name("hub_configs.json").read_text())
 RECORD = json.loads(Path(__file__).with_name("transformers_keys.json").read_text())
 
 MIXTRAL = LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
 QWEN3 = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
-CONFIGS = {config["model_type"]: config for config in (GEMMA, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)}
+CONFIGS = {config["model_type"]: config for config in (GEMMA, LLAMA, MISTRAL, MIXTRAL, OLMO2, QWEN2, QWEN3, QWEN3_MOE)}
 
 REMARK = "config.json: without effect, as transformers' code of '{}' does not read it: {}"
 

@@ -24,7 +24,7 @@ EP2 = (2, ["--expert-model-parallel-size", "2"])
 SP = ["--sequence-parallel"]  # which experts need with tensor parallelism, and which is nothing without it
 EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name]
 #: One model of every family in every layout, their variants in the simplest and the fullest.
-FULL = {"llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3 moe"}
+FULL = {"llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "mixtral", "qwen3 moe"}
 CASES = {
     f"{name} {layout}": (name, LAYOUTS[layout][0], [*LAYOUTS[layout][1], *(SP if name in EXPERTS else [])])
     for name in MODELS

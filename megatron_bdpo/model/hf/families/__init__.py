@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_bdpo.model.hf.families import gemma, llama, qwen
+from megatron_bdpo.model.hf.families import gemma, llama, olmo, qwen
 from megatron_bdpo.model.hf.family import Family
 
 _ALL = (
@@ -15,6 +15,7 @@ _ALL = (
     qwen.QWEN3,
     qwen.QWEN3_MOE,
     gemma.GEMMA,
+    olmo.OLMO2,
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
