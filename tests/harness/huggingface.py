@@ -62,7 +62,7 @@ def renamed(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     weights = read_config(config).weights
     mapped: Tensors = {}
     for key, value in tensors.items():
-        stacked = value.ndim - weights.matrix_axes(key)
+        stacked = value.ndim - weights.matrix_axes(place_of(key, ()).key)
         for leading in itertools.product(*map(range, value.shape[:stacked])):  # Megatron stacks layers
             parts = split(place_of(key, leading), torch.from_numpy(value[leading]), weights)
             mapped |= {name: part.numpy() for name, part in parts.items()}

@@ -67,15 +67,20 @@ def merge(ranks: list[Recording[Shards]]) -> Recording[WholeTensors]:
     return Recording(steps, assemble(rank.weights for rank in ranks))
 
 
-def train_and_record(flags: list[str], *, mistake: Mistake | None = None, **overrides: Any) -> Recording[Shards]:
+def train_and_record(
+    flags: list[str], *, mistake: Mistake | None = None, redraw: bool = True, **overrides: Any
+) -> Recording[Shards]:
     """Run the tiny job on this rank as ``jobs.train`` does, perhaps with a mistake in the code.
 
-    Gradients are not clipped unless a flag says so, and initial norms and biases are drawn at random.
+    Gradients are not clipped unless a flag says so.
+
+    Args:
+        redraw: draw initial norms and biases at random.
     """
     with contextlib.ExitStack() as undo:
         if mistake is not None:
             mistake(undo)
-        run, _ = run_job(flags, {"clip_grad": 0.0} | overrides, run_type=_recorded_run())
+        run, _ = run_job(flags, {"clip_grad": 0.0} | overrides, run_type=_recorded_run(redraw))
     metrics = run.progress.steps or [{}] * len(run.seen)
     steps = [
         Step(seen.weights, seen.gradients, seen.tokens, [seen.sequences], values)
@@ -94,7 +99,7 @@ class _Seen:
     sequences: SequenceLogProbs = field(default_factory=dict)
 
 
-def _recorded_run() -> type[Any]:
+def _recorded_run(redraw: bool) -> type[Any]:
     from megatron.core.utils import unwrap_model
 
     from megatron_bdpo.training.run import PreferenceRun
@@ -120,7 +125,8 @@ def _recorded_run() -> type[Any]:
 
         def after_load(self, model: list[Any]) -> None:
             self.model = model
-            redraw_vectors(unwrap_model(model))
+            if redraw:
+                redraw_vectors(unwrap_model(model))
             self.now = _Seen(copy_shards(model))
             super().after_load(model)
 
