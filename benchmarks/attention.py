@@ -66,7 +66,8 @@ def groups_of(options: argparse.Namespace) -> list[Any]:
 def along_plan(groups: list[Any], share: bool, heads: Heads, device: str, dtype: torch.dtype) -> Callable[[], None]:
     """What ``model.attention`` does in a layer."""
     from megatron_bdpo.data.packs import group_tokens, lay_out
-    from megatron_bdpo.model.attention_backends import BACKENDS, Layer, default_backend
+    from megatron_bdpo.model.attention_backends import BACKENDS, default_backend
+    from megatron_bdpo.model.attention_layer import Layer
     from megatron_bdpo.training.batches import to_batch
 
     lengths = np.array([[len(g.prompt), *map(len, g.answers)] for g in groups])
@@ -75,18 +76,19 @@ def along_plan(groups: list[Any], share: bool, heads: Heads, device: str, dtype:
     batch = to_batch(pack, positions, positions)
     plan = (batch.to_device() if device == "cuda" else batch).attention
     query, key, value = heads.inputs(positions, device, dtype)
-    scale = heads.size**-0.5
-    attend = BACKENDS[default_backend(device == "cuda", dtype, Layer(heads.size, scale, None))]
+    layer = Layer(heads.size, heads.size**-0.5)
+    attend = BACKENDS[default_backend(device == "cuda", dtype, layer)]
 
     def step() -> None:
         keys, values = (each.index_select(0, plan.key_index) for each in (key, value))
-        gradients(attend(query, keys, values, plan, scale, None), query, key, value)
+        gradients(attend(query, keys, values, plan, layer), query, key, value)
 
     return step
 
 
 def dense_packing(groups: list[Any], heads: Heads, device: str, dtype: torch.dtype) -> Callable[[], None]:
     """One varlen call over whole sequences."""
+    from megatron_bdpo.model.attention_layer import Layer
     from megatron_bdpo.model.varlen import installed
 
     lengths = [len(g.prompt) + len(answer) for g in groups for answer in g.answers]
@@ -96,7 +98,7 @@ def dense_packing(groups: list[Any], heads: Heads, device: str, dtype: torch.dty
     assert attend is not None
 
     def step() -> None:
-        out = attend(query, key, value, (starts, starts), (longest, longest), heads.size**-0.5, None)
+        out = attend(query, key, value, (starts, starts), (longest, longest), Layer(heads.size, heads.size**-0.5))
         gradients(out, query, key, value)
 
     return step

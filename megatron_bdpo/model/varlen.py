@@ -12,7 +12,10 @@ all of them the causal mask is bottom-right: the kernel is FlashAttention 2.1 or
 and the kernel adds their gradients up: before 2.12 the function in front of it checks nothing, since then it asks for
 the flag.
 
-Shapes: Q queries and K keys of all runs, n query heads, g key/value heads, d head size.
+None of them has a parameter for a cap or for sinks, and the kernel's values are as wide as its keys: narrower ones are
+filled up with zeros, which leaves results and gradients as they are.
+
+Shapes: Q queries and K keys of all runs, n query heads, g key/value heads, d head size, e <= d that of values.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from megatron_bdpo.model.attention_layer import Layer
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,20 @@ class Varlen:
         takes = frozenset(inspect.signature(function).parameters)
         return cls(function, takes) if takes & {"window_size", "is_causal"} else None
 
-    def cannot(self, head_size: int, scale: float, window: int | None) -> str:
+    def cannot(self, layer: Layer) -> str:
         """Why it cannot attend so, said of it; "" if it can."""
+        head_size = layer.head_size
         if head_size % 8 or head_size > 256:
             return f"takes head sizes of 8, 16, ... 256, not {head_size}"
-        if window is not None and "window_size" not in self.takes:
+        if layer.output_size > head_size:
+            return f"takes values no wider than keys ({head_size}), not {layer.output_size}"
+        if layer.softcap is not None:
+            return "does not cap scores"
+        if layer.sinks:
+            return "has no sinks"
+        if layer.window is not None and "window_size" not in self.takes:
             return "has no windows (2.11's has)"
-        if "scale" not in self.takes and _power_of_two(scale * math.sqrt(head_size)) is None:
+        if "scale" not in self.takes and _power_of_two(layer.scale * math.sqrt(head_size)) is None:
             return "scales scores by 1 / sqrt(head size) only (2.11's by any number)"
         return ""
 
@@ -58,10 +71,9 @@ class Varlen:
         value: Tensor,
         starts: tuple[Tensor, Tensor],
         longest: tuple[int, int],
-        scale: float,
-        window: int | None,
+        layer: Layer,
     ) -> Tensor:
-        """[Q, n, d], [K, g, d], [K, g, d] -> [Q, n, d], in one kernel for all runs.
+        """[Q, n, d], [K, g, d], [K, g, e] -> [Q, n, e], in one kernel for all runs.
 
         Args:
             starts: [R + 1] int32 each, where the queries and the keys of each of R runs begin.
@@ -70,20 +82,22 @@ class Varlen:
         more: dict[str, Any] = {}
         longest_query, longest_key = longest
         if "window_size" in self.takes:
-            more["window_size"] = (-1 if window is None else window, 0)
+            more["window_size"] = (-1 if layer.window is None else layer.window, 0)
         else:
             more["is_causal"] = True
             # At 1 the kernel takes a shortcut for inference, which orders the log-sum-exps of grouped heads otherwise
             # than its backward pass reads them. It is a bound: runs may be shorter.
             longest_query = max(longest_query, 2)
         if "scale" in self.takes:
-            more["scale"] = scale
+            more["scale"] = layer.scale
         else:
-            query = _times_power_of_two(query, scale * math.sqrt(query.shape[2]))
+            query = _times_power_of_two(query, layer.scale * math.sqrt(query.shape[2]))
         if "enable_gqa" in self.takes:
             more["enable_gqa"] = query.shape[1] != key.shape[1]
-        out: Tensor = self.function(query, key, value, *starts, longest_query, longest_key, **more)
-        return out
+        missing = query.shape[2] - value.shape[2]
+        filled = functional.pad(value, (0, missing)) if missing else value
+        out: Tensor = self.function(query, key, filled, *starts, longest_query, longest_key, **more)
+        return out[..., : value.shape[2]] if missing else out
 
 
 @functools.cache
@@ -96,12 +110,12 @@ def installed() -> Varlen | None:
     return Varlen.of(varlen_attn)
 
 
-def why_not(head_size: int, scale: float, window: int | None) -> str:
+def why_not(layer: Layer) -> str:
     """Why the installed torch's varlen attention cannot attend so, as a clause; "" if it can."""
     varlen = installed()
     if varlen is None:
         return f"torch {torch.__version__} has no varlen attention (2.11 has)"
-    reason = varlen.cannot(head_size, scale, window)
+    reason = varlen.cannot(layer)
     return reason and f"the varlen attention of torch {torch.__version__} {reason}"
 
 

@@ -3,7 +3,7 @@
 | part of a layer   | parameters on a rank                                                                   |
 |-------------------|----------------------------------------------------------------------------------------|
 | query, key, value | H (n + 2 g) d / tp, and with biases (n + 2 g) d / tp                                    |
-| projection        | n d H / tp, and a bias H                                                                |
+| projection        | n d H / tp, and a bias H; learned sinks n / tp                                          |
 | norms             | 2 norms of H; of queries and keys 2 of d. RMSNorm has one vector, LayerNorm two         |
 | MLP               | 3 H F / tp with a gate, 2 H F / tp without; biases                                      |
 | experts           | router H E; each of the rank's E / ep experts 3 H F_e / etp; a shared expert as an MLP  |
@@ -43,6 +43,7 @@ class ModelShape:
     norm_vectors: int = 1
     """Of RMSNorm one, of LayerNorm two."""
     qk_norm: bool = False
+    sinks: bool = False
     tied: bool = False
     learned_positions: int = 0
     vocab_multiple: int = 128
@@ -91,6 +92,7 @@ class ModelShape:
             qkv_bias=bool(get("add_qkv_bias")),
             norm_vectors=1 if get("normalization") == "RMSNorm" else 2,
             qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm"),
+            sinks=get("softmax_type") == "learnable",
             tied=not get("untie_embeddings_and_output_weights"),
             learned_positions=(get("max_position_embeddings") or 0) if learned else 0,
             vocab_multiple=get("make_vocab_size_divisible_by") or 128,
@@ -190,7 +192,7 @@ def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
     hidden, queries = model.hidden, model.heads * model.head
     projected = (model.heads + 2 * model.groups) * model.head // tensor
     attention = hidden * projected + hidden * queries // tensor
-    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden
+    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden + model.sinks * model.heads // tensor
     norms = 2 * model.norm_vectors * hidden + (2 * model.norm_vectors * model.head if model.qk_norm else 0)
     if not has_experts:
         return attention + norms + mlp_parameters(model, model.ffn, tensor)

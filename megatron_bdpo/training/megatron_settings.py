@@ -89,6 +89,7 @@ class ArchitectureSettings:
     gated: bool = _of("swiglu")
     window_size: tuple[int, int] | None
     window_attn_skip_freq: object
+    softmax_type: str
     implementation: str = _of("transformer_impl")
     fused_swiglu: bool = _of("bias_swiglu_fusion")
     fused_dropout: bool = _of("bias_dropout_fusion")

@@ -48,3 +48,12 @@ def test_first_step_is_ln_2(one_rank):
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert first["rewards/accuracies"] == 0.5
+
+
+@pytest.mark.parametrize("flags", [[*TP2_PP2, "--sequence-parallel"], CP2], ids=" ".join)
+def test_learned_sinks(ranks, tmp_path, flags):
+    """Divided by head; each head's counts once in the gradient's norm."""
+    learned = ["--softmax-type", "learnable"]
+    expected = ranks(1)(train, learned, pair_cache_dir=str(tmp_path / "one"))
+    outcomes = ranks(4)(train, [*learned, *flags], pair_cache_dir=str(tmp_path / "four"))
+    assert_same_steps(last_stage(outcomes).steps, last_stage(expected).steps)

@@ -9,7 +9,8 @@ import torch
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.attention import window_of
-from megatron_bdpo.model.attention_backends import DESCRIPTIONS, Layer, check_backend, default_backend, why_slow
+from megatron_bdpo.model.attention_backends import DESCRIPTIONS, check_backend, default_backend, why_slow
+from megatron_bdpo.model.attention_layer import Layer
 from megatron_bdpo.model.precision import FP8_CAPABILITIES, FP8_MULTIPLES, Precision
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.training.settings import Settings
@@ -52,7 +53,10 @@ def _attention_layers(settings: Settings) -> list[Layer]:
     model = settings.architecture
     windows = {window_of(model, number) for number in range(1, model.layers + 1)}
     head_size = model.head_size
-    return [Layer(head_size, head_size**-0.5, window) for window in sorted(windows, key=lambda window: window or -1)]
+    return [
+        Layer(head_size, head_size**-0.5, window, sinks=model.softmax_type != "vanilla")
+        for window in sorted(windows, key=lambda window: window or -1)
+    ]
 
 
 def _problems(settings: Settings, precision: Precision) -> Iterator[str]:

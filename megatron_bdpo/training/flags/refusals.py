@@ -236,9 +236,6 @@ _REFUSALS = (
     ),
     _Refusal(lambda a: a.fp4, "--fp4-format: FP4 is not supported. FP8 is: --fp8-format."),
     _Refusal(
-        lambda a: a.softmax_type != "vanilla", "--softmax-type: attention over pairs has the vanilla softmax only."
-    ),
-    _Refusal(
         lambda a: a.multi_latent_attention, "--multi-latent-attention has its own rotary embedding. Not supported."
     ),
     _Refusal(lambda a: a.mtp_num_layers, "--mtp-num-layers: multi-token prediction has no meaning for scored pairs."),

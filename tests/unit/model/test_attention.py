@@ -24,13 +24,16 @@ def pack_of(lengths: list[tuple[int, int, int]], padding: int = 0, share: bool =
 
 @dataclass(frozen=True)
 class Case:
-    """A pack and the attention over it: n query heads, g key/value heads, d head size."""
+    """A pack and the attention over it: n query heads, g key/value heads, d head size of keys and e of values."""
 
     pack: Pack
     heads: int = 4
     groups: int = 2
     head_size: int = 8
+    value_size: int | None = None
     window: int | None = None
+    softcap: float | None = None
+    sinks: str = "vanilla"
     layer_scaling: bool = False
     layer: int = 3
 
@@ -40,12 +43,18 @@ class Case:
         return self.head_size**-0.5
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """Query, key, value and the gradient that comes in, over all T positions, padding too; float64."""
+        """Query, key, value and the gradient that comes in, over all T positions, padding too; sinks. float64."""
         draw = torch.Generator().manual_seed(1)
-        length = len(self.pack.tokens)
-        shapes = {"query": self.heads, "key": self.groups, "value": self.groups}
-        inputs = {name: torch.randn(length, n, self.head_size, generator=draw).double() for name, n in shapes.items()}
-        return inputs | {"gradient": torch.randn(length, self.heads * self.head_size, generator=draw).double()}
+        length, width = len(self.pack.tokens), self.value_size or self.head_size
+        shapes = {
+            "query": (length, self.heads, self.head_size),
+            "key": (length, self.groups, self.head_size),
+            "value": (length, self.groups, width),
+            "gradient": (length, self.heads * width),
+            "sinks": (self.heads,),
+        }
+        inputs = {name: torch.randn(*shape, generator=draw).double() for name, shape in shapes.items()}
+        return inputs | ({"sinks": torch.zeros(self.heads).double()} if self.sinks == "off-by-one" else {})
 
 
 PACK = pack_of([(5, 3, 4), (1, 1, 2), (2, 6, 1)], padding=3)
@@ -56,6 +65,14 @@ CASES = {
     "one key head": Case(PACK, groups=1),
     "window": Case(PACK, window=2),
     "window wider than everything": Case(PACK, window=100),
+    "narrow values": Case(PACK, value_size=4),
+    "wide values": Case(PACK, groups=1, value_size=12),
+    "capped scores": Case(PACK, softcap=0.5),
+    "capped scores in a window": Case(PACK, softcap=0.5, window=2),
+    "sinks": Case(PACK, sinks="learnable"),
+    "sinks at zero": Case(PACK, sinks="off-by-one"),
+    "sinks, a window, a cap, narrow values": Case(PACK, 6, 3, value_size=4, window=2, softcap=2.0, sinks="learnable"),
+    "sinks, only padding": Case(pack_of([], padding=8), sinks="learnable", value_size=4),
     "scores scaled by layer": Case(PACK, layer_scaling=True),
     "prompts not shared": Case(pack_of([(5, 3, 4), (1, 1, 2)], padding=3, share=False)),
     "runs of one token": Case(pack_of([(1, 1, 1), (1, 1, 1)], padding=2)),
@@ -66,16 +83,25 @@ CASES = {
 
 def dense(case: Case, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The definition, in fp64: softmax over the keys that each position may see; nothing for padding."""
-    query, key, value = (inputs[name].double().clone().requires_grad_() for name in ("query", "key", "value"))
+    names = ("query", "key", "value", "sinks")
+    query, key, value, sinks = (inputs[name].double().clone().requires_grad_() for name in names)
     repeats = case.heads // case.groups
     keys, values = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     scores = torch.einsum("qnd,knd->nqk", query, keys) * case.scale
     mask = torch.from_numpy(visible(case.pack, case.window))
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    weights = torch.where(mask, weights, 0)  # rows that see nothing are 0, not NaN
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    powers = torch.where(mask, scores.exp(), 0)
+    total = powers.sum(dim=-1, keepdim=True)
+    if case.sinks != "vanilla":
+        total = total + sinks.exp()[:, None, None]
+    weights = powers / torch.where(mask.any(dim=-1, keepdim=True), total, 1)  # rows that see nothing are 0, not NaN
     out = torch.einsum("nqk,knd->qnd", weights, values).flatten(1)
     out.backward(inputs["gradient"].double())
-    return {"out": out.detach(), "query": query.grad, "key": key.grad, "value": value.grad}
+    results = {"out": out.detach(), "query": query.grad, "key": key.grad, "value": value.grad}
+    if case.sinks == "learnable":
+        results["sinks"] = torch.zeros_like(sinks) if sinks.grad is None else sinks.grad
+    return results
 
 
 def visible(pack: Pack, window: int | None) -> np.ndarray:
@@ -109,10 +135,15 @@ def attend(
         window_size=None if case.window is None else (case.window, 0),
         apply_query_key_layer_scaling=case.layer_scaling,
         attention_softmax_in_fp32=case.layer_scaling,
+        softmax_type=case.sinks,
+        params_dtype=dtype,
     )
     module = PairAttention(config, case.layer, AttnMaskType.causal, "self")
-    module.backend = backend
+    module.backend, module.softcap = backend, case.softcap
     moved = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
+    if case.sinks == "learnable":
+        with torch.no_grad():
+            module.softmax_offset.copy_(moved["sinks"])
     query, key, value = (moved[name][:, None].clone().requires_grad_() for name in ("query", "key", "value"))
     batch = to_batch(case.pack, len(case.pack.tokens), len(case.pack.tokens))
     batch = batch.to_device() if device == "cuda" else batch
@@ -120,10 +151,13 @@ def attend(
     assert out.dtype == dtype
     out.backward(moved["gradient"][:, None])
     results = {"out": out, "query": query.grad, "key": key.grad, "value": value.grad}
-    return {
+    found = {
         name: (torch.zeros_like(moved[name]) if tensor is None else tensor.detach()[:, 0]).double().cpu()
         for name, tensor in results.items()
     }
+    if case.sinks == "learnable":
+        found["sinks"] = module.softmax_offset.grad.double().cpu()
+    return found
 
 
 def attend_all(dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
@@ -167,6 +201,38 @@ def test_a_branch_does_not_feel_its_sibling(on_cpu, ranks):
     others = np.setdiff1d(np.arange(case.pack.used), chosen)
     assert torch.equal(changed[others], before[others])
     assert (changed[chosen] != before[chosen]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("sizes", [(8, 4), (4, 8), (8, 8)], ids=str)
+def test_keys_and_values_of_all_context_parallel_ranks(ranks, sizes):
+    """Of two sizes, and each rank's gradient is that of its own positions."""
+    found = ranks(2)(gathered, *sizes)
+    for rank, (keys, values, of_key, of_value) in enumerate(found):
+        assert keys.shape == (6, 2, sizes[0]) and values.shape == (6, 2, sizes[1])
+        assert torch.equal(keys[:, 0, 0], torch.tensor([0.0, 1, 2, 10, 11, 12]))
+        assert torch.equal(values, -keys[..., :1].expand(values.shape))
+        assert torch.equal(of_key, torch.full((3, 1, 2, sizes[0]), 2.0)), rank
+        assert torch.equal(of_value, torch.full((3, 1, 2, sizes[1]), 6.0)), rank
+
+
+def gathered(key_size: int, value_size: int) -> tuple[torch.Tensor, ...]:
+    """Keys and values of both ranks, and the gradients that this one's get."""
+    from types import SimpleNamespace
+
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_bdpo.model.attention import PairAttention
+    from tests.harness.log_probs import tensor_parallel_group
+
+    with tensor_parallel_group(2) as group:
+        config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2)
+        module = PairAttention(config, 1, None, "self", pg_collection=SimpleNamespace(cp=group, tp=None))
+        rows = (torch.arange(3.0) + 10 * group.rank()).view(3, 1, 1, 1)
+        key = rows.expand(3, 1, 2, key_size).clone().requires_grad_()
+        value = (-rows).expand(3, 1, 2, value_size).clone().requires_grad_()
+        keys, values = module._of_all_ranks(key, value)
+        (keys.sum() + 3 * values.sum()).backward()
+    return keys.detach(), values.detach(), key.grad, value.grad
 
 
 def test_a_plan_is_required(ranks):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_bdpo.model import attention_backends
+from megatron_bdpo.model.attention_layer import Layer
 from megatron_bdpo.model.precision import FP8_MULTIPLES, Precision
 from tests.harness.jobs import TINY_JOB, TINY_MODEL, refusals
 
@@ -105,7 +106,7 @@ def test_default_backend(monkeypatch, on_gpu, dtype, expected):
     assert attention_backends.why_slow(expected, on_gpu, dtype, USUAL) == ""
 
 
-USUAL = attention_backends.Layer(head_size=64, scale=0.125, window=None)
+USUAL = Layer(head_size=64, scale=0.125, window=None)
 
 
 def described(cases: list[tuple[str, str]]) -> list[list[str]]:
@@ -138,6 +139,7 @@ TOLD = {
     (f"--bf16 {WINDOWS}", "2.10.0"): (f"{VARLEN}; in layers with a window {RUN_BY_RUN}", True),
     ("--bf16", "2.9.1"): (RUN_BY_RUN, True),
     (f"--bf16 {WINDOWS}", "2.9.1"): (RUN_BY_RUN, True),
+    ("--bf16 --softmax-type learnable", "2.12.0"): (RUN_BY_RUN, True),
     ("--bf16 --pair-attention sdpa", "2.9.1"): (RUN_BY_RUN, False),
     ("", "2.9.1"): (RUN_BY_RUN, False),
 }
@@ -148,7 +150,8 @@ def test_the_log_says_what_computes_attention(ranks):
         expected_attention, is_slow = TOLD[case]
         assert attention == f"attention: {expected_attention}", case
         assert len(warning) == is_slow, case
-        assert all(each.startswith("warning: ") and "Install Transformer Engine" in each for each in warning)
+        advice = "Shorter packs (--seq-length) take less" if "softmax-type" in case[0] else "Install Transformer Engine"
+        assert all(each.startswith("warning: ") and advice in each for each in warning)
 
 
 def backends_in_a_model(flags: list[str]) -> set[str | None]:

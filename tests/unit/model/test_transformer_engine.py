@@ -64,18 +64,23 @@ class DotProductAttention:
         query, key = call["query_layer"], call["key_layer"]
         assert call["qkv_format"] == "thd" and "padding" in call["attn_mask_type"]
         assert query.ndim == key.ndim == 3
-        assert query.shape[1:] == (call["num_attention_heads"], call["kv_channels"])
-        assert key.shape[1:] == (call["num_gqa_groups"], call["kv_channels"])
+        sizes = call["kv_channels"]  # one, or those of keys and of values
+        key_size, value_size = sizes if isinstance(sizes, tuple) else (sizes, sizes)
+        assert query.shape[1:] == (call["num_attention_heads"], key_size)
+        assert key.shape[1:] == (call["num_gqa_groups"], key_size)
+        assert call["value_layer"].shape[1:] == (call["num_gqa_groups"], value_size)
         starts = call["cu_seqlens_q"], call["cu_seqlens_kv"]
         assert starts[0].shape == starts[1].shape and {each.dtype for each in starts} == {torch.int32}
         # check_set_window_size, of a bottom-right causal mask: a causal window ends at the query itself.
         assert call["window_size"][0] >= -1 and call["window_size"][1] == 0
-        return query.flatten(1)  # [tokens, heads * head size]
+        return query[..., :1].expand(-1, -1, value_size).flatten(1)  # [tokens, heads * size of values]
 
 
+@pytest.mark.parametrize("value_size", [8, 4])
 @pytest.mark.parametrize("window", [None, 64])
-def test_attention_is_called_as_transformer_engine_takes_it(monkeypatch, window):
+def test_attention_is_called_as_transformer_engine_takes_it(monkeypatch, window, value_size):
     from megatron_bdpo.model import attention_backends
+    from megatron_bdpo.model.attention_layer import Layer
 
     engine = types.SimpleNamespace(DotProductAttention=DotProductAttention)
     monkeypatch.setitem(sys.modules, "transformer_engine", types.SimpleNamespace(pytorch=engine))
@@ -85,8 +90,9 @@ def test_attention_is_called_as_transformer_engine_takes_it(monkeypatch, window)
     query, key = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
     attention_backends._te_module.cache_clear()
     try:
-        found = attention_backends.BACKENDS["te"](query, key, key, plan, 0.25, window)
-        assert found.shape == query.shape
+        layer = Layer(8, 0.25, window, value_size)
+        found = attention_backends.BACKENDS["te"](query, key, key[..., :value_size], plan, layer)
+        assert found.shape == (5, 4, value_size)
     finally:
         attention_backends._te_module.cache_clear()
 

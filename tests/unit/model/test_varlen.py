@@ -20,7 +20,8 @@ import torch
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model import attention_backends, varlen
-from megatron_bdpo.model.attention_backends import BACKENDS, Layer
+from megatron_bdpo.model.attention_backends import BACKENDS
+from megatron_bdpo.model.attention_layer import Layer
 
 RECORD = json.loads(Path(__file__).with_name("torch_releases.json").read_text("utf-8"))
 
@@ -51,6 +52,7 @@ def as_in(taken: inspect.Signature) -> Callable[..., torch.Tensor]:
             given["window_size"] = (-1, 0)
         left, right = given.get("window_size", (-1, -1))
         query, key, value = given["query"], given["key"], given["value"]
+        assert value.shape == key.shape
         grouped = query.shape[1] != key.shape[1]
         assert given.get("enable_gqa", grouped) is grouped  # where there is no such parameter, the kernel groups heads
         scale = given.get("scale") or query.shape[2] ** -0.5
@@ -104,15 +106,22 @@ LAYERS = {
     "window": Layer(SIZE, USUAL, 2),
     "a quarter of the usual scale": Layer(SIZE, USUAL / 4, None),
     "another scale": Layer(SIZE, 0.3, None),
+    "narrow values": Layer(SIZE, USUAL, None, value_size=5),
+}
+#: What no release can.
+OTHERS = {
+    "has no sinks": Layer(SIZE, USUAL, None, sinks=True),
+    "does not cap scores": Layer(SIZE, USUAL, None, softcap=50.0),
 }
 
 
 def attend(backend: str, layer: Layer, groups: int, plan: Plan) -> list[torch.Tensor]:
     """Output and gradients of query, key and value, in fp64."""
     draw = torch.Generator().manual_seed(1)
-    sizes = (sum(plan.query_lengths), HEADS), (sum(plan.key_lengths), groups), (sum(plan.key_lengths), groups)
-    inputs = [torch.randn(*size, SIZE, generator=draw, dtype=torch.float64).requires_grad_() for size in sizes]
-    out = BACKENDS[backend](*inputs, plan, layer.scale, layer.window)
+    queries, keys = sum(plan.query_lengths), sum(plan.key_lengths)
+    sizes = (queries, HEADS, SIZE), (keys, groups, SIZE), (keys, groups, layer.output_size)
+    inputs = [torch.randn(*size, generator=draw, dtype=torch.float64).requires_grad_() for size in sizes]
+    out = BACKENDS[backend](*inputs, plan, layer)
     out.backward(torch.randn(out.shape, generator=draw, dtype=torch.float64))
     return [out.detach(), *(each.grad for each in inputs)]
 
@@ -153,6 +162,28 @@ def test_a_release_without_it(torch_with, monkeypatch, release):
 def test_head_sizes_that_the_kernel_refuses(torch_with, monkeypatch, release, size):
     torch_with(SIGNATURES[release])
     others_are_taken(monkeypatch, Layer(size, size**-0.5, None), f"takes head sizes of 8, 16, ... 256, not {size}")
+
+
+@pytest.mark.parametrize("release", SIGNATURES)
+def test_values_wider_than_keys_are_left_to_others(torch_with, monkeypatch, release):
+    torch_with(SIGNATURES[release])
+    layer = Layer(SIZE, USUAL, None, value_size=16)
+    others_are_taken(monkeypatch, layer, r"takes values no wider than keys \(8\), not 16")
+
+
+@pytest.mark.parametrize("has_engine", [True, False])
+@pytest.mark.parametrize("reason", OTHERS)
+@pytest.mark.parametrize("release", SIGNATURES)
+def test_caps_and_sinks_are_computed_run_by_run(torch_with, monkeypatch, release, reason, has_engine):
+    torch_with(SIGNATURES[release])
+    monkeypatch.setattr(attention_backends, "_has_transformer_engine", lambda: has_engine)
+    layer = OTHERS[reason]
+    assert attention_backends.default_backend(True, torch.bfloat16, layer) == "sdpa"
+    warning = attention_backends.why_slow("sdpa", True, torch.bfloat16, layer)
+    assert reason in warning and "Install" not in warning
+    for name, cause in (("varlen", reason), ("te", "Transformer Engine's attention (takes no sinks|caps no scores)")):
+        with pytest.raises(UserError, match=rf"--pair-attention {name}: .*{cause}.* Leave it out"):
+            attention_backends.check_backend(name, True, torch.bfloat16, layer)
 
 
 def test_one_that_cannot_be_causal_is_not_used():

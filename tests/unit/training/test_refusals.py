@@ -83,8 +83,6 @@ REFUSED = {
     "--use-kitchen-attention": "--attention-backend",
     "--position-embedding-type mrope": "--position-embedding-type",
     "--position-embedding-type relative": "--position-embedding-type",
-    "--softmax-type learnable": "--softmax-type",
-    "--softmax-type off-by-one": "--softmax-type",
     "--multi-latent-attention": "--multi-latent-attention",
     "--mtp-num-layers 1": "--mtp-num-layers",
     "--hybrid-layer-pattern M*M*": "--spec, --hybrid-layer-pattern, heterogeneous layers",
