@@ -10,6 +10,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_bdpo.model.attention import window_of
 from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.norm import LocalNorm, ProjectionNorm, separate_norms
 
@@ -18,7 +19,8 @@ Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
 class PairLayer(TransformerLayer):
-    """A layer whose attention and MLP give something else to the residual than what they return.
+    """A layer whose attention and MLP give something else to the residual than what they return, or that chooses
+    between two rotary tables.
 
     Its norms behind are marked as Megatron's own are, so their gradients are complete under sequence parallelism.
     """
@@ -33,14 +35,24 @@ class PairLayer(TransformerLayer):
             sizes = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
             self.post_self_attn_layernorm, self.post_mlp_layernorm = norm(**sizes), norm(**sizes)
         for add, behind in (("self_attn_bda", self.post_self_attn_layernorm), ("mlp_bda", self.post_mlp_layernorm)):
-            setattr(self, add, _Behind(getattr(self, add), behind))
+            setattr(self, add, _Behind(getattr(self, add), behind, options.residual_multiplier))
+        self.has_two_tables = options.local_rotary_base is not None
+        self.is_local = window_of(config, self.layer_number) is not None
+        if self.has_two_tables and self.is_local:
+            # YaRN's factor of queries and keys is for its own table.
+            self.self_attention._yarn_concentration_factor = 1.0
+
+    def _forward_attention(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
+        if self.has_two_tables and rotary_pos_emb is not None:
+            rotary_pos_emb = rotary_pos_emb[int(self.is_local)]
+        return super()._forward_attention(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
 
 
 class _Behind:
     """In the place of Megatron's ``get_bias_dropout_add``: what comes between an output and the residual."""
 
-    def __init__(self, get_add: Callable[[bool, bool], Add], norm: Any) -> None:
-        self._get_add, self._norm = get_add, norm
+    def __init__(self, get_add: Callable[[bool, bool], Add], norm: Any, multiplier: float | None) -> None:
+        self._get_add, self._norm, self._multiplier = get_add, norm, multiplier
 
     def __call__(self, training: bool, fused: bool) -> Add:
         return functools.partial(self._add, self._get_add(training, fused))
@@ -49,9 +61,13 @@ class _Behind:
         self, add: Add, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
     ) -> Tensor:
         output, bias = output_with_bias
+        if bias is not None:
+            output = output + bias
         if self._norm is not None:
-            output, bias = self._norm(output if bias is None else output + bias), None
-        return add((output, bias), residual, dropout)
+            output = self._norm(output)
+        if self._multiplier is not None:
+            output = output * self._multiplier
+        return add((output, None), residual, dropout)
 
 
 def with_options(spec: Any, options: LayerOptions, *, use_te: bool) -> None:
@@ -69,7 +85,7 @@ def with_options(spec: Any, options: LayerOptions, *, use_te: bool) -> None:
         if use_te:
             separate_norms(layer)
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
-    if options.layer_norms != "before":
+    if options.layer_norms != "before" or options.residual_multiplier or options.local_rotary_base:
         assert spec.module is TransformerLayer
         spec.module, spec.params = PairLayer, {**spec.params, "options": options, "norm": _norm(use_te=use_te)}
 

@@ -23,6 +23,7 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
     config: PairGPTConfig = gpt_config_from_args(arguments.megatron, model_config_cls=PairGPTConfig)
     config.rope_scaling_factor = settings.architecture.rope_scaling_factor  # Megatron leaves the flag's value behind
     config.layers = settings.layers
+    config.transformer.softmax_scale = settings.layers.attention_scale
     config.pair_attention = None if settings.model.pair_attention == "auto" else settings.model.pair_attention
     config.fuse_local_layers = bool(settings.model.fuse_local_layers)
     config.separate_norms = settings.lora.is_wanted

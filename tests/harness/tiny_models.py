@@ -46,7 +46,53 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 sliding": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 32, "rope_theta": 1e6, "tie_word_embeddings": True}),
     "gemma": ("Gemma", {"head_dim": 32, "tie_word_embeddings": True}),
-    "olmo2": ("Olmo2", {"rope_theta": 5e5}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 9,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 6.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 9,
+            "sliding_window_pattern": 3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "final_logit_softcapping": 6.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # Their default token for padding is one of the texts' own here, and transformers gives its embedding no gradient.
+    "olmo2": ("Olmo2", {"rope_theta": 5e5, "rms_norm_eps": 1e-4, "pad_token_id": None}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "pad_token_id": None,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 1.7,
+            "rms_norm_eps": 1e-4,
+        },
+    ),
+    "exaone4": ("Exaone4", {"head_dim": 32, "sliding_window": 9, "sliding_window_pattern": 3}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3 moe": (
         "Qwen3Moe",
@@ -71,7 +117,9 @@ def make_model(name: str, directory: Path, **settings: Any) -> Path:
 
     family, own = MODELS[name]
     torch.manual_seed(7)
-    config = getattr(transformers, f"{family}Config")(**(_SIZES | own | settings))
+    # Gemma 3 has images: its language model's configuration is a part.
+    config_of = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    config = getattr(transformers, config_of)(**(_SIZES | own | settings))
     model = getattr(transformers, f"{family}ForCausalLM")(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -167,7 +215,7 @@ def _logits_told(tell: Callable[[list[Sequence]], None]) -> Any:
 
     def forward_output(layer: Any, hidden: torch.Tensor, weight: Any, context: Any) -> Any:
         whole = gather_from_sequence_parallel_region(hidden) if layer.config.sequence_parallel else hidden
-        local = whole[:, 0] @ (layer.weight if weight is None else weight).T
+        local = context.scoring.shape(whole[:, 0] @ (layer.weight if weight is None else weight).T)
         tell(_sequences(scored[-1], places[len(scored) - 1], gather_from_tensor_model_parallel_region(local)))
         return output(layer, hidden, weight, context)
 

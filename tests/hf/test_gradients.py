@@ -37,6 +37,12 @@ MODELS = {
     "qwen2 sliding": DENSE,
     "qwen3": DENSE,
     "gemma": DENSE,
+    "gemma2": DENSE,
+    "gemma3": DENSE,
+    "granite": DENSE,
+    "olmo2": DENSE | {"TP2": (2, [*TP2, *SP])},
+    "olmo3": DENSE,
+    "exaone4": DENSE,
     "mixtral": SPARSE,
     "qwen3 moe unnormed": SPARSE,
 }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +27,21 @@ EP2 = (2, ["--expert-model-parallel-size", "2"])
 SP = ["--sequence-parallel"]  # which experts need with tensor parallelism, and which is nothing without it
 EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name]
 #: One model of every family in every layout, their variants in the simplest and the fullest.
-FULL = {"llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "mixtral", "qwen3 moe"}
+FULL = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "exaone4",
+    "mixtral",
+    "qwen3 moe",
+}
 CASES = {
     f"{name} {layout}": (name, LAYOUTS[layout][0], [*LAYOUTS[layout][1], *(SP if name in EXPERTS else [])])
     for name in MODELS
@@ -127,7 +144,52 @@ def rope_factor_left_behind(undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(validation, "model_config", forgetful))
 
 
+def another_argument(undo: contextlib.ExitStack, name: str, value: object) -> None:
+    """A key that says something of the layers or logits is not read, or not as it is meant."""
+    from megatron_bdpo.model.hf import config
+
+    family_of = config._family
+
+    def changed(values):
+        family = family_of(values)
+        return dataclasses.replace(family, own_arguments=lambda values: {**family.own_arguments(values), name: value})
+
+    undo.enter_context(mock.patch.object(config, "_family", changed))
+
+
+def another(name: str, value: object) -> Callable[[contextlib.ExitStack], None]:
+    return functools.partial(another_argument, name=name, value=value)
+
+
+def norms_over_the_heads_of_a_rank(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.model.norm import _SumOverRanks
+
+    undo.enter_context(mock.patch.object(_SumOverRanks, "apply", lambda squares, group: group.size() * squares))
+
+
+def positions_scaled_in_all_layers(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.model.layer import PairLayer
+
+    attend = PairLayer._forward_attention
+
+    def with_one_table(self, *args, rotary_pos_emb, **kwargs):
+        return attend(self, *args, rotary_pos_emb=rotary_pos_emb[:1].expand_as(rotary_pos_emb), **kwargs)
+
+    undo.enter_context(mock.patch.object(PairLayer, "_forward_attention", with_one_table))
+
+
 MISTAKES = {
+    "norms over the heads of a rank": (norms_over_the_heads_of_a_rank, "olmo2", 2, TP2),
+    "positions scaled in all layers": (positions_scaled_in_all_layers, "olmo3", 1, []),
+    "cap of scores lost": (another("attention_softcap", None), "gemma2", 1, []),
+    "cap of logits lost": (another("logit_softcap", None), "gemma2", 1, []),
+    "scale of scores lost": (another("attention_scale", None), "gemma2", 1, []),
+    "one base for all layers": (another("local_rotary_base", 1e6), "gemma3", 1, []),
+    "windows in other layers": (another("window_attn_skip_freq", [0, 1, 1, 1]), "gemma3", 1, []),
+    "multiplier of residuals lost": (another("residual_multiplier", None), "granite", 1, []),
+    "multiplier of embeddings lost": (another("embedding_multiplier", None), "granite", 1, []),
+    "scale of logits lost": (another("logit_scale", None), "granite", 1, []),
+    "positions in all layers": (another("no_rope_freq", None), "exaone4", 1, []),
     "columns of strided memory": (rows_of_the_first_rank, "llama", 2, TP2),
     "rope_theta lost": (rope_theta_lost, "qwen2", 1, []),
     "window off by one": (window_off_by_one, "mistral", 1, []),

@@ -63,7 +63,14 @@ GATED = {
     "mlp.linear_fc1.weight": Rule({"mlp.gate_proj.weight": "ffn", "mlp.up_proj.weight": "ffn"}, "hidden"),
     "mlp.linear_fc2.weight": Rule({"mlp.down_proj.weight": "hidden"}, "ffn"),
 }
-MLP = {"mlp.linear_fc1.layer_norm_weight": Rule({"post_attention_layernorm.weight": "hidden"}), **GATED}
+
+
+def gated_mlp(norm: str) -> dict[str, Rule]:
+    """With the norm in front of it, by its name there."""
+    return {"mlp.linear_fc1.layer_norm_weight": Rule({f"{norm}.weight": "hidden"}), **GATED}
+
+
+MLP = gated_mlp("post_attention_layernorm")
 
 
 def norms_behind(attention: str, mlp: str) -> dict[str, Rule]:
@@ -120,6 +127,8 @@ class Family:
     """What an absent key of ``config.json`` means, where it is not as in ``config.DEFAULTS``; these keys are read."""
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Keys whose other values the layers here do not have, where it is not as in ``keys.FIXED``."""
+    spelling: Callable[[Config], Config] = lambda values: values
+    """The same configuration with keys as other families have them, defaults included; before anything reads it."""
     own_arguments: Callable[[Config], Mapping[str, Any]] = lambda values: {}
     """Megatron's arguments from what the family reads and others do not. It is given every key that is translated, with
     the family's defaults, and its arguments go before the others."""
