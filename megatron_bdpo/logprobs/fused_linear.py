@@ -14,6 +14,9 @@ Backward needs the softmax once more. Forward keeps exp(z - m) of all chunks, in
 softmax in this type, whatever the logits' size. Backward is then two matrix products. Where it is more than
 ``kept_bytes``, only lse_n is kept, and backward makes each chunk's logits a second time: three products.
 
+Where logits are scaled and capped (``logit_shape``), z is what becomes of the product, and the gradient of the product
+is that of z times the slope there. z is made again from what is kept: z = m + log exp(z - m).
+
 Shapes: N scored positions, V padded vocabulary, c of its rows in a chunk, H hidden, tp ranks of the vocabulary split.
 """
 
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_bdpo.logprobs.logit_shape import LogitShape
 from megatron_bdpo.logprobs.scored import OneRank, ScoredPositions, TokenScores, select_scored
 from megatron_bdpo.logprobs.softmax_passes import ChunkSums, Targets, passes_for
 
@@ -47,6 +51,7 @@ def default_chunk_size(positions: int) -> int:
 
 
 _ALONE = OneRank()
+_AS_THEY_ARE = LogitShape()
 
 
 def token_log_probs(
@@ -62,6 +67,7 @@ def token_log_probs(
     entropy: bool = False,
     chunk_size: int | None = None,
     kept_bytes: int = KEPT_BYTES,
+    shape: LogitShape = _AS_THEY_ARE,
 ) -> TokenScores:
     """log pi(target | prefix) of every scored position, in nats, and on request the entropy of the distribution.
 
@@ -87,6 +93,7 @@ def token_log_probs(
         entropy: compute it, too; it carries no gradient.
         chunk_size: c, in vocabulary rows; from ``default_chunk_size`` when None.
         kept_bytes: largest softmax to keep for backward; 0 keeps none.
+        shape: scale and cap of the logits. With a cap there is one more [N, c] in fp32 in backward.
 
     Returns:
         Log-probs [N] float32, and the entropy [N] float32 or None.
@@ -101,6 +108,7 @@ def token_log_probs(
         reduce_hidden=tp_group.size() > 1 and not sequence_parallel,
         main_grad=getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None,
         entropy=entropy,
+        shape=shape,
     )
     selected = select_scored(hidden_states, scored, tp_group=tp_group, sequence_parallel=sequence_parallel)
     # Inside a Function nobody can tell whether there will be a backward pass.
@@ -120,6 +128,7 @@ class _Shard:
     reduce_hidden: bool
     main_grad: Tensor | None
     entropy: bool
+    shape: LogitShape
 
     def chunks(self) -> Iterator[slice]:
         for start in range(0, self.real_rows, self.chunk_size):
@@ -152,7 +161,7 @@ class _FusedLogProbs(torch.autograd.Function):
         for index, rows in enumerate(chunks):
             sums = ChunkSums(maxima[index], totals[index], moments[index] if shard.entropy else None)
             own = None if kept is None else kept[:, rows]
-            logits = _logits(hidden, weight, bias, rows, buffer)
+            logits = _logits(hidden, weight, bias, rows, buffer, shard.shape)
             passes.exponentials(logits, shard.targets(rows, target), sums, target_logit, own)
         maximum, sums_of_all = _over_chunks(maxima, totals, moments if shard.entropy else None)
         log_sum_exp, target_logit, entropy = _over_ranks(maximum, sums_of_all, target_logit, shard)
@@ -195,7 +204,9 @@ class _FusedLogProbs(torch.autograd.Function):
 # Forward -------------------------------------------------------------------------------------------------------------
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, buffer: Tensor) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, buffer: Tensor, shape: LogitShape
+) -> Tensor:
     """[N, H], [V/tp, H] -> [N, c] float32 in the buffer, to be overwritten."""
     columns = weight[rows].t()
     logits = buffer[:, : columns.shape[1]]
@@ -205,7 +216,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, bu
         torch.mm(hidden, columns, out_dtype=torch.float32, out=logits)  # what the tensor cores added up, unrounded
     else:
         logits.copy_(torch.mm(hidden, columns))
-    return logits if bias is None else logits.add_(bias[rows])
+    return shape.in_place(logits if bias is None else logits.add_(bias[rows]))
 
 
 def _over_chunks(maxima: Tensor, totals: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -246,19 +257,32 @@ def _over_ranks(
 
 
 def _grad_logits(saved: tuple[Tensor, ...], incoming: Tensor, shard: _Shard) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the vocabulary, and incoming_n ([v = y_n] - exp(z_nv - lse_n)) for them, [N, rows] in the inputs' type.
+    """Rows of the vocabulary, and for them the gradient of their products, [N, rows] in the inputs' type.
+
+    It is incoming_n ([v = y_n] - exp(z_nv - lse_n)) times the slope of z_nv.
 
     At the target, 1 - exp(log pi(y_n)) is taken from the log-prob: where that is near 0, one minus a rounded softmax
     would be noise.
     """
     hidden, weight, bias, target, log_probs, log_sum_exp, *softmax = saved
-    passes, incoming = passes_for(hidden.device), incoming.contiguous()
+    passes, shape, incoming = passes_for(hidden.device), shard.shape, (incoming * shard.shape.scale).contiguous()
     at_target = -incoming * torch.expm1(log_probs)
+    if shape.cap is not None:
+        at_target *= shape.slope(log_probs + log_sum_exp)
+    slope = None
     if softmax:  # all rows at once, in its place: autograd refuses to come here a second time
         kept, maxima = softmax
         for index, rows in enumerate(shard.chunks()):
-            own, shift = kept[:, rows], maxima[index] - log_sum_exp
-            passes.gradient(own, shift, incoming, at_target, shard.targets(rows, target), out=own, exponentiated=True)
+            own, shift, targets = kept[:, rows], maxima[index] - log_sum_exp, shard.targets(rows, target)
+            if shape.cap is not None:
+                # Where nothing is left of an exponential, neither is of its gradient.
+                logits = (
+                    own.to(torch.float32, copy=True).log_().add_(maxima[index][:, None]).clamp_(-shape.cap, shape.cap)
+                )
+                slope = _slope_beside_targets(logits, shape, targets)
+            passes.gradient(own, shift, incoming, at_target, targets, out=own, exponentiated=True)
+            if slope is not None:
+                own.mul_(slope)
         torch.autograd.graph.increment_version(kept)  # which a Triton kernel does not
         if shard.real_rows:
             yield slice(0, shard.real_rows), kept[:, : shard.real_rows]
@@ -266,12 +290,21 @@ def _grad_logits(saved: tuple[Tensor, ...], incoming: Tensor, shard: _Shard) -> 
     buffer = shard.buffer(hidden, torch.float32)
     rounded = buffer if hidden.dtype == torch.float32 else shard.buffer(hidden, hidden.dtype)
     for rows in shard.chunks():
-        logits = _logits(hidden, weight, bias, rows, buffer)
+        logits, targets = _logits(hidden, weight, bias, rows, buffer, shape), shard.targets(rows, target)
         grad = rounded[:, : logits.shape[1]]
-        passes.gradient(
-            logits, -log_sum_exp, incoming, at_target, shard.targets(rows, target), out=grad, exponentiated=False
-        )
+        if shape.cap is not None:
+            slope = _slope_beside_targets(logits, shape, targets)
+        passes.gradient(logits, -log_sum_exp, incoming, at_target, targets, out=grad, exponentiated=False)
+        if slope is not None:
+            grad.mul_(slope)
         yield rows, grad
+
+
+def _slope_beside_targets(logits: Tensor, shape: LogitShape, targets: Targets) -> Tensor:
+    """[N, c], one where the target is: what stands there has its slope."""
+    slope = shape.slope(logits)
+    column, here = targets.columns(slope.shape[1])
+    return slope.scatter_(1, column, slope.gather(1, column).masked_fill(here, 1.0))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from megatron_bdpo.logprobs import fused_linear, vocab_parallel
+from megatron_bdpo.logprobs.logit_shape import LogitShape
 from megatron_bdpo.logprobs.scored import ScoredPositions, TokenScores
 
 KERNELS: Mapping[str, Callable[..., TokenScores]] = {
@@ -31,6 +32,8 @@ class TokenScoring:
     """Compute the entropy of every scored position, too."""
     kept_bytes: int | None = None
     """Largest softmax that the fused kernel keeps for backward instead of making it again; its bound when None."""
+    shape: LogitShape = field(default_factory=LogitShape)
+    """Scale and cap of the logits."""
 
     def __call__(
         self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, scored: ScoredPositions, **layout: Any
@@ -39,5 +42,13 @@ class TokenScoring:
         given = {"chunk_size": self.chunk_size, "kept_bytes": self.kept_bytes}
         given = {name: value for name, value in given.items() if value is not None}
         return KERNELS[self.kernel](
-            hidden_states, weight, bias, scored, vocab_size=self.vocab_size, entropy=self.entropy, **given, **layout
+            hidden_states,
+            weight,
+            bias,
+            scored,
+            vocab_size=self.vocab_size,
+            entropy=self.entropy,
+            shape=self.shape,
+            **given,
+            **layout,
         )

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bdpo.logprobs.logit_shape import LogitShape
 from megatron_bdpo.logprobs.scored import ScoredPositions, TokenScores, select_scored
+
+_AS_THEY_ARE = LogitShape()
 
 
 def token_log_probs(
@@ -27,6 +30,7 @@ def token_log_probs(
     sequence_parallel: bool,
     gradient_accumulation_fusion: bool = False,
     entropy: bool = False,
+    shape: LogitShape = _AS_THEY_ARE,
 ) -> TokenScores:
     """log pi(target | prefix) of every scored position, in nats, and on request the entropy of the distribution.
 
@@ -43,6 +47,7 @@ def token_log_probs(
         gradient_accumulation_fusion: add the weight's gradient into its ``main_grad``, as Megatron's own layers do. It
             needs Apex; without, the gradient goes the way of all others, to the same ``main_grad`` in the end.
         entropy: compute it, too; it carries no gradient.
+        shape: scale and cap of the logits; a cap keeps one more [N, V/tp].
 
     Returns:
         Log-probs [N] float32, and the entropy [N] float32 or None.
@@ -61,7 +66,7 @@ def token_log_probs(
         sequence_parallel=False,
         tp_group=tp_group,
     )
-    logits = without_padding(logits.float(), vocab_size, first_row=tp_group.rank() * weight.shape[0])
+    logits = without_padding(shape(logits.float()), vocab_size, first_row=tp_group.rank() * weight.shape[0])
     entropies = _entropy(logits, tp_group) if entropy else None  # before the cross entropy overwrites the logits
     return TokenScores(-vocab_parallel_cross_entropy(logits, scored.target, tp_group=tp_group), entropies)
 

@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_bdpo.errors import UserError
 
@@ -75,3 +76,51 @@ class ZeroCenteredRMSNorm(torch.nn.Module):
         """Normalise the last axis, in fp32."""
         normed = torch.nn.functional.rms_norm(hidden.float(), self.weight.shape, 1 + self.weight.float(), self.eps)
         return normed.to(hidden.dtype)
+
+
+class ProjectionNorm(torch.nn.Module):
+    """RMSNorm over all heads of the query or key projection together (OLMo 2), which tensor-parallel ranks share.
+
+        y = x / sqrt(mean(x^2) + eps) * weight      the mean over the heads of all ranks
+
+    Every rank holds the whole weight and reads its own heads' part; Megatron sums over the ranks the gradients of what
+    it calls ``q_layernorm`` and ``k_layernorm``. With fewer groups than ranks, several of these have the same key.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float, *, heads: str) -> None:
+        """Megatron's norm-builder signature, ``hidden_size`` of one head; ``heads`` is the field that counts them."""
+        super().__init__()
+        if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
+            raise UserError("--qk-norm-over-heads: an RMSNorm, without --apply-layernorm-1p.")
+        self.eps, self.group = eps, parallel_state.get_tensor_model_parallel_group()
+        number, ranks = getattr(config, heads), self.group.size()
+        self.weight = torch.nn.Parameter(torch.ones(number * hidden_size))
+        self.copies = max(1, ranks // number)  # ranks that have the same heads
+        width = number * hidden_size * self.copies // ranks
+        self.own = slice(self.group.rank() // self.copies * width, (self.group.rank() // self.copies + 1) * width)
+
+    def forward(self, projected: torch.Tensor) -> torch.Tensor:
+        """Normalise [T, 1, n, d] of this rank's heads, in fp32. Forward and backward each one all-reduce of [T, 1]."""
+        heads = projected.flatten(-2).float()
+        squares = heads.square().sum(-1, keepdim=True) / self.copies
+        if self.group.size() > 1:
+            squares = _SumOverRanks.apply(squares, self.group)
+        normed = heads * torch.rsqrt(squares / self.weight.numel() + self.eps) * self.weight[self.own].float()
+        return normed.to(projected.dtype).view_as(projected)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum that each rank goes on with in its own way: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        total = value.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, incoming: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = incoming.clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, answer_log_probs, likeliest_tokens
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
+from megatron_bdpo.model.layer import with_options
 from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.moe import let_expert_biases_be_added, with_pair_router
 from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm, separate_norms
@@ -31,6 +33,8 @@ class PairGPTModel(GPTModel):
     """GPTModel whose rotary embedding follows the plan's positions, and whose experts know the plan's padding."""
 
     embedding_scale: float | None
+    local_rotary: RotaryEmbedding | None
+    """Of layers with a window, where they have another than the others."""
     keeps_adapters_only: bool = False
     """Checkpoints hold its adapters and not the weights that they stand beside. See ``model.lora``."""
 
@@ -61,7 +65,11 @@ class PairGPTModel(GPTModel):
         if self.embedding_scale is not None and outputs[0] is not None:
             outputs[0] = outputs[0] * self.embedding_scale
         if outputs[1] is not None:
-            outputs[1] = outputs[1][plan.positions]
+            tables = outputs[1]
+            if self.local_rotary is None:
+                outputs[1] = tables[plan.positions]
+            else:  # of which each layer takes its own: see ``layer.PairLayer``
+                outputs[1] = torch.stack([tables, self.local_rotary(len(tables), packed_seq=True)])[:, plan.positions]
         if self.config.num_moe_experts:
             outputs[5] = self._own_positions(plan.padding)[None]
         return tuple(outputs)
@@ -84,11 +92,13 @@ class PairGPTBuilder(GPTModelBuilder):
         # re-classing the instances says the same as copying their builders' code, and stays right when that changes.
         model.__class__ = PairGPTModel
         model.embedding_scale = self._embedding_scale()
+        model.local_rotary = self._local_rotary()
         forget_quantisation_state(model)
         let_expert_biases_be_added(model)
         for module in model.modules():
             if isinstance(module, PairAttention):
                 module.backend = self._model_config.pair_attention
+                module.softcap = self._model_config.layers.attention_softcap
             if isinstance(module, ZeroCenteredRMSNorm) and self._model_config.fuse_local_layers:
                 module.compile(dynamic=True)
         if model.post_process:
@@ -96,11 +106,23 @@ class PairGPTBuilder(GPTModelBuilder):
         return model
 
     def _embedding_scale(self) -> float | None:
-        """Rounded to the embeddings' type, as models are trained with it."""
-        if not self._model_config.layers.scale_embeddings:
-            return None
-        transformer = self._model_config.transformer
+        """Gemma's is rounded to the embeddings' type, as models are trained with it."""
+        options, transformer = self._model_config.layers, self._model_config.transformer
+        if not options.scale_embeddings:
+            return options.embedding_multiplier
         return torch.tensor(transformer.hidden_size**0.5, dtype=transformer.params_dtype).item()
+
+    def _local_rotary(self) -> RotaryEmbedding | None:
+        config = self._model_config
+        if config.layers.local_rotary_base is None:
+            return None
+        return RotaryEmbedding(
+            config.transformer.kv_channels,
+            config.rotary_percent,
+            config.transformer.rotary_interleaved,
+            rotary_base=config.layers.local_rotary_base,
+            use_cpu_initialization=config.transformer.use_cpu_initialization,
+        )
 
 
 @dataclass(kw_only=True)
@@ -145,6 +167,7 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LocalNorm
             if transformer.qk_layernorm and not transformer.qk_l2_norm:
                 attention.q_layernorm = attention.k_layernorm = LocalNorm
+        with_options(spec, config.layers, use_te=use_te)
     if not use_te:
         block.layer_norm = LocalNorm
     elif config.separate_norms:

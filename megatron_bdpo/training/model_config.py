@@ -17,12 +17,13 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
     """The configuration of policy and reference, from validated arguments.
 
     Raises:
-        UserError: ``--geglu-tanh`` without the gated layers that it changes.
+        UserError: an option of layers without what it changes.
     """
     settings = arguments.settings
     config: PairGPTConfig = gpt_config_from_args(arguments.megatron, model_config_cls=PairGPTConfig)
     config.rope_scaling_factor = settings.architecture.rope_scaling_factor  # Megatron leaves the flag's value behind
     config.layers = settings.layers
+    config.transformer.softmax_scale = settings.layers.attention_scale
     config.pair_attention = None if settings.model.pair_attention == "auto" else settings.model.pair_attention
     config.fuse_local_layers = bool(settings.model.fuse_local_layers)
     config.separate_norms = settings.lora.is_wanted
@@ -37,4 +38,6 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
         config.transformer.bias_activation_fusion = False
     if settings.architecture.experts and settings.architecture.biases:
         config.transformer.bias_dropout_fusion = False  # grouped experts refuse it; there is no dropout either way
+    if settings.layers.qk_norm_over_heads and not config.transformer.qk_layernorm:
+        raise UserError("--qk-norm-over-heads is a kind of --qk-layernorm: give both.")
     return config

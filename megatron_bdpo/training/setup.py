@@ -11,7 +11,7 @@ from typing import Any
 from megatron.training.training import destroy_global_state
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.logprobs import TokenScoring
+from megatron_bdpo.logprobs import LogitShape, TokenScoring
 from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.model.lora.attach import adapters_hook
 from megatron_bdpo.model.lora.lora_config import LoraConfig
@@ -157,12 +157,13 @@ def _check_evaluation(settings: Settings, job: PairJob) -> None:
 
 def token_scoring(arguments: Arguments) -> TokenScoring:
     """How log-probs are computed, by validated arguments."""
-    log_probs = arguments.settings.log_probs
+    log_probs, layers = arguments.settings.log_probs, arguments.settings.layers
     return TokenScoring(
         arguments.scored_vocab_size,
         kernel=log_probs.log_probs,
         chunk_size=log_probs.log_prob_chunk_size,
         kept_bytes=log_probs.kept_bytes,
+        shape=LogitShape(1.0 if layers.logit_scale is None else layers.logit_scale, layers.logit_softcap),
     )
 
 

@@ -62,7 +62,7 @@ def scored_on_a_rank(
 
 def score(p: Problem, group: Any, sequence_parallel: bool, kernel: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Value and gradients by one kernel, on one rank."""
-    from megatron_bdpo.logprobs import TokenScoring, answer_log_probs
+    from megatron_bdpo.logprobs import LogitShape, TokenScoring, answer_log_probs
 
     rank, tp = group.rank(), group.size()
     whole = torch.tensor(p.hidden, dtype=dtype)[:, None]
@@ -70,7 +70,7 @@ def score(p: Problem, group: Any, sequence_parallel: bool, kernel: Any, dtype: t
     weight = torch.tensor(p.weight, dtype=dtype).chunk(tp)[rank].clone().requires_grad_()
     bias = None if p.bias is None else torch.tensor(p.bias, dtype=dtype).chunk(tp)[rank].clone().requires_grad_()
     scored = p.scored()
-    scoring = TokenScoring(p.vocab_size, **kernel, entropy=True)
+    scoring = TokenScoring(p.vocab_size, **kernel, entropy=True, shape=LogitShape(p.scale, p.cap))
     tokens, entropy = scoring(hidden, weight, bias, scored, tp_group=group, sequence_parallel=sequence_parallel)
     assert not entropy.requires_grad
     sequences = answer_log_probs(tokens, scored)
@@ -119,9 +119,10 @@ def test_one_replica_has_nothing_to_score(ranks):
         assert_solved(outcomes, problems[rank // 2], 2, sequence_parallel=True)
 
 
-def test_half_precision_keeps_its_types(ranks):
+@pytest.mark.parametrize("name", ["bias", "capped"])
+def test_half_precision_keeps_its_types(ranks, name):
     """Log-probs come out in fp32, sums in fp64, gradients in the type of their inputs."""
-    p = PROBLEMS["bias"]
+    p = PROBLEMS[name]
     rounded = {
         name: torch.tensor(getattr(p, name)).bfloat16().double().numpy() for name in ("hidden", "weight", "bias")
     }
@@ -137,7 +138,7 @@ def test_half_precision_keeps_its_types(ranks):
                 "bias gradient": "torch.bfloat16",
             }
             # Logits reach 15 and are rounded to 8 bits, by the plain kernel again after the bias: 2 * 16 * 2^-9.
-            assert np.abs(outcome["tokens"] - expected["tokens"]).max() < 0.0625, kernel
+            assert np.abs(outcome["tokens"] - expected["tokens"]).max() < 0.0625 * max(1, p.scale), kernel
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

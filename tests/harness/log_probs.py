@@ -29,6 +29,8 @@ class Problem:
     answer_tokens: np.ndarray  # [A]
     token_gradient: np.ndarray  # [N] gradient that comes in for each token log-prob
     answer_gradient: np.ndarray  # [A] and for each sum
+    scale: float = 1.0  # of the logits
+    cap: float | None = None
 
     @property
     def sequence(self) -> np.ndarray:
@@ -42,7 +44,9 @@ class Problem:
         return ScoredPositions(*map(torch.tensor, index), longest=int(self.answer_tokens.max(initial=0)))
 
 
-def problem(vocab_size: int, *, bias: bool = False, answer_tokens: tuple[int, ...] = (5, 1, 9, 4)) -> Problem:
+def problem(
+    vocab_size: int, *, bias: bool = False, answer_tokens: tuple[int, ...] = (5, 1, 9, 4), **shape: Any
+) -> Problem:
     """Random values of a size that makes some tokens nearly certain and others nearly impossible."""
     rng = np.random.default_rng(vocab_size)
     weight = rng.normal(size=(PADDED_VOCABULARY, HIDDEN))
@@ -62,6 +66,7 @@ def problem(vocab_size: int, *, bias: bool = False, answer_tokens: tuple[int, ..
         answer_tokens=np.array(answer_tokens, np.int64),
         token_gradient=rng.normal(size=n),
         answer_gradient=rng.normal(size=len(answer_tokens)),
+        **shape,
     )
 
 
@@ -71,6 +76,8 @@ PROBLEMS = {
     "last shard all padding": problem(40),
     "bias": problem(50, bias=True),
     "nothing scored": problem(50, answer_tokens=()),
+    "scaled": problem(50, bias=True, scale=0.6),
+    "capped": problem(50, bias=True, scale=1.5, cap=7.0),  # half of the products are beyond the cap, some thrice
 }
 
 
@@ -79,6 +86,9 @@ def dense(p: Problem) -> dict[str, np.ndarray]:
     inputs = {"hidden": p.hidden, "weight": p.weight, "bias": np.zeros(PADDED_VOCABULARY) if p.bias is None else p.bias}
     leaves = {name: torch.tensor(array, dtype=torch.float64, requires_grad=True) for name, array in inputs.items()}
     logits = leaves["hidden"] @ leaves["weight"][: p.vocab_size].T + leaves["bias"][: p.vocab_size]
+    logits = p.scale * logits
+    if p.cap is not None:
+        logits = p.cap * (logits / p.cap).tanh()
     distribution = logits.log_softmax(-1)[torch.tensor(p.scored_hidden)]
     tokens = distribution.gather(1, torch.tensor(p.target)[:, None]).squeeze(1)
     sequences = torch.stack([part.sum() for part in tokens.split(p.answer_tokens.tolist())] or [tokens.sum()])

@@ -59,6 +59,58 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", {"head_dim": 32, "tie_word_embeddings": True}),
     "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 9, "pad_token_id": 0}),
     "phi3 tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 4, "pad_token_id": 0}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 9,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 6.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 9,
+            "sliding_window_pattern": 3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "final_logit_softcapping": 6.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # Their default token for padding is one of the texts' own here, and transformers gives its embedding no gradient.
+    "olmo2": ("Olmo2", {"rope_theta": 5e5, "rms_norm_eps": 1e-4, "pad_token_id": None}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "pad_token_id": None,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "factor": 8.0,
+                    "rope_theta": 5e5,
+                    "original_max_position_embeddings": 64,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 1.7,
+            "rms_norm_eps": 1e-4,
+        },
+    ),
+    "exaone4": ("Exaone4", {"head_dim": 32, "sliding_window": 9, "sliding_window_pattern": 3}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt-oss": (
         "GptOss",
@@ -113,7 +165,9 @@ def _config(name: str, settings: dict[str, Any]) -> Any:
     import transformers
 
     family, own = MODELS[name]
-    return getattr(transformers, f"{family}Config")(**(_SIZES | own | settings))
+    # Gemma 3 has images: its language model's configuration is a part.
+    config_of = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    return getattr(transformers, config_of)(**(_SIZES | own | settings))
 
 
 def make_model(name: str, directory: Path, **settings: Any) -> Path:
@@ -233,7 +287,7 @@ def _logits_told(tell: Callable[[list[Sequence]], None]) -> Any:
 
     def forward_output(layer: Any, hidden: torch.Tensor, weight: Any, context: Any) -> Any:
         whole = gather_from_sequence_parallel_region(hidden) if layer.config.sequence_parallel else hidden
-        local = whole[:, 0] @ (layer.weight if weight is None else weight).T
+        local = context.scoring.shape(whole[:, 0] @ (layer.weight if weight is None else weight).T)
         tell(_sequences(scored[-1], places[len(scored) - 1], gather_from_tensor_model_parallel_region(local)))
         return output(layer, hidden, weight, context)
 

@@ -17,6 +17,9 @@ from pathlib import Path
 
 from megatron_bdpo.model.hf.families import FAMILIES
 
+#: Folders of families that share one with others.
+_FOLDERS = {"gemma3_text": "gemma3"}
+
 #: What models of every family run through: configuration, loading, masks, positions, caches.
 SHARED = ("configuration_utils", "modeling_utils", "masking_utils", "modeling_rope_utils", "cache_utils",
           "modeling_layers")  # fmt: skip
@@ -25,8 +28,9 @@ _CONFIGURATIONS = ("configuration_utils", "modeling_rope_utils")
 
 def keys(package: Path, family: str) -> set[str]:
     """The keys that one family's own files declare or read."""
-    folder = package / "models" / family
-    configuration, modeling = (_tree(folder / f"{kind}_{family}.py") for kind in ("configuration", "modeling"))
+    name = _FOLDERS.get(family, family)
+    folder = package / "models" / name
+    configuration, modeling = (_tree(folder / f"{kind}_{name}.py") for kind in ("configuration", "modeling"))
     return (_declared(configuration) | _read(modeling)) - _methods(package)
 
 

@@ -32,9 +32,23 @@ LLAMA_3 = {
     "original_max_position_embeddings": 8192,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
 QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 GEMMA = LLAMA | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "head_dim": 32}
+#: Of layers of two kinds, with a window and attending to all.
+KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+GEMMA2 = GEMMA | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+GEMMA3 = without(GEMMA, "rope_theta") | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+GRANITE = LLAMA | {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
+EXAONE4 = LLAMA | {"model_type": "exaone4", "architectures": ["Exaone4ForCausalLM"]}
+OLMO3 = LLAMA | {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"]}
+OLMO2 = LLAMA | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
 QWEN3_MOE = LLAMA | {
     "model_type": "qwen3_moe",
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -47,10 +61,6 @@ QWEN3_MOE = LLAMA | {
 def of(family, **settings):
     """A configuration of a family."""
     return LLAMA | {"model_type": family, "architectures": [FAMILIES[family].architecture]} | settings
-
-
-def without(config, *keys):
-    return {key: value for key, value in config.items() if key not in keys}
 
 
 def arguments(config, *names):
@@ -85,6 +95,44 @@ def test_windows_of_some_layers():
     assert arguments(QWEN2 | {"sliding_window": 8, "max_window_layers": 0}, "window_size") == (None,)
 
 
+def test_layers_of_two_kinds_where_a_file_does_not_name_them():
+    names = "window_attn_skip_freq"
+    assert arguments(GEMMA2 | {"num_hidden_layers": 4}, names) == ([1, 0, 1, 0],)
+    assert arguments(OLMO3 | {"num_hidden_layers": 5}, names) == ([1, 1, 1, 0, 1],)
+    assert arguments(GEMMA3 | {"num_hidden_layers": 7}, names) == ([1, 1, 1, 1, 1, 0, 1],)
+    assert arguments(GEMMA3 | {"num_hidden_layers": 3, "sliding_window_pattern": 2}, names) == ([1, 0, 1],)
+    four = EXAONE4 | {"num_hidden_layers": 4}
+    assert arguments(four, names, "no_rope_freq") == ([1, 1, 1, 0], [0, 0, 0, 1])
+    full = four | {"layer_types": ["full_attention"] * 4, "sliding_window": None, "sliding_window_pattern": "LLLG"}
+    assert arguments(full, names, "no_rope_freq") == (None, None)
+
+
+def test_rotary_positions_of_layers_of_two_kinds():
+    """Gemma 3's releases have two bases side by side; since transformers 5 settings are by kind."""
+    names = ("rotary_base", "local_rotary_base", "rotary_seq_len_interpolation_factor")
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = GEMMA3 | {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling}
+    by_kind = {"full_attention": scaling | {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 2e4}}
+    new = GEMMA3 | {"rope_parameters": by_kind}
+    assert arguments(old, *names) == arguments(new, *names) == (500_000, 20_000, 8)
+    assert arguments(GEMMA3, *names) == (1_000_000, 10_000, None)
+    assert arguments(GEMMA3 | {"layer_types": ["full_attention"] * 2}, *names) == (1_000_000, None, None)
+    assert arguments(OLMO3, *names) == (500_000, None, None), "one table is enough where all have the same"
+    assert arguments(OLMO3 | {"rope_parameters": by_kind}, *names) == (500_000, 20_000, 8)
+
+
+def test_scales_and_caps():
+    names = ("attention_scale", "attention_softcap", "logit_softcap")
+    assert arguments(GEMMA2, *names) == (1 / 16, 50.0, 30.0)
+    capless = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 144}
+    assert arguments(GEMMA2 | capless, *names) == (1 / 12, None, None)
+    assert arguments(GEMMA3, *names) == (1 / 16, None, None)
+    names = ("attention_scale", "embedding_multiplier", "residual_multiplier", "logit_scale")
+    assert arguments(GRANITE, *names) == (1.0, None, None, None)
+    scales = {"attention_multiplier": 0.0078125, "embedding_multiplier": 12, "residual_multiplier": 0.22}
+    assert arguments(GRANITE | scales | {"logits_scaling": 16}, *names) == (0.0078125, 12.0, 0.22, 0.0625)
+
+
 def test_absent_keys_mean_what_transformers_means():
     assert arguments(without(LLAMA, "rope_theta"), "rotary_base") == (10_000,)
     assert arguments(without(LLAMA, "num_key_value_heads"), "num_query_groups") == (4,)
@@ -98,8 +146,24 @@ REFUSED = {
         LLAMA | {"model_type": "mamba"},
         "'mamba' (model_type) cannot be trained here: not mapped. Families that can: ",
     ),
-    "gemma 2": (LLAMA | {"model_type": "gemma2"}, "'gemma2' cannot be trained here: its attention scores and logits"),
-    "gemma 3": (LLAMA | {"model_type": "gemma3_text"}, "'gemma3_text' cannot be trained here: it has norms behind"),
+    "images": (LLAMA | {"model_type": "gemma3"}, "'gemma3' cannot be trained here: it reads images, too; its language"),
+    "gemma 3 with a cap of scores": (
+        GEMMA3 | {"attn_logit_softcapping": 50.0},
+        "attn_logit_softcapping is 50.0, which models of the family 'gemma3_text' cannot have here",
+    ),
+    "kinds of layers without a pattern": (
+        EXAONE4 | {"sliding_window_pattern": "LLLG"},
+        "sliding_window_pattern is 'LLLG', and there are no layer_types",
+    ),
+    "scaled positions of layers with a window": (
+        GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "positions of layers with a window are not scaled here",
+    ),
+    "rotary settings not by kind": (
+        GEMMA3 | {"rope_parameters": {"rope_theta": 1e6}},
+        "settings of sliding_attention and of full_attention are expected",
+    ),
+    "a base that releases read in two ways": (OLMO3 | {"rope_theta": 1e6}, "do not agree on whether"),
     "a classifier": (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "is no language model"),
     "a key of another architecture": (
         LLAMA | {"logit_scale": 0.5},
@@ -166,6 +230,16 @@ CONFIGS = {
     "mistral": MISTRAL | {"sliding_window": 8},
     "qwen2": QWEN2,
     "gemma": GEMMA,
+    "gemma2": GEMMA2 | KINDS,
+    "gemma2 without caps": GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "gemma3": GEMMA3 | KINDS | {"rope_local_base_freq": 2e4, "query_pre_attn_scalar": 168},
+    "granite": GRANITE | {"logits_scaling": 13.0, "residual_multiplier": 0.22, "attention_multiplier": 0.015625},
+    "exaone4": EXAONE4 | KINDS,
+    "olmo2": OLMO2,
+    "olmo3": OLMO3 | KINDS,
+    "olmo3, two bases": OLMO3
+    | KINDS
+    | {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
     "qwen3_moe": QWEN3_MOE,
     "gpt_oss": of("gpt_oss", num_local_experts=4),
     "mixtral": of("mixtral", num_local_experts=4),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -131,25 +131,6 @@ def rope_factor_left_behind(undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(validation, "model_config", forgetful))
 
 
-def other_arguments(undo: contextlib.ExitStack, **changed: object) -> None:
-    """The configuration is read wrongly."""
-    from megatron_bdpo.training.hf import start
-
-    read = start._arguments
-    undo.enter_context(mock.patch.object(start, "_arguments", lambda *given: read(*given) | changed))
-
-
-#: Of gpt-oss, one at a time.
-GPT_OSS = {
-    "no offset of up": {"glu_linear_offset": 0.0},
-    "no clamp": {"activation_func_clamp_value": None},
-    "windows in the other layers": {"window_attn_skip_freq": [0, 1, 0, 1]},
-    "yarn's range rounded": {"yarn_correction_range_round_to_int": True},
-    "no attention factor": {"mscale_all_dim": 1.0},
-    "sinks at zero": {"softmax_type": "off-by-one"},
-}
-
-
 def stacked_projections_as_if_in_megatrons_order(undo: contextlib.ExitStack) -> None:
     """Rows are read one after the other, and written back so."""
     from megatron_bdpo.model.hf.tensors import Rows, Rule
@@ -166,58 +147,63 @@ def stacked_projections_as_if_in_megatrons_order(undo: contextlib.ExitStack) -> 
     undo.enter_context(mock.patch.object(Rule, "parts", mistaken))
 
 
-def whole_heads_rotated(undo: contextlib.ExitStack) -> None:
-    from megatron_bdpo.model.hf import config
-
-    rope = config._rope_arguments
-    undo.enter_context(
-        mock.patch.object(config, "_rope_arguments", lambda values: rope(values) | {"rotary_percent": 1.0})
-    )
-
-
-def argument_lost(name: str, value: object, undo: contextlib.ExitStack) -> None:
-    """A family's argument has another value, and the tensors are what they are."""
+def _argument(undo: contextlib.ExitStack, name: str, value: object) -> None:
     from megatron_bdpo.training.hf import start
 
-    read = start.read_config
+    read = start._arguments
+    undo.enter_context(mock.patch.object(start, "_arguments", lambda *given: read(*given) | {name: value}))
 
-    def losing(content):
-        found = read(content)
-        return dataclasses.replace(found, arguments={**found.arguments, name: value})
 
-    undo.enter_context(mock.patch.object(start, "read_config", losing))
+def argument(name: str, value: object) -> Callable[[contextlib.ExitStack], None]:
+    """The configuration is read wrongly: one of Megatron's arguments, or of ours, has another value."""
+    return functools.partial(_argument, name=name, value=value)
+
+
+def norms_over_the_heads_of_a_rank(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.model.norm import _SumOverRanks
+
+    undo.enter_context(mock.patch.object(_SumOverRanks, "apply", lambda squares, group: group.size() * squares))
+
+
+def positions_scaled_in_all_layers(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.model.layer import PairLayer
+
+    attend = PairLayer._forward_attention
+
+    def with_one_table(self, *args, rotary_pos_emb, **kwargs):
+        return attend(self, *args, rotary_pos_emb=rotary_pos_emb[:1].expand_as(rotary_pos_emb), **kwargs)
+
+    undo.enter_context(mock.patch.object(PairLayer, "_forward_attention", with_one_table))
 
 
 MISTAKES = {
     "fused projections in a row": (stacked_projections_as_if_in_megatrons_order, "phi3", 1, []),
-    "whole heads rotated": (whole_heads_rotated, "phi3", 1, []),
-    "routed experts not scaled": (
-        functools.partial(argument_lost, "moe_router_topk_scaling_factor", None),
-        "glm4 moe",
-        1,
-        [],
-    ),
-    "groups of experts lost": (
-        functools.partial(argument_lost, "moe_router_group_topk", None),
-        "glm4 moe grouped",
-        1,
-        [],
-    ),
-    "probabilities of the chosen": (
-        functools.partial(argument_lost, "moe_router_pre_softmax", False),
-        "qwen2 moe",
-        1,
-        [],
-    ),
+    "whole heads rotated": (argument("rotary_percent", 1.0), "phi3", 1, []),
+    "routed experts not scaled": (argument("moe_router_topk_scaling_factor", None), "glm4 moe", 1, []),
+    "groups of experts lost": (argument("moe_router_group_topk", None), "glm4 moe grouped", 1, []),
+    "probabilities of the chosen": (argument("moe_router_pre_softmax", False), "qwen2 moe", 1, []),
+    "norms over the heads of a rank": (norms_over_the_heads_of_a_rank, "olmo2", 2, TP2),
+    "positions scaled in all layers": (positions_scaled_in_all_layers, "olmo3", 1, []),
+    "cap of scores lost": (argument("attention_softcap", None), "gemma2", 1, []),
+    "cap of logits lost": (argument("logit_softcap", None), "gemma2", 1, []),
+    "scale of scores lost": (argument("attention_scale", None), "gemma2", 1, []),
+    "one base for all layers": (argument("local_rotary_base", 1e6), "gemma3", 1, []),
+    "windows in other layers": (argument("window_attn_skip_freq", [0, 1, 1, 1]), "gemma3", 1, []),
+    "multiplier of residuals lost": (argument("residual_multiplier", None), "granite", 1, []),
+    "multiplier of embeddings lost": (argument("embedding_multiplier", None), "granite", 1, []),
+    "scale of logits lost": (argument("logit_scale", None), "granite", 1, []),
+    "positions in all layers": (argument("no_rope_freq", None), "exaone4", 1, []),
     "columns of strided memory": (rows_of_the_first_rank, "llama", 2, TP2),
     "rope_theta lost": (rope_theta_lost, "qwen2", 1, []),
     "window off by one": (window_off_by_one, "mistral", 1, []),
     "any rope is Llama 3's": (any_rope_is_llama_3s, "llama", 1, []),
     "rope factor left behind": (rope_factor_left_behind, "llama 3.2", 1, []),
-    **{
-        f"gpt-oss: {what}": (functools.partial(other_arguments, **changed), "gpt-oss", 1, [])
-        for what, changed in GPT_OSS.items()
-    },
+    "no offset of up": (argument("glu_linear_offset", 0.0), "gpt-oss", 1, []),
+    "no clamp": (argument("activation_func_clamp_value", None), "gpt-oss", 1, []),
+    "windows in the layers between": (argument("window_attn_skip_freq", [0, 1, 0, 1]), "gpt-oss", 1, []),
+    "YaRN's range rounded": (argument("yarn_correction_range_round_to_int", True), "gpt-oss", 1, []),
+    "no attention factor": (argument("mscale_all_dim", 1.0), "gpt-oss", 1, []),
+    "sinks at zero": (argument("softmax_type", "off-by-one"), "gpt-oss", 1, []),
 }
 
 

@@ -105,6 +105,7 @@ def read_config(config: Config) -> Architecture:
     read = {key: value for key, value in config.items() if key in TRANSLATED or key in family.defaults}
     values = {**DEFAULTS, **family.defaults, **read}
     check_kinds(values)
+    values = dict(family.spelling(values))
     sizes = _sizes(values)
     arguments = (
         dict(SHARED_ARGUMENTS)

@@ -9,9 +9,8 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.family import Config, Family
 from megatron_bdpo.model.hf.tensors import Dimensions
 
-#: Names for the number of experts. A file of Qwen3-MoE may have either of the last two, a family's default the other.
+#: Names for the number of experts. Of those that a family reads, it writes the one that has a default.
 _READ = ("n_routed_experts", "num_local_experts", "num_experts")
-_WRITTEN = ("n_routed_experts", "num_experts", "num_local_experts")
 
 
 def expert_sizes(values: Config, layers: int) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def expert_config(family: Family, arguments: Mapping[str, Any]) -> dict[str, Any
     shared = arguments.get("moe_shared_expert_intermediate_size") or 0
     dense = _dense_layers(arguments.get("moe_layer_freq") or 1, arguments["num_layers"])
     told = {
-        next(key for key in _WRITTEN if key in known): experts,
+        next(key for key in _READ if family.defaults.get(key)): experts,
         "num_experts_per_tok": arguments["moe_router_topk"],
         "moe_intermediate_size": width,
         "norm_topk_prob": not arguments["moe_router_pre_softmax"],

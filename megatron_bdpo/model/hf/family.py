@@ -48,21 +48,36 @@ def fused_qkv(kind: str, columns: str | None) -> Rule:
     return Rule({f"self_attn.{name}_proj.{kind}": size for name, size in projections.items()}, columns, "groups")
 
 
-ATTENTION = {
-    "self_attention.linear_qkv.layer_norm_weight": Rule({"input_layernorm.weight": "hidden"}),
+#: Without norms of hidden states.
+PROJECTIONS = {
     "self_attention.linear_qkv.weight": fused_qkv("weight", "hidden"),
     "self_attention.linear_proj.weight": Rule({"self_attn.o_proj.weight": "hidden"}, "queries"),
 }
+ATTENTION = {"self_attention.linear_qkv.layer_norm_weight": Rule({"input_layernorm.weight": "hidden"}), **PROJECTIONS}
 QKV_BIAS = {"self_attention.linear_qkv.bias": fused_qkv("bias", None)}
 QK_NORM = {
     "self_attention.q_layernorm.weight": Rule({"self_attn.q_norm.weight": "head"}),
     "self_attention.k_layernorm.weight": Rule({"self_attn.k_norm.weight": "head"}),
 }
-MLP = {
-    "mlp.linear_fc1.layer_norm_weight": Rule({"post_attention_layernorm.weight": "hidden"}),
+#: Without a norm.
+GATED = {
     "mlp.linear_fc1.weight": Rule({"mlp.gate_proj.weight": "ffn", "mlp.up_proj.weight": "ffn"}, "hidden"),
     "mlp.linear_fc2.weight": Rule({"mlp.down_proj.weight": "hidden"}, "ffn"),
 }
+
+
+def gated_mlp(norm: str) -> dict[str, Rule]:
+    """With the norm in front of it, by its name there."""
+    return {"mlp.linear_fc1.layer_norm_weight": Rule({f"{norm}.weight": "hidden"}), **GATED}
+
+
+MLP = gated_mlp("post_attention_layernorm")
+
+
+def norms_behind(attention: str, mlp: str) -> dict[str, Rule]:
+    """Of layers whose ``layer_norms`` are "after" or "around", by their names there."""
+    names = {"post_self_attn_layernorm": attention, "post_mlp_layernorm": mlp}
+    return {f"{key}.weight": Rule({f"{name}.weight": "hidden"}) for key, name in names.items()}
 
 
 def experts(block: str, gate: str, up: str, down: str) -> dict[str, Rule]:
@@ -161,6 +176,8 @@ class Family:
     """What an absent key of ``config.json`` means, where it is not as in ``config.DEFAULTS``; these keys are read."""
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Keys whose other values the layers here do not have, where it is not as in ``keys.FIXED``."""
+    spelling: Callable[[Config], Config] = lambda values: values
+    """The same configuration with keys as other families have them, defaults included; before anything reads it."""
     own_arguments: Callable[[Config], Mapping[str, Any]] = lambda values: {}
     """Megatron's arguments from what the family reads and others do not. It is given every key that is translated, with
     the family's defaults, and its arguments go before the others."""

@@ -74,6 +74,10 @@ _GENERAL: Mapping[str, frozenset[str]] = {
         "unpadded_vocab_size", "mtp_mlp_layer_types", "mtp_per_layer_config",
     }),
     "other models' caches, read by name alone": frozenset({"number_of_conv_states", "state_size", "conv_kernel"}),
+    "images, which a language model alone does not read": frozenset({
+        "image_token_id", "image_token_index", "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index",
+        "mm_tokens_per_image",
+    }),
     "generation": frozenset({
         "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
         "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",

@@ -40,7 +40,11 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a positive whole number", lambda v: _is_int(v, 1),
         "hidden_size intermediate_size num_attention_heads vocab_size",
     ),
-    ("a positive number", _is_number, "rms_norm_eps rope_theta"),
+    (
+        "a positive number", _is_number,
+        "rms_norm_eps rope_theta rope_local_base_freq query_pre_attn_scalar attention_multiplier embedding_multiplier "
+        "residual_multiplier logits_scaling",
+    ),
 )  # fmt: skip
 _VALUES_OR_NULL: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -52,6 +56,7 @@ _VALUES_OR_NULL: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("a positive number", _is_number, "partial_rotary_factor routed_scaling_factor"),
     ("a list of whole numbers", _is_numbers, "mlp_only_layers no_rope_layers"),
+    ("a positive number", _is_number, "attn_logit_softcapping final_logit_softcapping"),
     ("true or false", lambda v: isinstance(v, bool), "tie_word_embeddings use_sliding_window norm_topk_prob"),
     ("an object", _is_object, "rope_scaling rope_parameters"),
     ("a list of words", _is_words, "layer_types"),
@@ -101,6 +106,11 @@ def pop_number(values: dict[str, Any], key: str) -> float:
     if not _is_number(value):
         raise UserError(f"config.json: {key} must be a positive number, not {shown(value)}.")
     return float(value)
+
+
+def whole(value: float) -> int | float:
+    """A number that is whole but for rounding as an int: Megatron's flags for some take these, its code takes any."""
+    return round(value) if abs(value - round(value)) < 1e-9 * abs(value) else float(value)
 
 
 def shown(value: Any) -> str:

@@ -60,7 +60,7 @@ def adapter_map(weights: WeightMap, config: LoraConfig) -> WeightMap:
     return WeightMap(rules, dataclasses.replace(weights.sizes, rank=config.rank))
 
 
-def _projections(weights: WeightMap) -> Iterator[tuple[str, str, str, str, str | None]]:
+def _projections(weights: WeightMap) -> Iterator[tuple[str, str, str, str | tuple[str, ...], str | None]]:
     """Of the model's linear layers: Megatron's name, our name of a projection, Hugging Face's, its rows and columns."""
     for key, rule in weights.rules.items():
         layer, _, last = key.rpartition(".")

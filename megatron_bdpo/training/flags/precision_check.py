@@ -54,7 +54,13 @@ def _attention_layers(settings: Settings) -> list[Layer]:
     windows = {window_of(model, number) for number in range(1, model.layers + 1)}
     head_size = model.head_size
     return [
-        Layer(head_size, head_size**-0.5, window, sinks=model.softmax_type != "vanilla")
+        Layer(
+            head_size,
+            settings.layers.attention_scale or head_size**-0.5,
+            window,
+            softcap=settings.layers.attention_softcap,
+            sinks=model.softmax_type != "vanilla",
+        )
         for window in sorted(windows, key=lambda window: window or -1)
     ]
 

@@ -82,7 +82,7 @@ LEFT_OUT: dict[str, str] = {
         inference_fuse_tp_communication inference_disable_triton_nvls_kernels inference_grouped_gemm_backend
         inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type inference_cuda_graph_scope
         nccl_all_reduce_for_prefill mlp_chunks_for_prefill moe_pad_experts_for_cuda_graph_inference""",
-    "said by another field: it is the activation_func": "geglu_tanh",
+    "said by another field: it is the activation_func, the softmax_scale": "geglu_tanh attention_scale",
     "clocks and logs": """
         timers barrier_with_L1_time config_logger_dir log_max_attention_logit moe_per_layer_logging""",
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_bdpo.model.hf.families import gemma, glm, gpt_oss, llama, phi, qwen
+from megatron_bdpo.model.hf.families import exaone, gemma, glm, gpt_oss, granite, llama, olmo, phi, qwen
 from megatron_bdpo.model.hf.family import Family
 
 _ALL = (
@@ -16,17 +16,20 @@ _ALL = (
     qwen.QWEN3,
     qwen.QWEN3_MOE,
     gemma.GEMMA,
-    gpt_oss.GPT_OSS,
+    gemma.GEMMA2,
+    gemma.GEMMA3_TEXT,
     phi.PHI3,
+    olmo.OLMO2,
+    olmo.OLMO3,
+    granite.GRANITE,
+    exaone.EXAONE4,
     glm.GLM4_MOE,
+    gpt_oss.GPT_OSS,
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
 
 #: Families that people will try, and why they cannot be trained here.
 REFUSED: Mapping[str, str] = {
-    "gemma2": "its attention scores and logits are capped by tanh (attn_logit_softcapping, final_logit_softcapping), "
-    "and it has norms behind attention and MLP, which Megatron's layers do not have",
-    "gemma3_text": "it has norms behind attention and MLP, and another rotary base in every kind of layer",
-    "gemma3": "it has norms behind attention and MLP, and another rotary base in every kind of layer",
+    "gemma3": "it reads images, too; its language model alone can be, saved as Gemma3ForCausalLM (gemma3_text)",
 }

@@ -47,6 +47,8 @@ GLM4_MOE = Family(
     "glm4_moe",
     "Glm4MoeForCausalLM",
     _rules,
+    models="GLM-4.5, 4.6, Air",
+    layers="part of a head rotated, biases and norms of q and k, sigmoid router with biases, shared expert, dense layers",
     arguments=SIGMOID_ROUTER_ARGUMENTS,
     defaults={
         **SIGMOID_ROUTER,

@@ -62,6 +62,8 @@ GPT_OSS = Family(
     "gpt_oss",
     "GptOssForCausalLM",
     tensors(ATTENTION, QKV_BIAS, experts("mlp", "gate_proj", "up_proj", "down_proj"), _SINKS_AND_BIASES),
+    models="gpt-oss 20B, 120B",
+    layers="attention sinks, windows in every other layer, biases, clamped gate, YaRN; MXFP4 is read",
     arguments={
         "softmax_type": "learnable",
         "add_bias_linear": True,

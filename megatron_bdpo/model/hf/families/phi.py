@@ -20,6 +20,8 @@ PHI3 = Family(
             "mlp.linear_fc1.weight": Rule({"mlp.gate_up_proj.weight": ("ffn", "ffn")}, "hidden"),
         },
     ),
+    models="Phi-3, Phi-3.5 mini, Phi-4, Phi-4-mini",
+    layers="projections stored in one, part of a head rotated, windows",
     defaults={"rms_norm_eps": 1e-5, "sliding_window": None, "partial_rotary_factor": 1.0},
     only=SILU | {"resid_pdrop": _NO_DROPOUT, "embd_pdrop": _NO_DROPOUT},
 )

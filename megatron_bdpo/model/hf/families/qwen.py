@@ -43,6 +43,8 @@ QWEN2_MOE = Family(
         shared_expert("mlp.shared_expert"),
         SHARED_EXPERT_GATE,
     ),
+    models="Qwen1.5-MoE, Qwen2-57B-A14B",
+    layers="biases of q, k, v; experts, also in some layers alone; a shared expert with a gate",
     arguments={"add_qkv_bias": True, "moe_shared_expert_gate": True},
     defaults={
         **SOME_LAYERS_SPARSE,
