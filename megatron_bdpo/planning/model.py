@@ -59,6 +59,22 @@ class ModelShape:
     expert_layers: tuple[bool, ...] = field(default=())
     """Which layers have experts; empty: all, if there are any."""
 
+    windows: tuple[int | None, ...] = field(default=())
+    """How many keys back each layer sees; empty: all layers see all."""
+
+    def keys_seen(self, layer: int, keys: float) -> float:
+        """Keys that a query sees in this layer, on average, where it sees ``keys`` in one that sees all.
+
+        Of sequences of one length L = 2 keys: the first w = window + 1 queries see 1 ... w, the others w.
+        """
+        window = self.windows[layer] if self.windows else None
+        width = None if window is None else window + 1
+        return keys if width is None or 2 * keys <= width else width - width**2 / (4 * keys)
+
+    def attended_share(self, keys: float) -> float:
+        """Of the work of attention without windows, what they leave, over all layers."""
+        return sum(self.keys_seen(layer, keys) for layer in range(self.layers)) / (self.layers * keys)
+
     def has_experts(self, layer: int) -> bool:
         """Whether this layer's MLP is one of experts."""
         return bool(self.experts) and (not self.expert_layers or self.expert_layers[layer])
@@ -108,7 +124,19 @@ class ModelShape:
             shared_expert_ffn=get("moe_shared_expert_intermediate_size") or 0,
             shared_expert_gate=bool(get("moe_shared_expert_gate")),
             expert_layers=_expert_layers(get("moe_layer_freq") or 1, layers) if get("num_experts") else (),
+            windows=_windows(get("window_size"), get("window_attn_skip_freq"), layers),
         )
+
+
+def _windows(window: tuple[int, int] | None, skip: int | Sequence[int] | None, layers: int) -> tuple[int | None, ...]:
+    """As Megatron's ``is_layer_window_attention`` has it."""
+    if not window or window[0] < 0:
+        return ()
+    if skip is None:
+        return (window[0],) * layers
+    if isinstance(skip, int):
+        return tuple(window[0] if (layer + 1) % skip else None for layer in range(layers))
+    return tuple(window[0] if has_window else None for has_window in skip)
 
 
 def _expert_layers(frequency: int | Sequence[int], layers: int) -> tuple[bool, ...]:

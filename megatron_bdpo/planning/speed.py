@@ -6,7 +6,8 @@ w (n - 1) / n / bandwidth + latency (``planning.machine``):
 | what                          | forward                               | backward                                     |
 |-------------------------------|---------------------------------------|----------------------------------------------|
 | products                      | 2 s parameters / tp                   | twice that                                   |
-| attention                     | 4 s K n d / tp, K keys a query sees   | twice that and a half                        |
+| attention                     | 4 s K n d / tp, K keys a query sees:  | twice that and a half                        |
+|                               | in a layer with a window fewer        |                                              |
 | tensor parallelism, exposed   | 2 all-gathers, 2 reduce-scatters of   | 2 all-gathers (gradients of what the         |
 |                               | s H e                                 | reduce-scatters put out)                     |
 | ... behind the products of    |                                       | 2 all-gathers (inputs, once more), 2 reduce- |
@@ -142,7 +143,10 @@ def operations(model: ModelShape, keys: float, scored_share: float, adapters: Ad
     Beside adapters, 4 a frozen parameter: its own gradient is not computed.
     """
     whole = Split(layout=_ALONE)
-    layers = [_forward_operations(model, whole, 1, keys, model.has_experts(layer)) for layer in range(model.layers)]
+    layers = [
+        _forward_operations(model, whole, 1, model.keys_seen(layer, keys), model.has_experts(layer))
+        for layer in range(model.layers)
+    ]
     attention = sum(each[1] for each in layers)
     products = sum(map(sum, layers)) - attention + 2 * scored_share * model.hidden * model.vocab
     if not adapters:
@@ -282,11 +286,13 @@ def _experts(model: ModelShape, job: JobShape, machine: Machine) -> float:
 def _stage(model: ModelShape, job: JobShape, machine: Machine, keys: float, stage: int) -> tuple[Pass, Pass]:
     """One microbatch through all chunks of a stage."""
     numbers = [number for chunk in job.split.stage_layers(model.layers, stage) for number in chunk]
-    kinds = {*map(model.has_experts, numbers)}
-    passes = {kind: layer_passes(model, job, machine, keys, has_experts=kind) for kind in kinds}
+    kinds = {number: (model.keys_seen(number, keys), model.has_experts(number)) for number in numbers}
+    passes = {
+        kind: layer_passes(model, job, machine, kind[0], has_experts=kind[1]) for kind in dict.fromkeys(kinds.values())
+    }
     forward = backward = Pass()
     for number in numbers:
-        there, back = passes[model.has_experts(number)]
+        there, back = passes[kinds[number]]
         forward, backward = forward + there, backward + back
     if stage == job.split.layout.pipeline - 1:
         there, back = log_prob_passes(model, job, machine)

@@ -173,6 +173,9 @@ class Work:
         positions = plan.positions.sum() / len(plan.steps)
         attention = causal_squares(job.pool.lengths, share_prompts=job.share_prompts)
         squares = float(attention[plan.steps].sum() / len(plan.steps))
+        # Megatron's count knows no windows.
+        keys = squares / float(plan.real_tokens.sum()) * len(plan.steps) / 2
+        squares *= model_shape(arguments).attended_share(keys)
         whole = _operations(arguments, plan.packs_per_step, squares, positions)
         # Without squares of lengths there is no attention, whose backward pass has no weights.
         layers = _operations(arguments, plan.packs_per_step, 0.0, positions)

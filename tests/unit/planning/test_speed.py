@@ -10,7 +10,7 @@ from megatron_bdpo.planning.activations import Recompute
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.machine import Machine
 from megatron_bdpo.planning.memory import JobShape
-from megatron_bdpo.planning.model import Split, stage_parameters
+from megatron_bdpo.planning.model import ModelShape, Split, stage_parameters
 from megatron_bdpo.planning.search import answer
 from megatron_bdpo.planning.speed import Pass, layer_passes, log_prob_passes, operations, step_time
 from tests.unit.planning.test_search import LLAMA_8B, LLAMA_70B, question
@@ -19,6 +19,7 @@ H100 = Machine()
 RATE = 0.6 * 989e12
 NVLINK, PORT = 0.75 * 450e9, 0.85 * 50e9
 LATENCY = 20e-6
+ARGUMENTS = {"num_attention_heads": 4, "hidden_size": 64, "num_layers": 4, "ffn_hidden_size": 96}
 
 
 def job(tensor: int, pipeline: int, context: int = 1, expert: int = 1, chunks: int = 1, **settings: object) -> JobShape:
@@ -142,6 +143,34 @@ def test_a_step_of_70b_on_64():
 def test_operations_are_six_a_parameter_and_attention():
     matrices = 80 * (8192 * 128 * (64 + 2 * 8) + 8192 * 8192 + 3 * 8192 * 28672) + 8192 * 128256
     assert operations(LLAMA_70B, 500, 1.0) == pytest.approx(6 * matrices + 3 * 80 * 4 * 500 * 8192)
+
+
+def test_windows_take_keys_away():
+    """Sequences of 1,000: a query sees 500.5 keys on average, or of the last 100 all but the first 99 see 100."""
+    windowed = replace(LLAMA_70B, windows=(99, None) * 40)
+    seen = (sum(range(1, 101)) + 900 * 100) / 1000
+    assert windowed.keys_seen(0, 500) == pytest.approx(seen, rel=1e-3)
+    assert windowed.keys_seen(1, 500) == 500 and windowed.keys_seen(0, 40) == 40
+    assert windowed.attended_share(500) == pytest.approx((1 + seen / 500) / 2, rel=1e-3)
+    whole, less = operations(LLAMA_70B, 500, 1.0), operations(windowed, 500, 1.0)
+    assert whole - less == pytest.approx(3 * 40 * 4 * (500 - seen) * 8192, rel=1e-3)
+    assert (
+        step_time(windowed, job(8, 4), H100, 128_000, 500).seconds
+        < step_time(LLAMA_70B, job(8, 4), H100, 128_000, 500).seconds
+    )
+
+
+@pytest.mark.parametrize(
+    ("skip", "expected"), [(None, (8, 8, 8, 8)), (2, (8, None, 8, None)), ([0, 1, 1, 0], (None, 8, 8, None))]
+)
+def test_windows_are_megatrons(skip, expected):
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    shape = ModelShape.from_arguments({**ARGUMENTS, "window_size": (8, 0), "window_attn_skip_freq": skip}, vocab=100)
+    assert shape.windows == expected
+    assert [each is not None for each in expected] == [
+        is_layer_window_attention((8, 0), skip, number) for number in (1, 2, 3, 4)
+    ]
 
 
 def test_without_chunks_the_sends_are_waited_for():

@@ -48,7 +48,7 @@ GLM4_MOE = Family(
     "Glm4MoeForCausalLM",
     _rules,
     models="GLM-4.5, 4.6, Air",
-    layers="part of a head rotated, biases and norms of q and k, sigmoid router with biases, shared expert, dense layers",
+    layers="part of a head rotated, biases and norms of q and k, sigmoid router with biases, shared expert",
     arguments=SIGMOID_ROUTER_ARGUMENTS,
     defaults={
         **SIGMOID_ROUTER,
