@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model import varlen
@@ -56,7 +57,9 @@ def _run_by_run(
     runs = zip(query.split(plan.query_lengths), key.split(plan.key_lengths), value.split(plan.key_lengths), strict=True)
     if layer.softcap is None and sinks is None:
         return torch.cat([_sdpa(q, k, v, layer) for q, k, v in runs])
-    return torch.cat([_eager(q, k, v, layer, sinks) for q, k, v in runs])
+    # Scores of one run at a time: those of the others are made again when their gradients come.
+    again = functools.partial(checkpoint, _eager, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(q, k, v, layer, sinks) for q, k, v in runs])
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
     get_tokens_per_expert_and_token_count,
@@ -71,3 +72,19 @@ def with_pair_router(mlp: Any) -> Any:
     if not isinstance(submodules, MoESubmodules):
         return mlp
     return functools.partial(mlp, submodules=dataclasses.replace(submodules, router=PairRouter))
+
+
+def let_expert_biases_be_added(model: Any) -> None:
+    """Make up for what Megatron gets wrong about the biases of experts, which are whole on a rank.
+
+    It adds those of local layers in place, which autograd refuses of what a reduction has returned; there is nothing to
+    reduce. And it marks them as seeing a part of the sequence: their gradients, which are summed over the ranks that
+    hold an expert, would be summed over the tensor-parallel ranks once more.
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and getattr(parameter, "sequence_parallel", False):
+            parameter.sequence_parallel = False
+    for module in model.modules():
+        if isinstance(module, RowParallelLinear) and module.is_expert and module.bias is not None:
+            assert module.skip_bias_add and module.tp_group.size() == 1
+            module.explicit_expert_comm = True

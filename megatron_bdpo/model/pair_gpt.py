@@ -23,7 +23,7 @@ from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, answer_log_pro
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.layer import with_options
 from megatron_bdpo.model.layer_options import LayerOptions
-from megatron_bdpo.model.moe import with_pair_router
+from megatron_bdpo.model.moe import let_expert_biases_be_added, with_pair_router
 from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm, separate_norms
 from megatron_bdpo.model.precision import forget_quantisation_state
 from megatron_bdpo.model.shards import WHOLE, is_adapter
@@ -94,6 +94,7 @@ class PairGPTBuilder(GPTModelBuilder):
         model.embedding_scale = self._embedding_scale()
         model.local_rotary = self._local_rotary()
         forget_quantisation_state(model)
+        let_expert_biases_be_added(model)
         for module in model.modules():
             if isinstance(module, PairAttention):
                 module.backend = self._model_config.pair_attention

@@ -116,7 +116,7 @@ def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: boo
     outputs = residual * (_keeps_input(qkv, pack) + (has_experts or _keeps_input(into, pack)))
     return LayerBytes(
         input=residual,
-        norms=2 * _norm(model, pack, residual) + outputs,
+        norms=_norms(model) * _norm(model, pack, residual) + outputs,
         norm_outputs=outputs,
         core_attention=2 * queries + positions * model.heads * _FP32 / tensor + 2 * pack.keys * keys_of_pack,
         projection=_keeps_input(projection, pack) * queries
@@ -127,6 +127,17 @@ def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: boo
         core_attention_input=2 * queries + 3 * keys_of_pack / split.layout.context,
         has_experts=has_experts,
     )
+
+
+def _norms(model: ModelShape) -> int:
+    """Norms of hidden states in a layer. Where they are behind attention and MLP, what is in front keeps its input all
+    the same."""
+    return 4 if model.norms_around else 2
+
+
+def norm_bytes(model: ModelShape, layer: LayerBytes) -> float:
+    """What one of a layer's norms keeps, but for its output."""
+    return (layer.norms - layer.norm_outputs) / _norms(model)
 
 
 def _norm(model: ModelShape, pack: Pack, residual: float) -> float:
@@ -160,6 +171,11 @@ def _qk_norm(model: ModelShape, split: Split, pack: Pack) -> float:
         return 0.0
     heads, groups = model.heads / split.layout.tensor, max(model.groups / split.layout.tensor, 1)
     copied = heads if groups > 1 else 0  # the queries of one group lie together as they are
+    if model.qk_norm_over_heads:  # in fp32: its input and its normalised input
+        both = 2 * (heads + groups) * _FP32
+        if pack.bytes == _FP32:  # the input is what comes from the projection
+            both += (groups + copied) * _FP32
+        return pack.length / split.layout.context * both * model.head
     kept = heads + 2 * groups + copied + (0 if pack.fused else heads + groups)
     return pack.length / split.layout.context * kept * model.head * pack.bytes
 
@@ -171,7 +187,13 @@ def _mlp(model: ModelShape, split: Split, pack: Pack, ffn: int) -> float:
     kept = (2 if model.gated else 1) + _keeps_input(down, pack)
     if not pack.fused and model.gated:
         kept += 2
+    kept += _of_activation(model)
     return positions * kept * ffn * pack.bytes / tensor + _adapters((into, down), positions, tensor, pack)
+
+
+def _of_activation(model: ModelShape) -> int:
+    """What else than SiLU's: in units of a position's inner values."""
+    return model.quick_gelu + model.clamped
 
 
 def _experts(model: ModelShape, split: Split, pack: Pack) -> float:
@@ -187,6 +209,7 @@ def _experts(model: ModelShape, split: Split, pack: Pack) -> float:
     routed = positions * model.expert_top_k * ranks
     into, down = mlp_linears(model, model.expert_ffn)
     inner = (2 if model.gated else 1) + _keeps_input(down, pack) + (0 if pack.fused else 1 + 2 * model.gated)
+    inner += _of_activation(model)
     per_position = _keeps_input(into, pack) * model.hidden + inner * model.expert_ffn / ranks
     own = model.experts // split.layout.expert
     added = 0.0

@@ -4,7 +4,8 @@
 |-------------------|----------------------------------------------------------------------------------------|
 | query, key, value | H (n + 2 g) d / tp, and with biases (n + 2 g) d / tp                                    |
 | projection        | n d H / tp, and a bias H; learned sinks n / tp                                          |
-| norms             | 2 norms of H; of queries and keys 2 of d. RMSNorm has one vector, LayerNorm two         |
+| norms             | 2 norms of H, or 4; of queries and keys 2 of d, or of n d and g d over all heads.       |
+|                   | RMSNorm has one vector, LayerNorm two                                                   |
 | MLP               | 3 H F / tp with a gate, 2 H F / tp without; biases                                      |
 | experts           | router H E; each of the rank's E / ep experts 3 H F_e / etp; a shared expert as an MLP  |
 
@@ -42,8 +43,16 @@ class ModelShape:
     qkv_bias: bool = False
     norm_vectors: int = 1
     """Of RMSNorm one, of LayerNorm two."""
+    norms_around: bool = False
+    """Norms of what attention and MLP return beside those in front of them."""
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False
+    """It is one norm over all heads of the queries, and one over those of the keys."""
     sinks: bool = False
+    quick_gelu: bool = False
+    """The gate's activation is x sigmoid(1.702 x), whose two factors are kept."""
+    clamped: bool = False
+    """Gate and up projection are clamped, which keeps them as they were before too."""
     tied: bool = False
     learned_positions: int = 0
     vocab_multiple: int = 128
@@ -76,7 +85,7 @@ class ModelShape:
             if get(name):
                 raise UserError(f"memory is not estimated for models with --{name.replace('_', '-')}.")
         heads, hidden, layers = get("num_attention_heads"), get("hidden_size"), get("num_layers")
-        gated = bool(get("swiglu"))
+        gated = bool(get("swiglu") or get("quick_geglu"))
         ffn = get("ffn_hidden_size") or (int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
         learned = get("position_embedding_type", "learned_absolute") == "learned_absolute"
         return cls(
@@ -92,7 +101,11 @@ class ModelShape:
             qkv_bias=bool(get("add_qkv_bias")),
             norm_vectors=1 if get("normalization") == "RMSNorm" else 2,
             qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm"),
+            norms_around=get("layer_norms") == "around",
+            qk_norm_over_heads=bool(get("qk_norm_over_heads")),
             sinks=get("softmax_type") == "learnable",
+            quick_gelu=bool(get("quick_geglu")),
+            clamped=get("activation_func_clamp_value") is not None,
             tied=not get("untie_embeddings_and_output_weights"),
             learned_positions=(get("max_position_embeddings") or 0) if learned else 0,
             vocab_multiple=get("make_vocab_size_divisible_by") or 128,
@@ -192,8 +205,12 @@ def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
     hidden, queries = model.hidden, model.heads * model.head
     projected = (model.heads + 2 * model.groups) * model.head // tensor
     attention = hidden * projected + hidden * queries // tensor
-    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden + model.sinks * model.heads // tensor
-    norms = 2 * model.norm_vectors * hidden + (2 * model.norm_vectors * model.head if model.qk_norm else 0)
+    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden
+    attention += model.heads // tensor if model.sinks else 0
+    norms = (4 if model.norms_around else 2) * hidden
+    if model.qk_norm:  # whole on every rank
+        norms += (model.heads + model.groups if model.qk_norm_over_heads else 2) * model.head
+    norms *= model.norm_vectors
     if not has_experts:
         return attention + norms + mlp_parameters(model, model.ffn, tensor)
     router = hidden * model.experts + model.biases * model.experts

@@ -126,7 +126,7 @@ def of_recipe(recipes: Sequence[str]) -> tuple[ModelShape, dict[str, Any]]:
         "precision": _precision(settings.precision),
     }
     model = _model_of(arguments)
-    gated = replace(settings.architecture, gated=model.gated)  # an --hf-model's, which is not among the arguments yet
+    gated = replace(settings.architecture, swiglu=model.gated)  # an --hf-model's, which is not among the arguments yet
     told["adapters"] = adapters_shape(lora_config(replace(settings, architecture=gated)))
     return model, {name: value for name, value in told.items() if value}
 

@@ -86,10 +86,13 @@ class ArchitectureSettings:
     ffn: int | None = _of("ffn_hidden_size")
     experts: int | None = _of("num_experts")
     expert_ffn: int | None = _of("moe_ffn_hidden_size")
-    gated: bool = _of("swiglu")
+    swiglu: bool
+    quick_geglu: bool
     window_size: tuple[int, int] | None
     window_attn_skip_freq: object
     softmax_type: str
+    clamp: float | None = _of("activation_func_clamp_value")
+    biases: bool = _of("add_bias_linear")
     implementation: str = _of("transformer_impl")
     fused_swiglu: bool = _of("bias_swiglu_fusion")
     fused_dropout: bool = _of("bias_dropout_fusion")
@@ -101,6 +104,11 @@ class ArchitectureSettings:
     def groups(self) -> int:
         """Key and value heads."""
         return int(self.query_groups or 1) if self.grouped else self.heads
+
+    @property
+    def gated(self) -> bool:
+        """MLPs have a gate projection."""
+        return self.swiglu or self.quick_geglu
 
     @property
     def head_size(self) -> int:

@@ -29,10 +29,15 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
     config.separate_norms = settings.lora.is_wanted
     build_output_layer_without_apex(settings.architecture.implementation == "transformer_engine")
     if settings.layers.geglu_tanh:
-        if not settings.architecture.gated:
+        if not settings.architecture.swiglu:
             raise UserError("--geglu-tanh is the activation of gated layers: add --swiglu.")
         config.transformer.activation_func = functools.partial(functional.gelu, approximate="tanh")
         config.transformer.bias_activation_fusion = False  # Megatron's fused kernels are for SiLU and plain GELU
     if settings.layers.qk_norm_over_heads and not config.transformer.qk_layernorm:
         raise UserError("--qk-norm-over-heads is a kind of --qk-layernorm: give both.")
+    if settings.architecture.clamp is not None:
+        # Megatron's fused kernels clamp before they add a bias, its plain layers after it, as models are trained.
+        config.transformer.bias_activation_fusion = False
+    if settings.architecture.experts and settings.architecture.biases:
+        config.transformer.bias_dropout_fusion = False  # grouped experts refuse it; there is no dropout either way
     return config

@@ -82,6 +82,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "olmo3 yarn": (
+        "Olmo3",
+        {
+            "pad_token_id": None,
+            "sliding_window": 9,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 16,
+                    "rope_theta": 5e5,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+    ),
     "granite": (
         "Granite",
         {
@@ -94,6 +110,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "exaone4": ("Exaone4", {"head_dim": 32, "sliding_window": 9, "sliding_window_pattern": 3}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+            "sliding_window": 9,
+            "swiglu_limit": 0.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150_000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "qwen3 moe": (
         "Qwen3Moe",
         {
@@ -122,8 +157,9 @@ def make_model(name: str, directory: Path, **settings: Any) -> Path:
     config = getattr(transformers, config_of)(**(_SIZES | own | settings))
     model = getattr(transformers, f"{family}ForCausalLM")(config).float()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter)) if parameter.dim() == 1 else parameter.mul_(3)
+        for key, parameter in model.named_parameters():
+            is_vector = parameter.dim() == 1 or key.endswith("_bias")  # or of every expert one
+            parameter.add_(0.1 * torch.randn_like(parameter)) if is_vector else parameter.mul_(3)
     target = directory / name.replace(" ", "-")
     model.save_pretrained(target)
     return target

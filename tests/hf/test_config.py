@@ -31,6 +31,7 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def without(config, *keys):
@@ -48,6 +49,7 @@ GRANITE = LLAMA | {"model_type": "granite", "architectures": ["GraniteForCausalL
 EXAONE4 = LLAMA | {"model_type": "exaone4", "architectures": ["Exaone4ForCausalLM"]}
 OLMO3 = LLAMA | {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"]}
 OLMO2 = LLAMA | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
+GPT_OSS = LLAMA | {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 4}
 QWEN3_MOE = LLAMA | {
     "model_type": "qwen3_moe",
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -167,7 +169,18 @@ REFUSED = {
     "biases": (LLAMA | {"attention_bias": True}, "attention_bias is True, which"),
     "activation": (LLAMA | {"hidden_act": "relu"}, "hidden_act is 'relu', which"),
     "no size": (without(LLAMA, "hidden_size"), "hidden_size must be a positive whole number, not None"),
-    "yarn": (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rotary scaling of the kind 'yarn'"),
+    "longrope": (
+        LLAMA | {"rope_scaling": {"type": "longrope", "factor": 4.0}},
+        "rotary scaling of the kind 'longrope'",
+    ),
+    "yarn without a length": (
+        LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        "yarn's original_max_position_embeddings must be a positive whole number",
+    ),
+    "yarn with a factor of its own": (
+        LLAMA | {"rope_scaling": YARN | {"attention_factor": 1.5}},
+        "yarn's attention_factor is 1.5; Megatron computes it from the other settings as 1.13863",
+    ),
     "another Llama 3": (
         LLAMA | {"rope_scaling": LLAMA_3 | {"original_max_position_embeddings": 4096}},
         "'original_max_position_embeddings': 4096}. Megatron's code has {'low_freq_factor': 1",
@@ -198,6 +211,8 @@ def test_refused_by_name(config, message):
 CONFIGS = {
     "llama": LLAMA,
     "llama 3": LLAMA | {"rope_scaling": LLAMA_3},
+    "yarn": QWEN2 | {"rope_scaling": YARN | {"attention_factor": 1.138629436}},
+    "yarn with two scales": QWEN2 | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False}},
     "mistral": MISTRAL | {"sliding_window": 8},
     "qwen2": QWEN2,
     "gemma": GEMMA,
@@ -208,10 +223,12 @@ CONFIGS = {
     "exaone4": EXAONE4 | KINDS,
     "olmo2": OLMO2,
     "olmo3": OLMO3 | KINDS,
+    "olmo3, yarn": OLMO3 | KINDS | {"rope_scaling": YARN},
     "olmo3, two bases": OLMO3
     | KINDS
     | {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
     "qwen3_moe": QWEN3_MOE,
+    "gpt_oss": GPT_OSS,
     "mixtral": LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
 }
 

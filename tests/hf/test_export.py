@@ -47,6 +47,7 @@ LAYOUTS = {
         2,
         {0, 1},
     ),
+    "gpt-oss, EP2 x PP2": ("gpt-oss", [*EP2, *PP2], 4, {0, 1, 2, 3}),
     "EP2 x PP2": ("qwen3 moe", [*EP2, *PP2], 4, {0, 1, 2, 3}),
 }
 
@@ -118,7 +119,8 @@ def test_every_layout_exports_what_it_has_read(ranks, tmp_path, layout):
     assert [refusal for refusal, _ in outcomes] == [""] * size
     assert {rank for rank, (_, written) in enumerate(outcomes) if written} == expected_writers
     expected = load_file(original / "model.safetensors")
-    found = load_file(target / "model.safetensors") if len(expected_writers) == 1 else tensors_of(target)
+    is_one = len(expected_writers) == 1 or "gpt" in name  # which is written anew, in few files
+    found = load_file(target / "model.safetensors") if is_one else tensors_of(target)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key

@@ -13,9 +13,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.model.hf.config import read_config
 from tests.harness.huggingface import renamed, response_log_probs
 from tests.harness.jobs import SGD
 from tests.harness.recording import merge, train_and_record
@@ -29,6 +29,8 @@ EP2 = ["--expert-model-parallel-size", "2"]
 DENSE = {"TP1": (1, []), "TP2": (2, TP2), "PP2": (2, PP2), "CP2": (2, CP2)}
 #: Experts need sequence parallelism with tensor parallelism.
 SPARSE = DENSE | {"TP2": (2, [*TP2, *SP]), "EP2": (2, EP2)}
+#: Experts with biases are not divided.
+WHOLE = SPARSE | {"TP2": (2, [*TP2, *SP, "--expert-tensor-parallel-size", "1"])}
 
 #: One model of each family, with as many of its switches as go together, and its layouts.
 MODELS = {
@@ -44,6 +46,7 @@ MODELS = {
     "olmo3": DENSE,
     "exaone4": DENSE,
     "mixtral": SPARSE,
+    "gpt-oss": WHOLE,
     "qwen3 moe unnormed": SPARSE,
 }
 CASES = {f"{name} {layout}": (name, *case) for name, layouts in MODELS.items() for layout, case in layouts.items()}
@@ -91,7 +94,8 @@ def gradients_in_transformers(model_directory: Path, store: PairStore, scratch: 
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     target = scratch / f"{model_directory.name}-gradients"
     model.save_pretrained(target)
-    return load_file(target / "model.safetensors")
+    stored = read_config(json.loads((target / "config.json").read_text())).open_weights(target)
+    return {name: stored.rows(name, 0, tensor.shape[0]).clone() for name, tensor in stored.tensors.items()}
 
 
 def gradients_here(ranks, model: Path, cache: Path, world_size: int, flags: list[str], mistake=None):

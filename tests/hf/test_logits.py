@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -25,7 +23,9 @@ LAYOUTS = {
 }
 EP2 = (2, ["--expert-model-parallel-size", "2"])
 SP = ["--sequence-parallel"]  # which experts need with tensor parallelism, and which is nothing without it
-EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name]
+EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name or "gpt" in name]
+#: What a model needs beside.
+NEEDS = dict.fromkeys(EXPERTS, SP) | {"gpt-oss": [*SP, "--expert-tensor-parallel-size", "1"]}
 #: One model of every family in every layout, their variants in the simplest and the fullest.
 FULL = {
     "llama",
@@ -43,7 +43,7 @@ FULL = {
     "qwen3 moe",
 }
 CASES = {
-    f"{name} {layout}": (name, LAYOUTS[layout][0], [*LAYOUTS[layout][1], *(SP if name in EXPERTS else [])])
+    f"{name} {layout}": (name, LAYOUTS[layout][0], [*LAYOUTS[layout][1], *NEEDS.get(name, [])])
     for name in MODELS
     for layout in LAYOUTS
     if name in FULL or layout in ("TP1", "TP2 PP2")
@@ -144,21 +144,23 @@ def rope_factor_left_behind(undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(validation, "model_config", forgetful))
 
 
-def another_argument(undo: contextlib.ExitStack, name: str, value: object) -> None:
-    """A key that says something of the layers or logits is not read, or not as it is meant."""
-    from megatron_bdpo.model.hf import config
+def other_arguments(undo: contextlib.ExitStack, **changed: object) -> None:
+    """The configuration is read wrongly."""
+    from megatron_bdpo.training.hf import start
 
-    family_of = config._family
-
-    def changed(values):
-        family = family_of(values)
-        return dataclasses.replace(family, own_arguments=lambda values: {**family.own_arguments(values), name: value})
-
-    undo.enter_context(mock.patch.object(config, "_family", changed))
+    read = start._arguments
+    undo.enter_context(mock.patch.object(start, "_arguments", lambda *given: read(*given) | changed))
 
 
-def another(name: str, value: object) -> Callable[[contextlib.ExitStack], None]:
-    return functools.partial(another_argument, name=name, value=value)
+#: Of gpt-oss, one at a time.
+GPT_OSS = {
+    "no offset of up": {"glu_linear_offset": 0.0},
+    "no clamp": {"activation_func_clamp_value": None},
+    "windows in the other layers": {"window_attn_skip_freq": [0, 1, 0, 1]},
+    "yarn's range rounded": {"yarn_correction_range_round_to_int": True},
+    "no attention factor": {"mscale_all_dim": 1.0},
+    "sinks at zero": {"softmax_type": "off-by-one"},
+}
 
 
 def norms_over_the_heads_of_a_rank(undo: contextlib.ExitStack) -> None:
@@ -178,23 +180,50 @@ def positions_scaled_in_all_layers(undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(PairLayer, "_forward_attention", with_one_table))
 
 
+def yarns_factor_in_all_layers(undo: contextlib.ExitStack) -> None:
+    from megatron.core.transformer.attention import Attention
+
+    initialise = Attention.__init__
+
+    def fixed(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        factor = self._yarn_concentration_factor
+        undo.enter_context(
+            mock.patch.object(
+                type(self), "_yarn_concentration_factor", property(lambda self: factor, lambda *_: None), create=True
+            )
+        )
+
+    undo.enter_context(mock.patch.object(Attention, "__init__", fixed))
+
+
 MISTAKES = {
     "norms over the heads of a rank": (norms_over_the_heads_of_a_rank, "olmo2", 2, TP2),
     "positions scaled in all layers": (positions_scaled_in_all_layers, "olmo3", 1, []),
-    "cap of scores lost": (another("attention_softcap", None), "gemma2", 1, []),
-    "cap of logits lost": (another("logit_softcap", None), "gemma2", 1, []),
-    "scale of scores lost": (another("attention_scale", None), "gemma2", 1, []),
-    "one base for all layers": (another("local_rotary_base", 1e6), "gemma3", 1, []),
-    "windows in other layers": (another("window_attn_skip_freq", [0, 1, 1, 1]), "gemma3", 1, []),
-    "multiplier of residuals lost": (another("residual_multiplier", None), "granite", 1, []),
-    "multiplier of embeddings lost": (another("embedding_multiplier", None), "granite", 1, []),
-    "scale of logits lost": (another("logit_scale", None), "granite", 1, []),
-    "positions in all layers": (another("no_rope_freq", None), "exaone4", 1, []),
+    "factor of YaRN in all layers": (yarns_factor_in_all_layers, "olmo3 yarn", 1, []),
+    "cap of scores lost": (functools.partial(other_arguments, attention_softcap=None), "gemma2", 1, []),
+    "cap of logits lost": (functools.partial(other_arguments, logit_softcap=None), "gemma2", 1, []),
+    "scale of scores lost": (functools.partial(other_arguments, attention_scale=None), "gemma2", 1, []),
+    "one base for all layers": (functools.partial(other_arguments, local_rotary_base=1e6), "gemma3", 1, []),
+    "windows in other layers": (
+        functools.partial(other_arguments, window_attn_skip_freq=[0, 1, 1, 1]),
+        "gemma3",
+        1,
+        [],
+    ),
+    "multiplier of residuals lost": (functools.partial(other_arguments, residual_multiplier=None), "granite", 1, []),
+    "multiplier of embeddings lost": (functools.partial(other_arguments, embedding_multiplier=None), "granite", 1, []),
+    "scale of logits lost": (functools.partial(other_arguments, logit_scale=None), "granite", 1, []),
+    "positions in all layers": (functools.partial(other_arguments, no_rope_freq=None), "exaone4", 1, []),
     "columns of strided memory": (rows_of_the_first_rank, "llama", 2, TP2),
     "rope_theta lost": (rope_theta_lost, "qwen2", 1, []),
     "window off by one": (window_off_by_one, "mistral", 1, []),
     "any rope is Llama 3's": (any_rope_is_llama_3s, "llama", 1, []),
     "rope factor left behind": (rope_factor_left_behind, "llama 3.2", 1, []),
+    **{
+        f"gpt-oss: {what}": (functools.partial(other_arguments, **changed), "gpt-oss", 1, [])
+        for what, changed in GPT_OSS.items()
+    },
 }
 
 

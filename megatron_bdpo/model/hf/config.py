@@ -7,11 +7,14 @@ release of transformers writes what is understood here; the two spellings of rot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
 from megatron_bdpo.model.hf.families import FAMILIES, REFUSED
 from megatron_bdpo.model.hf.family import OUTPUT_LAYER, Config, Family
 from megatron_bdpo.model.hf.keys import TRANSLATED, keys_without_effect, line_about, refuse_own_code, refuse_quantised
@@ -30,6 +33,9 @@ SHARED_ARGUMENTS: Mapping[str, Any] = {
     "no_rope_freq": None,
     "swiglu": True,
     "quick_geglu": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "softmax_type": "vanilla",
     "squared_relu": False,
     "add_bias_linear": False,
     "add_qkv_bias": False,
@@ -62,6 +68,15 @@ class Architecture:
     remark: str = field(default="", compare=False)
     """A line for the user about keys of the configuration that are without effect; empty if there are none."""
 
+    def open_weights(self, directory: Path) -> HuggingFaceCheckpoint:
+        """The model's files, whose tensors have the names and the shapes of ``weights``, however they are stored.
+
+        Raises:
+            UserError: a file is missing, truncated or no safetensors file.
+        """
+        checkpoint = HuggingFaceCheckpoint.open(directory)
+        return self.family.unpack(checkpoint, self.weights.sizes) if self.family.unpack else checkpoint
+
 
 def read_config(config: Config) -> Architecture:
     """The architecture that a ``config.json`` describes.
@@ -70,7 +85,7 @@ def read_config(config: Config) -> Architecture:
         UserError: a family, key or value that cannot be honoured, by name.
     """
     family = _family(config)
-    refuse_quantised(config)
+    refuse_quantised(config, family)
     refuse_own_code(config, family)
     unread = keys_without_effect(config, family)
     # Another family's key must not be taken for one of this family.
@@ -164,13 +179,83 @@ def _rope_arguments(values: Config) -> dict[str, Any]:
             raise UserError(
                 f"config.json: Llama 3's rotary scaling with {constants}. Megatron's code has {_LLAMA3_CONSTANTS}."
             )
+    elif kind == "yarn":
+        arguments |= yarn_arguments(rope, values)
     elif kind == "linear":
         arguments["rotary_seq_len_interpolation_factor"] = _as_whole(pop_number(rope, "factor"))
     elif kind != "default":
-        raise UserError(f"config.json: rotary scaling of the kind '{kind}' is not mapped. Mapped: llama3, linear.")
+        raise UserError(
+            f"config.json: rotary scaling of the kind '{kind}' is not mapped. Mapped: llama3, linear, yarn."
+        )
     if rope:
         raise UserError(f"config.json: rotary settings {rope} are not known for the kind '{kind}'.")
     return arguments
+
+
+#: Of YaRN: the key inside the rotary settings, Megatron's argument, and what an absent key means to transformers.
+_YARN = (
+    ("beta_fast", "yarn_beta_fast", 32.0),
+    ("beta_slow", "yarn_beta_slow", 1.0),
+)
+
+
+def yarn_arguments(rope: dict[str, Any], values: Config) -> dict[str, Any]:
+    """Of rotary settings of the kind yarn, which are taken out of ``rope``.
+
+    Raises:
+        UserError: naming what Megatron's YaRN does not compute.
+    """
+    factor = pop_number(rope, "factor")
+    inside = rope.pop("original_max_position_embeddings", None)
+    original = inside or values.get("original_max_position_embeddings")
+    if type(original) is not int or original < 1:
+        raise UserError("config.json: yarn's original_max_position_embeddings must be a positive whole number.")
+    truncate = rope.pop("truncate", None)
+    if truncate not in (True, False, None):
+        raise UserError(f"config.json: yarn's truncate must be true or false, not {shown(truncate)}.")
+    mscale, all_dim = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
+    if not (mscale and all_dim):  # transformers reads the two together or not at all
+        mscale, all_dim = 1.0, 0.0
+    arguments = {
+        "position_embedding_type": "yarn",
+        "rotary_scaling_factor": factor,
+        "yarn_original_max_position_embeddings": original,
+        "mscale": float(mscale),
+        "mscale_all_dim": float(all_dim),
+        "yarn_correction_range_round_to_int": truncate is not False,
+        **{name: float(rope.pop(key, None) or absent) for key, name, absent in _YARN},
+    }
+    given, computed = rope.pop("attention_factor", None), attention_factor(arguments)
+    if given is not None and not math.isclose(given, computed, rel_tol=1e-6):
+        raise UserError(
+            f"config.json: yarn's attention_factor is {shown(given)}; Megatron computes it from the other settings as "
+            f"{computed:.6g}."
+        )
+    return arguments
+
+
+def attention_factor(arguments: Mapping[str, Any]) -> float:
+    """What YaRN multiplies rotated queries and keys by (its paper's sqrt(1 / t))."""
+
+    def of(scale: float) -> float:
+        factor = arguments["rotary_scaling_factor"]
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    return of(arguments["mscale"]) / of(arguments["mscale_all_dim"])
+
+
+def _yarn_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The way back."""
+    scaling = {
+        "rope_type": "yarn",
+        "factor": arguments["rotary_scaling_factor"],
+        "original_max_position_embeddings": arguments["yarn_original_max_position_embeddings"],
+        "truncate": arguments["yarn_correction_range_round_to_int"],
+        **{key: arguments[name] for key, name, _ in _YARN},
+    }
+    if arguments["mscale_all_dim"]:
+        scaling |= {key: arguments[key] for key in ("mscale", "mscale_all_dim")}
+    return scaling
 
 
 def _rope_settings(values: Config) -> dict[str, Any]:
@@ -272,6 +357,8 @@ def _unchecked_config(family: Family, arguments: Mapping[str, Any], vocab_size: 
             "factor": arguments["rope_scaling_factor"],
             **_LLAMA3_CONSTANTS,
         }
+    if arguments.get("position_embedding_type") == "yarn" and arguments.get("rotary_scaling_factor"):
+        config["rope_scaling"] = _yarn_config(arguments)
     if "sliding_window" in family.defaults:
         config["sliding_window"] = window[0] + 1 if window else None
     if "use_sliding_window" in family.defaults and window:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_bdpo.model.hf.tensors import Rule
+from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
+from megatron_bdpo.model.hf.tensors import Dimensions, Rule
 
 Config = Mapping[str, Any]
 
@@ -134,6 +135,14 @@ class Family:
     the family's defaults, and its arguments go before the others."""
     own_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda arguments: {}
     """The way back: keys of ``config.json`` from Megatron's arguments."""
+    unpack: Callable[[HuggingFaceCheckpoint, Dimensions], HuggingFaceCheckpoint] | None = None
+    """Of a family whose files do not hold the tensors that ``rules`` name: presents those, see ``packed``."""
+    pack: Callable[[HuggingFaceCheckpoint, Dimensions], HuggingFaceCheckpoint] | None = None
+    """The way back, of a directory that holds the tensors that ``rules`` name."""
+    dequantised: frozenset[str] = frozenset()
+    """Methods of ``quantization_config`` that ``unpack`` undoes. Exports are not quantised."""
+    no_adapters: str = ""
+    """Why adapters cannot stand beside its layers; empty where they can."""
 
     def rules_of(self, values: Config) -> Mapping[str, Rule]:
         """The tensors of a model with this configuration, its defaults included."""

@@ -258,8 +258,8 @@ _DEQUANTISED: Mapping[str, str] = {
 }
 
 
-def refuse_quantised(config: Config) -> None:
-    """Training needs the weights themselves.
+def refuse_quantised(config: Config, family: Family) -> None:
+    """Training needs the weights themselves; of some families they are made from quantised ones as they are read.
 
     Raises:
         UserError: the file says that they are quantised, with the way out.
@@ -268,6 +268,8 @@ def refuse_quantised(config: Config) -> None:
         value = config.get(key)
         if _is_quantised(value):
             method = value.get("quant_method") if isinstance(value, Mapping) else None
+            if key == "quantization_config" and method in family.dequantised:
+                continue
             method = "bitsandbytes" if method is None and _loads_bits(value) else method
             way = _DEQUANTISED.get(method) if isinstance(method, str) else None
             raise UserError(

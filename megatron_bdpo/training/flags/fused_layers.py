@@ -47,7 +47,7 @@ def describe(settings: Settings) -> Iterator[str]:
     if architecture.implementation != "local":
         yield "layers: Transformer Engine's"
     elif settings.model.fuse_local_layers:
-        fused = {"bias_swiglu_fusion": architecture.fused_swiglu and architecture.gated}
+        fused = {"bias_swiglu_fusion": architecture.fused_swiglu and architecture.swiglu}
         fused["bias_dropout_fusion"] = architecture.fused_dropout
         on = [what for name, what in _OF_MEGATRON.items() if fused[name]]
         yield f"layers: Megatron's local ones; torch.compile fuses {', '.join(['rotary embedding', *on])}"

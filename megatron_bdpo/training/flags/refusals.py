@@ -173,6 +173,13 @@ _REFUSALS = (
         "installed here. Recompute core_attn, mlp or moe, or all with --recompute-granularity full.",
     ),
     _Refusal(
+        lambda a: (
+            a.num_experts and a.add_bias_linear and (a.expert_tensor_parallel_size or a.tensor_model_parallel_size) > 1
+        ),
+        "experts with biases (gpt-oss) are whole on a rank: add --expert-tensor-parallel-size 1, and divide them with "
+        "--expert-model-parallel-size.",
+    ),
+    _Refusal(
         lambda a: a.overlap_moe_expert_parallel_comm,
         "--overlap-moe-expert-parallel-comm builds its own schedule of the model, without scored positions.",
     ),

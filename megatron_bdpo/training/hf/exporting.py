@@ -36,6 +36,7 @@ from megatron_bdpo.training.checkpoints import refuse_damaged
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, host_group, is_rank_zero, say
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.hf.adapter_files import export_adapters, save_adapters
+from megatron_bdpo.training.hf.packing import pack
 from megatron_bdpo.training.megatron_settings import DirectorySettings
 from megatron_bdpo.training.settings import Settings
 
@@ -173,7 +174,8 @@ def write_model(
         UserError: on every rank: ``target`` is there already or cannot be written, or tensors are missing. Nothing is
             left at ``target`` then.
     """
-    weights = read_config(config).weights
+    architecture = read_config(config)
+    weights = architecture.weights
     files = lay_out(source.wholes, weights)
     with contextlib.ExitStack() as until_named:
         with _each_writes(target):
@@ -185,10 +187,14 @@ def write_model(
         with _each_writes(target):
             if is_rank_zero():
                 _refuse_missing(files, target)
-                directory = partial_directory(target)
                 if len(files) > 1:
-                    write_json(directory / INDEX, index(files, weights))
-                write_companions(directory, config, files[0].wholes[0].dtype, original, model_card(facts))
+                    write_json(partial_directory(target) / INDEX, index(files, weights))
+        pack(architecture, partial_directory(target), functools.partial(_each_writes, target))
+        with _each_writes(target):
+            if is_rank_zero():
+                directory = partial_directory(target)
+                described = {key: value for key, value in config.items() if key != "quantization_config"}
+                write_companions(directory, described, files[0].wholes[0].dtype, original, model_card(facts))
                 before_naming(directory)
                 until_named.close()
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.hf.checkpoint import CONFIG, HuggingFaceCheckpoint, read_json
+from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
 from megatron_bdpo.model.hf.config import Architecture, differences, read_config
 from megatron_bdpo.model.hf.directory import model_directory
 from megatron_bdpo.model.hf.load import load_weights
@@ -47,8 +47,13 @@ def start_from_hugging_face(arguments: Arguments) -> None:
         architecture = architecture_of(directory)
         if architecture.remark:
             say(architecture.remark)
+        if settings.lora.is_wanted and (why := architecture.family.no_adapters):
+            raise UserError(
+                f"--hf-model {directory}: no adapters for models of the family '{architecture.family.model_type}': "
+                f"{why}. Leave --lora-rank and --lora-start out: all weights are trained then."
+            )
         if weights or any(directory.glob("*.safetensors")):
-            HuggingFaceCheckpoint.open(directory).check(architecture.weights.shapes())
+            architecture.open_weights(directory).check(architecture.weights.shapes())
         else:
             say(f"weights: not in {directory}, so not checked")
         arguments.set(**_arguments(arguments, architecture))
@@ -108,8 +113,8 @@ def weights_loader(directory: str | Path) -> Callable[[list[Any]], list[Any]]:
 
     def load(model: list[Any]) -> list[Any]:
         with all_ranks_agree():
-            checkpoint = HuggingFaceCheckpoint.open(Path(directory))
-            load_weights(model, checkpoint, architecture_of(Path(directory)).weights)
+            architecture = architecture_of(Path(directory))
+            load_weights(model, architecture.open_weights(Path(directory)), architecture.weights)
         say(f"weights: {directory}, read into this layout")
         return model
 

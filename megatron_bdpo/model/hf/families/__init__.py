@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_bdpo.model.hf.families import exaone, gemma, granite, llama, olmo, qwen
+from megatron_bdpo.model.hf.families import exaone, gemma, gpt_oss, granite, llama, olmo, qwen
 from megatron_bdpo.model.hf.family import Family
 
 _ALL = (
@@ -21,6 +21,7 @@ _ALL = (
     olmo.OLMO2,
     olmo.OLMO3,
     exaone.EXAONE4,
+    gpt_oss.GPT_OSS,
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_bdpo.errors import UserError
@@ -71,13 +72,15 @@ def _olmo3_arguments(values: Config) -> dict[str, Any]:
     return {"local_rotary_base": None if alike or LOCAL not in values["layer_types"] else whole(values[LOCAL_BASE])}
 
 
-def _olmo3_config(arguments: Any) -> dict[str, Any]:
-    local = arguments["local_rotary_base"] or arguments["rotary_base"]
-    bases = {LOCAL: float(local), GLOBAL: float(arguments["rotary_base"])}
-    return {
-        "layer_types": layer_types(arguments),
-        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
-    }
+def _olmo3_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """In the spelling of early releases where that says it all: base and scaling beside each other."""
+    bases = {LOCAL: arguments["local_rotary_base"] or arguments["rotary_base"], GLOBAL: arguments["rotary_base"]}
+    config: dict[str, Any] = {"layer_types": layer_types(arguments)}
+    if set(bases.values()) != {_OLMO3_BASE}:
+        config["rope_parameters"] = {
+            kind: {"rope_type": "default", "rope_theta": float(base)} for kind, base in bases.items()
+        }
+    return config
 
 
 OLMO3 = Family(

@@ -1,0 +1,110 @@
+"""gpt-oss's stacked experts through the view, in bf16 and in MXFP4, against transformers' own reading of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.model.hf import packed
+from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
+from megatron_bdpo.model.hf.config import read_config
+from tests.harness.tiny_models import make_model
+
+pytest.importorskip("transformers", reason="the models are made by Hugging Face transformers")
+
+LAYER = "model.layers.2.mlp.experts"
+EXPERTS, HIDDEN, FFN = 4, 64, 96
+
+
+def opened(directory: Path) -> HuggingFaceCheckpoint:
+    architecture = read_config(json.loads((directory / "config.json").read_text()))
+    checkpoint = architecture.open_weights(directory)
+    checkpoint.check(architecture.weights.shapes())
+    return checkpoint
+
+
+def quantised(directory: Path) -> dict[str, torch.Tensor]:
+    """Put random MXFP4 in the place of a model's experts; returns what transformers makes of it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    expected = dict(tensors)
+    draw = torch.Generator().manual_seed(1)
+    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
+        experts, columns, rows = tensors.pop(name).shape  # stored as the transpose
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=draw, dtype=torch.uint8)
+        scales = torch.randint(110, 140, blocks.shape[:3], generator=draw, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        expected[name] = convert_moe_packed_tensors(blocks, scales)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return expected
+
+
+@pytest.mark.parametrize("is_quantised", [False, True], ids=["fp32", "mxfp4"])
+def test_every_part_of_every_expert(tmp_path, is_quantised):
+    model = make_model("gpt-oss", tmp_path)
+    whole = quantised(model) if is_quantised else load_file(model / "model.safetensors")
+    checkpoint = opened(model)
+    gate_up, down = whole[f"{LAYER}.gate_up_proj"], whole[f"{LAYER}.down_proj"]
+    assert gate_up.shape == (EXPERTS, HIDDEN, 2 * FFN) and down.shape == (EXPERTS, FFN, HIDDEN)
+    for expert in range(EXPERTS):
+        expected = {
+            "gate_proj.weight": gate_up[expert][:, 0::2].T,
+            "up_proj.weight": gate_up[expert][:, 1::2].T,
+            "down_proj.weight": down[expert].T,
+            "gate_proj.bias": whole[f"{LAYER}.gate_up_proj_bias"][expert][0::2],
+            "up_proj.bias": whole[f"{LAYER}.gate_up_proj_bias"][expert][1::2],
+            "down_proj.bias": whole[f"{LAYER}.down_proj_bias"][expert],
+        }
+        for name, tensor in expected.items():
+            read = f"{LAYER}.{expert}.{name}"
+            assert torch.equal(checkpoint.rows(read, 0, len(tensor)), tensor), read
+            columns = (slice(5, 40),) if tensor.dim() == 2 else ()
+            assert torch.equal(checkpoint.rows(read, 7, 50, columns), tensor[(slice(7, 50), *columns)]), read
+    assert checkpoint.tensors[f"{LAYER}.3.up_proj.weight"].dtype == ("BF16" if is_quantised else "F32")
+
+
+def test_there_and_back_again(tmp_path):
+    model = make_model("gpt-oss", tmp_path)
+    expected = load_file(model / "model.safetensors")
+    plain, target = opened(model), tmp_path / "plain"
+    target.mkdir()
+    rows = {name: plain.rows(name, 0, tensor.shape[0]).contiguous() for name, tensor in plain.tensors.items()}
+    save_file(rows, target / "model.safetensors")
+    sizes = read_config(json.loads((model / "config.json").read_text())).weights.sizes
+    back = packed.PackedExperts(HuggingFaceCheckpoint.open(target), sizes)
+    assert back.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert back.tensors[name].shape == tensor.shape
+        assert torch.equal(back.rows(name, 0, tensor.shape[0]), tensor), name
+
+
+def test_all_numbers_of_four_bits():
+    """OCP Microscaling Formats 1.0, E2M1 and E8M0: the lower half of a byte is the first number."""
+    blocks = torch.tensor([[[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2]], dtype=torch.uint8)
+    numbers = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    for exponent in (-120, -1, 0, 3, 60):
+        found = packed.dequantised(blocks, torch.tensor([[exponent + 127]], dtype=torch.uint8))
+        assert found.dtype == torch.bfloat16
+        assert found.tolist() == [[number * 2.0**exponent for number in numbers] * 2]
+
+
+def test_a_stack_of_another_shape_is_named(tmp_path):
+    model = make_model("gpt-oss", tmp_path)
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{LAYER}.down_proj"] = tensors[f"{LAYER}.down_proj"][:3].contiguous()
+    save_file(tensors, file)
+    with pytest.raises(UserError) as refusal:
+        opened(model)
+    assert f"unexpected: {LAYER}.down_proj" in str(refusal.value)
+    assert f"missing: {LAYER}.0.down_proj.weight" in str(refusal.value)
