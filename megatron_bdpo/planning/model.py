@@ -81,7 +81,7 @@ class ModelShape:
             UserError: a kind of layer that is not counted here.
         """
         get: Callable[..., Any] = arguments.get
-        for name in ("multi_latent_attention", "mtp_num_layers", "moe_latent_size", "moe_router_enable_expert_bias"):
+        for name in ("multi_latent_attention", "mtp_num_layers", "moe_latent_size"):
             if get(name):
                 raise UserError(f"memory is not estimated for models with --{name.replace('_', '-')}.")
         heads, hidden, layers = get("num_attention_heads"), get("hidden_size"), get("num_layers")

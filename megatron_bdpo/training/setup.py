@@ -27,7 +27,7 @@ from megatron_bdpo.training.flags.layout_check import check_layout
 from megatron_bdpo.training.flags.precision_check import check_precision
 from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
 from megatron_bdpo.training.flags.validation import rehearse, validate
-from megatron_bdpo.training.hf.adapter_files import adapters_loader, expected_base
+from megatron_bdpo.training.hf.adapter_files import adapters_loader, check_targets, expected_base
 from megatron_bdpo.training.hf.exporting import check_save_hf
 from megatron_bdpo.training.hf.start import start_from_hugging_face, weights_loader
 from megatron_bdpo.training.identity import RunIdentity
@@ -123,6 +123,8 @@ def set_up(arguments: Arguments) -> RunSetup:
         check_layout(arguments.settings)
         check_precision(arguments.settings)
         lora = lora_config(arguments.settings)
+        if lora:
+            check_targets(arguments.settings, lora)
         arguments.set(**fusion_arguments(arguments.settings))
     arguments.log_to_wandb_too()
     rehearse(arguments)

@@ -35,6 +35,17 @@ _LLAMA_3 = {
     "original_max_position_embeddings": 8192,
 }
 
+_QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_GLM_MOE = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "num_mtp_layers": 0,
+}
+
 #: Name -> transformers' class of the model, and settings beyond ``_SIZES``.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rms_norm_eps": 1e-4}),
@@ -109,6 +120,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "exaone4": ("Exaone4", {"head_dim": 32, "sliding_window": 9, "sliding_window_pattern": 3}),
+    "glm4": ("Glm4", {"head_dim": 32, "partial_rotary_factor": 0.75, "rms_norm_eps": 1e-4, "pad_token_id": None}),
+    "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 9, "pad_token_id": 0}),
+    "phi3 tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 4, "pad_token_id": 0}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt-oss": (
         "GptOss",
@@ -143,6 +157,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 32},
     ),
+    "qwen3 moe mixed": ("Qwen3Moe", _QWEN_MOE | {"mlp_only_layers": [2], "head_dim": 32}),
+    "qwen2 moe": ("Qwen2Moe", _QWEN_MOE | {"shared_expert_intermediate_size": 40}),
+    "qwen2 moe mixed": (
+        "Qwen2Moe",
+        _QWEN_MOE | {"shared_expert_intermediate_size": 40, "decoder_sparse_step": 2, "norm_topk_prob": True},
+    ),
+    "glm4 moe": ("Glm4Moe", _GLM_MOE | {"attention_bias": True, "use_qk_norm": True, "head_dim": 32}),
+    "glm4 moe grouped": ("Glm4Moe", _GLM_MOE | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 0}),
 }
 
 
@@ -152,17 +174,35 @@ def make_model(name: str, directory: Path, **settings: Any) -> Path:
 
     family, own = MODELS[name]
     torch.manual_seed(7)
-    # Gemma 3 has images: its language model's configuration is a part.
-    config_of = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
-    config = getattr(transformers, config_of)(**(_SIZES | own | settings))
+    config = getattr(transformers, _config_of(family))(**(_SIZES | own | settings))
     model = getattr(transformers, f"{family}ForCausalLM")(config).float()
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for key, parameter in itertools.chain(model.named_parameters(), _stored_buffers(model)):
             is_vector = parameter.dim() == 1 or key.endswith("_bias")  # or of every expert one
             parameter.add_(0.1 * torch.randn_like(parameter)) if is_vector else parameter.mul_(3)
     target = directory / name.replace(" ", "-")
     model.save_pretrained(target)
     return target
+
+
+def _config_of(family: str) -> str:
+    """Gemma 3 has images: its language model's configuration is a part."""
+    return {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+
+
+def config_json(name: str) -> str:
+    """The ``config.json`` of :func:`make_model`, without weights."""
+    import transformers
+
+    family, own = MODELS[name]
+    content = getattr(transformers, _config_of(family))(**(_SIZES | own)).to_json_string(use_diff=False)
+    return str(content)
+
+
+def _stored_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """Those that are in the file beside the parameters: experts' biases."""
+    stored = model.state_dict()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
 
 
 TEMPLATE = (

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-FAMILIES = ("exaone4", "gemma", "gemma2", "gemma3_text", "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2",
-            "olmo3", "qwen2", "qwen3", "qwen3_moe")  # fmt: skip
+from megatron_bdpo.model.hf.families import FAMILIES
+
 #: Folders of families that share one with others.
 _FOLDERS = {"gemma3_text": "gemma3"}
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.hf.config import read_config, write_config
+from megatron_bdpo.model.hf.config import exported, read_config, write_config
 from megatron_bdpo.model.hf.families import FAMILIES
 
 LLAMA = {
@@ -57,6 +57,11 @@ QWEN3_MOE = LLAMA | {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
 }
+
+
+def of(family, **settings):
+    """A configuration of a family."""
+    return LLAMA | {"model_type": family, "architectures": [FAMILIES[family].architecture]} | settings
 
 
 def arguments(config, *names):
@@ -198,7 +203,17 @@ REFUSED = {
         QWEN2 | {"layer_types": ["sliding_attention"] * 2},
         "layer_types has sliding_attention, but there is no sliding_window",
     ),
-    "dense layers among experts": (QWEN3_MOE | {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
+    "experts without layers": (QWEN3_MOE | {"mlp_only_layers": [0, 1]}, "there are experts, but no layer has them"),
+    "groups of experts": (
+        of("glm4_moe", n_group=4, topk_group=2),
+        "n_group 4, topk_group 2: Megatron scores a group by its best num_experts_per_tok / topk_group experts",
+    ),
+    "long rotary positions": (
+        of("phi3", rope_scaling={"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
+        "rotary scaling of the kind 'longrope' is not mapped",
+    ),
+    "dropout": (of("phi3", resid_pdrop=0.1), "resid_pdrop is 0.1, which"),
+    "more than a head rotated": (of("phi3", partial_rotary_factor=1.5), "must lie between 0 and 1, not 1.5"),
 }
 
 
@@ -229,7 +244,13 @@ CONFIGS = {
     | {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
     "qwen3_moe": QWEN3_MOE,
     "gpt_oss": GPT_OSS,
-    "mixtral": LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
+    "mixtral": of("mixtral", num_local_experts=4),
+    "qwen3_moe mixed": QWEN3_MOE | {"mlp_only_layers": [0]},
+    "qwen2_moe": of("qwen2_moe", num_experts=4, decoder_sparse_step=2),
+    "phi3": of("phi3", partial_rotary_factor=0.75, sliding_window=9),
+    "glm4": of("glm4", attention_bias=False, partial_rotary_factor=0.25),
+    "glm4_moe": of("glm4_moe", attention_bias=True, use_qk_norm=True, routed_scaling_factor=2.5),
+    "glm4_moe in groups": of("glm4_moe", n_group=8, topk_group=4, first_k_dense_replace=0, n_shared_experts=0),
 }
 
 
@@ -238,6 +259,20 @@ def test_back_and_forth(config):
     architecture = read_config(config)
     written = write_config(config["model_type"], architecture.arguments, config["vocab_size"])
     assert read_config(written) == architecture
+
+
+def test_experts_in_some_layers():
+    names = ("moe_layer_freq", "moe_shared_expert_intermediate_size", "moe_ffn_hidden_size", "ffn_hidden_size")
+    assert arguments(CONFIGS["qwen2_moe"], *names) == ([0, 1], 5632, 1408, 96)
+    assert arguments(CONFIGS["glm4_moe"], *names) == ([0, 1], 1408, 1408, 96)
+    assert arguments(CONFIGS["glm4_moe in groups"], *names) == (1, None, 1408, 96)
+
+
+def test_layers_that_predict_further_tokens_are_left_out():
+    found = read_config(of("glm4_moe", num_nextn_predict_layers=1))
+    assert found.left_out == ("model.layers.2.",)
+    assert "1 layers for multi-token prediction are neither trained nor exported" in found.remark
+    assert exported({"num_nextn_predict_layers": 1}, "bfloat16") == {"num_nextn_predict_layers": 0, "dtype": "bfloat16"}
 
 
 def test_arguments_that_no_model_of_the_family_has():

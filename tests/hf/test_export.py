@@ -32,7 +32,7 @@ LAYOUTS = {
     "TP2 x PP2": ("qwen2", [*TP2, *PP2], 4, {0, 1, 2, 3}),
     "TP2 x PP2, SP": ("qwen3", [*TP2, *PP2, "--sequence-parallel"], 4, {0, 1, 2, 3}),
     "TP2 x PP2, tied": ("llama tied", [*TP2, *PP2], 4, {0, 1, 2, 3}),
-    "TP2, norms behind": ("gemma3", TP2, 2, {0, 1}),
+    "TP2, norms around": ("gemma3", TP2, 2, {0, 1}),
     "TP2 x PP2, norms over heads": ("olmo2", [*TP2, *PP2], 4, {0, 1, 2, 3}),
     "PP2, norms behind": ("exaone4", PP2, 2, {0, 1}),
     "virtual stages": ("llama", [*PP2, *VPP], 2, {0, 1}),
@@ -48,6 +48,9 @@ LAYOUTS = {
         {0, 1},
     ),
     "gpt-oss, EP2 x PP2": ("gpt-oss", [*EP2, *PP2], 4, {0, 1, 2, 3}),
+    "fused projections": ("phi3", [*TP2, *PP2], 4, {0, 1, 2, 3}),
+    "experts in some layers": ("glm4 moe", [*EP2, *PP2], 4, {0, 1, 2, 3}),
+    "a shared expert": ("qwen2 moe mixed", [*TP2, "--sequence-parallel"], 2, {0, 1}),
     "EP2 x PP2": ("qwen3 moe", [*EP2, *PP2], 4, {0, 1, 2, 3}),
 }
 

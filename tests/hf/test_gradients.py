@@ -41,12 +41,16 @@ MODELS = {
     "gemma": DENSE,
     "gemma2": DENSE,
     "gemma3": DENSE,
+    "glm4": DENSE,
     "granite": DENSE,
     "olmo2": DENSE | {"TP2": (2, [*TP2, *SP])},
     "olmo3": DENSE,
     "exaone4": DENSE,
     "mixtral": SPARSE,
     "gpt-oss": WHOLE,
+    "phi3": DENSE,
+    "qwen2 moe mixed": SPARSE,
+    "glm4 moe": SPARSE,
     "qwen3 moe unnormed": SPARSE,
 }
 CASES = {f"{name} {layout}": (name, *case) for name, layouts in MODELS.items() for layout, case in layouts.items()}
@@ -95,7 +99,12 @@ def gradients_in_transformers(model_directory: Path, store: PairStore, scratch: 
     target = scratch / f"{model_directory.name}-gradients"
     model.save_pretrained(target)
     stored = read_config(json.loads((target / "config.json").read_text())).open_weights(target)
-    return {name: stored.rows(name, 0, tensor.shape[0]).clone() for name, tensor in stored.tensors.items()}
+    buffers = dict(model.named_buffers())
+    return {
+        name: stored.rows(name, 0, tensor.shape[0]).clone()
+        for name, tensor in stored.tensors.items()
+        if name not in buffers
+    }
 
 
 def gradients_here(ranks, model: Path, cache: Path, world_size: int, flags: list[str], mistake=None):

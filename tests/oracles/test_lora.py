@@ -12,6 +12,7 @@ import torch
 from megatron_bdpo.data.store import PairStore
 from tests.harness.jobs import SGD, last_stage, train
 from tests.harness.lora import load_adapter, make_adapter, step_of_dpo, tensors_of
+from tests.harness.ranks import RankFailure
 from tests.harness.tiny_models import load_model, make_model
 
 pytest.importorskip("peft", reason="the oracle is PEFT")
@@ -41,6 +42,8 @@ KINDS: dict[str, dict[str, Any]] = {
 CASES = [
     *(("llama", "LoRA", layout) for layout in LAYOUTS),
     ("llama", "rsLoRA", "1 rank"),
+    ("gemma3", "LoRA", "TP2 SP"),
+    ("olmo2", "DoRA", "TP2 SP"),
     *(("qwen2", "DoRA", layout) for layout in LAYOUTS if layout not in ("TP2", "PP2")),
 ]
 
@@ -94,12 +97,19 @@ def test_pefts_adapters_come_back_unchanged(ranks, tmp_path, kind):
         assert torch.equal(found[name], tensor), name
 
 
-def test_experts_are_those_of_peft(ranks, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        ("mixtral", "experts.3.w2.lora_B"),
+        ("qwen3 moe", "experts.3.down_proj.lora_B"),
+    ],
+)
+def test_experts_are_those_of_peft(ranks, tmp_path, name, adapter):
     """PEFT puts an adapter for each expert and projection beside the experts that transformers stacks."""
-    base, start = make_model("mixtral", tmp_path), tmp_path / "start"
+    base, start = make_model(name, tmp_path), tmp_path / "start"
     made = ["--hf-model", str(base), "--lora-rank", "4", "--save-hf", str(start), *EP2]
     ranks(2)(train, made, pair_cache_dir=str(tmp_path / "cache"), **SGD | {"optimizer": "adam", "lr": 0.02})
-    assert any("experts.3.w2.lora_B" in name and tensor.any() for name, tensor in tensors_of(start).items())
+    assert any(adapter in name and tensor.any() for name, tensor in tensors_of(start).items())
     _, loss = one_step(ranks, tmp_path, base, start, 2, [*EP2, "--save-hf-merged", str(tmp_path / "merged")])
     model = load_adapter(base, start)
     (meta,) = (tmp_path / "cache").glob("*/meta.json")
@@ -111,3 +121,35 @@ def test_experts_are_those_of_peft(ranks, tmp_path):
         expected = load_adapter(base, tmp_path / "saved")(input_ids=tokens).logits
         merged = load_model(tmp_path / "merged")(input_ids=tokens).logits
     assert (merged - expected).abs().max() <= 1e-5
+
+
+def test_projections_in_one_tensor_are_refused_before_anything_is_built(ranks, tmp_path):
+    """PEFT's adapter beside qkv_proj is one of all three; those beside o_proj and down_proj are as anywhere."""
+    base, start = make_model("phi3", tmp_path), tmp_path / "start"
+    flags = ["--hf-model", str(base), "--lora-rank", "4"]
+    with pytest.raises(
+        RankFailure, match=r"UserError: the model keeps q_proj, k_proj, v_proj in one tensor \(qkv_proj"
+    ):
+        ranks(1)(train, flags, **SGD)
+    start = make_adapter(base, start, targets=["o_proj", "down_proj"])
+    found, loss = one_step(ranks, tmp_path, base, start, 1, ["--lora-targets", "o_proj,down_proj"])
+    model = load_adapter(base, start)
+    (meta,) = (tmp_path / "cache").glob("*/meta.json")
+    assert loss == pytest.approx(step_of_dpo(model, PairStore.open(meta.parent), beta=BETA, lr=LEARNING_RATE), abs=1e-6)
+    model.save_pretrained(tmp_path / "expected")
+    compare(found, tmp_path / "expected", start)
+
+
+@pytest.mark.parametrize("name", ["qwen2 moe mixed", "glm4 moe"])
+def test_attention_of_models_with_experts_and_other_mlps(ranks, tmp_path, name):
+    """PEFT beside transformers 5 reads adapters of the ones or the others, whose projections it calls alike."""
+    base = make_model(name, tmp_path)
+    with pytest.raises(RankFailure, match=r"UserError: the model has experts and other MLPs"):
+        ranks(1)(train, ["--hf-model", str(base), "--lora-rank", "4"], **SGD)
+    start = make_adapter(base, tmp_path / "start", targets=["q_proj", "k_proj", "v_proj", "o_proj"])
+    found, loss = one_step(ranks, tmp_path, base, start, 2, EP2)
+    model = load_adapter(base, start)
+    (meta,) = (tmp_path / "cache").glob("*/meta.json")
+    assert loss == pytest.approx(step_of_dpo(model, PairStore.open(meta.parent), beta=BETA, lr=LEARNING_RATE), abs=1e-6)
+    model.save_pretrained(tmp_path / "expected")
+    compare(found, tmp_path / "expected", start)

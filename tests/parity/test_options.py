@@ -59,7 +59,8 @@ CHANGING = {
         "experts",
         2,
         TP2_SP,
-        "--moe-aux-loss-coeff 0 --moe-router-enable-expert-bias --moe-router-score-function sigmoid",
+        "--moe-aux-loss-coeff 0 --moe-router-enable-expert-bias --moe-router-score-function sigmoid "
+        "--moe-router-bias-update-rate 1e-3",
     ),
     "shared experts": ("experts", 2, TP2_SP, "--moe-shared-expert-intermediate-size 32"),
     "every second layer dense": ("experts", 4, f"{PP2} {EP2}", "--moe-layer-freq 2"),

@@ -78,18 +78,28 @@ class HuggingFaceCheckpoint:
         """
         return cls(file.parent, _read_header(file))
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], described_by: str = CONFIG) -> None:
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], described_by: str = CONFIG, left_out: tuple[str, ...] = ()
+    ) -> None:
         """Compare names, shapes and data types with those of the architecture.
 
         Args:
             described_by: the file that says which there should be.
+            left_out: how the names of others begin that may be there.
 
         Raises:
             UserError: naming what differs.
         """
         problems = [
             *_listed("missing", expected.keys() - self.tensors.keys()),
-            *_listed("unexpected", (name for name in self.tensors.keys() - expected.keys() if not _is_buffer(name))),
+            *_listed(
+                "unexpected",
+                (
+                    name
+                    for name in self.tensors.keys() - expected.keys()
+                    if not (_is_buffer(name) or name.startswith(left_out))
+                ),
+            ),
             *_listed(
                 "of another shape",
                 (

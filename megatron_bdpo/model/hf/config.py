@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
+from megatron_bdpo.model.hf.experts import expert_arguments, expert_config, expert_sizes
 from megatron_bdpo.model.hf.families import FAMILIES, REFUSED
 from megatron_bdpo.model.hf.family import OUTPUT_LAYER, Config, Family
 from megatron_bdpo.model.hf.keys import TRANSLATED, keys_without_effect, line_about, refuse_own_code, refuse_quantised
@@ -46,7 +47,10 @@ SHARED_ARGUMENTS: Mapping[str, Any] = {
     "moe_router_score_function": "softmax",
     "moe_router_topk_scaling_factor": None,
     "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
     "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
     **asdict(LayerOptions()),
 }
 
@@ -55,6 +59,13 @@ DEFAULTS: Mapping[str, Any] = {"tie_word_embeddings": False, "rope_theta": 10_00
 
 #: What Megatron's code has in the place of Llama 3's settings, which it does not let choose.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+
+#: Names for the number of layers that predict further tokens. They are no part of the model's log-probs.
+_FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
+_LEFT_OUT = (
+    "config.json: the model's {} layers for multi-token prediction are neither trained nor exported: they predict what "
+    "the model said before it was trained."
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Architecture:
     arguments: Mapping[str, Any]
     """Megatron's, by name."""
     weights: WeightMap
+    left_out: tuple[str, ...] = ()
+    """How the names of tensors begin that files have beside the model's: of layers that predict further tokens."""
     remark: str = field(default="", compare=False)
     """A line for the user about keys of the configuration that are without effect; empty if there are none."""
 
@@ -99,13 +112,16 @@ def read_config(config: Config) -> Architecture:
         | _size_arguments(sizes, values)
         | _rope_arguments(values)
         | _window_arguments(values, sizes.layers)
-        | _expert_arguments(values, sizes)
+        | expert_arguments(values, sizes)
         | dict(family.arguments)
         | dict(family.own_arguments(values))
     )
     tied = values["tie_word_embeddings"]
     rules = {key: rule for key, rule in family.rules_of(values).items() if not (tied and key == OUTPUT_LAYER)}
-    return Architecture(family, arguments, WeightMap(rules, sizes), line_about(unread, family))
+    further = max(values.get(key) or 0 for key in _FURTHER)
+    left_out = tuple(f"model.layers.{sizes.layers + number}." for number in range(further))
+    remarks = [line_about(unread, family), _LEFT_OUT.format(further) if further else ""]
+    return Architecture(family, arguments, WeightMap(rules, sizes), left_out, "\n".join(filter(None, remarks)))
 
 
 def _family(config: Config) -> Family:
@@ -133,16 +149,15 @@ def _family(config: Config) -> Family:
 
 def _sizes(values: Config) -> Dimensions:
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    experts = values.get("num_local_experts") or values.get("num_experts") or 0
     return Dimensions(
         layers=values["num_hidden_layers"],
         hidden=hidden,
-        ffn=values.get("moe_intermediate_size") or values["intermediate_size"],
+        ffn=values["intermediate_size"],
         heads=heads,
         groups=values.get("num_key_value_heads") or heads,
         head=values.get("head_dim") or hidden // heads,
         vocab=values["vocab_size"],
-        experts=experts,
+        **expert_sizes(values, values["num_hidden_layers"]),
     )
 
 
@@ -167,6 +182,7 @@ def _rope_arguments(values: Config) -> dict[str, Any]:
     kind = rope.pop("rope_type")
     arguments = {
         "rotary_base": _as_whole(pop_number(rope, "rope_theta")),
+        "rotary_percent": float(rope.pop("partial_rotary_factor")),
         "use_rope_scaling": kind == "llama3",
         "rotary_seq_len_interpolation_factor": None,
     }
@@ -269,9 +285,12 @@ def _rope_settings(values: Config) -> dict[str, Any]:
         raise UserError(f"config.json: rotary settings that differ between layers ({', '.join(nested)}).")
     old_name = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or old_name or "default"
-    if rope.pop("partial_rotary_factor", None) not in (None, 1):
-        raise UserError("config.json: partial_rotary_factor: only whole heads are rotated here.")
-    return rope
+    part = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
+    if part != 1 and "partial_rotary_factor" not in values:
+        raise UserError("config.json: partial_rotary_factor: only whole heads are rotated in this family.")
+    if not 0 < part <= 1:
+        raise UserError(f"config.json: partial_rotary_factor must lie between 0 and 1, not {shown(part)}.")
+    return rope | {"partial_rotary_factor": part}
 
 
 def _as_whole(value: float) -> int | float:
@@ -294,25 +313,6 @@ def _window_arguments(values: Config, layers: int) -> dict[str, Any]:
     if not window:
         raise UserError("config.json: layer_types has sliding_attention, but there is no sliding_window.")
     return {"window_size": (window - 1, 0), "window_attn_skip_freq": None if all(slides) else slides}
-
-
-# Experts -------------------------------------------------------------------------------------------------------------
-
-
-def _expert_arguments(values: Config, sizes: Dimensions) -> dict[str, Any]:
-    if not sizes.experts:
-        return {"num_experts": None}
-    chosen = values.get("num_experts_per_tok")
-    if not chosen or chosen > sizes.experts:
-        raise UserError(f"config.json: num_experts_per_tok must lie between 1 and {sizes.experts}, not {chosen}.")
-    return {
-        "num_experts": sizes.experts,
-        "moe_ffn_hidden_size": sizes.ffn,
-        "moe_router_topk": chosen,
-        # Softmax over all experts and then the largest, or over the largest only: Mixtral's, and with norm_topk_prob
-        # Qwen's probabilities sum to one, which is the latter.
-        "moe_router_pre_softmax": not values.get("norm_topk_prob", True),
-    }
 
 
 # Back ----------------------------------------------------------------------------------------------------------------
@@ -363,18 +363,9 @@ def _unchecked_config(family: Family, arguments: Mapping[str, Any], vocab_size: 
         config["sliding_window"] = window[0] + 1 if window else None
     if "use_sliding_window" in family.defaults and window:
         config |= {"use_sliding_window": True, "max_window_layers": 0}
-    if arguments.get("num_experts"):
-        config |= {
-            "num_local_experts": arguments["num_experts"],
-            "num_experts_per_tok": arguments["moe_router_topk"],
-        }
-    if "norm_topk_prob" in family.defaults:
-        config |= {
-            "num_experts": config.pop("num_local_experts"),
-            "moe_intermediate_size": arguments["moe_ffn_hidden_size"],
-            "norm_topk_prob": not arguments["moe_router_pre_softmax"],
-        }
-    return config | dict(family.own_config(arguments))
+    if "partial_rotary_factor" in family.defaults:
+        config["partial_rotary_factor"] = arguments["rotary_percent"]
+    return config | expert_config(family, arguments) | dict(family.own_config(arguments))
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -390,7 +381,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
-    """The configuration with the weights' data type, under the name that it uses."""
+def exported(config: Config, dtype: str) -> dict[str, Any]:
+    """The configuration of what is written: with the weights' data type, and without layers that are left out."""
     name = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return {**config, name: dtype}
+    return {**config, **{key: 0 for key in _FURTHER if config.get(key)}, name: dtype}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.checkpoint import CONFIG
-from megatron_bdpo.model.hf.config import with_dtype
+from megatron_bdpo.model.hf.config import exported
 from megatron_bdpo.model.hf.tensors import Place, WeightMap
 
 #: Files of the original that describe the tokenizer, generation and terms of use.
@@ -33,13 +33,13 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 
 def split(place: Place, whole: Tensor, weights: WeightMap) -> dict[str, Tensor]:
     """The Hugging Face tensors of a whole Megatron tensor; rows that pad the vocabulary are left out."""
-    pieces: dict[str, list[Tensor]] = {}
+    pieces: dict[str, dict[int, Tensor]] = {}
     first = 0
     for part in weights.parts(place):
         length = part.stop - part.start
-        pieces.setdefault(part.name, []).append(whole[first : first + length])
+        pieces.setdefault(part.name, {})[part.start] = whole[first : first + length]
         first += length
-    return {name: torch.cat(parts) for name, parts in pieces.items()}
+    return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
 
 
 def refuse_existing(target: Path) -> None:
@@ -70,7 +70,7 @@ def write_companions(
     directory: Path, config: Mapping[str, Any], dtype: torch.dtype | None, original: Path | None, card: str
 ) -> None:
     """Everything beside the weights: configuration, what the original model has of tokenizer and terms, model card."""
-    write_json(directory / CONFIG, with_dtype(config, _DTYPE_NAMES[dtype or torch.float32]))
+    write_json(directory / CONFIG, exported(config, _DTYPE_NAMES[dtype or torch.float32]))
     (directory / "README.md").write_text(card, "utf-8")
     for pattern in _COPIED if original else ():
         for file in original.glob(pattern):  # type: ignore[union-attr]

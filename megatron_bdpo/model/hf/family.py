@@ -86,12 +86,38 @@ def experts(block: str, gate: str, up: str, down: str) -> dict[str, Rule]:
     return {
         "mlp.linear_fc1.layer_norm_weight": norm,  # of local layers
         "pre_mlp_layernorm.weight": norm,  # of Transformer Engine's
-        "mlp.router.weight": Rule({f"{block}.gate.weight": "experts"}, "hidden"),
+        "mlp.router.weight": Rule({f"{block}.gate.weight": "experts"}, "hidden", layers="sparse"),
         "mlp.experts.experts.linear_fc1.weight": Rule(
-            {f"{expert}{gate}.weight": "ffn", f"{expert}{up}.weight": "ffn"}, "hidden"
+            {f"{expert}{gate}.weight": "expert_ffn", f"{expert}{up}.weight": "expert_ffn"}, "hidden", layers="sparse"
         ),
-        "mlp.experts.experts.linear_fc2.weight": Rule({f"{expert}{down}.weight": "hidden"}, "ffn"),
+        "mlp.experts.experts.linear_fc2.weight": Rule(
+            {f"{expert}{down}.weight": "hidden"}, "expert_ffn", layers="sparse"
+        ),
     }
+
+
+def shared_expert(block: str) -> dict[str, Rule]:
+    """Of the layers that have experts, the one that every token has."""
+    return {
+        "mlp.shared_experts.linear_fc1.weight": Rule(
+            {f"{block}.gate_proj.weight": "shared_ffn", f"{block}.up_proj.weight": "shared_ffn"},
+            "hidden",
+            layers="sparse",
+        ),
+        "mlp.shared_experts.linear_fc2.weight": Rule(
+            {f"{block}.down_proj.weight": "hidden"}, "shared_ffn", layers="sparse"
+        ),
+    }
+
+
+#: The MLPs of the layers that have no experts.
+DENSE_MLP = {key: dataclasses.replace(rule, layers="dense") for key, rule in MLP.items() if "norm" not in key}
+SHARED_EXPERT_GATE = {
+    "mlp.shared_experts.gate_weight": Rule({"mlp.shared_expert_gate.weight": "one"}, "hidden", layers="sparse")
+}
+EXPERT_BIAS = {
+    "mlp.router.expert_bias": Rule({"mlp.gate.e_score_correction_bias": "experts"}, layers="sparse"),
+}
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -101,6 +127,24 @@ SILU = {"hidden_act": ("silu",)}
 QKV_BIAS_ALWAYS = dict.fromkeys(("attention_bias", "qkv_bias"), (True, False, None))
 QK_NORM_ALWAYS = dict.fromkeys(("use_qk_norm", "qk_layernorm"), (True, None))
 ALL_LAYERS_SPARSE = {"mlp_layer_types": ("sparse", None)}
+#: Keys of families whose first layers, or any, have no experts; "dense" rules need ``DENSE_MLP``.
+SOME_LAYERS_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": None}
+SIGMOID_ROUTER_ARGUMENTS = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_pre_softmax": False,
+    "moe_router_dtype": "fp32",
+}
+"""Of families whose routers choose by a sigmoid and a bias of each expert, and weigh by the sigmoid alone."""
+SIGMOID_ROUTER = {
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+    "n_shared_experts": 0,
+}
+"""Keys of the same."""
 SOME_LAYERS_SLIDE = {
     "use_sliding_window": False,
     "sliding_window": 4096,

@@ -29,6 +29,10 @@ def _is_words(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_int(each, 0) for each in value)
+
+
 #: What a value must be, in words and as a check, and the keys of such values. Those of the second table may be null.
 _VALUES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (f"a positive whole number up to {_MOST_LAYERS}", lambda v: _is_int(v, 1, _MOST_LAYERS), "num_hidden_layers"),
@@ -46,9 +50,13 @@ _VALUES_OR_NULL: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a whole number", lambda v: _is_int(v, 0),
         "num_key_value_heads head_dim sliding_window max_window_layers num_local_experts num_experts "
-        "num_experts_per_tok moe_intermediate_size original_max_position_embeddings",
+        "num_experts_per_tok moe_intermediate_size original_max_position_embeddings n_routed_experts n_shared_experts "
+        "shared_expert_intermediate_size first_k_dense_replace decoder_sparse_step n_group topk_group "
+        "num_nextn_predict_layers num_mtp_layers",
     ),
     ("a positive number", _is_number, "attn_logit_softcapping final_logit_softcapping"),
+    ("a positive number", _is_number, "partial_rotary_factor routed_scaling_factor"),
+    ("a list of whole numbers", _is_numbers, "mlp_only_layers no_rope_layers"),
     ("true or false", lambda v: isinstance(v, bool), "tie_word_embeddings use_sliding_window norm_topk_prob"),
     ("an object", _is_object, "rope_scaling rope_parameters"),
     ("a list of words", _is_words, "layer_types"),

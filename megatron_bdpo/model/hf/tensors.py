@@ -38,6 +38,10 @@ class Dimensions:
     head: int
     vocab: int
     experts: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    """Of the expert that every token has."""
+    one: int = 1
     rank: int = 0
     """Of adapters."""
     sparse: tuple[bool, ...] = ()
@@ -58,12 +62,13 @@ class Dimensions:
 class Rule:
     """One Megatron tensor. Sizes are attributes of :class:`Dimensions`."""
 
-    rows: Mapping[str, str]
-    """Hugging Face name, which may contain {layer} and {expert} -> its number of rows, in order."""
+    rows: Mapping[str, str | tuple[str, ...]]
+    """Hugging Face name, which may contain {layer} and {expert} -> its number of rows, in order; or those of the parts
+    that are stacked in it."""
     columns: str | None = None
     """None for vectors."""
     interleaved_by: str | None = None
-    """Cut every tensor in so many parts; first come all first parts, then all second ones, ..."""
+    """Cut every tensor, or every part, in so many pieces; first come all first pieces, then all second ones, ..."""
     layers: str | None = None
     """Of a model some of whose layers have experts: ``"sparse"`` for what those have, ``"dense"`` for what the others
     have."""
@@ -73,15 +78,26 @@ class Rule:
         blocks = getattr(sizes, self.interleaved_by) if self.interleaved_by else 1
         found = []
         for block in range(blocks):
-            for pattern, size in self.rows.items():
-                length = getattr(sizes, size) // blocks
-                found.append(Rows(pattern.format(**names), block * length, (block + 1) * length))
+            for pattern, stacked in self.rows.items():
+                first = 0
+                for whole in _lengths(stacked, sizes):
+                    length = whole // blocks
+                    start = first + block * length
+                    found.append(Rows(pattern.format(**names), start, start + length))
+                    first += whole
         return found
 
     def shapes(self, sizes: Dimensions, names: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """The Hugging Face tensors that the Megatron tensor is made of."""
         columns = (getattr(sizes, self.columns),) if self.columns else ()
-        return {pattern.format(**names): (getattr(sizes, size), *columns) for pattern, size in self.rows.items()}
+        return {
+            pattern.format(**names): (sum(_lengths(stacked, sizes)), *columns) for pattern, stacked in self.rows.items()
+        }
+
+
+def _lengths(stacked: str | tuple[str, ...], sizes: Dimensions) -> list[int]:
+    """Rows of each part of a Hugging Face tensor."""
+    return [getattr(sizes, size) for size in ((stacked,) if isinstance(stacked, str) else stacked)]
 
 
 class Place(NamedTuple):
@@ -138,9 +154,10 @@ class WeightMap:
         return itertools.product(*axes)
 
     def _has(self, layer: int, rule: Rule) -> bool:
-        if rule.layers is None or not self.sizes.sparse:
+        if rule.layers is None:
             return True
-        return self.sizes.sparse[layer] == (rule.layers == "sparse")
+        sparse = self.sizes.sparse[layer] if self.sizes.sparse else self.sizes.experts > 0
+        return sparse == (rule.layers == "sparse")
 
 
 def _names(indices: tuple[int, ...]) -> dict[str, int]:

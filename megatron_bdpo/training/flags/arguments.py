@@ -52,6 +52,8 @@ PAIR_DEFAULTS = {
     "eval_iters": None,
     "log_interval": 1,
     "eval_interval": 100,
+    # The pairs of a step are few, and balanced experts are not what they are to teach: biases stay as they were.
+    "moe_router_bias_update_rate": 0.0,
     # Validate every step, the first too, and stop at once. Megatron's own default repeats the step, saves, and goes on
     # only on another GPU.
     "rerun_mode": "disabled",

@@ -211,8 +211,8 @@ _REFUSALS = (
         "precision, and read as the model is built. --fp8-format computes with them in FP8 all the same.",
     ),
     _Refusal(
-        lambda a: _has_adapters(a) and a.moe_router_enable_expert_bias,
-        "--moe-router-enable-expert-bias changes the frozen model that adapters stand beside. Leave it out.",
+        lambda a: _has_adapters(a) and a.moe_router_enable_expert_bias and a.moe_router_bias_update_rate,
+        "--moe-router-bias-update-rate changes the frozen model that adapters stand beside. Leave it out.",
     ),
     _Refusal(
         lambda a: _has_adapters(a) and a.moe_shared_expert_overlap and a.tensor_model_parallel_size > 1,

@@ -62,7 +62,9 @@ REFUSED = {
     "--lora-rank 4 --fp8-param-gather": "--fp8-param-gather, --init-model-with-meta-device: the weights",
     "--lora-rank 4 --tensor-model-parallel-size 2 --moe-shared-expert-overlap": "--moe-shared-expert-overlap with",
     "--lora-rank 4 --moe-mlp-glu-interleave-size 8": "--moe-single-grouped-weight, --moe-mlp-glu-interleave-size",
-    "--lora-rank 4 --moe-router-enable-expert-bias": "--moe-router-enable-expert-bias changes the frozen model",
+    "--lora-rank 4 --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3": (
+        "--moe-router-bias-update-rate changes the frozen model"
+    ),
     "--moe-input-jitter-eps 0.01": "--moe-input-jitter-eps",
     "--moe-router-force-load-balancing": "--moe-input-jitter-eps",
     "--moe-router-force-biased 1.0": "--moe-input-jitter-eps",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_bdpo.model.hf.families import exaone, gemma, gpt_oss, granite, llama, olmo, qwen
+from megatron_bdpo.model.hf.families import exaone, gemma, glm, gpt_oss, granite, llama, olmo, phi, qwen
 from megatron_bdpo.model.hf.family import Family
 
 _ALL = (
@@ -12,6 +12,7 @@ _ALL = (
     llama.MISTRAL,
     llama.MIXTRAL,
     qwen.QWEN2,
+    qwen.QWEN2_MOE,
     qwen.QWEN3,
     qwen.QWEN3_MOE,
     gemma.GEMMA,
@@ -22,6 +23,9 @@ _ALL = (
     olmo.OLMO3,
     exaone.EXAONE4,
     gpt_oss.GPT_OSS,
+    phi.PHI3,
+    glm.GLM4,
+    glm.GLM4_MOE,
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
@@ -29,6 +33,4 @@ FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
 #: Families that people will try, and why they cannot be trained here.
 REFUSED: Mapping[str, str] = {
     "gemma3": "it reads images, too; its language model alone can be, saved as Gemma3ForCausalLM (gemma3_text)",
-    "qwen2_moe": "its shared expert has a gate of its own, which is not mapped",
-    "phi3": "its projections are stored fused in another order, which is not mapped",
 }

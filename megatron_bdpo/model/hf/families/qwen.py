@@ -1,19 +1,23 @@
-"""Qwen2, Qwen3 and Qwen3-MoE."""
+"""Qwen2, Qwen2-MoE, Qwen3 and Qwen3-MoE."""
 
 from __future__ import annotations
 
 from megatron_bdpo.model.hf.family import (
     ALL_LAYERS_SPARSE,
     ATTENTION,
+    DENSE_MLP,
     MLP,
     QK_NORM,
     QK_NORM_ALWAYS,
     QKV_BIAS,
     QKV_BIAS_ALWAYS,
+    SHARED_EXPERT_GATE,
     SILU,
     SOME_LAYERS_SLIDE,
+    SOME_LAYERS_SPARSE,
     Family,
     experts,
+    shared_expert,
     tensors,
 )
 
@@ -24,6 +28,34 @@ QWEN2 = Family(
     arguments={"add_qkv_bias": True},
     defaults={"rms_norm_eps": 1e-6, **SOME_LAYERS_SLIDE},
     only=SILU | QKV_BIAS_ALWAYS,
+)
+
+QWEN2_MOE = Family(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    tensors(
+        ATTENTION,
+        QKV_BIAS,
+        DENSE_MLP,
+        experts("mlp", "gate_proj", "up_proj", "down_proj"),
+        shared_expert("mlp.shared_expert"),
+        SHARED_EXPERT_GATE,
+    ),
+    arguments={"add_qkv_bias": True, "moe_shared_expert_gate": True},
+    defaults={
+        **SOME_LAYERS_SPARSE,
+        "rms_norm_eps": 1e-6,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "norm_topk_prob": False,
+        # Which layers slide differs between releases of transformers.
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": None,
+    },
+    only=SILU | {"qkv_bias": (True, None), "use_sliding_window": (False, None)},
 )
 
 QWEN3 = Family(
@@ -38,9 +70,10 @@ QWEN3 = Family(
 QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
-    tensors(ATTENTION, QK_NORM, experts("mlp", "gate_proj", "up_proj", "down_proj")),
+    tensors(ATTENTION, QK_NORM, DENSE_MLP, experts("mlp", "gate_proj", "up_proj", "down_proj")),
     arguments={"qk_layernorm": True},
     defaults={
+        **SOME_LAYERS_SPARSE,
         "rms_norm_eps": 1e-6,
         "num_experts": 128,
         "num_local_experts": None,  # transformers 5's name for it
