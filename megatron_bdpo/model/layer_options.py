@@ -33,3 +33,7 @@ class LayerOptions:
     """multiply logits by this (Granite, Cohere)"""
     logit_softcap: float | None = None
     """logits, scaled, become C tanh(logits / C) (Gemma 2)"""
+    parallel_layers: bool = False
+    """attention and MLP read the same norm, and both are added to its input (Cohere)"""
+    norms_without_bias: bool = False
+    """with --normalization LayerNorm: weights alone (Cohere)"""

@@ -24,7 +24,7 @@ from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.layer import with_options
 from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.moe import let_expert_biases_be_added, with_pair_router
-from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm, separate_norms
+from megatron_bdpo.model.norm import LayerNormWithoutBias, LocalNorm, ZeroCenteredRMSNorm, separate_norms
 from megatron_bdpo.model.precision import forget_quantisation_state
 from megatron_bdpo.model.shards import WHOLE, is_adapter
 
@@ -173,6 +173,8 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     elif config.separate_norms:
         for spec in block.layer_specs:
             separate_norms(spec.submodules)
+    if config.layers.norms_without_bias:
+        block.layer_norm = LayerNormWithoutBias
     return block
 
 

@@ -113,10 +113,12 @@ def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: boo
     qkv, projection = attention_linears(model)
     into, _ = mlp_linears(model, model.ffn)
     # A router reads the second norm's output too.
-    outputs = residual * (_keeps_input(qkv, pack) + (has_experts or _keeps_input(into, pack)))
+    read = (_keeps_input(qkv, pack), has_experts or _keeps_input(into, pack))
+    # Where norms are behind attention and MLP, these keep their inputs all the same.
+    outputs = residual * (max(read) if model.norms == 1 else sum(read))
     return LayerBytes(
         input=residual,
-        norms=_norms(model) * _norm(model, pack, residual) + outputs,
+        norms=model.norms * _norm(model, pack, residual) + outputs,
         norm_outputs=outputs,
         core_attention=2 * queries + positions * model.heads * _FP32 / tensor + 2 * pack.keys * keys_of_pack,
         projection=_keeps_input(projection, pack) * queries
@@ -129,15 +131,9 @@ def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: boo
     )
 
 
-def _norms(model: ModelShape) -> int:
-    """Norms of hidden states in a layer. Where they are behind attention and MLP, what is in front keeps its input all
-    the same."""
-    return 4 if model.norms_around else 2
-
-
 def norm_bytes(model: ModelShape, layer: LayerBytes) -> float:
     """What one of a layer's norms keeps, but for its output."""
-    return (layer.norms - layer.norm_outputs) / _norms(model)
+    return (layer.norms - layer.norm_outputs) / model.norms
 
 
 def _norm(model: ModelShape, pack: Pack, residual: float) -> float:

@@ -4,7 +4,7 @@
 |-------------------|----------------------------------------------------------------------------------------|
 | query, key, value | H (n + 2 g) d / tp, and with biases (n + 2 g) d / tp                                    |
 | projection        | n d H / tp, and a bias H; learned sinks n / tp                                          |
-| norms             | 2 norms of H, or 4; of queries and keys 2 of d, or of n d and g d over all heads.       |
+| norms             | 1, 2 or 4 of H; of queries and keys 2 of d, or of n d and g d over all heads.       |
 |                   | RMSNorm has one vector, LayerNorm two                                                   |
 | MLP               | 3 H F / tp with a gate, 2 H F / tp without; biases                                      |
 | experts           | router H E; each of the rank's E / ep experts 3 H F_e / etp; a shared expert as an MLP  |
@@ -43,8 +43,8 @@ class ModelShape:
     qkv_bias: bool = False
     norm_vectors: int = 1
     """Of RMSNorm one, of LayerNorm two."""
-    norms_around: bool = False
-    """Norms of what attention and MLP return beside those in front of them."""
+    norms: int = 2
+    """Of hidden states in a layer: before or after attention and MLP, around them 4, before both together 1."""
     qk_norm: bool = False
     qk_norm_over_heads: bool = False
     """It is one norm over all heads of the queries, and one over those of the keys."""
@@ -99,9 +99,9 @@ class ModelShape:
             gated=gated,
             biases=bool(get("add_bias_linear", True)),
             qkv_bias=bool(get("add_qkv_bias")),
-            norm_vectors=1 if get("normalization") == "RMSNorm" else 2,
+            norm_vectors=1 if get("normalization") == "RMSNorm" or get("norms_without_bias") else 2,
             qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm"),
-            norms_around=get("layer_norms") == "around",
+            norms=1 if get("parallel_layers") else 4 if get("layer_norms") == "around" else 2,
             qk_norm_over_heads=bool(get("qk_norm_over_heads")),
             sinks=get("softmax_type") == "learnable",
             quick_gelu=bool(get("quick_geglu")),
@@ -207,7 +207,7 @@ def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
     attention = hidden * projected + hidden * queries // tensor
     attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden
     attention += model.heads // tensor if model.sinks else 0
-    norms = (4 if model.norms_around else 2) * hidden
+    norms = model.norms * hidden
     if model.qk_norm:  # whole on every rank
         norms += (model.heads + model.groups if model.qk_norm_over_heads else 2) * model.head
     norms *= model.norm_vectors

@@ -35,6 +35,10 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
         config.transformer.bias_activation_fusion = False  # Megatron's fused kernels are for SiLU and plain GELU
     if settings.layers.qk_norm_over_heads and not config.transformer.qk_layernorm:
         raise UserError("--qk-norm-over-heads is a kind of --qk-layernorm: give both.")
+    if settings.layers.norms_without_bias and config.transformer.normalization != "LayerNorm":
+        raise UserError("--norms-without-bias: an RMSNorm has none. Add --normalization LayerNorm, or leave it out.")
+    if settings.layers.parallel_layers and settings.layers.layer_norms != "before":
+        raise UserError("--parallel-layers: their norm is before both. Leave --layer-norms out.")
     if settings.architecture.clamp is not None:
         # Megatron's fused kernels clamp before they add a bias, its plain layers after it, as models are trained.
         config.transformer.bias_activation_fusion = False

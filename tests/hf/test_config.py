@@ -248,6 +248,7 @@ CONFIGS = {
     "qwen3_moe mixed": QWEN3_MOE | {"mlp_only_layers": [0]},
     "qwen2_moe": of("qwen2_moe", num_experts=4, decoder_sparse_step=2),
     "phi3": of("phi3", partial_rotary_factor=0.75, sliding_window=9),
+    "cohere2": of("cohere2", logit_scale=0.25, layer_norm_eps=1e-6) | KINDS,
     "glm4": of("glm4", attention_bias=False, partial_rotary_factor=0.25),
     "glm4_moe": of("glm4_moe", attention_bias=True, use_qk_norm=True, routed_scaling_factor=2.5),
     "glm4_moe in groups": of("glm4_moe", n_group=8, topk_group=4, first_k_dense_replace=0, n_shared_experts=0),

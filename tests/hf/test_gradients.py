@@ -41,6 +41,7 @@ MODELS = {
     "gemma": DENSE,
     "gemma2": DENSE,
     "gemma3": DENSE,
+    "cohere2": DENSE | {"TP2": (2, [*TP2, *SP])},
     "glm4": DENSE,
     "granite": DENSE,
     "olmo2": DENSE | {"TP2": (2, [*TP2, *SP])},

@@ -167,6 +167,17 @@ def positions_scaled_in_all_layers(undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(PairLayer, "_forward_attention", with_one_table))
 
 
+def attention_before_the_mlp(undo: contextlib.ExitStack) -> None:
+    """The MLP reads what attention was added to, under the same norm."""
+    from megatron_bdpo.model.layer import PairLayer
+
+    undo.enter_context(
+        mock.patch.object(
+            PairLayer, "_forward_pre_mlp_layernorm", lambda self, hidden: (self.input_layernorm(hidden), hidden)
+        )
+    )
+
+
 def yarns_factor_in_all_layers(undo: contextlib.ExitStack) -> None:
     from megatron.core.transformer.attention import Attention
 
@@ -240,6 +251,7 @@ MISTAKES = {
     "multiplier of embeddings lost": (functools.partial(other_arguments, embedding_multiplier=None), "granite", 1, []),
     "scale of logits lost": (functools.partial(other_arguments, logit_scale=None), "granite", 1, []),
     "positions in all layers": (functools.partial(other_arguments, no_rope_freq=None), "exaone4", 1, []),
+    "attention before the MLP": (attention_before_the_mlp, "cohere2", 1, []),
     "halves rotated instead of neighbours": (
         functools.partial(other_arguments, rotary_interleaved=False),
         "glm4",

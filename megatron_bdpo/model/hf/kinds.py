@@ -43,7 +43,7 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a positive number", _is_number,
         "rms_norm_eps rope_theta rope_local_base_freq query_pre_attn_scalar attention_multiplier embedding_multiplier "
-        "residual_multiplier logits_scaling",
+        "residual_multiplier logits_scaling logit_scale layer_norm_eps",
     ),
 )  # fmt: skip
 _VALUES_OR_NULL: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

@@ -111,6 +111,7 @@ CASES = {
     "DP2, bf16, distributed optimizer": Case(ranks=2, flags=f"--bf16 {DISTRIBUTED}"),
     "TP2, biases, LayerNorm": Case(ranks=2, split=Split(layout=Layout(2, 1, 1)), model=GPT2),
     "TP2 SP, qk-norm": Case(ranks=2, split=Split(layout=Layout(2, 1, 1)), flags=SP, model=QWEN),
+    "parallel layers": Case(model={"normalization": "LayerNorm", "norms_without_bias": True, "parallel_layers": True}),
     "norms around, bf16": Case(flags="--bf16", model={"layer_norms": "around"}),
     "norms behind, qk-norm over heads, bf16": Case(flags="--bf16", model=OLMO),
     "TP2 SP, norms behind, qk-norm over heads": Case(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_bdpo.model.hf.families import exaone, gemma, glm, gpt_oss, granite, llama, olmo, phi, qwen
+from megatron_bdpo.model.hf.families import cohere, exaone, gemma, glm, gpt_oss, granite, llama, olmo, phi, qwen
 from megatron_bdpo.model.hf.family import Family
 
 _ALL = (
@@ -22,6 +22,7 @@ _ALL = (
     olmo.OLMO2,
     olmo.OLMO3,
     exaone.EXAONE4,
+    cohere.COHERE2,
     gpt_oss.GPT_OSS,
     phi.PHI3,
     glm.GLM4,
