@@ -138,7 +138,7 @@ def norm_bytes(model: ModelShape, layer: LayerBytes) -> float:
 
 def _norm(model: ModelShape, pack: Pack, residual: float) -> float:
     """A norm, but for its output."""
-    if model.norm_vectors == 2 or pack.fused:
+    if not model.rms_norm or pack.fused:
         return residual
     # The normalised input is for the gradient of the norm's weight.
     return residual * (1 if pack.adapters else 2) * _FP32 / pack.bytes

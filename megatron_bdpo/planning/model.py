@@ -42,7 +42,8 @@ class ModelShape:
     biases: bool = False
     qkv_bias: bool = False
     norm_vectors: int = 1
-    """Of RMSNorm one, of LayerNorm two."""
+    """Of RMSNorm one, of LayerNorm two, or one without a bias."""
+    rms_norm: bool = True
     norms: int = 2
     """Of hidden states in a layer: before or after attention and MLP, around them 4, before both together 1."""
     qk_norm: bool = False
@@ -99,6 +100,7 @@ class ModelShape:
             gated=gated,
             biases=bool(get("add_bias_linear", True)),
             qkv_bias=bool(get("add_qkv_bias")),
+            rms_norm=get("normalization") == "RMSNorm",
             norm_vectors=1 if get("normalization") == "RMSNorm" or get("norms_without_bias") else 2,
             qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm"),
             norms=1 if get("parallel_layers") else 4 if get("layer_norms") == "around" else 2,

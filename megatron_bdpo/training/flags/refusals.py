@@ -227,6 +227,14 @@ _REFUSALS = (
         "--moe-single-grouped-weight, --moe-mlp-glu-interleave-size: adapters are of each expert's own weights, gate "
         "and up in two blocks. Leave them out.",
     ),
+    _Refusal(
+        lambda a: (
+            a.use_transformer_engine_op_fuser
+            and (a.layer_norms == "after" or a.parallel_layers or a.norms_without_bias)
+        ),
+        "--use-transformer-engine-op-fuser has its norm in front of the MLP, where --layer-norms after, "
+        "--parallel-layers and --norms-without-bias leave none. Leave it out.",
+    ),
     # What our attention or log-probs replace.
     _Refusal(
         lambda a: a.attention_backend.name not in ("auto", "flash") or a.use_kitchen_attention,

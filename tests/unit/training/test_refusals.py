@@ -73,6 +73,7 @@ REFUSED = {
     "--moe-router-load-balancing-type aux_loss seq_aux_loss": "--moe-router-load-balancing-type",
     "--moe-expert-capacity-factor 1.5": "--moe-expert-capacity-factor",
     "--moe-expert-rank-capacity-factor 1.5": "--moe-expert-capacity-factor",
+    "--use-transformer-engine-op-fuser --layer-norms after": "--use-transformer-engine-op-fuser has its norm",
     "--recompute-granularity selective --recompute-modules layernorm": "--recompute-modules layernorm",
     "--recompute-granularity selective --recompute-modules core_attn moe_act": "--recompute-modules layernorm",
     "--overlap-moe-expert-parallel-comm": "--overlap-moe-expert-parallel-comm",
