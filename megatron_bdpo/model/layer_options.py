@@ -13,3 +13,7 @@ class LayerOptions:
     """multiply embeddings by the root of the hidden size (Gemma)"""
     geglu_tanh: bool = False
     """with --swiglu: tanh-approximated GELU in the place of SiLU (Gemma)"""
+    attention_output_bias: bool = False
+    """without --add-bias-linear: a bias behind attention's output projection (Llama's attention_bias)"""
+    mlp_bias: bool = False
+    """without --add-bias-linear: biases in the MLPs of layers that have no experts (Llama's mlp_bias)"""

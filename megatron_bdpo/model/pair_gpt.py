@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, answer_log_probs, likeliest_tokens
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.layer_options import LayerOptions
+from megatron_bdpo.model.linear_biases import add_biases
 from megatron_bdpo.model.moe import with_pair_router
 from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm, separate_norms
 from megatron_bdpo.model.precision import forget_quantisation_state
@@ -149,6 +150,8 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     elif config.separate_norms:
         for spec in block.layer_specs:
             separate_norms(spec.submodules)
+    for spec in block.layer_specs:
+        add_biases(spec.submodules, config.layers)
     return block
 
 

@@ -40,6 +40,9 @@ class ModelShape:
     gated: bool = True
     biases: bool = False
     qkv_bias: bool = False
+    output_bias: bool = False
+    """Behind attention's projection."""
+    mlp_bias: bool = False
     norm_vectors: int = 1
     """Of RMSNorm one, of LayerNorm two."""
     qk_norm: bool = False
@@ -89,6 +92,8 @@ class ModelShape:
             gated=gated,
             biases=bool(get("add_bias_linear", True)),
             qkv_bias=bool(get("add_qkv_bias")),
+            output_bias=bool(get("attention_output_bias")),
+            mlp_bias=bool(get("mlp_bias")),
             norm_vectors=1 if get("normalization") == "RMSNorm" else 2,
             qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm"),
             tied=not get("untie_embeddings_and_output_weights"),
@@ -190,7 +195,7 @@ def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
     hidden, queries = model.hidden, model.heads * model.head
     projected = (model.heads + 2 * model.groups) * model.head // tensor
     attention = hidden * projected + hidden * queries // tensor
-    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden
+    attention += (model.biases or model.qkv_bias) * projected + (model.biases or model.output_bias) * hidden
     norms = 2 * model.norm_vectors * hidden + (2 * model.norm_vectors * model.head if model.qk_norm else 0)
     if not has_experts:
         return attention + norms + mlp_parameters(model, model.ffn, tensor)
@@ -209,4 +214,4 @@ def mlp_parameters(model: ModelShape, ffn: int, tensor: int) -> int:
     """Of one MLP on one rank."""
     inner = ffn // tensor
     into = inner * (2 if model.gated else 1)
-    return model.hidden * (into + inner) + model.biases * (into + model.hidden)
+    return model.hidden * (into + inner) + (model.biases or model.mlp_bias) * (into + model.hidden)
