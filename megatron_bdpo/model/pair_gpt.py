@@ -22,7 +22,7 @@ from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, answer_log_pro
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.linear_biases import add_biases
-from megatron_bdpo.model.moe import with_pair_router
+from megatron_bdpo.model.moe import freeze_routers, tell_pairs, with_pair_router
 from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm, separate_norms
 from megatron_bdpo.model.precision import forget_quantisation_state
 from megatron_bdpo.model.shards import WHOLE, is_adapter
@@ -64,10 +64,10 @@ class PairGPTModel(GPTModel):
         if outputs[1] is not None:
             outputs[1] = outputs[1][plan.positions]
         if self.config.num_moe_experts:
-            outputs[5] = self._own_positions(plan.padding)[None]
+            outputs[5] = self.own_positions(plan.padding)[None]
         return tuple(outputs)
 
-    def _own_positions(self, per_position: Tensor) -> Tensor:
+    def own_positions(self, per_position: Tensor) -> Tensor:
         """Of one value per position, those of this tensor-parallel rank; under SP each has a part of the sequence."""
         if not self.config.sequence_parallel:
             return per_position
@@ -86,6 +86,9 @@ class PairGPTBuilder(GPTModelBuilder):
         model.__class__ = PairGPTModel
         model.embedding_scale = self._embedding_scale()
         forget_quantisation_state(model)
+        tell_pairs(model)
+        if self._model_config.freeze_routers:
+            freeze_routers(model)
         for module in model.modules():
             if isinstance(module, PairAttention):
                 module.backend = self._model_config.pair_attention
@@ -118,6 +121,9 @@ class PairGPTConfig(GPTModelConfig):
 
     separate_norms: bool = False
     """Norms in front of Transformer Engine's linear layers as layers of their own: adapters read what they give."""
+
+    freeze_routers: bool = False
+    """Routers of experts have no gradients."""
 
     builder: ClassVar[str] = f"{__name__}.{PairGPTBuilder.__qualname__}"
 
