@@ -41,6 +41,9 @@ class ModelShape:
     gated: bool = True
     biases: bool = False
     qkv_bias: bool = False
+    output_bias: bool = False
+    """Behind attention's projection."""
+    mlp_bias: bool = False
     norm_vectors: int = 1
     """Of RMSNorm one, of LayerNorm two, or one without a bias."""
     rms_norm: bool = True
@@ -100,6 +103,8 @@ class ModelShape:
             gated=gated,
             biases=bool(get("add_bias_linear", True)),
             qkv_bias=bool(get("add_qkv_bias")),
+            output_bias=bool(get("attention_output_bias")),
+            mlp_bias=bool(get("mlp_bias")),
             rms_norm=get("normalization") == "RMSNorm",
             norm_vectors=1 if get("normalization") == "RMSNorm" or get("norms_without_bias") else 2,
             qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm"),
@@ -207,7 +212,7 @@ def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
     hidden, queries = model.hidden, model.heads * model.head
     projected = (model.heads + 2 * model.groups) * model.head // tensor
     attention = hidden * projected + hidden * queries // tensor
-    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden
+    attention += (model.biases or model.qkv_bias) * projected + (model.biases or model.output_bias) * hidden
     attention += model.heads // tensor if model.sinks else 0
     norms = model.norms * hidden
     if model.qk_norm:  # whole on every rank
@@ -230,4 +235,4 @@ def mlp_parameters(model: ModelShape, ffn: int, tensor: int) -> int:
     """Of one MLP on one rank."""
     inner = ffn // tensor
     into = inner * (2 if model.gated else 1)
-    return model.hidden * (into + inner) + model.biases * (into + model.hidden)
+    return model.hidden * (into + inner) + (model.biases or model.mlp_bias) * (into + model.hidden)

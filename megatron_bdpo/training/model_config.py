@@ -26,6 +26,7 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
     config.transformer.softmax_scale = settings.layers.attention_scale
     config.pair_attention = None if settings.model.pair_attention == "auto" else settings.model.pair_attention
     config.fuse_local_layers = bool(settings.model.fuse_local_layers)
+    config.freeze_routers = settings.model.moe_freeze_router
     config.separate_norms = settings.lora.is_wanted
     build_output_layer_without_apex(settings.architecture.implementation == "transformer_engine")
     if settings.layers.geglu_tanh:

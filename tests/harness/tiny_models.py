@@ -35,6 +35,7 @@ _LLAMA_3 = {
     "original_max_position_embeddings": 8192,
 }
 
+_PAD = {"pad_token_id": 0}  # theirs lie outside of the vocabulary
 _QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _GLM_MOE = {
     "n_routed_experts": 4,
@@ -52,14 +53,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama 3.2": ("Llama", {"rope_theta": 500_000.0, "rope_scaling": _LLAMA_3, "head_dim": 32}),
     "llama linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "seed oss": ("SeedOss", {"attention_out_bias": False, "mlp_bias": True, "head_dim": 32} | _PAD),
+    "smollm3": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 9, "no_rope_layer_interval": 2} | _PAD),
+    "smollm3 listed": ("SmolLM3", {"no_rope_layers": [0, 1, 1, 1], "attention_bias": True} | _PAD),
+    "ernie 4.5": ("Ernie4_5", {"use_bias": True, "head_dim": 32, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 9, "head_dim": 32, "rope_theta": 1e6}),
     "qwen2": ("Qwen2", {"rope_theta": 1e6}),
     "qwen2 sliding": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+    "qwen3 biased": ("Qwen3", {"head_dim": 32, "attention_bias": True}),
     "qwen3": ("Qwen3", {"head_dim": 32, "rope_theta": 1e6, "tie_word_embeddings": True}),
     "gemma": ("Gemma", {"head_dim": 32, "tie_word_embeddings": True}),
     "gemma2": (
         "Gemma2",
         {
+            "attention_bias": True,
             "head_dim": 32,
             "query_pre_attn_scalar": 24,
             "sliding_window": 9,
@@ -75,12 +83,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 9,
             "sliding_window_pattern": 3,
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "attention_bias": True,
             "final_logit_softcapping": 6.0,
             "tie_word_embeddings": True,
         },
     ),
     # Their default token for padding is one of the texts' own here, and transformers gives its embedding no gradient.
-    "olmo2": ("Olmo2", {"rope_theta": 5e5, "rms_norm_eps": 1e-4, "pad_token_id": None}),
+    "olmo2": ("Olmo2", {"attention_bias": True, "rope_theta": 5e5, "rms_norm_eps": 1e-4, "pad_token_id": None}),
     "olmo3": (
         "Olmo3",
         {
@@ -116,12 +125,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "embedding_multiplier": 3.0,
             "residual_multiplier": 0.6,
             "logits_scaling": 1.7,
+            "attention_bias": True,
+            "mlp_bias": True,
             "rms_norm_eps": 1e-4,
         },
     ),
     "cohere2": (
         "Cohere2",
         {
+            "attention_bias": True,
             "sliding_window": 9,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
             "logit_scale": 0.3,
@@ -132,8 +144,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "exaone4": ("Exaone4", {"head_dim": 32, "sliding_window": 9, "sliding_window_pattern": 3}),
     "glm4": ("Glm4", {"head_dim": 32, "partial_rotary_factor": 0.75, "rms_norm_eps": 1e-4, "pad_token_id": None}),
-    "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 9, "pad_token_id": 0}),
-    "phi3 tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 4, "pad_token_id": 0}),
+    "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 9} | _PAD),
+    "phi3 tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 4} | _PAD),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt-oss": (
         "GptOss",
@@ -168,7 +180,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 32},
     ),
-    "qwen3 moe mixed": ("Qwen3Moe", _QWEN_MOE | {"mlp_only_layers": [2], "head_dim": 32}),
+    "qwen3 moe mixed": ("Qwen3Moe", _QWEN_MOE | {"mlp_only_layers": [2], "head_dim": 32, "attention_bias": True}),
     "qwen2 moe": ("Qwen2Moe", _QWEN_MOE | {"shared_expert_intermediate_size": 40}),
     "qwen2 moe mixed": (
         "Qwen2Moe",

@@ -258,6 +258,8 @@ MISTAKES = {
         1,
         [],
     ),
+    "rotary positions everywhere": (functools.partial(argument_lost, "no_rope_freq", None), "smollm3", 1, []),
+    "neighbours not turned": (functools.partial(argument_lost, "rotary_interleaved", False), "ernie 4.5", 1, []),
     "fused projections in a row": (stacked_projections_as_if_in_megatrons_order, "phi3", 1, []),
     "whole heads rotated": (whole_heads_rotated, "phi3", 1, []),
     "routed experts not scaled": (

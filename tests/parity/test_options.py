@@ -81,6 +81,19 @@ CHANGING = {
         "--moe-aux-loss-coeff 0 --moe-router-enable-expert-bias --moe-router-score-function sigmoid "
         "--moe-router-bias-update-rate 1e-3",
     ),
+    "balance by pair": ("experts", 4, f"{TP2_SP} {CP2}", "--moe-router-load-balancing-type seq_aux_loss"),
+    "balance by pair, recomputed": (
+        "experts",
+        4,
+        f"{PP2} {EP2} {FULL} --recompute-method uniform --recompute-num-layers 1",
+        "--moe-router-load-balancing-type seq_aux_loss",
+    ),
+    "routers frozen": (
+        "experts",
+        4,
+        f"{TP2_SP} {EP2}",
+        "--moe-freeze-router --moe-aux-loss-coeff 0 --moe-router-dtype fp32",
+    ),
     "shared experts": ("experts", 2, TP2_SP, "--moe-shared-expert-intermediate-size 32"),
     "every second layer dense": ("experts", 4, f"{PP2} {EP2}", "--moe-layer-freq 2"),
 }

@@ -154,10 +154,32 @@ _REFUSALS = (
         "--moe-enable-routing-replay: the policy's tokens would go to other experts than the reference's.",
     ),
     _Refusal(
-        lambda a: not set(np.atleast_1d(a.moe_router_load_balancing_type)) <= {"aux_loss", "none"},
-        "--moe-router-load-balancing-type: use aux_loss, a mean over the tokens of a pack, or none. sinkhorn and "
-        "quantile_balancing route otherwise in training than in scoring, a pack is not one sequence (seq_aux_loss), "
-        "and global_aux_loss depends on the order of the packs.",
+        lambda a: not set(np.atleast_1d(a.moe_router_load_balancing_type)) <= {"aux_loss", "seq_aux_loss", "none"},
+        "--moe-router-load-balancing-type: use aux_loss, a mean over the tokens of a pack, seq_aux_loss, a mean over "
+        "pairs, or none. sinkhorn and quantile_balancing route otherwise in training than in scoring, and "
+        "global_aux_loss depends on the order of the packs.",
+    ),
+    _Refusal(
+        lambda a: (
+            "seq_aux_loss" in np.atleast_1d(a.moe_router_load_balancing_type)
+            and (getattr(a, "moe_layer_recompute", False) or "moe" in (a.recompute_modules or ()))
+        ),
+        "--moe-router-load-balancing-type seq_aux_loss: a layer tells its router which pair a token is of, and one "
+        "that is computed again by itself is not told. Leave moe out of --recompute-modules, or recompute whole "
+        "layers: --recompute-granularity full.",
+    ),
+    _Refusal(
+        lambda a: (
+            a.moe_freeze_router
+            and (
+                a.num_experts is None
+                or np.any(np.atleast_1d(a.moe_aux_loss_coeff))
+                or a.moe_z_loss_coeff
+                or (a.moe_router_enable_expert_bias and a.moe_router_bias_update_rate)
+            )
+        ),
+        "--moe-freeze-router: the model needs experts, and routers that learn nothing have no losses and no updates of "
+        "their own. Leave out --moe-aux-loss-coeff, --moe-z-loss-coeff and --moe-router-bias-update-rate.",
     ),
     _Refusal(
         lambda a: a.moe_expert_capacity_factor is not None or a.moe_expert_rank_capacity_factor is not None,
@@ -209,6 +231,10 @@ _REFUSALS = (
         lambda a: _has_adapters(a) and (a.fp8_param_gather or a.init_model_with_meta_device),
         "--fp8-param-gather, --init-model-with-meta-device: the weights that adapters stand beside are in half or full "
         "precision, and read as the model is built. --fp8-format computes with them in FP8 all the same.",
+    ),
+    _Refusal(
+        lambda a: _has_adapters(a) and a.moe_freeze_router,
+        "--moe-freeze-router: beside adapters all of the model is frozen, routers too. Leave it out.",
     ),
     _Refusal(
         lambda a: _has_adapters(a) and a.moe_router_enable_expert_bias and a.moe_router_bias_update_rate,

@@ -70,7 +70,13 @@ REFUSED = {
     "--moe-router-force-biased 1.0": "--moe-input-jitter-eps",
     "--moe-enable-routing-replay": "--moe-input-jitter-eps",
     "--moe-router-load-balancing-type sinkhorn": "--moe-router-load-balancing-type",
-    "--moe-router-load-balancing-type aux_loss seq_aux_loss": "--moe-router-load-balancing-type",
+    "--moe-router-load-balancing-type aux_loss global_aux_loss": "--moe-router-load-balancing-type: use aux_loss",
+    "--moe-router-load-balancing-type seq_aux_loss --recompute-granularity selective --recompute-modules moe": (
+        "--moe-router-load-balancing-type seq_aux_loss: a layer tells its router"
+    ),
+    "--moe-freeze-router": "--moe-freeze-router: the model needs experts",
+    "--num-experts 4 --moe-freeze-router --moe-z-loss-coeff 0.1": "--moe-freeze-router: the model needs experts",
+    "--lora-rank 4 --num-experts 4 --moe-freeze-router": "--moe-freeze-router: beside adapters all of the model",
     "--moe-expert-capacity-factor 1.5": "--moe-expert-capacity-factor",
     "--moe-expert-rank-capacity-factor 1.5": "--moe-expert-capacity-factor",
     "--use-transformer-engine-op-fuser --layer-norms after": "--use-transformer-engine-op-fuser has its norm",
@@ -143,6 +149,8 @@ ALLOWED = [
     "--sequence-parallel --tensor-model-parallel-size 2",
     "--context-parallel-size 2 --cp-comm-type all_gather",
     "--num-experts 4 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001",
+    "--num-experts 4 --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01",
+    "--num-experts 4 --moe-freeze-router",
     "--num-experts 4 --moe-router-load-balancing-type none",
     "--use-distributed-optimizer --overlap-grad-reduce",
     "--recompute-granularity selective --recompute-modules core_attn mlp moe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_bdpo.model.hf.family import ATTENTION, GATED, SILU, Config, Family, tensors
+from megatron_bdpo.model.hf.family import ATTENTION, GATED, SILU, Config, Family, bias_arguments, bias_rules, tensors
 from megatron_bdpo.model.hf.layer_kinds import GLOBAL, layer_types, with_layer_types
 
 
@@ -17,6 +17,7 @@ def _spelling(values: Config) -> Config:
 def _arguments(values: Config) -> dict[str, Any]:
     without_positions = [int(kind == GLOBAL) for kind in values["layer_types"]]
     return {
+        **bias_arguments(values),
         "logit_scale": None if values["logit_scale"] == 1 else float(values["logit_scale"]),
         "no_rope_freq": without_positions if any(without_positions) else None,
     }
@@ -33,7 +34,7 @@ def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
 COHERE2 = Family(
     "cohere2",
     "Cohere2ForCausalLM",
-    tensors(ATTENTION, GATED),
+    lambda values: tensors(ATTENTION, GATED, bias_rules(values)),
     arguments={
         "normalization": "LayerNorm",
         "norms_without_bias": True,
@@ -42,6 +43,7 @@ COHERE2 = Family(
     },
     defaults={
         "rms_norm_eps": 1e-5,
+        "attention_bias": False,
         "layer_norm_eps": 1e-5,
         "logit_scale": 0.0625,
         "sliding_window": 4096,

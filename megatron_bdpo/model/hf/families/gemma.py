@@ -11,6 +11,8 @@ from megatron_bdpo.model.hf.family import (
     QK_NORM,
     Config,
     Family,
+    bias_arguments,
+    bias_rules,
     gated_mlp,
     norms_behind,
     tensors,
@@ -33,6 +35,7 @@ _ONE_KIND_OF_GELU = {**_GELU, "hidden_activation": ("gelu_pytorch_tanh",)}
 _LATER_DEFAULTS = {
     **_DEFAULTS,
     "num_key_value_heads": 4,
+    "attention_bias": False,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "layer_types": None,
@@ -50,6 +53,7 @@ def _later_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma2_arguments(values: Config) -> dict[str, Any]:
     return {
+        **bias_arguments(values),
         "attention_scale": values["query_pre_attn_scalar"] ** -0.5,
         "attention_softcap": values["attn_logit_softcapping"],
         "logit_softcap": values["final_logit_softcapping"],
@@ -59,7 +63,7 @@ def _gemma2_arguments(values: Config) -> dict[str, Any]:
 GEMMA2 = Family(
     "gemma2",
     "Gemma2ForCausalLM",
-    tensors(ATTENTION, *_NORMS_AROUND),
+    lambda values: tensors(ATTENTION, *_NORMS_AROUND, bias_rules(values)),
     {**_ARGUMENTS, "layer_norms": "around"},
     {**_LATER_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     _ONE_KIND_OF_GELU,
@@ -74,6 +78,7 @@ GEMMA2 = Family(
 
 def _gemma3_arguments(values: Config) -> dict[str, Any]:
     return {
+        **bias_arguments(values),
         "attention_scale": values["query_pre_attn_scalar"] ** -0.5,
         "logit_softcap": values["final_logit_softcapping"],
         "local_rotary_base": whole(values[LOCAL_BASE]) if LOCAL in values["layer_types"] else None,
@@ -83,7 +88,7 @@ def _gemma3_arguments(values: Config) -> dict[str, Any]:
 GEMMA3_TEXT = Family(
     "gemma3_text",
     "Gemma3ForCausalLM",
-    tensors(ATTENTION, QK_NORM, *_NORMS_AROUND),
+    lambda values: tensors(ATTENTION, QK_NORM, *_NORMS_AROUND, bias_rules(values)),
     {**_ARGUMENTS, "layer_norms": "around", "qk_layernorm": True},
     {
         **_LATER_DEFAULTS,

@@ -42,7 +42,7 @@ def _arguments(values: Config) -> dict[str, Any]:
 
 
 def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {"attention_bias": bool(arguments["add_qkv_bias"]), "use_qk_norm": bool(arguments["qk_layernorm"])}
+    return {"use_qk_norm": bool(arguments["qk_layernorm"])}
 
 
 GLM4_MOE = Family(

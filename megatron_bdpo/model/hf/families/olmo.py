@@ -13,6 +13,8 @@ from megatron_bdpo.model.hf.family import (
     SILU,
     Config,
     Family,
+    bias_arguments,
+    bias_rules,
     norms_behind,
     tensors,
 )
@@ -31,18 +33,28 @@ _QK_NORM_OVER_HEADS = {
     "self_attention.q_layernorm.weight": Rule({"self_attn.q_norm.weight": "queries"}),
     "self_attention.k_layernorm.weight": Rule({"self_attn.k_norm.weight": "keys"}),
 }
-_TENSORS = tensors(
-    PROJECTIONS, _QK_NORM_OVER_HEADS, GATED, norms_behind("post_attention_layernorm", "post_feedforward_layernorm")
-)
+
+
+def _tensors(values: Config) -> dict[str, Rule]:
+    return tensors(
+        PROJECTIONS,
+        _QK_NORM_OVER_HEADS,
+        GATED,
+        norms_behind("post_attention_layernorm", "post_feedforward_layernorm"),
+        bias_rules(values),
+    )
+
+
 _LAYERS = {"qk_layernorm": True, "qk_norm_over_heads": True, "layer_norms": "after"}
 
 OLMO2 = Family(
     "olmo2",
     "Olmo2ForCausalLM",
-    _TENSORS,
+    _tensors,
     arguments=_LAYERS,
-    defaults={"rms_norm_eps": 1e-5},
+    defaults={"rms_norm_eps": 1e-5, "attention_bias": False},
     only=SILU | QK_NORM_ALWAYS,
+    own_arguments=bias_arguments,
 )
 
 _OLMO3_BASE = 5e5
@@ -69,7 +81,10 @@ def _olmo3_arguments(values: Config) -> dict[str, Any]:
         "rope_type": "default",
         **rope,
     }
-    return {"local_rotary_base": None if alike or LOCAL not in values["layer_types"] else whole(values[LOCAL_BASE])}
+    return {
+        **bias_arguments(values),
+        "local_rotary_base": None if alike or LOCAL not in values["layer_types"] else whole(values[LOCAL_BASE]),
+    }
 
 
 def _olmo3_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,9 +101,15 @@ def _olmo3_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
 OLMO3 = Family(
     "olmo3",
     "Olmo3ForCausalLM",
-    _TENSORS,
+    _tensors,
     arguments=_LAYERS,
-    defaults={"rms_norm_eps": 1e-5, "rope_theta": _OLMO3_BASE, "sliding_window": 4096, "layer_types": None},
+    defaults={
+        "rms_norm_eps": 1e-5,
+        "rope_theta": _OLMO3_BASE,
+        "sliding_window": 4096,
+        "layer_types": None,
+        "attention_bias": False,
+    },
     only=SILU | QK_NORM_ALWAYS,
     spelling=_olmo3_spelling,
     own_arguments=_olmo3_arguments,

@@ -16,6 +16,8 @@ from megatron_bdpo.model.hf.family import (
     SOME_LAYERS_SLIDE,
     SOME_LAYERS_SPARSE,
     Family,
+    bias_arguments,
+    bias_rules,
     experts,
     shared_expert,
     tensors,
@@ -61,18 +63,23 @@ QWEN2_MOE = Family(
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
-    tensors(ATTENTION, QK_NORM, MLP),
+    lambda values: tensors(ATTENTION, QK_NORM, MLP, bias_rules(values)),
     arguments={"qk_layernorm": True},
-    defaults={"rms_norm_eps": 1e-6, "head_dim": 128, **SOME_LAYERS_SLIDE},
+    own_arguments=bias_arguments,
+    defaults={"attention_bias": False, "rms_norm_eps": 1e-6, "head_dim": 128, **SOME_LAYERS_SLIDE},
     only=SILU | QK_NORM_ALWAYS,
 )
 
 QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
-    tensors(ATTENTION, QK_NORM, DENSE_MLP, experts("mlp", "gate_proj", "up_proj", "down_proj")),
+    lambda values: tensors(
+        ATTENTION, QK_NORM, bias_rules(values), DENSE_MLP, experts("mlp", "gate_proj", "up_proj", "down_proj")
+    ),
     arguments={"qk_layernorm": True},
+    own_arguments=bias_arguments,
     defaults={
+        "attention_bias": False,
         **SOME_LAYERS_SPARSE,
         "rms_norm_eps": 1e-6,
         "num_experts": 128,
