@@ -39,7 +39,7 @@ ALONE = ContextRank()
 def context_part(pack: Pack, context: ContextRank) -> Pack:
     """What one rank holds of a pack: T / C positions in the pack's order, padding last.
 
-    Token, position, query and scored arrays are about these positions, ``scored_hidden`` counts them from 0.
+    Token, position, group, query and scored arrays are about these positions, ``scored_hidden`` counts them from 0.
     ``key_index`` points into the keys of all ranks, gathered one rank after the other. ``answer_tokens`` and
     ``scored_answer`` still number the whole pack's answers.
 
@@ -59,6 +59,7 @@ def context_part(pack: Pack, context: ContextRank) -> Pack:
         pack,
         tokens=pack.tokens[own],
         positions=pack.positions[own],
+        groups=pack.groups[own],
         query_lengths=query_lengths,
         key_lengths=np.array([len(part) for part in keys], np.int64),
         key_index=gathered_place[np.concatenate([*keys, np.zeros(0, np.int64)])],

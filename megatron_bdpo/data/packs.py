@@ -49,6 +49,7 @@ class Pack:
 
     tokens: IntArray  # [T]
     positions: IntArray  # [T] position of each token within its sequence
+    groups: IntArray  # [T] number of the group that each token is of; of padding 0
     query_lengths: IntArray  # [R]
     key_lengths: IntArray  # [R]
     key_index: IntArray  # [K] pack index of each gathered key
@@ -105,7 +106,8 @@ def lay_out(groups: Sequence[Group], length: int, *, share_prompts: bool = True)
         ValueError: if the groups do not fit.
     """
     builder = _PackBuilder(length)
-    for group in groups:
+    for number, group in enumerate(groups):
+        builder.group = number
         answers = list(zip(group.answers, group.scored or itertools.repeat(None), strict=False))
         if share_prompts:
             prompt = builder.add_segment(group.prompt, prefix=_NOTHING, first_position=0)
@@ -136,7 +138,7 @@ def lay_out_continued(sequences: Sequence[tuple[TokenArray, IntArray]], length: 
     """
     builder, places = _PackBuilder(length), []
     used = sum(len(tokens) for tokens, _ in sequences)
-    for tokens, kept in sequences:
+    for builder.group, (tokens, kept) in enumerate(sequences):
         own = builder.add_segment(tokens, prefix=used + kept, first_position=len(kept))
         builder.scored.append((own[-1:], _NO_TARGET))
         places.append(np.concatenate([used + kept, own]))
@@ -151,6 +153,8 @@ class _PackBuilder:
     def __init__(self, length: int) -> None:
         self.tokens = np.zeros(length, np.int64)
         self.positions = np.zeros(length, np.int64)
+        self.groups = np.zeros(length, np.int64)
+        self.group = 0
         self.used = 0
         self.query_lengths: list[int] = []
         self.keys: list[IntArray] = []
@@ -164,6 +168,7 @@ class _PackBuilder:
         own = np.arange(start, stop)
         self.tokens[start:stop] = tokens
         self.positions[start:stop] = np.arange(first_position, first_position + len(tokens))
+        self.groups[start:stop] = self.group
         self.query_lengths.append(len(tokens))
         self.keys.append(np.concatenate([prefix, own]))
         self.used = stop
@@ -186,6 +191,7 @@ class _PackBuilder:
         return Pack(
             tokens=self.tokens,
             positions=self.positions,
+            groups=self.groups,
             query_lengths=np.array(self.query_lengths, np.int64),
             key_lengths=np.array([len(keys) for keys in self.keys], np.int64),
             key_index=_concatenate(self.keys),

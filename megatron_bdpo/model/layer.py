@@ -12,15 +12,15 @@ from torch import Tensor
 
 from megatron_bdpo.model.attention import window_of
 from megatron_bdpo.model.layer_options import LayerOptions
-from megatron_bdpo.model.norm import LocalNorm, ProjectionNorm, separate_norms
+from megatron_bdpo.model.norm import LayerNormWithoutBias, LocalNorm, ProjectionNorm, separate_norms
 
 #: What Megatron's bias-dropout-add gives: it adds (output, bias) to a residual.
 Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
 class PairLayer(TransformerLayer):
-    """A layer whose attention and MLP give something else to the residual than what they return, or that chooses
-    between two rotary tables.
+    """A layer whose attention and MLP give something else to the residual than what they return, or read the same
+    norm; or that chooses between two rotary tables.
 
     Its norms behind are marked as Megatron's own are, so their gradients are complete under sequence parallelism.
     """
@@ -41,11 +41,25 @@ class PairLayer(TransformerLayer):
         if self.has_two_tables and self.is_local:
             # YaRN's factor of queries and keys is for its own table.
             self.self_attention._yarn_concentration_factor = 1.0
+        self._read_by_both: Tensor | None = None
+        self.is_parallel = options.parallel_layers
+        if self.is_parallel:
+            self.input_layernorm.register_forward_hook(self._keep_for_mlp)
+
+    def _keep_for_mlp(self, norm: Any, inputs: Any, output: Tensor) -> None:
+        self._read_by_both = output
 
     def _forward_attention(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
         if self.has_two_tables and rotary_pos_emb is not None:
             rotary_pos_emb = rotary_pos_emb[int(self.is_local)]
         return super()._forward_attention(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Any:
+        """What the MLP reads; Megatron takes it with what its output is added to."""
+        if not self.is_parallel:
+            return super()._forward_pre_mlp_layernorm(hidden_states)
+        normed, self._read_by_both = self._read_by_both, None
+        return normed, hidden_states
 
 
 class _Behind:
@@ -81,11 +95,16 @@ def with_options(spec: Any, options: LayerOptions, *, use_te: bool) -> None:
     if options.qk_norm_over_heads:
         attention.q_layernorm = functools.partial(ProjectionNorm, heads="num_attention_heads")
         attention.k_layernorm = functools.partial(ProjectionNorm, heads="num_query_groups")
+    if use_te and (options.layer_norms == "after" or options.parallel_layers or options.norms_without_bias):
+        separate_norms(layer)
+    if options.norms_without_bias:
+        layer.input_layernorm = layer.pre_mlp_layernorm = LayerNormWithoutBias
     if options.layer_norms == "after":
-        if use_te:
-            separate_norms(layer)
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
-    if options.layer_norms != "before" or options.residual_multiplier or options.local_rotary_base:
+    if options.parallel_layers:
+        layer.pre_mlp_layernorm = IdentityOp
+    own = (options.layer_norms != "before", options.residual_multiplier, options.local_rotary_base)
+    if any((*own, options.parallel_layers)):
         assert spec.module is TransformerLayer
         spec.module, spec.params = PairLayer, {**spec.params, "options": options, "norm": _norm(use_te=use_te)}
 

@@ -33,3 +33,11 @@ class LayerOptions:
     """multiply logits by this (Granite, Cohere)"""
     logit_softcap: float | None = None
     """logits, scaled, become C tanh(logits / C) (Gemma 2)"""
+    parallel_layers: bool = False
+    """attention and MLP read the same norm, and both are added to its input (Cohere)"""
+    norms_without_bias: bool = False
+    """with --normalization LayerNorm: weights alone (Cohere)"""
+    attention_output_bias: bool = False
+    """without --add-bias-linear: a bias behind attention's output projection (Llama's attention_bias)"""
+    mlp_bias: bool = False
+    """without --add-bias-linear: biases in the MLPs of layers that have no experts (Llama's mlp_bias)"""

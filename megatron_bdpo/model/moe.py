@@ -8,16 +8,24 @@ the P pairs of the step, so the schedule's ``moe_grad_scale_func`` has to multip
 
 n_p tokens of pack p, N those of all packs. Padding is no token: it is routed, like all positions, but counts nowhere.
 What remains is the mean over tokens that Megatron's users know, whatever the pairs per pack and the layout.
+
+The loss by sequence (``seq_aux_loss``) takes a pair's prompt and answers for one sequence, and is a mean over pairs as
+their own losses are: nothing makes up for tokens there.
+
+    gradient of the step = 1/P sum over pairs [ gradient of the pair loss + gradient of the aux loss of the pair ]
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import (
     get_tokens_per_expert_and_token_count,
     switch_load_balancing_loss_func,
@@ -27,7 +35,27 @@ from torch import Tensor
 
 
 class PairRouter(TopKRouter):
-    """Megatron's router for packs that have padding, more on some ranks than on others, or hold nothing else."""
+    """Megatron's router for packs that have padding, more on some ranks than on others, or hold nothing else.
+
+    Attributes:
+        groups: [tokens] number of the pair that each of this rank's positions is of, in the pass of this layer that is
+            running; None where no loss asks for it.
+        group_count: pairs of the pack.
+    """
+
+    groups: Tensor | None = None
+    group_count: int = 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Biases of experts stay in fp32 when a model is moved to half precision.
+
+        Megatron makes fp32 of them again, but what was read before the model was wrapped would be rounded by then.
+        """
+        before = self.expert_bias
+        moved = super()._apply(fn, *args, **kwargs)
+        if before is not None and self.expert_bias.dtype != before.dtype and not self.expert_bias.is_meta:
+            self.expert_bias = before.to(self.expert_bias.device)
+        return moved
 
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
@@ -61,6 +89,40 @@ class PairRouter(TopKRouter):
             valid_token_count=tokens / self.tp_cp_group.size(),
         )
 
+    def _apply_seq_aux_loss(
+        self,
+        probs: Tensor,
+        scores_for_aux_loss: Tensor,
+        routing_map: Tensor,
+        seq_length: int,
+        bsz: int,
+        with_padding_mask: bool = False,
+    ) -> Tensor:
+        """Attach the sum of the load-balancing losses of the pack's pairs, each a mean over the pair's tokens.
+
+        With P_e the mean probability of expert e and f_e its share of the pair's choices (Switch, arXiv 2101.03961,
+        equation 4, for each sequence as in DeepSeek-V3, arXiv 2412.19437, equation 17): coefficient E sum_e f_e P_e.
+        """
+        coefficient = self.get_aux_loss_coeff("seq_aux_loss")
+        if coefficient == 0 or self.groups is None:
+            return probs
+        shape = (self.group_count, routing_map.shape[-1])
+        chosen = scores_for_aux_loss.new_zeros(shape).index_add(0, self.groups, routing_map.to(scores_for_aux_loss))
+        torch.distributed.all_reduce(chosen, group=self.tp_cp_group)
+        tokens = (chosen.sum(-1, keepdim=True) / self.topk).clamp(min=1)
+        # Of this rank's positions: those of the other ranks of the sequence add theirs.
+        mass = scores_for_aux_loss.new_zeros(shape).index_add(0, self.groups, scores_for_aux_loss)
+        losses = shape[1] * (chosen / (tokens * self.topk) * mass / tokens).sum(-1)
+        get_moe_metrics_tracker().record(
+            "seq_load_balancing_loss",
+            losses.detach().sum() / max(self.group_count, 1),
+            self.layer_number,
+            self.config.num_layers,
+            reduce_group=self.tp_cp_group,
+        )
+        attached: Tensor = _AttachedLoss.apply(probs, coefficient * losses.sum(), self.config.grad_scale_func)
+        return attached
+
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count the tokens of each expert for its bias; Megatron combines [T, E] with [T], which does not broadcast."""
         super()._apply_expert_bias(routing_map, None if padding_mask is None else padding_mask[:, None])
@@ -88,3 +150,41 @@ def let_expert_biases_be_added(model: Any) -> None:
         if isinstance(module, RowParallelLinear) and module.is_expert and module.bias is not None:
             assert module.skip_bias_add and module.tp_group.size() == 1
             module.explicit_expert_comm = True
+
+
+class _AttachedLoss(torch.autograd.Function):
+    """A loss beside an activation, which passes through: its gradient is one, times the scale of an fp16 step."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, loss: Tensor, scale: Callable[[Tensor], Tensor] | None) -> Tensor:
+        ctx.scale = scale
+        ctx.like = loss.new_ones(())
+        return activation
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradients[0], ctx.like if ctx.scale is None else ctx.scale(ctx.like), None
+
+
+def tell_pairs(model: Any) -> None:
+    """Have each layer tell its router whose positions are whose, where a loss asks for it.
+
+    In front of the layer, so that a layer that is computed again tells it again: its router's pass is its own.
+    """
+    for layer in model.modules():
+        router = getattr(getattr(layer, "mlp", None), "router", None)
+        if isinstance(router, PairRouter) and router.get_aux_loss_coeff("seq_aux_loss"):
+            layer.register_forward_pre_hook(functools.partial(_tell, model, router), with_kwargs=True)
+
+
+def _tell(model: Any, router: PairRouter, layer: Any, given: Any, named: dict[str, Any]) -> None:
+    plan = named["packed_seq_params"]
+    router.groups, router.group_count = model.own_positions(plan.groups), plan.group_count
+
+
+def freeze_routers(model: Any) -> None:
+    """Leave routers as they are: no gradients, so no optimizer state, and no updates of experts' biases."""
+    for router in model.modules():
+        if isinstance(router, TopKRouter):
+            router.requires_grad_(False)
+            router.frozen_expert_bias = True

@@ -37,6 +37,18 @@ class LocalNorm:
         return norm
 
 
+class LayerNormWithoutBias:
+    """Builds a LayerNorm that has a weight alone, which neither Megatron nor Transformer Engine has."""
+
+    def __new__(  # type: ignore[misc]
+        cls, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ) -> torch.nn.Module:
+        norm = torch.nn.LayerNorm(hidden_size, eps=eps, bias=False)
+        weight: Any = norm.weight
+        weight.sequence_parallel = config.sequence_parallel
+        return norm
+
+
 def separate_norms(layer: Any) -> None:
     """Have a Transformer Engine layer's norms built apart from the linear layers behind them, as local layers have
     them.

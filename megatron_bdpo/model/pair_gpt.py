@@ -23,8 +23,9 @@ from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, answer_log_pro
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.layer import with_options
 from megatron_bdpo.model.layer_options import LayerOptions
-from megatron_bdpo.model.moe import let_expert_biases_be_added, with_pair_router
-from megatron_bdpo.model.norm import LocalNorm, ZeroCenteredRMSNorm, separate_norms
+from megatron_bdpo.model.linear_biases import add_biases
+from megatron_bdpo.model.moe import freeze_routers, let_expert_biases_be_added, tell_pairs, with_pair_router
+from megatron_bdpo.model.norm import LayerNormWithoutBias, LocalNorm, ZeroCenteredRMSNorm, separate_norms
 from megatron_bdpo.model.precision import forget_quantisation_state
 from megatron_bdpo.model.shards import WHOLE, is_adapter
 
@@ -71,10 +72,10 @@ class PairGPTModel(GPTModel):
             else:  # of which each layer takes its own: see ``layer.PairLayer``
                 outputs[1] = torch.stack([tables, self.local_rotary(len(tables), packed_seq=True)])[:, plan.positions]
         if self.config.num_moe_experts:
-            outputs[5] = self._own_positions(plan.padding)[None]
+            outputs[5] = self.own_positions(plan.padding)[None]
         return tuple(outputs)
 
-    def _own_positions(self, per_position: Tensor) -> Tensor:
+    def own_positions(self, per_position: Tensor) -> Tensor:
         """Of one value per position, those of this tensor-parallel rank; under SP each has a part of the sequence."""
         if not self.config.sequence_parallel:
             return per_position
@@ -95,6 +96,9 @@ class PairGPTBuilder(GPTModelBuilder):
         model.local_rotary = self._local_rotary()
         forget_quantisation_state(model)
         let_expert_biases_be_added(model)
+        tell_pairs(model)
+        if self._model_config.freeze_routers:
+            freeze_routers(model)
         for module in model.modules():
             if isinstance(module, PairAttention):
                 module.backend = self._model_config.pair_attention
@@ -141,6 +145,9 @@ class PairGPTConfig(GPTModelConfig):
     separate_norms: bool = False
     """Norms in front of Transformer Engine's linear layers as layers of their own: adapters read what they give."""
 
+    freeze_routers: bool = False
+    """Routers of experts have no gradients."""
+
     builder: ClassVar[str] = f"{__name__}.{PairGPTBuilder.__qualname__}"
 
     def __post_init__(self) -> None:
@@ -173,6 +180,10 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     elif config.separate_norms:
         for spec in block.layer_specs:
             separate_norms(spec.submodules)
+    if config.layers.norms_without_bias:
+        block.layer_norm = LayerNormWithoutBias
+    for spec in block.layer_specs:
+        add_biases(spec.submodules, config.layers)
     return block
 
 

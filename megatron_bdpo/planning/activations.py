@@ -113,10 +113,12 @@ def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: boo
     qkv, projection = attention_linears(model)
     into, _ = mlp_linears(model, model.ffn)
     # A router reads the second norm's output too.
-    outputs = residual * (_keeps_input(qkv, pack) + (has_experts or _keeps_input(into, pack)))
+    read = (_keeps_input(qkv, pack), has_experts or _keeps_input(into, pack))
+    # Where norms are behind attention and MLP, these keep their inputs all the same.
+    outputs = residual * (max(read) if model.norms == 1 else sum(read))
     return LayerBytes(
         input=residual,
-        norms=2 * _norm(model, pack, residual) + outputs,
+        norms=model.norms * _norm(model, pack, residual) + outputs,
         norm_outputs=outputs,
         core_attention=2 * queries + positions * model.heads * _FP32 / tensor + 2 * pack.keys * keys_of_pack,
         projection=_keeps_input(projection, pack) * queries
@@ -129,9 +131,14 @@ def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: boo
     )
 
 
+def norm_bytes(model: ModelShape, layer: LayerBytes) -> float:
+    """What one of a layer's norms keeps, but for its output."""
+    return (layer.norms - layer.norm_outputs) / model.norms
+
+
 def _norm(model: ModelShape, pack: Pack, residual: float) -> float:
     """A norm, but for its output."""
-    if model.norm_vectors == 2 or pack.fused:
+    if not model.rms_norm or pack.fused:
         return residual
     # The normalised input is for the gradient of the norm's weight.
     return residual * (1 if pack.adapters else 2) * _FP32 / pack.bytes
@@ -160,6 +167,11 @@ def _qk_norm(model: ModelShape, split: Split, pack: Pack) -> float:
         return 0.0
     heads, groups = model.heads / split.layout.tensor, max(model.groups / split.layout.tensor, 1)
     copied = heads if groups > 1 else 0  # the queries of one group lie together as they are
+    if model.qk_norm_over_heads:  # in fp32: its input and its normalised input
+        both = 2 * (heads + groups) * _FP32
+        if pack.bytes == _FP32:  # the input is what comes from the projection
+            both += (groups + copied) * _FP32
+        return pack.length / split.layout.context * both * model.head
     kept = heads + 2 * groups + copied + (0 if pack.fused else heads + groups)
     return pack.length / split.layout.context * kept * model.head * pack.bytes
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_bdpo.planning.activations import Pack, Recompute, layer_bytes, stage_bytes
+from megatron_bdpo.planning.activations import Pack, Recompute, layer_bytes, norm_bytes, stage_bytes
 from megatron_bdpo.planning.adapters import Adapters, adapter_parameters
 from megatron_bdpo.planning.model import ModelShape, Parameters, Split, stage_parameters
 
@@ -159,7 +159,7 @@ def _expert_optimizer_ranks(job: JobShape) -> int:
 def kept_of_output(model: ModelShape, job: JobShape) -> float:
     """What the last stage keeps beside its layers of the one microbatch that is there."""
     layer = layer_bytes(model, job.split, job.pack(), has_experts=False)
-    final_norm = (layer.norms - layer.norm_outputs) / 2  # of its output, the scored positions
+    final_norm = norm_bytes(model, layer)  # of its output, the scored positions
     return final_norm + _scored(job) * model.hidden * job.weight_bytes + kept_softmax(model, job)
 
 

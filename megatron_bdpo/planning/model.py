@@ -4,7 +4,8 @@
 |-------------------|----------------------------------------------------------------------------------------|
 | query, key, value | H (n + 2 g) d / tp, and with biases (n + 2 g) d / tp                                    |
 | projection        | n d H / tp, and a bias H; learned sinks n / tp                                          |
-| norms             | 2 norms of H; of queries and keys 2 of d. RMSNorm has one vector, LayerNorm two         |
+| norms             | 1, 2 or 4 of H; of queries and keys 2 of d, or of n d and g d over all heads.       |
+|                   | RMSNorm has one vector, LayerNorm two                                                   |
 | MLP               | 3 H F / tp with a gate, 2 H F / tp without; biases                                      |
 | experts           | router H E; each of the rank's E / ep experts 3 H F_e / etp; a shared expert as an MLP  |
 
@@ -40,9 +41,17 @@ class ModelShape:
     gated: bool = True
     biases: bool = False
     qkv_bias: bool = False
+    output_bias: bool = False
+    """Behind attention's projection."""
+    mlp_bias: bool = False
     norm_vectors: int = 1
-    """Of RMSNorm one, of LayerNorm two."""
+    """Of RMSNorm one, of LayerNorm two, or one without a bias."""
+    rms_norm: bool = True
+    norms: int = 2
+    """Of hidden states in a layer: before or after attention and MLP, around them 4, before both together 1."""
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False
+    """It is one norm over all heads of the queries, and one over those of the keys."""
     sinks: bool = False
     quick_gelu: bool = False
     """The gate's activation is x sigmoid(1.702 x), whose two factors are kept."""
@@ -110,8 +119,13 @@ class ModelShape:
             gated=gated,
             biases=bool(get("add_bias_linear", True)),
             qkv_bias=bool(get("add_qkv_bias")),
-            norm_vectors=1 if get("normalization") == "RMSNorm" else 2,
+            output_bias=bool(get("attention_output_bias")),
+            mlp_bias=bool(get("mlp_bias")),
+            rms_norm=get("normalization") == "RMSNorm",
+            norm_vectors=1 if get("normalization") == "RMSNorm" or get("norms_without_bias") else 2,
             qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm"),
+            norms=1 if get("parallel_layers") else 4 if get("layer_norms") == "around" else 2,
+            qk_norm_over_heads=bool(get("qk_norm_over_heads")),
             sinks=get("softmax_type") == "learnable",
             quick_gelu=bool(get("quick_geglu")),
             clamped=get("activation_func_clamp_value") is not None,
@@ -226,9 +240,12 @@ def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
     hidden, queries = model.hidden, model.heads * model.head
     projected = (model.heads + 2 * model.groups) * model.head // tensor
     attention = hidden * projected + hidden * queries // tensor
-    attention += (model.biases or model.qkv_bias) * projected + model.biases * hidden
+    attention += (model.biases or model.qkv_bias) * projected + (model.biases or model.output_bias) * hidden
     attention += model.heads // tensor if model.sinks else 0
-    norms = 2 * model.norm_vectors * hidden + (2 * model.norm_vectors * model.head if model.qk_norm else 0)
+    norms = model.norms * hidden
+    if model.qk_norm:  # whole on every rank
+        norms += (model.heads + model.groups if model.qk_norm_over_heads else 2) * model.head
+    norms *= model.norm_vectors
     if not has_experts:
         return attention + norms + mlp_parameters(model, model.ffn, tensor)
     router = hidden * model.experts + model.biases * model.experts
@@ -246,4 +263,4 @@ def mlp_parameters(model: ModelShape, ffn: int, tensor: int) -> int:
     """Of one MLP on one rank."""
     inner = ffn // tensor
     into = inner * (2 if model.gated else 1)
-    return model.hidden * (into + inner) + model.biases * (into + model.hidden)
+    return model.hidden * (into + inner) + (model.biases or model.mlp_bias) * (into + model.hidden)

@@ -144,6 +144,7 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
         {
             "tokens": pack.tokens[None],
             "positions": pack.positions,
+            "groups": pack.groups,
             "key_index": pack.key_index,
             "query_starts": _starts(pack.query_lengths),
             "key_starts": _starts(pack.key_lengths),
@@ -164,6 +165,8 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
             max_seqlen_q=table_length,
             max_seqlen_kv=table_length,
             positions=views["positions"],
+            groups=views["groups"],
+            group_count=len(pairs),
             key_index=views["key_index"],
             query_starts=views["query_starts"],
             key_starts=views["key_starts"],

@@ -26,6 +26,7 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
     config.transformer.softmax_scale = settings.layers.attention_scale
     config.pair_attention = None if settings.model.pair_attention == "auto" else settings.model.pair_attention
     config.fuse_local_layers = bool(settings.model.fuse_local_layers)
+    config.freeze_routers = settings.model.moe_freeze_router
     config.separate_norms = settings.lora.is_wanted
     build_output_layer_without_apex(settings.architecture.implementation == "transformer_engine")
     if settings.layers.geglu_tanh:
@@ -33,11 +34,15 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
             raise UserError("--geglu-tanh is the activation of gated layers: add --swiglu.")
         config.transformer.activation_func = functools.partial(functional.gelu, approximate="tanh")
         config.transformer.bias_activation_fusion = False  # Megatron's fused kernels are for SiLU and plain GELU
+    if settings.layers.qk_norm_over_heads and not config.transformer.qk_layernorm:
+        raise UserError("--qk-norm-over-heads is a kind of --qk-layernorm: give both.")
+    if settings.layers.norms_without_bias and config.transformer.normalization != "LayerNorm":
+        raise UserError("--norms-without-bias: an RMSNorm has none. Add --normalization LayerNorm, or leave it out.")
+    if settings.layers.parallel_layers and settings.layers.layer_norms != "before":
+        raise UserError("--parallel-layers: their norm is before both. Leave --layer-norms out.")
     if settings.architecture.clamp is not None:
         # Megatron's fused kernels clamp before they add a bias, its plain layers after it, as models are trained.
         config.transformer.bias_activation_fusion = False
     if settings.architecture.experts and settings.architecture.biases:
         config.transformer.bias_dropout_fusion = False  # grouped experts refuse it; there is no dropout either way
-    if settings.layers.qk_norm_over_heads and not config.transformer.qk_layernorm:
-        raise UserError("--qk-norm-over-heads is a kind of --qk-layernorm: give both.")
     return config

@@ -154,6 +154,8 @@ class ModelSettings:
     fuse_local_layers: bool | None = _switch("fuse-local-layers", None)
     """torch.compile the small functions of layers that are not Transformer Engine's: rotary embedding, SwiGLU, dropout
     and residual. Default: on a GPU"""
+    moe_freeze_router: bool = False
+    """leave the routers of experts as they are: no gradients, no optimizer state, no updates of experts' biases"""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _LLAMA_3 = {
     "original_max_position_embeddings": 8192,
 }
 
+_PAD = {"pad_token_id": 0}  # theirs lie outside of the vocabulary
 _QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _GLM_MOE = {
     "n_routed_experts": 4,
@@ -52,16 +54,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama 3.2": ("Llama", {"rope_theta": 500_000.0, "rope_scaling": _LLAMA_3, "head_dim": 32}),
     "llama linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "seed oss": ("SeedOss", {"attention_out_bias": False, "mlp_bias": True, "head_dim": 32} | _PAD),
+    "smollm3": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 9, "no_rope_layer_interval": 2} | _PAD),
+    "smollm3 listed": ("SmolLM3", {"no_rope_layers": [0, 1, 1, 1], "attention_bias": True} | _PAD),
+    "ernie 4.5": ("Ernie4_5", {"use_bias": True, "head_dim": 32, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 9, "head_dim": 32, "rope_theta": 1e6}),
     "qwen2": ("Qwen2", {"rope_theta": 1e6}),
     "qwen2 sliding": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+    "qwen3 biased": ("Qwen3", {"head_dim": 32, "attention_bias": True}),
     "qwen3": ("Qwen3", {"head_dim": 32, "rope_theta": 1e6, "tie_word_embeddings": True}),
     "gemma": ("Gemma", {"head_dim": 32, "tie_word_embeddings": True}),
-    "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 9, "pad_token_id": 0}),
-    "phi3 tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 4, "pad_token_id": 0}),
     "gemma2": (
         "Gemma2",
         {
+            "attention_bias": True,
             "head_dim": 32,
             "query_pre_attn_scalar": 24,
             "sliding_window": 9,
@@ -77,12 +84,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 9,
             "sliding_window_pattern": 3,
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "attention_bias": True,
             "final_logit_softcapping": 6.0,
             "tie_word_embeddings": True,
         },
     ),
     # Their default token for padding is one of the texts' own here, and transformers gives its embedding no gradient.
-    "olmo2": ("Olmo2", {"rope_theta": 5e5, "rms_norm_eps": 1e-4, "pad_token_id": None}),
+    "olmo2": ("Olmo2", {"attention_bias": True, "rope_theta": 5e5, "rms_norm_eps": 1e-4, "pad_token_id": None}),
     "olmo3": (
         "Olmo3",
         {
@@ -90,13 +98,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 9,
             "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
             "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "olmo3 yarn": (
+        "Olmo3",
+        {
+            "pad_token_id": None,
+            "sliding_window": 9,
+            "rope_parameters": {
                 "full_attention": {
                     "rope_type": "yarn",
                     "factor": 8.0,
+                    "original_max_position_embeddings": 16,
                     "rope_theta": 5e5,
-                    "original_max_position_embeddings": 64,
                 },
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
             },
         },
     ),
@@ -107,10 +126,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "embedding_multiplier": 3.0,
             "residual_multiplier": 0.6,
             "logits_scaling": 1.7,
+            "attention_bias": True,
+            "mlp_bias": True,
             "rms_norm_eps": 1e-4,
         },
     ),
+    "cohere2": (
+        "Cohere2",
+        {
+            "attention_bias": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "logit_scale": 0.3,
+            "layer_norm_eps": 1e-3,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+    ),
     "exaone4": ("Exaone4", {"head_dim": 32, "sliding_window": 9, "sliding_window_pattern": 3}),
+    "glm4": ("Glm4", {"head_dim": 32, "partial_rotary_factor": 0.75, "rms_norm_eps": 1e-4, "pad_token_id": None}),
+    "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 9} | _PAD),
+    "phi3 tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 4} | _PAD),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt-oss": (
         "GptOss",
@@ -145,7 +181,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 32},
     ),
-    "qwen3 moe mixed": ("Qwen3Moe", _QWEN_MOE | {"mlp_only_layers": [2], "head_dim": 32}),
+    "qwen3 moe mixed": ("Qwen3Moe", _QWEN_MOE | {"mlp_only_layers": [2], "head_dim": 32, "attention_bias": True}),
     "qwen2 moe": ("Qwen2Moe", _QWEN_MOE | {"shared_expert_intermediate_size": 40}),
     "qwen2 moe mixed": (
         "Qwen2Moe",
@@ -158,16 +194,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_config(name: str, **settings: Any) -> dict[str, Any]:
     """The ``config.json`` of one."""
-    return dict(_config(name, settings).to_dict())
+    content: dict[str, Any] = json.loads(_config(name, settings).to_json_string(use_diff=False))
+    return content
 
 
 def _config(name: str, settings: dict[str, Any]) -> Any:
     import transformers
 
     family, own = MODELS[name]
-    # Gemma 3 has images: its language model's configuration is a part.
-    config_of = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
-    return getattr(transformers, config_of)(**(_SIZES | own | settings))
+    return getattr(transformers, _config_of(family))(**(_SIZES | own | settings))
 
 
 def make_model(name: str, directory: Path, **settings: Any) -> Path:
@@ -186,13 +221,9 @@ def make_model(name: str, directory: Path, **settings: Any) -> Path:
     return target
 
 
-def config_json(name: str) -> str:
-    """The ``config.json`` of :func:`make_model`, without weights."""
-    import transformers
-
-    family, own = MODELS[name]
-    content = getattr(transformers, f"{family}Config")(**(_SIZES | own)).to_json_string(use_diff=False)
-    return str(content)
+def _config_of(family: str) -> str:
+    """Gemma 3 has images: its language model's configuration is a part."""
+    return {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
 
 
 def _stored_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:

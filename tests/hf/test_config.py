@@ -170,7 +170,9 @@ REFUSED = {
         "logit_scale is 0.5, which models of the family 'llama' cannot have here. Possible: 1, None.",
     ),
     "a key of another family": (LLAMA | {"sliding_window": 8}, "sliding_window is 8, which"),
-    "biases": (LLAMA | {"attention_bias": True}, "attention_bias is True, which"),
+    "biases": (MISTRAL | {"attention_bias": True}, "attention_bias is True, which"),
+    "rotary positions by layer": (of("smollm3", no_rope_layers=[1, 2]), "no_rope_layers must be 2 times 0 or 1"),
+    "a softmax with a bias": (LLAMA | {"model_type": "ernie4_5_moe"}, "its router weighs experts by a softmax"),
     "activation": (LLAMA | {"hidden_act": "relu"}, "hidden_act is 'relu', which"),
     "no size": (without(LLAMA, "hidden_size"), "hidden_size must be a positive whole number, not None"),
     "longrope": (
@@ -227,16 +229,27 @@ CONFIGS = {
     "llama 3": LLAMA | {"rope_scaling": LLAMA_3},
     "yarn": QWEN2 | {"rope_scaling": YARN | {"attention_factor": 1.138629436}},
     "yarn with two scales": QWEN2 | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False}},
+    "llama biased": LLAMA | {"attention_bias": True},
+    "llama biased MLP": LLAMA | {"mlp_bias": True},
+    "seed_oss": of("seed_oss", mlp_bias=True),
+    "seed_oss biased": of("seed_oss", attention_out_bias=True),
+    "smollm3": of("smollm3", no_rope_layer_interval=2),
+    "smollm3 sliding": of("smollm3", no_rope_layers=[0, 1], use_sliding_window=True, sliding_window=8),
+    "ernie4_5": of("ernie4_5", use_bias=True),
     "mistral": MISTRAL | {"sliding_window": 8},
+    "qwen2 sliding": QWEN2 | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": of("qwen3", attention_bias=True),
     "qwen2": QWEN2,
     "gemma": GEMMA,
     "gemma2": GEMMA2 | KINDS,
     "gemma2 without caps": GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
     "gemma3": GEMMA3 | KINDS | {"rope_local_base_freq": 2e4, "query_pre_attn_scalar": 168},
-    "granite": GRANITE | {"logits_scaling": 13.0, "residual_multiplier": 0.22, "attention_multiplier": 0.015625},
+    "granite": GRANITE
+    | {"mlp_bias": True, "logits_scaling": 13.0, "residual_multiplier": 0.22, "attention_multiplier": 0.015625},
     "exaone4": EXAONE4 | KINDS,
-    "olmo2": OLMO2,
+    "olmo2": OLMO2 | {"attention_bias": True},
     "olmo3": OLMO3 | KINDS,
+    "olmo3, yarn": OLMO3 | KINDS | {"rope_scaling": YARN},
     "olmo3, two bases": OLMO3
     | KINDS
     | {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
@@ -246,6 +259,8 @@ CONFIGS = {
     "qwen3_moe mixed": QWEN3_MOE | {"mlp_only_layers": [0]},
     "qwen2_moe": of("qwen2_moe", num_experts=4, decoder_sparse_step=2),
     "phi3": of("phi3", partial_rotary_factor=0.75, sliding_window=9),
+    "cohere2": of("cohere2", logit_scale=0.25, layer_norm_eps=1e-6) | KINDS,
+    "glm4": of("glm4", attention_bias=False, partial_rotary_factor=0.25),
     "glm4_moe": of("glm4_moe", attention_bias=True, use_qk_norm=True, routed_scaling_factor=2.5),
     "glm4_moe in groups": of("glm4_moe", n_group=8, topk_group=4, first_k_dense_replace=0, n_shared_experts=0),
 }
@@ -258,11 +273,33 @@ def test_back_and_forth(config):
     assert read_config(written) == architecture
 
 
+def test_layers_without_rotary_positions():
+    names = ("no_rope_freq", "window_size", "window_attn_skip_freq")
+    assert arguments(of("smollm3", no_rope_layer_interval=2), *names) == ([0, 1], None, None)
+    assert arguments(CONFIGS["smollm3 sliding"], *names) == ([1, 0], (7, 0), [1, 0])
+    by_name = of("smollm3", sliding_window=8, use_sliding_window=True, layer_types=["sliding_attention"] * 2)
+    assert arguments(by_name, *names) == (None, (7, 0), None)
+
+
+def test_biases_of_some_projections():
+    names = ("add_qkv_bias", "attention_output_bias", "mlp_bias", "add_bias_linear")
+    assert arguments(CONFIGS["llama biased"], *names) == (True, True, False, False)
+    assert arguments(CONFIGS["seed_oss"], *names) == (True, False, True, False)
+    assert arguments(CONFIGS["ernie4_5"], *names) == (True, True, True, False)
+    assert arguments(CONFIGS["glm4_moe"], *names) == (True, False, False, False)
+
+
 def test_experts_in_some_layers():
     names = ("moe_layer_freq", "moe_shared_expert_intermediate_size", "moe_ffn_hidden_size", "ffn_hidden_size")
     assert arguments(CONFIGS["qwen2_moe"], *names) == ([0, 1], 5632, 1408, 96)
     assert arguments(CONFIGS["glm4_moe"], *names) == ([0, 1], 1408, 1408, 96)
     assert arguments(CONFIGS["glm4_moe in groups"], *names) == (1, None, 1408, 96)
+
+
+def test_dropout_is_left_out_with_a_remark():
+    found = read_config(of("seed_oss", attention_dropout=0.1, residual_dropout=0.1))
+    assert found.remark.startswith("config.json: attention_dropout, residual_dropout: left out, as in evaluation")
+    assert read_config(of("seed_oss", attention_dropout=0.0)).remark == ""
 
 
 def test_layers_that_predict_further_tokens_are_left_out():
@@ -274,8 +311,8 @@ def test_layers_that_predict_further_tokens_are_left_out():
 
 def test_arguments_that_no_model_of_the_family_has():
     arguments = read_config(QWEN2).arguments
-    with pytest.raises(UserError, match="no model of the family 'llama' has these settings: add_qkv_bias: True, but"):
-        write_config("llama", arguments, 1000)
+    with pytest.raises(UserError, match="no model of the family 'mistral' has these settings: add_qkv_bias: True, but"):
+        write_config("mistral", arguments, 1000)
 
 
 def test_every_megatron_row_comes_from_one_place():
@@ -290,4 +327,4 @@ def test_every_megatron_row_comes_from_one_place():
                 for part in rule.parts(weights.sizes, dict(zip(("layer", "expert"), indices, strict=False))):
                     covered[part.name] = covered.get(part.name, 0) + part.stop - part.start
         assert covered == {name: shape[0] for name, shape in weights.shapes().items()}
-    assert {config["model_type"] for config in CONFIGS.values()} | {"qwen3"} == FAMILIES.keys()
+    assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from megatron_bdpo.errors import UserError
 from tests.distributed.test_bad_input import refusal
+from tests.harness.jobs import train
 from tests.harness.tiny_models import load_model, make_model
 
 pytest.importorskip("transformers", reason="the models are made by Hugging Face transformers")
@@ -32,7 +33,7 @@ LAYOUTS = {
     "TP2 x PP2": ("qwen2", [*TP2, *PP2], 4, {0, 1, 2, 3}),
     "TP2 x PP2, SP": ("qwen3", [*TP2, *PP2, "--sequence-parallel"], 4, {0, 1, 2, 3}),
     "TP2 x PP2, tied": ("llama tied", [*TP2, *PP2], 4, {0, 1, 2, 3}),
-    "TP2, norms behind": ("gemma3", TP2, 2, {0, 1}),
+    "TP2, norms around": ("gemma3", TP2, 2, {0, 1}),
     "TP2 x PP2, norms over heads": ("olmo2", [*TP2, *PP2], 4, {0, 1, 2, 3}),
     "PP2, norms behind": ("exaone4", PP2, 2, {0, 1}),
     "virtual stages": ("llama", [*PP2, *VPP], 2, {0, 1}),
@@ -48,6 +49,7 @@ LAYOUTS = {
         {0, 1},
     ),
     "gpt-oss, EP2 x PP2": ("gpt-oss", [*EP2, *PP2], 4, {0, 1, 2, 3}),
+    "biases": ("llama biased", [*TP2, *PP2], 4, {0, 1, 2, 3}),
     "fused projections": ("phi3", [*TP2, *PP2], 4, {0, 1, 2, 3}),
     "experts in some layers": ("glm4 moe", [*EP2, *PP2], 4, {0, 1, 2, 3}),
     "a shared expert": ("qwen2 moe mixed", [*TP2, "--sequence-parallel"], 2, {0, 1}),
@@ -144,6 +146,41 @@ def test_transformers_loads_what_four_ranks_have_written(ranks, tmp_path):
     config = json.loads((tmp_path / "four" / "config.json").read_text())
     assert config == json.loads((tmp_path / "one" / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
+def test_biases_of_experts_are_not_rounded(ranks, tmp_path):
+    """In bf16 a bias near 30 would be off by up to 0.06, and tokens would go to other experts."""
+    original = make_model("glm4 moe", tmp_path)
+    (bias,) = ranks(1)(trained_bias, str(original), str(tmp_path / "cache"), str(tmp_path / "out"))
+    stored, found = load_file(original / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(bias, stored[name]) and torch.equal(found[name], stored[name])
+    assert not torch.equal(stored[name], stored[name].bfloat16().float())
+    assert found["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
+
+
+def trained_bias(model: str, cache: str, output: str) -> torch.Tensor:
+    """On a rank: the bias of the first layer with experts after a step in bf16."""
+    from megatron_bdpo.model.moe import PairRouter
+    from megatron_bdpo.training.callbacks.callback import Callback, Start
+
+    routers: list[PairRouter] = []
+
+    class Seen(Callback):
+        def after_load(self, start: Start) -> None:
+            routers.extend(each for each in start.model[0].modules() if isinstance(each, PairRouter))
+
+    train(
+        ["--hf-model", model, "--bf16", "--save-hf", output],
+        callbacks=[Seen()],
+        pair_cache_dir=cache,
+        max_pairs=4,
+        pairs_per_step=4,
+        train_iters=1,
+    )
+    bias = routers[0].expert_bias
+    assert bias is not None
+    return bias.clone()
 
 
 # What goes wrong on one rank ------------------------------------------------------------------------------------------

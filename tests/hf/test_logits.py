@@ -131,6 +131,34 @@ def rope_factor_left_behind(undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(validation, "model_config", forgetful))
 
 
+def attention_before_the_mlp(undo: contextlib.ExitStack) -> None:
+    """The MLP reads what attention was added to, under the same norm."""
+    from megatron_bdpo.model.layer import PairLayer
+
+    undo.enter_context(
+        mock.patch.object(
+            PairLayer, "_forward_pre_mlp_layernorm", lambda self, hidden: (self.input_layernorm(hidden), hidden)
+        )
+    )
+
+
+def yarns_factor_in_all_layers(undo: contextlib.ExitStack) -> None:
+    from megatron.core.transformer.attention import Attention
+
+    initialise = Attention.__init__
+
+    def fixed(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        factor = self._yarn_concentration_factor
+        undo.enter_context(
+            mock.patch.object(
+                type(self), "_yarn_concentration_factor", property(lambda self: factor, lambda *_: None), create=True
+            )
+        )
+
+    undo.enter_context(mock.patch.object(Attention, "__init__", fixed))
+
+
 def stacked_projections_as_if_in_megatrons_order(undo: contextlib.ExitStack) -> None:
     """Rows are read one after the other, and written back so."""
     from megatron_bdpo.model.hf.tensors import Rows, Rule
@@ -193,6 +221,11 @@ MISTAKES = {
     "multiplier of embeddings lost": (argument("embedding_multiplier", None), "granite", 1, []),
     "scale of logits lost": (argument("logit_scale", None), "granite", 1, []),
     "positions in all layers": (argument("no_rope_freq", None), "exaone4", 1, []),
+    "factor of YaRN in all layers": (yarns_factor_in_all_layers, "olmo3 yarn", 1, []),
+    "attention before the MLP": (attention_before_the_mlp, "cohere2", 1, []),
+    "halves rotated instead of neighbours": (argument("rotary_interleaved", False), "glm4", 1, []),
+    "rotary positions everywhere": (argument("no_rope_freq", None), "smollm3", 1, []),
+    "neighbours not turned": (argument("rotary_interleaved", False), "ernie 4.5", 1, []),
     "columns of strided memory": (rows_of_the_first_rank, "llama", 2, TP2),
     "rope_theta lost": (rope_theta_lost, "qwen2", 1, []),
     "window off by one": (window_off_by_one, "mistral", 1, []),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -10,14 +9,14 @@ import pytest
 from megatron_bdpo.model.hf.config import read_config
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.model import ModelShape, Split, stage_parameters
-from tests.harness.tiny_models import MODELS, config_json
+from tests.harness.tiny_models import MODELS, make_config
 
 pytest.importorskip("transformers", reason="the configurations are made by Hugging Face transformers")
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_counted_as_they_are_stored(name):
-    architecture = read_config(json.loads(config_json(name)))
+    architecture = read_config(make_config(name))
     shapes = architecture.weights.shapes()
     expected = sum(math.prod(shape) for key, shape in shapes.items() if not key.endswith("e_score_correction_bias"))
     arguments = {**architecture.arguments, "make_vocab_size_divisible_by": 1}

@@ -145,6 +145,22 @@ def test_export_of_the_checkpoint_is_the_live_export(ranks, trained, tmp_path):
     assert (output / "tokenizer_config.json").read_bytes() == (original / "tokenizer_config.json").read_bytes()
 
 
+def test_experts_in_some_layers_of_a_checkpoint(ranks, tmp_path):
+    """Megatron numbers layers that are not alike. The job goes on from the checkpoint, and that is exported."""
+    original, saved, checkpoint = make_model("glm4 moe", tmp_path), tmp_path / "saved", tmp_path / "checkpoint"
+    cache = {"pair_cache_dir": str(tmp_path / "cache")}
+    run = ["--hf-model", str(original), "--save", str(checkpoint), "--save-interval", "1"]
+    run += ["--expert-model-parallel-size", "2", *TP2_PP2[2:]]
+    ranks(4)(train, [*run, "--exit-interval", "1"], **JOB, **cache)
+    ranks(4)(train, [*run, "--load", str(checkpoint), "--save-hf", str(saved)], **JOB, **cache)
+    output = tmp_path / "exported"
+    converted(ranks, "export", "--checkpoint", checkpoint, "--hf-model", original, "--output", output)
+    found, expected = safetensors_of(output), safetensors_of(saved)
+    assert found.keys() == expected.keys() == safetensors_of(original).keys()
+    for name, value in expected.items():
+        assert np.array_equal(found[name], value), name
+
+
 def test_imported_again_it_is_the_same_to_the_bit(ranks, trained, tmp_path):
     """Weights and log-probs of the exported model, read directly and by way of a checkpoint."""
     _, saved, _, _ = trained

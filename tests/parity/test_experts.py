@@ -7,6 +7,7 @@ the same weights, everything else is the same.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -30,15 +31,21 @@ ALLOWED = 1e-4
 
 
 def routed(flags: list[str], overrides: dict[str, Any], mistake: Any = None) -> tuple[Any, list[np.ndarray]]:
-    """This rank's recording, and what the last layer's router has read in training: per pack its tokens, [n, H]."""
+    """This rank's recording, and what the last layer's router has read in training: per pack its tokens, [n, H].
+
+    By pair, per pair of the step instead.
+    """
     from megatron_bdpo.model.moe import PairRouter
 
     inputs: list[np.ndarray] = []
     original = PairRouter.forward
+    by_pair = overrides.get("moe_router_load_balancing_type") == "seq_aux_loss"
 
     def forward(self: Any, hidden: torch.Tensor, padding_mask: torch.Tensor) -> Any:
         if torch.is_grad_enabled() and self.layer_number == LAST + 1:
-            inputs.append(hidden[~padding_mask].detach().double().numpy())
+            tokens = hidden[~padding_mask].detach().double().numpy()
+            pairs = self.groups[~padding_mask[:, 0]].numpy() if by_pair else np.zeros(len(tokens))
+            inputs.extend(tokens[pairs == pair] for pair in np.unique(pairs))
         return original(self, hidden, padding_mask)
 
     with mock.patch.object(PairRouter, "forward", forward):
@@ -50,7 +57,7 @@ def gradient_of(ranks, tmp_path_factory):
     """``gradient_of(coefficients)``: (gradient of the last router, its weight, what it has read)."""
     directory = tmp_path_factory.mktemp("experts")
 
-    def gradient_of(mistake: Any = None, **coefficients: float) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    def gradient_of(mistake: Any = None, **coefficients: Any) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         model = MODELS["experts"].overrides | {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None}
         job = model | ONE_STEP | {"init_method_std": 0.1, "pair_cache_dir": str(directory)} | coefficients
         ((recording, inputs),) = ranks(1)(routed, [], TINY_MODEL | job, mistake)
@@ -72,17 +79,24 @@ def load_balancing_loss(logits: torch.Tensor) -> torch.Tensor:
     return len(logits) * EXPERTS * (chosen.mean(0) / TOP_K * probabilities.mean(0)).sum()
 
 
+def load_balancing_loss_of_a_pair(logits: torch.Tensor) -> torch.Tensor:
+    """The same, as a mean over the n tokens of a pair."""
+    return load_balancing_loss(logits) / len(logits)
+
+
 def closed_form(loss: Any, weight: np.ndarray, packs: list[np.ndarray]) -> np.ndarray:
-    """Gradient in the router's weight of the loss's mean over all tokens, in fp64."""
+    """Gradient in the router's weight of the loss's mean over all tokens, or over all pairs, in fp64."""
     parameter = torch.tensor(weight, dtype=torch.float64, requires_grad=True)
     total = sum(loss(torch.from_numpy(pack) @ parameter.T) for pack in packs if len(pack))
-    (total / sum(map(len, packs))).backward()
+    (total / (len(packs) if loss is load_balancing_loss_of_a_pair else sum(map(len, packs)))).backward()
     return parameter.grad.numpy()
 
 
+BY_PAIR = {"moe_router_load_balancing_type": "seq_aux_loss"}
 LOSSES = {
     "z-loss": ({"moe_z_loss_coeff": 0.5}, z_loss, 0.5),
     "load balancing": ({"moe_aux_loss_coeff": 0.5}, load_balancing_loss, 0.5),
+    "load balancing by pair": (BY_PAIR | {"moe_aux_loss_coeff": 0.5}, load_balancing_loss_of_a_pair, 0.5),
 }
 
 
@@ -93,7 +107,9 @@ def test_auxiliary_loss_is_a_mean_over_tokens(gradient_of, name):
 
 
 def deviation(gradient_of, coefficients, loss, coefficient, mistake=None) -> float:
-    without, weight, packs = gradient_of()
+    # A coefficient of nothing has routers told of pairs.
+    nothing = BY_PAIR | {"moe_aux_loss_coeff": 1e-30} if loss is load_balancing_loss_of_a_pair else {}
+    without, weight, packs = gradient_of(**nothing)
     assert len({len(pack) for pack in packs}) > 1, (
         "packs of one size would not tell means of packs from means of tokens"
     )
@@ -118,8 +134,24 @@ def padding_counted_as_tokens(undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(AttentionPlan, "padding", nothing))
 
 
-@pytest.mark.parametrize("mistake", [scaled_as_if_gradients_were_per_token, padding_counted_as_tokens])
-@pytest.mark.parametrize("name", LOSSES)
+def one_sequence_in_a_pack(undo: contextlib.ExitStack) -> None:
+    from megatron_bdpo.model import moe
+
+    def told(model: Any, router: Any, layer: Any, given: Any, named: dict[str, Any]) -> None:
+        router.groups = torch.zeros_like(model.own_positions(named["packed_seq_params"].groups))
+        router.group_count = 1
+
+    undo.enter_context(mock.patch.object(moe, "_tell", told))
+
+
+CAUGHT = [
+    *itertools.product(list(LOSSES)[:2], [scaled_as_if_gradients_were_per_token, padding_counted_as_tokens]),
+    ("load balancing by pair", padding_counted_as_tokens),
+    ("load balancing by pair", one_sequence_in_a_pack),
+]
+
+
+@pytest.mark.parametrize(("name", "mistake"), CAUGHT)
 def test_mistake_is_caught(gradient_of, name, mistake):
     coefficients, loss, coefficient = LOSSES[name]
     assert deviation(gradient_of, coefficients, loss, coefficient, mistake) > 10 * ALLOWED
@@ -144,3 +176,20 @@ def test_megatrons_own_router_divides_by_nothing_there(ranks, tmp_path):
     """Else the test above would prove nothing."""
     with pytest.raises(AssertionError, match="not finite"):
         gradients_with_an_empty_pack(ranks, tmp_path, auxiliary_loss_weighed_by_own_tokens)
+
+
+# Routers that stay as they are ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks_needed", "flags"),
+    [(1, []), (2, ["--use-distributed-optimizer"]), (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"])],
+)
+def test_frozen_routers_have_no_gradients_and_stay(ranks, tmp_path, ranks_needed, flags):
+    job = MODELS["experts"].overrides | {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None}
+    job |= {"pair_cache_dir": str(tmp_path), **TINY_MODEL}
+    found = merge(ranks(ranks_needed)(train_and_record, [*flags, "--moe-freeze-router"], **job))
+    assert ROUTER not in found.steps[0].gradients
+    before = found.steps[0].weights
+    moved = {name for name, value in found.weights.items() if not np.array_equal(value, before[name])}
+    assert before.keys() - moved == {ROUTER}

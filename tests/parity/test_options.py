@@ -41,6 +41,16 @@ def test_option_changes_nothing(run, one_process, name):
     assert beyond(found, ALLOWED) == {}
 
 
+#: What families of models add to layers and logits, all of it that goes together.
+AROUND = (
+    "--layer-norms around --window-size 20,0 --window-attn-skip-freq 2 --local-rotary-base 1000 --attention-scale 0.2 "
+    "--residual-multiplier 0.7 --embedding-multiplier 3 --logit-scale 0.8 --logit-softcap 3"
+)
+#: At the usual epsilon the outputs of this model's first layers, which are small, are divided by their own rounding.
+AFTER = "--layer-norms after --qk-layernorm --qk-norm-over-heads --norm-epsilon 1e-2"
+PARALLEL = "--parallel-layers --normalization LayerNorm --norms-without-bias --rotary-interleaved"
+AGAIN = f"{FULL} --recompute-method uniform --recompute-num-layers 1"
+
 #: Options that do change the numbers: compared with one process that has them too.
 CHANGING = {
     # A hundredth of the gradient's norm: the norm over all ranks is in every weight.
@@ -54,6 +64,15 @@ CHANGING = {
     "window, CP": ("dense", 2, CP2, "--window-size 20,0"),
     "learned positions, CP": ("dense", 2, CP2, "--position-embedding-type learned_absolute"),
     "yarn, CP": ("dense", 2, CP2, "--position-embedding-type yarn"),
+    "norms around, TP PP": ("dense", 4, f"{TP2_SP} {PP2}", AROUND),
+    "norms around, VPP, recomputed": ("dense", 2, f"{VPP2} {AGAIN}", AROUND),
+    "norms around, tied, CP": ("tied, qkv biases, q/k norms", 2, CP2, AROUND),
+    "norms after, TP CP": ("dense", 4, f"{TP2_SP} {CP2}", AFTER),
+    "norms after, fewer groups than ranks": ("dense", 4, "--tensor-model-parallel-size 4", AFTER),
+    "norms after, recomputed": ("dense", 2, f"{TP2_SP} {SELECTIVE} mlp core_attn", AFTER),
+    "norms after, distributed optimizer": ("dense", 4, f"{TP2_SP} {DISTRIBUTED}", f"{AFTER} --clip-grad 0.01"),
+    "parallel layers, TP PP": ("dense", 4, f"{TP2_SP} {PP2}", PARALLEL),
+    "parallel layers, recomputed": ("dense", 2, f"{TP2_SP} {AGAIN}", PARALLEL),
     "LayerNorm, CP": ("dense", 4, f"{TP2_SP} {CP2}", "--normalization LayerNorm"),
     "bias per expert": (
         "experts",
@@ -61,6 +80,19 @@ CHANGING = {
         TP2_SP,
         "--moe-aux-loss-coeff 0 --moe-router-enable-expert-bias --moe-router-score-function sigmoid "
         "--moe-router-bias-update-rate 1e-3",
+    ),
+    "balance by pair": ("experts", 4, f"{TP2_SP} {CP2}", "--moe-router-load-balancing-type seq_aux_loss"),
+    "balance by pair, recomputed": (
+        "experts",
+        4,
+        f"{PP2} {EP2} {FULL} --recompute-method uniform --recompute-num-layers 1",
+        "--moe-router-load-balancing-type seq_aux_loss",
+    ),
+    "routers frozen": (
+        "experts",
+        4,
+        f"{TP2_SP} {EP2}",
+        "--moe-freeze-router --moe-aux-loss-coeff 0 --moe-router-dtype fp32",
     ),
     "shared experts": ("experts", 2, TP2_SP, "--moe-shared-expert-intermediate-size 32"),
     "every second layer dense": ("experts", 4, f"{PP2} {EP2}", "--moe-layer-freq 2"),

@@ -67,6 +67,13 @@ _LEFT_OUT = (
     "the model said before it was trained."
 )
 
+#: Probabilities that files of some families hold though their models are used without.
+DROPOUTS = ("attention_dropout", "residual_dropout")
+_NO_DROPOUT = (
+    "config.json: {}: left out, as in evaluation: with dropout the policy would differ from its own reference at the "
+    "first step."
+)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -120,7 +127,12 @@ def read_config(config: Config) -> Architecture:
     rules = {key: rule for key, rule in family.rules_of(values).items() if not (tied and key == OUTPUT_LAYER)}
     further = max(values.get(key) or 0 for key in _FURTHER)
     left_out = tuple(f"model.layers.{sizes.layers + number}." for number in range(further))
-    remarks = [line_about(unread, family), _LEFT_OUT.format(further) if further else ""]
+    dropped = ", ".join(key for key in DROPOUTS if config.get(key))
+    remarks = [
+        line_about(unread, family),
+        _LEFT_OUT.format(further) if further else "",
+        _NO_DROPOUT.format(dropped) if dropped else "",
+    ]
     return Architecture(family, arguments, WeightMap(rules, sizes), left_out, "\n".join(filter(None, remarks)))
 
 
@@ -362,9 +374,19 @@ def _unchecked_config(family: Family, arguments: Mapping[str, Any], vocab_size: 
     if "sliding_window" in family.defaults:
         config["sliding_window"] = window[0] + 1 if window else None
     if "use_sliding_window" in family.defaults and window:
-        config |= {"use_sliding_window": True, "max_window_layers": 0}
-    if "partial_rotary_factor" in family.defaults:
-        config["partial_rotary_factor"] = arguments["rotary_percent"]
+        config["use_sliding_window"] = True
+        if "max_window_layers" in family.defaults:
+            config["max_window_layers"] = 0
+        if "layer_types" in family.defaults:
+            slides = arguments.get("window_attn_skip_freq") or [1] * arguments["num_layers"]
+            config["layer_types"] = ["sliding_attention" if each else "full_attention" for each in slides]
+    told = {
+        "partial_rotary_factor": arguments.get("rotary_percent"),
+        "attention_bias": bool(arguments.get("add_qkv_bias")),
+        "attention_out_bias": bool(arguments.get("attention_output_bias")),
+        "mlp_bias": bool(arguments.get("mlp_bias")),
+    }
+    config |= {key: value for key, value in told.items() if key in family.defaults}
     return config | expert_config(family, arguments) | dict(family.own_config(arguments))
 
 

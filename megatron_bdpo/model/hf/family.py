@@ -55,6 +55,7 @@ PROJECTIONS = {
 }
 ATTENTION = {"self_attention.linear_qkv.layer_norm_weight": Rule({"input_layernorm.weight": "hidden"}), **PROJECTIONS}
 QKV_BIAS = {"self_attention.linear_qkv.bias": fused_qkv("bias", None)}
+OUTPUT_BIAS = {"self_attention.linear_proj.bias": Rule({"self_attn.o_proj.bias": "hidden"})}
 QK_NORM = {
     "self_attention.q_layernorm.weight": Rule({"self_attn.q_norm.weight": "head"}),
     "self_attention.k_layernorm.weight": Rule({"self_attn.k_norm.weight": "head"}),
@@ -64,6 +65,32 @@ GATED = {
     "mlp.linear_fc1.weight": Rule({"mlp.gate_proj.weight": "ffn", "mlp.up_proj.weight": "ffn"}, "hidden"),
     "mlp.linear_fc2.weight": Rule({"mlp.down_proj.weight": "hidden"}, "ffn"),
 }
+
+MLP_BIAS = {
+    "mlp.linear_fc1.bias": Rule({"mlp.gate_proj.bias": "ffn", "mlp.up_proj.bias": "ffn"}),
+    "mlp.linear_fc2.bias": Rule({"mlp.down_proj.bias": "hidden"}),
+}
+
+
+def bias_rules(values: Config) -> dict[str, Rule]:
+    """The biases that :func:`bias_arguments` says there are."""
+    on = bias_arguments(values)
+    return {
+        **(QKV_BIAS if on["add_qkv_bias"] else {}),
+        **(OUTPUT_BIAS if on["attention_output_bias"] else {}),
+        **(MLP_BIAS if on["mlp_bias"] else {}),
+    }
+
+
+def bias_arguments(values: Config) -> dict[str, bool]:
+    """Of families that choose biases: ``attention_bias`` is of four projections, or of three beside
+    ``attention_out_bias``."""
+    attention = bool(values["attention_bias"])
+    return {
+        "add_qkv_bias": attention,
+        "attention_output_bias": bool(values.get("attention_out_bias", attention)),
+        "mlp_bias": bool(values.get("mlp_bias")),
+    }
 
 
 def gated_mlp(norm: str) -> dict[str, Rule]:

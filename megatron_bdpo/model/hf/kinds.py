@@ -43,7 +43,7 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a positive number", _is_number,
         "rms_norm_eps rope_theta rope_local_base_freq query_pre_attn_scalar attention_multiplier embedding_multiplier "
-        "residual_multiplier logits_scaling",
+        "residual_multiplier logits_scaling logit_scale layer_norm_eps",
     ),
 )  # fmt: skip
 _VALUES_OR_NULL: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -52,12 +52,13 @@ _VALUES_OR_NULL: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "num_key_value_heads head_dim sliding_window max_window_layers num_local_experts num_experts "
         "num_experts_per_tok moe_intermediate_size original_max_position_embeddings n_routed_experts n_shared_experts "
         "shared_expert_intermediate_size first_k_dense_replace decoder_sparse_step n_group topk_group "
-        "num_nextn_predict_layers num_mtp_layers",
+        "num_nextn_predict_layers num_mtp_layers no_rope_layer_interval",
     ),
+    ("a positive number", _is_number, "attn_logit_softcapping final_logit_softcapping"),
     ("a positive number", _is_number, "partial_rotary_factor routed_scaling_factor"),
     ("a list of whole numbers", _is_numbers, "mlp_only_layers no_rope_layers"),
-    ("a positive number", _is_number, "attn_logit_softcapping final_logit_softcapping"),
-    ("true or false", lambda v: isinstance(v, bool), "tie_word_embeddings use_sliding_window norm_topk_prob"),
+    ("true or false", lambda v: isinstance(v, bool), "tie_word_embeddings use_sliding_window norm_topk_prob "
+     "attention_bias attention_out_bias mlp_bias use_bias use_qk_norm"),
     ("an object", _is_object, "rope_scaling rope_parameters"),
     ("a list of words", _is_words, "layer_types"),
 )  # fmt: skip

@@ -48,33 +48,33 @@ def adapter_map(weights: WeightMap, config: LoraConfig) -> WeightMap:
     Args:
         weights: of the model that the adapters stand in.
     """
-    refuse_fused(weights, config)
+    refuse_targets(weights, config)
     rules: dict[str, Rule] = {}
-    for key, projection, name, size, columns in _projections(weights):
+    for key, projection, name, size, of in _projections(weights):
         if projection in config.targets:
             own, theirs = f"{key}{ADAPTER}.{projection}", f"{PREFIX}{name}"
-            rules[f"{own}_A"] = Rule({f"{theirs}.lora_A.weight": "rank"}, columns)
-            rules[f"{own}_B"] = Rule({f"{theirs}.lora_B.weight": size}, "rank")
+            rules[f"{own}_A"] = Rule({f"{theirs}.lora_A.weight": "rank"}, of.columns, layers=of.layers)
+            rules[f"{own}_B"] = Rule({f"{theirs}.lora_B.weight": size}, "rank", layers=of.layers)
             if config.kind == "dora":
-                rules[f"{own}_magnitude"] = Rule({f"{theirs}{MAGNITUDE}": size})
+                rules[f"{own}_magnitude"] = Rule({f"{theirs}{MAGNITUDE}": size}, layers=of.layers)
     return WeightMap(rules, dataclasses.replace(weights.sizes, rank=config.rank))
 
 
-def _projections(weights: WeightMap) -> Iterator[tuple[str, str, str, str | tuple[str, ...], str | None]]:
-    """Of the model's linear layers: Megatron's name, our name of a projection, Hugging Face's, its rows and columns."""
+def _projections(weights: WeightMap) -> Iterator[tuple[str, str, str, str | tuple[str, ...], Rule]]:
+    """Of the model's linear layers: Megatron's name, ours of a projection, Hugging Face's, its rows, and its rule."""
     for key, rule in weights.rules.items():
         layer, _, last = key.rpartition(".")
         projections = LINEARS.get(layer.rpartition(".")[2], ()) if last == "weight" else ()
         # The first linear layer of an MLP without a gate has the other projection alone.
         for projection, (name, size) in zip(projections[-len(rule.rows) :], rule.rows.items(), strict=False):
-            yield layer, projection, name.removesuffix(".weight"), size, rule.columns
+            yield layer, projection, name.removesuffix(".weight"), size, rule
 
 
-def refuse_fused(weights: WeightMap, config: LoraConfig) -> None:
-    """PEFT puts one adapter beside a projection that holds several; here each has its own.
+def refuse_targets(weights: WeightMap, config: LoraConfig) -> None:
+    """Refuse adapters for which PEFT has no place, or reads only in part.
 
     Raises:
-        UserError: a target is one of several in one tensor.
+        UserError: saying which targets there are.
     """
     for key, rule in weights.rules.items():
         own = LINEARS.get(key.split(".")[-2], ())
@@ -85,6 +85,13 @@ def refuse_fused(weights: WeightMap, config: LoraConfig) -> None:
                 "all. Name other projections with --lora-targets (o_proj,down_proj), or train all weights: leave "
                 "--lora-rank out."
             )
+    sizes = weights.sizes
+    if sizes.experts and (sizes.sparse or sizes.shared_ffn) and set(GROUPS["mlp"]) & set(config.targets):
+        raise UserError(
+            "the model has experts and other MLPs, whose projections have the same names: beside transformers 5 PEFT "
+            "reads adapters of either the ones or the others. Give --lora-targets attention, or train all weights: "
+            "leave --lora-rank out."
+        )
 
 
 def config_json(config: LoraConfig, weights: WeightMap, base: str) -> dict[str, Any]:

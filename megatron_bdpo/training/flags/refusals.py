@@ -154,10 +154,32 @@ _REFUSALS = (
         "--moe-enable-routing-replay: the policy's tokens would go to other experts than the reference's.",
     ),
     _Refusal(
-        lambda a: not set(np.atleast_1d(a.moe_router_load_balancing_type)) <= {"aux_loss", "none"},
-        "--moe-router-load-balancing-type: use aux_loss, a mean over the tokens of a pack, or none. sinkhorn and "
-        "quantile_balancing route otherwise in training than in scoring, a pack is not one sequence (seq_aux_loss), "
-        "and global_aux_loss depends on the order of the packs.",
+        lambda a: not set(np.atleast_1d(a.moe_router_load_balancing_type)) <= {"aux_loss", "seq_aux_loss", "none"},
+        "--moe-router-load-balancing-type: use aux_loss, a mean over the tokens of a pack, seq_aux_loss, a mean over "
+        "pairs, or none. sinkhorn and quantile_balancing route otherwise in training than in scoring, and "
+        "global_aux_loss depends on the order of the packs.",
+    ),
+    _Refusal(
+        lambda a: (
+            "seq_aux_loss" in np.atleast_1d(a.moe_router_load_balancing_type)
+            and (getattr(a, "moe_layer_recompute", False) or "moe" in (a.recompute_modules or ()))
+        ),
+        "--moe-router-load-balancing-type seq_aux_loss: a layer tells its router which pair a token is of, and one "
+        "that is computed again by itself is not told. Leave moe out of --recompute-modules, or recompute whole "
+        "layers: --recompute-granularity full.",
+    ),
+    _Refusal(
+        lambda a: (
+            a.moe_freeze_router
+            and (
+                a.num_experts is None
+                or np.any(np.atleast_1d(a.moe_aux_loss_coeff))
+                or a.moe_z_loss_coeff
+                or (a.moe_router_enable_expert_bias and a.moe_router_bias_update_rate)
+            )
+        ),
+        "--moe-freeze-router: the model needs experts, and routers that learn nothing have no losses and no updates of "
+        "their own. Leave out --moe-aux-loss-coeff, --moe-z-loss-coeff and --moe-router-bias-update-rate.",
     ),
     _Refusal(
         lambda a: a.moe_expert_capacity_factor is not None or a.moe_expert_rank_capacity_factor is not None,
@@ -211,6 +233,10 @@ _REFUSALS = (
         "precision, and read as the model is built. --fp8-format computes with them in FP8 all the same.",
     ),
     _Refusal(
+        lambda a: _has_adapters(a) and a.moe_freeze_router,
+        "--moe-freeze-router: beside adapters all of the model is frozen, routers too. Leave it out.",
+    ),
+    _Refusal(
         lambda a: _has_adapters(a) and a.moe_router_enable_expert_bias and a.moe_router_bias_update_rate,
         "--moe-router-bias-update-rate changes the frozen model that adapters stand beside. Leave it out.",
     ),
@@ -226,6 +252,14 @@ _REFUSALS = (
         ),
         "--moe-single-grouped-weight, --moe-mlp-glu-interleave-size: adapters are of each expert's own weights, gate "
         "and up in two blocks. Leave them out.",
+    ),
+    _Refusal(
+        lambda a: (
+            a.use_transformer_engine_op_fuser
+            and (a.layer_norms == "after" or a.parallel_layers or a.norms_without_bias)
+        ),
+        "--use-transformer-engine-op-fuser has its norm in front of the MLP, where --layer-norms after, "
+        "--parallel-layers and --norms-without-bias leave none. Leave it out.",
     ),
     # What our attention or log-probs replace.
     _Refusal(

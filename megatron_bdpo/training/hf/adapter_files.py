@@ -27,7 +27,7 @@ from megatron_bdpo.model.lora.peft_format import (
     base_of,
     config_json,
     open_weights,
-    refuse_fused,
+    refuse_targets,
 )
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, host_group, is_rank_zero, say
 from megatron_bdpo.training.hf.start import architecture_of
@@ -57,7 +57,7 @@ def adapters_loader(settings: Settings, config: LoraConfig) -> Callable[[list[An
 def check_targets(settings: Settings, config: LoraConfig) -> None:
     """Refuse adapters that PEFT's format has no place for, before anything is built."""
     if settings.model.hf_model:
-        refuse_fused(_architecture(settings).weights, config)
+        refuse_targets(_architecture(settings).weights, config)
 
 
 def expected_base(settings: Settings) -> str:

@@ -53,8 +53,7 @@ def start_from_hugging_face(arguments: Arguments) -> None:
                 f"{why}. Leave --lora-rank and --lora-start out: all weights are trained then."
             )
         if weights or any(directory.glob("*.safetensors")):
-            checkpoint = architecture.open_weights(directory)
-            checkpoint.check(architecture.weights.shapes(), left_out=architecture.left_out)
+            architecture.open_weights(directory).check(architecture.weights.shapes(), left_out=architecture.left_out)
         else:
             say(f"weights: not in {directory}, so not checked")
         arguments.set(**_arguments(arguments, architecture))

@@ -55,6 +55,7 @@ LEFT_OUT: dict[str, str] = {
         activation_offload_fraction fine_grained_offloading_max_inflight_offloads moe_paged_stash
         moe_paged_stash_page_size moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_buffer_size_factor_cpu""",
     "gradients, and how the weights learn: a reference has neither": """
+        freeze_routers
         finalize_model_grads_func grad_scale_func moe_grad_scale_func mtp_grad_scale_func no_sync_func grad_sync_func
         param_sync_func gradient_accumulation_fusion delay_wgrad_compute defer_embedding_wgrad_compute
         wgrad_deferral_limit overlap_dispatch_backward_with_experts_wgrad fp8_wgrad calculate_per_token_loss

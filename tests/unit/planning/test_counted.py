@@ -33,6 +33,7 @@ GPT2 = {
     "max_position_embeddings": 512,
 }
 QWEN = {"add_qkv_bias": True, "qk_layernorm": True, "kv_channels": 16}
+OLMO = {"qk_layernorm": True, "kv_channels": 16, "qk_norm_over_heads": True, "layer_norms": "after"}
 EXPERTS = {
     "num_experts": 4,
     "moe_router_topk": 2,
@@ -110,6 +111,12 @@ CASES = {
     "DP2, bf16, distributed optimizer": Case(ranks=2, flags=f"--bf16 {DISTRIBUTED}"),
     "TP2, biases, LayerNorm": Case(ranks=2, split=Split(layout=Layout(2, 1, 1)), model=GPT2),
     "TP2 SP, qk-norm": Case(ranks=2, split=Split(layout=Layout(2, 1, 1)), flags=SP, model=QWEN),
+    "parallel layers": Case(model={"normalization": "LayerNorm", "norms_without_bias": True, "parallel_layers": True}),
+    "norms around, bf16": Case(flags="--bf16", model={"layer_norms": "around"}),
+    "norms behind, qk-norm over heads, bf16": Case(flags="--bf16", model=OLMO),
+    "TP2 SP, norms behind, qk-norm over heads": Case(
+        ranks=2, split=Split(layout=Layout(2, 1, 1)), flags=SP, model=OLMO
+    ),
     "CP2, distributed optimizer": Case(ranks=2, split=Split(layout=Layout(1, 1, 2)), flags=DISTRIBUTED),
     "PP2, tied": Case(ranks=2, split=Split(layout=Layout(1, 2, 1)), model=TIED),
     "PP2, 1 + 3 layers": Case(ranks=2, split=Split(layout=Layout(1, 2, 1), first_layers=1)),

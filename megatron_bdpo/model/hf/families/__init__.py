@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_bdpo.model.hf.families import exaone, gemma, glm, gpt_oss, granite, llama, olmo, phi, qwen
+from megatron_bdpo.model.hf.families import cohere, ernie, exaone, gemma, glm, gpt_oss, granite, llama, olmo, phi, qwen
 from megatron_bdpo.model.hf.family import Family
 
 _ALL = (
     llama.LLAMA,
+    llama.SEED_OSS,
+    llama.SMOLLM3,
     llama.MISTRAL,
     llama.MIXTRAL,
     qwen.QWEN2,
@@ -23,6 +25,9 @@ _ALL = (
     olmo.OLMO3,
     granite.GRANITE,
     exaone.EXAONE4,
+    cohere.COHERE2,
+    ernie.ERNIE4_5,
+    glm.GLM4,
     glm.GLM4_MOE,
     gpt_oss.GPT_OSS,
 )
@@ -32,4 +37,6 @@ FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
 #: Families that people will try, and why they cannot be trained here.
 REFUSED: Mapping[str, str] = {
     "gemma3": "it reads images, too; its language model alone can be, saved as Gemma3ForCausalLM (gemma3_text)",
+    "ernie4_5_moe": "its router weighs experts by a softmax and chooses them with a bias beside it, which Megatron has "
+    "for sigmoids alone",
 }

@@ -11,6 +11,8 @@ from megatron_bdpo.model.hf.family import (
     QK_NORM,
     Config,
     Family,
+    bias_arguments,
+    bias_rules,
     gated_mlp,
     norms_behind,
     tensors,
@@ -42,6 +44,7 @@ _ONE_KIND_OF_GELU = {**_GELU, "hidden_activation": ("gelu_pytorch_tanh",)}
 _LATER_DEFAULTS = {
     **_DEFAULTS,
     "num_key_value_heads": 4,
+    "attention_bias": False,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "layer_types": None,
@@ -59,6 +62,7 @@ def _later_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma2_arguments(values: Config) -> dict[str, Any]:
     return {
+        **bias_arguments(values),
         "attention_scale": values["query_pre_attn_scalar"] ** -0.5,
         "attention_softcap": values["attn_logit_softcapping"],
         "logit_softcap": values["final_logit_softcapping"],
@@ -68,12 +72,12 @@ def _gemma2_arguments(values: Config) -> dict[str, Any]:
 GEMMA2 = Family(
     "gemma2",
     "Gemma2ForCausalLM",
-    tensors(ATTENTION, *_NORMS_AROUND),
-    models="Gemma 2 2B to 27B",
-    layers="as Gemma, norms around attention and MLP, capped scores and logits, windows in every other layer",
+    lambda values: tensors(ATTENTION, *_NORMS_AROUND, bias_rules(values)),
     arguments={**_ARGUMENTS, "layer_norms": "around"},
     defaults={**_LATER_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     only=_ONE_KIND_OF_GELU,
+    models="Gemma 2 2B to 27B",
+    layers="as Gemma, norms around attention and MLP, capped scores and logits, windows in every other layer",
     spelling=lambda values: with_layer_types(values, 2),
     own_arguments=_gemma2_arguments,
     own_config=lambda arguments: {
@@ -85,6 +89,7 @@ GEMMA2 = Family(
 
 def _gemma3_arguments(values: Config) -> dict[str, Any]:
     return {
+        **bias_arguments(values),
         "attention_scale": values["query_pre_attn_scalar"] ** -0.5,
         "logit_softcap": values["final_logit_softcapping"],
         "local_rotary_base": whole(values[LOCAL_BASE]) if LOCAL in values["layer_types"] else None,
@@ -94,9 +99,7 @@ def _gemma3_arguments(values: Config) -> dict[str, Any]:
 GEMMA3_TEXT = Family(
     "gemma3_text",
     "Gemma3ForCausalLM",
-    tensors(ATTENTION, QK_NORM, *_NORMS_AROUND),
-    models="Gemma 3 270M, 1B, and the larger ones' language model",
-    layers="as Gemma, norms around, norms of q and k, windows and a rotary base of their own in five of six layers",
+    lambda values: tensors(ATTENTION, QK_NORM, *_NORMS_AROUND, bias_rules(values)),
     arguments={**_ARGUMENTS, "layer_norms": "around", "qk_layernorm": True},
     defaults={
         **_LATER_DEFAULTS,
@@ -106,6 +109,8 @@ GEMMA3_TEXT = Family(
         "_sliding_window_pattern": None,  # releases that write it write layer_types, too
         "final_logit_softcapping": None,
     },
+    models="Gemma 3 270M, 1B, and the larger ones' language model",
+    layers="as Gemma, norms around, norms of q and k, windows and a rotary base of their own in five of six layers",
     only=_ONE_KIND_OF_GELU,
     spelling=lambda values: with_rope_of_kinds(with_layer_types(values, values["sliding_window_pattern"] or 6)),
     own_arguments=_gemma3_arguments,

@@ -1,4 +1,4 @@
-"""GLM-4.5 and its mixtures: part of each head is rotated, the first layers are dense."""
+"""GLM-4 and GLM-4.5: part of each head is rotated; of 4.5 and its mixtures the first layers are dense."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from megatron_bdpo.model.hf.family import (
     Config,
     Family,
     experts,
+    gated_mlp,
+    norms_behind,
     shared_expert,
     tensors,
 )
@@ -40,7 +42,7 @@ def _arguments(values: Config) -> dict[str, Any]:
 
 
 def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {"attention_bias": bool(arguments["add_qkv_bias"]), "use_qk_norm": bool(arguments["qk_layernorm"])}
+    return {"use_qk_norm": bool(arguments["qk_layernorm"])}
 
 
 GLM4_MOE = Family(
@@ -68,4 +70,34 @@ GLM4_MOE = Family(
     only=SILU | {"norm_topk_prob": (True,)},
     own_arguments=_arguments,
     own_config=_config,
+)
+
+
+def _glm4_rules(values: Config) -> Mapping[str, Rule]:
+    return tensors(
+        ATTENTION,
+        QKV_BIAS if values["attention_bias"] else {},
+        gated_mlp("post_attention_layernorm"),
+        {"mlp.linear_fc1.weight": Rule({"mlp.gate_up_proj.weight": ("ffn", "ffn")}, "hidden")},
+        norms_behind("post_self_attn_layernorm", "post_mlp_layernorm"),
+    )
+
+
+GLM4 = Family(
+    "glm4",
+    "Glm4ForCausalLM",
+    _glm4_rules,
+    models="GLM-4 9B, 32B (0414)",
+    layers="norms around, half of a head rotated, neighbouring dimensions",
+    arguments={"layer_norms": "around", "rotary_interleaved": True},
+    defaults={
+        "rms_norm_eps": 1.5625e-7,
+        "head_dim": 128,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+    },
+    only=SILU,
+    own_arguments=lambda values: {"add_qkv_bias": values["attention_bias"]},
+    own_config=lambda arguments: {"attention_bias": bool(arguments["add_qkv_bias"])},
 )

@@ -52,6 +52,7 @@ def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     frequency, layers = arguments["window_attn_skip_freq"], arguments["num_layers"]
     slides = [bool(arguments["window_size"])] * layers if frequency is None else map(bool, frequency)
     return {
+        "num_local_experts": arguments["num_experts"],
         "swiglu_limit": arguments["activation_func_clamp_value"],
         "layer_types": ["sliding_attention" if each else "full_attention" for each in slides],
         "attention_bias": True,

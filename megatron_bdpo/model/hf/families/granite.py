@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_bdpo.model.hf.family import ATTENTION, MLP, SILU, Config, Family, tensors
+from megatron_bdpo.model.hf.family import ATTENTION, MLP, SILU, Config, Family, bias_arguments, bias_rules, tensors
 from megatron_bdpo.model.hf.kinds import whole
 
 
@@ -15,6 +15,7 @@ def _unless_one(value: float) -> float | None:
 
 def _arguments(values: Config) -> dict[str, Any]:
     return {
+        **bias_arguments(values),
         "attention_scale": float(values["attention_multiplier"]),
         "embedding_multiplier": _unless_one(values["embedding_multiplier"]),
         "residual_multiplier": _unless_one(values["residual_multiplier"]),
@@ -34,11 +35,13 @@ def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
 GRANITE = Family(
     "granite",
     "GraniteForCausalLM",
-    tensors(ATTENTION, MLP),
+    lambda values: tensors(ATTENTION, MLP, bias_rules(values)),
     models="Granite 3.0 to 3.3, dense",
     layers="multipliers of embeddings, scores, residuals, logits",
     defaults={
         "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "mlp_bias": False,
         "attention_multiplier": 1.0,
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,

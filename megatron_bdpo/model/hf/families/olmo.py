@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_bdpo.errors import UserError
@@ -12,6 +13,8 @@ from megatron_bdpo.model.hf.family import (
     SILU,
     Config,
     Family,
+    bias_arguments,
+    bias_rules,
     norms_behind,
     tensors,
 )
@@ -30,20 +33,30 @@ _QK_NORM_OVER_HEADS = {
     "self_attention.q_layernorm.weight": Rule({"self_attn.q_norm.weight": "queries"}),
     "self_attention.k_layernorm.weight": Rule({"self_attn.k_norm.weight": "keys"}),
 }
-_TENSORS = tensors(
-    PROJECTIONS, _QK_NORM_OVER_HEADS, GATED, norms_behind("post_attention_layernorm", "post_feedforward_layernorm")
-)
+
+
+def _tensors(values: Config) -> dict[str, Rule]:
+    return tensors(
+        PROJECTIONS,
+        _QK_NORM_OVER_HEADS,
+        GATED,
+        norms_behind("post_attention_layernorm", "post_feedforward_layernorm"),
+        bias_rules(values),
+    )
+
+
 _LAYERS = {"qk_layernorm": True, "qk_norm_over_heads": True, "layer_norms": "after"}
 
 OLMO2 = Family(
     "olmo2",
     "Olmo2ForCausalLM",
-    _TENSORS,
+    _tensors,
     models="OLMo 2",
     layers="norms behind, norms over all heads of q and of k",
     arguments=_LAYERS,
-    defaults={"rms_norm_eps": 1e-5},
+    defaults={"rms_norm_eps": 1e-5, "attention_bias": False},
     only=SILU | QK_NORM_ALWAYS,
+    own_arguments=bias_arguments,
 )
 
 _OLMO3_BASE = 5e5
@@ -70,26 +83,37 @@ def _olmo3_arguments(values: Config) -> dict[str, Any]:
         "rope_type": "default",
         **rope,
     }
-    return {"local_rotary_base": None if alike or LOCAL not in values["layer_types"] else whole(values[LOCAL_BASE])}
-
-
-def _olmo3_config(arguments: Any) -> dict[str, Any]:
-    local = arguments["local_rotary_base"] or arguments["rotary_base"]
-    bases = {LOCAL: float(local), GLOBAL: float(arguments["rotary_base"])}
     return {
-        "layer_types": layer_types(arguments),
-        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
+        **bias_arguments(values),
+        "local_rotary_base": None if alike or LOCAL not in values["layer_types"] else whole(values[LOCAL_BASE]),
     }
+
+
+def _olmo3_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """In the spelling of early releases where that says it all: base and scaling beside each other."""
+    bases = {LOCAL: arguments["local_rotary_base"] or arguments["rotary_base"], GLOBAL: arguments["rotary_base"]}
+    config: dict[str, Any] = {"layer_types": layer_types(arguments)}
+    if set(bases.values()) != {_OLMO3_BASE}:
+        config["rope_parameters"] = {
+            kind: {"rope_type": "default", "rope_theta": float(base)} for kind, base in bases.items()
+        }
+    return config
 
 
 OLMO3 = Family(
     "olmo3",
     "Olmo3ForCausalLM",
-    _TENSORS,
+    _tensors,
     models="OLMo 3",
     layers="as OLMo 2, windows in three of four layers, scaled positions in the others",
     arguments=_LAYERS,
-    defaults={"rms_norm_eps": 1e-5, "rope_theta": _OLMO3_BASE, "sliding_window": 4096, "layer_types": None},
+    defaults={
+        "rms_norm_eps": 1e-5,
+        "rope_theta": _OLMO3_BASE,
+        "sliding_window": 4096,
+        "layer_types": None,
+        "attention_bias": False,
+    },
     only=SILU | QK_NORM_ALWAYS,
     spelling=_olmo3_spelling,
     own_arguments=_olmo3_arguments,

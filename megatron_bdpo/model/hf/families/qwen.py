@@ -16,6 +16,8 @@ from megatron_bdpo.model.hf.family import (
     SOME_LAYERS_SLIDE,
     SOME_LAYERS_SPARSE,
     Family,
+    bias_arguments,
+    bias_rules,
     experts,
     shared_expert,
     tensors,
@@ -25,7 +27,7 @@ QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
     tensors(ATTENTION, QKV_BIAS, MLP),
-    models="Qwen2, Qwen2.5, DeepSeek R1 distilled to Qwen",
+    models="Qwen2, Qwen2.5, R1 distilled to Qwen",
     layers="biases of q, k, v; windows in some layers",
     arguments={"add_qkv_bias": True},
     defaults={"rms_norm_eps": 1e-6, **SOME_LAYERS_SLIDE},
@@ -65,22 +67,27 @@ QWEN2_MOE = Family(
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
-    tensors(ATTENTION, QK_NORM, MLP),
+    lambda values: tensors(ATTENTION, QK_NORM, MLP, bias_rules(values)),
     models="Qwen3 0.6B to 32B",
     layers="norms of q and k; windows in some layers",
     arguments={"qk_layernorm": True},
-    defaults={"rms_norm_eps": 1e-6, "head_dim": 128, **SOME_LAYERS_SLIDE},
+    own_arguments=bias_arguments,
+    defaults={"attention_bias": False, "rms_norm_eps": 1e-6, "head_dim": 128, **SOME_LAYERS_SLIDE},
     only=SILU | QK_NORM_ALWAYS,
 )
 
 QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
-    tensors(ATTENTION, QK_NORM, DENSE_MLP, experts("mlp", "gate_proj", "up_proj", "down_proj")),
+    lambda values: tensors(
+        ATTENTION, QK_NORM, bias_rules(values), DENSE_MLP, experts("mlp", "gate_proj", "up_proj", "down_proj")
+    ),
     models="Qwen3 30B-A3B, 235B-A22B, Coder",
-    layers="norms of q and k; experts",
+    layers="norms of q and k; experts, also in some layers alone",
     arguments={"qk_layernorm": True},
+    own_arguments=bias_arguments,
     defaults={
+        "attention_bias": False,
         **SOME_LAYERS_SPARSE,
         "rms_norm_eps": 1e-6,
         "num_experts": 128,
