@@ -41,3 +41,5 @@ class LayerOptions:
     """without --add-bias-linear: a bias behind attention's output projection (Llama's attention_bias)"""
     mlp_bias: bool = False
     """without --add-bias-linear: biases in the MLPs of layers that have no experts (Llama's mlp_bias)"""
+    latent_norm_epsilon: float | None = None
+    """with --multi-latent-attention: epsilon of the latents' norms, where it is not that of the layers (DeepSeek-V3)"""

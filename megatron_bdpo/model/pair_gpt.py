@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, answer_log_probs, likeliest_tokens
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
+from megatron_bdpo.model.latent_attention import norm_with_epsilon, with_latent_attention
 from megatron_bdpo.model.layer import with_options
 from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.linear_biases import add_biases
@@ -170,9 +171,11 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
         attention = spec.submodules.self_attention.submodules
         attention.core_attention = PairAttention
         spec.submodules.mlp = with_pair_router(spec.submodules.mlp)
+        if transformer.multi_latent_attention:
+            _latent_attention(spec.submodules.self_attention, config)
         if not use_te:
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LocalNorm
-            if transformer.qk_layernorm and not transformer.qk_l2_norm:
+            if transformer.qk_layernorm and not transformer.qk_l2_norm and not transformer.multi_latent_attention:
                 attention.q_layernorm = attention.k_layernorm = LocalNorm
         with_options(spec, config.layers, use_te=use_te)
     if not use_te:
@@ -185,6 +188,19 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     for spec in block.layer_specs:
         add_biases(spec.submodules, config.layers)
     return block
+
+
+def _latent_attention(spec: Any, config: Any) -> None:
+    """Multi-latent attention along a plan, its norms apart, in either implementation."""
+    transformer = config.transformer
+    norm: Any = LocalNorm
+    linear: Any = spec.submodules.linear_q_proj  # behind no norm, in local layers
+    if transformer.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        norm, linear = TESpecProvider().layer_norm(), TESpecProvider().column_parallel_linear()
+    own = norm_with_epsilon(norm, config.layers.latent_norm_epsilon)
+    with_latent_attention(spec, own if transformer.qk_layernorm else None, linear)
 
 
 class ScoringOutputLayer(ColumnParallelLinear):

@@ -109,7 +109,9 @@ def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: boo
     residual = positions * model.hidden * pack.bytes / _narrow(tensor, pack)
     queries = positions * model.heads * model.head * pack.bytes / tensor
     # With fewer groups than tensor-parallel ranks, ranks share a group.
-    keys_of_pack = pack.length * max(model.groups / tensor, 1) * model.head * pack.bytes
+    groups_of_pack = pack.length * max(model.groups / tensor, 1) * pack.bytes
+    keys_of_pack, values_of_pack = groups_of_pack * model.head, groups_of_pack * model.value
+    outputs_of_heads = positions * model.heads * model.value * pack.bytes / tensor
     qkv, projection = attention_linears(model)
     into, _ = mlp_linears(model, model.ffn)
     # A router reads the second norm's output too.
@@ -120,13 +122,17 @@ def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: boo
         input=residual,
         norms=model.norms * _norm(model, pack, residual) + outputs,
         norm_outputs=outputs,
-        core_attention=2 * queries + positions * model.heads * _FP32 / tensor + 2 * pack.keys * keys_of_pack,
-        projection=_keeps_input(projection, pack) * queries
-        + (0 if pack.fused else 4 * positions * model.head * pack.bytes)
+        core_attention=queries
+        + outputs_of_heads
+        + positions * model.heads * _FP32 / tensor
+        + pack.keys * (keys_of_pack + values_of_pack),
+        projection=_keeps_input(projection, pack) * outputs_of_heads
+        + (_latents(model, split, pack) if model.latents else 0)
+        + (0 if pack.fused else 4 * positions * _rotated(model) * pack.bytes)
         + _qk_norm(model, split, pack)
         + _adapters((qkv, projection), positions, tensor, pack),
         mlp=_experts(model, split, pack) if has_experts else _mlp(model, split, pack, model.ffn),
-        core_attention_input=2 * queries + 3 * keys_of_pack / split.layout.context,
+        core_attention_input=queries + outputs_of_heads + (2 * keys_of_pack + values_of_pack) / split.layout.context,
         has_experts=has_experts,
     )
 
@@ -134,6 +140,20 @@ def layer_bytes(model: ModelShape, split: Split, pack: Pack, *, has_experts: boo
 def norm_bytes(model: ModelShape, layer: LayerBytes) -> float:
     """What one of a layer's norms keeps, but for its output."""
     return (layer.norms - layer.norm_outputs) / model.norms
+
+
+def _rotated(model: ModelShape) -> int:
+    """Part of a head."""
+    return model.latents.rotated if model.latents else model.head
+
+
+def _latents(model: ModelShape, split: Split, pack: Pack) -> float:
+    """Of multi-latent attention: what its norms and matrices read, and the latents themselves."""
+    assert model.latents is not None
+    narrow = pack.length / split.layout.context / _narrow(split.layout.tensor, pack) * pack.bytes
+    normed = model.latents.queries + model.latents.keys
+    # A norm keeps its input, in local layers normalised too, and the layer behind it what comes out.
+    return narrow * normed * (2 if pack.fused else 2 + _FP32 / pack.bytes)
 
 
 def _norm(model: ModelShape, pack: Pack, residual: float) -> float:

@@ -4,7 +4,9 @@
 |-------------------|----------------------------------------------------------------------------------------|
 | query, key, value | H (n + 2 g) d / tp, and with biases (n + 2 g) d / tp                                    |
 | projection        | n d H / tp, and a bias H; learned sinks n / tp                                          |
-| norms             | 1, 2 or 4 of H; of queries and keys 2 of d, or of n d and g d over all heads.       |
+| with latents      | query H r_q / tp, r_q, r_q n d / tp; key and value H (r + rope) / tp, r, r n (nope + v) / tp; |
+|                   | projection n v H / tp. Transformer Engine's layers hold the matrices to latents whole     |
+| norms             | 1, 2 or 4 of H; of queries and keys 2 of d, or of n d and g d over all heads.           |
 |                   | RMSNorm has one vector, LayerNorm two                                                   |
 | MLP               | 3 H F / tp with a gate, 2 H F / tp without; biases                                      |
 | experts           | router H E; each of the rank's E / ep experts 3 H F_e / etp; a shared expert as an MLP  |
@@ -24,6 +26,22 @@ from typing import Any
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """Multi-latent attention."""
+
+    queries: int
+    """Width of the queries' latent; 0: they have none."""
+    keys: int
+    """Width of the latent of keys and values."""
+    rotated: int
+    """Part of a head of queries and keys."""
+    value: int
+    """A head of values."""
+    are_divided: bool
+    """The matrices to latents are divided over tensor-parallel ranks, as in Megatron's local layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +70,8 @@ class ModelShape:
     qk_norm: bool = False
     qk_norm_over_heads: bool = False
     """It is one norm over all heads of the queries, and one over those of the keys."""
+    latents: Latents | None = None
+    """Where it has multi-latent attention; a head of queries and keys is ``head`` wide."""
     sinks: bool = False
     quick_gelu: bool = False
     """The gate's activation is x sigmoid(1.702 x), whose two factors are kept."""
@@ -84,6 +104,11 @@ class ModelShape:
         """Of the work of attention without windows, what they leave, over all layers."""
         return sum(self.keys_seen(layer, keys) for layer in range(self.layers)) / (self.layers * keys)
 
+    @property
+    def value(self) -> int:
+        """Width of a head of values, and of what a head puts out."""
+        return self.latents.value if self.latents else self.head
+
     def has_experts(self, layer: int) -> bool:
         """Whether this layer's MLP is one of experts."""
         return bool(self.experts) and (not self.expert_layers or self.expert_layers[layer])
@@ -101,7 +126,7 @@ class ModelShape:
             UserError: a kind of layer that is not counted here.
         """
         get: Callable[..., Any] = arguments.get
-        for name in ("multi_latent_attention", "mtp_num_layers", "moe_latent_size"):
+        for name in ("mtp_num_layers", "moe_latent_size"):
             if get(name):
                 raise UserError(f"memory is not estimated for models with --{name.replace('_', '-')}.")
         heads, hidden, layers = get("num_attention_heads"), get("hidden_size"), get("num_layers")
@@ -114,7 +139,9 @@ class ModelShape:
             ffn=ffn,
             heads=heads,
             groups=(get("num_query_groups") if get("group_query_attention") else None) or heads,
-            head=get("kv_channels") or hidden // heads,
+            head=(get("qk_head_dim") or 128) + (get("qk_pos_emb_head_dim") or 64)
+            if get("multi_latent_attention")
+            else get("kv_channels") or hidden // heads,
             vocab=vocab,
             gated=gated,
             biases=bool(get("add_bias_linear", True)),
@@ -123,9 +150,10 @@ class ModelShape:
             mlp_bias=bool(get("mlp_bias")),
             rms_norm=get("normalization") == "RMSNorm",
             norm_vectors=1 if get("normalization") == "RMSNorm" or get("norms_without_bias") else 2,
-            qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm"),
+            qk_norm=bool(get("qk_layernorm")) and not get("qk_l2_norm") and not get("multi_latent_attention"),
             norms=1 if get("parallel_layers") else 4 if get("layer_norms") == "around" else 2,
             qk_norm_over_heads=bool(get("qk_norm_over_heads")),
+            latents=_latents(get) if get("multi_latent_attention") else None,
             sinks=get("softmax_type") == "learnable",
             quick_gelu=bool(get("quick_geglu")),
             clamped=get("activation_func_clamp_value") is not None,
@@ -151,6 +179,16 @@ def _windows(window: tuple[int, int] | None, skip: int | Sequence[int] | None, l
     if isinstance(skip, int):
         return tuple(window[0] if (layer + 1) % skip else None for layer in range(layers))
     return tuple(window[0] if has_window else None for has_window in skip)
+
+
+def _latents(get: Callable[..., Any]) -> Latents:
+    return Latents(
+        queries=get("q_lora_rank", None) or 0,
+        keys=get("kv_lora_rank") or 512,
+        rotated=get("qk_pos_emb_head_dim") or 64,
+        value=get("v_head_dim") or 128,
+        are_divided=get("transformer_impl") == "local",
+    )
 
 
 def _expert_layers(frequency: int | Sequence[int], layers: int) -> tuple[bool, ...]:
@@ -237,9 +275,10 @@ def stage_parameters(model: ModelShape, split: Split, stage: int) -> Parameters:
 
 def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
     """Of one layer on one rank, but for its experts."""
-    hidden, queries = model.hidden, model.heads * model.head
+    hidden, queries = model.hidden, model.heads * model.value
     projected = (model.heads + 2 * model.groups) * model.head // tensor
-    attention = hidden * projected + hidden * queries // tensor
+    into = latent_parameters(model, tensor) if model.latents else hidden * projected
+    attention = into + hidden * queries // tensor
     attention += (model.biases or model.qkv_bias) * projected + (model.biases or model.output_bias) * hidden
     attention += model.heads // tensor if model.sinks else 0
     norms = model.norms * hidden
@@ -251,6 +290,21 @@ def layer_parameters(model: ModelShape, tensor: int, has_experts: bool) -> int:
     router = hidden * model.experts + model.biases * model.experts
     shared = mlp_parameters(model, model.shared_expert_ffn, tensor) if model.shared_expert_ffn else 0
     return attention + norms + router + shared + (hidden if model.shared_expert_gate and shared else 0)
+
+
+def latent_parameters(model: ModelShape, tensor: int) -> int:
+    """Of what multi-latent attention makes queries, keys and values with, on one rank."""
+    latents, hidden = model.latents, model.hidden
+    assert latents is not None
+    shares = tensor if latents.are_divided else 1
+    queries = model.heads * model.head // tensor
+    if latents.queries:
+        queries_made = hidden * latents.queries // shares + latents.queries + latents.queries * queries
+    else:
+        queries_made = hidden * queries
+    made = model.heads * (model.head - latents.rotated + latents.value) // tensor
+    keys_made = hidden * (latents.keys + latents.rotated) // shares + latents.keys + latents.keys * made
+    return queries_made + keys_made
 
 
 def expert_parameters(model: ModelShape, split: Split) -> int:

@@ -48,7 +48,7 @@ from megatron_bdpo.planning.adapters import Adapters, Linear, attention_linears,
 from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.machine import Machine
 from megatron_bdpo.planning.memory import JobShape, kept_softmax, trained_parameters
-from megatron_bdpo.planning.model import ModelShape, Split
+from megatron_bdpo.planning.model import ModelShape, Split, latent_parameters
 
 #: Bytes that Adam reads and writes a parameter: fp32 gradient, weight and two moments read, the last three written,
 #: bf16 weight written.
@@ -172,10 +172,11 @@ def _forward_operations(
     if has_experts:
         shared = inner * model.shared_expert_ffn / tensor
         mlp = inner * model.expert_top_k * model.expert_ffn / tensor + shared + hidden * model.experts / tensor
+    into = latent_parameters(model, tensor) if model.latents else hidden * projected  # norms are next to nothing
     return (
-        2 * positions * hidden * projected,
-        4 * positions * keys * model.heads * model.head / tensor,
-        2 * positions * hidden * model.heads * model.head / tensor,
+        2 * positions * into,
+        2 * positions * keys * model.heads * (model.head + model.value) / tensor,
+        2 * positions * hidden * model.heads * model.value / tensor,
         2 * positions * mlp,
     )
 
@@ -267,7 +268,7 @@ def _context(model: ModelShape, job: JobShape, machine: Machine) -> float:
     layout = job.split.layout
     groups = max(model.groups / layout.tensor, 1)
     return machine.collective(
-        2 * job.pack_length * groups * model.head * job.weight_bytes, layout.tensor, layout.context
+        job.pack_length * groups * (model.head + model.value) * job.weight_bytes, layout.tensor, layout.context
     )
 
 

@@ -91,6 +91,8 @@ class ArchitectureSettings:
     window_size: tuple[int, int] | None
     window_attn_skip_freq: object
     softmax_type: str
+    multi_latent: bool = _of("multi_latent_attention")
+    value_size: int = _of("v_head_dim")
     clamp: float | None = _of("activation_func_clamp_value")
     biases: bool = _of("add_bias_linear")
     implementation: str = _of("transformer_impl")

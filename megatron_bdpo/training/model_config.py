@@ -40,9 +40,20 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
         raise UserError("--norms-without-bias: an RMSNorm has none. Add --normalization LayerNorm, or leave it out.")
     if settings.layers.parallel_layers and settings.layers.layer_norms != "before":
         raise UserError("--parallel-layers: their norm is before both. Leave --layer-norms out.")
+    if settings.architecture.multi_latent:
+        _finish_latent_attention(config, arguments)
     if settings.architecture.clamp is not None:
         # Megatron's fused kernels clamp before they add a bias, its plain layers after it, as models are trained.
         config.transformer.bias_activation_fusion = False
     if settings.architecture.experts and settings.architecture.biases:
         config.transformer.bias_dropout_fusion = False  # grouped experts refuse it; there is no dropout either way
     return config
+
+
+def _finish_latent_attention(config: PairGPTConfig, arguments: Arguments) -> None:
+    """What Megatron leaves behind of YaRN's arguments, which it reads for its other attention."""
+    given = vars(arguments.megatron)
+    for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
+        if given.get(f"yarn_{name}") is not None:
+            setattr(config.transformer, name, given[f"yarn_{name}"])
+    config.transformer.apply_rope_fusion = False  # its kernel takes positions as they come, not a plan's

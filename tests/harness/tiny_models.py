@@ -48,6 +48,29 @@ _GLM_MOE = {
     "num_mtp_layers": 0,
 }
 
+_DEEPSEEK = _GLM_MOE | {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 40.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+        "original_max_position_embeddings": 64,
+    },
+}
+
 #: Name -> transformers' class of the model, and settings beyond ``_SIZES``.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rms_norm_eps": 1e-4}),
@@ -186,6 +209,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 moe mixed": (
         "Qwen2Moe",
         _QWEN_MOE | {"shared_expert_intermediate_size": 40, "decoder_sparse_step": 2, "norm_topk_prob": True},
+    ),
+    "deepseek v3": ("DeepseekV3", _DEEPSEEK),
+    "deepseek v3 moonlight": (
+        "DeepseekV3",
+        _DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-3, "rope_parameters": None},
     ),
     "glm4 moe": ("Glm4Moe", _GLM_MOE | {"attention_bias": True, "use_qk_norm": True, "head_dim": 32}),
     "glm4 moe grouped": ("Glm4Moe", _GLM_MOE | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 0}),

@@ -56,6 +56,7 @@ MODELS = {
     "phi3": DENSE,
     "qwen2 moe mixed": SPARSE,
     "glm4 moe": SPARSE,
+    "deepseek v3": SPARSE,
     "qwen3 moe unnormed": SPARSE,
 }
 CASES = {f"{name} {layout}": (name, *case) for name, layouts in MODELS.items() for layout, case in layouts.items()}

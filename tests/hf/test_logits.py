@@ -24,7 +24,7 @@ LAYOUTS = {
 }
 EP2 = (2, ["--expert-model-parallel-size", "2"])
 SP = ["--sequence-parallel"]  # which experts need with tensor parallelism, and which is nothing without it
-EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name or "gpt" in name]
+EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name or "gpt" in name or "deepseek" in name]
 #: What a model needs beside.
 NEEDS = dict.fromkeys(EXPERTS, SP) | {"gpt-oss": [*SP, "--expert-tensor-parallel-size", "1"]}
 #: Models in every layout, the others in the simplest and the fullest; later families have theirs in ``test_gradients``.

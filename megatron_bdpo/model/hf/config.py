@@ -7,6 +7,7 @@ release of transformers writes what is understood here; the two spellings of rot
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -37,6 +38,7 @@ SHARED_ARGUMENTS: Mapping[str, Any] = {
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
     "softmax_type": "vanilla",
+    "multi_latent_attention": False,
     "squared_relu": False,
     "add_bias_linear": False,
     "add_qkv_bias": False,
@@ -113,7 +115,7 @@ def read_config(config: Config) -> Architecture:
     values = {**DEFAULTS, **family.defaults, **read}
     check_kinds(values)
     values = dict(family.spelling(values))
-    sizes = _sizes(values)
+    sizes = dataclasses.replace(_sizes(values), **family.own_sizes(values))
     arguments = (
         dict(SHARED_ARGUMENTS)
         | _size_arguments(sizes, values)
@@ -278,9 +280,10 @@ def _yarn_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "rope_type": "yarn",
         "factor": arguments["rotary_scaling_factor"],
         "original_max_position_embeddings": arguments["yarn_original_max_position_embeddings"],
-        "truncate": arguments["yarn_correction_range_round_to_int"],
         **{key: arguments[name] for key, name, _ in _YARN},
     }
+    if not arguments["yarn_correction_range_round_to_int"]:
+        scaling["truncate"] = False
     if arguments["mscale_all_dim"]:
         scaling |= {key: arguments[key] for key in ("mscale", "mscale_all_dim")}
     return scaling
@@ -369,7 +372,7 @@ def _unchecked_config(family: Family, arguments: Mapping[str, Any], vocab_size: 
             "factor": arguments["rope_scaling_factor"],
             **_LLAMA3_CONSTANTS,
         }
-    if arguments.get("position_embedding_type") == "yarn" and arguments.get("rotary_scaling_factor"):
+    if "yarn" in (arguments.get("position_embedding_type"), arguments.get("rope_type")):
         config["rope_scaling"] = _yarn_config(arguments)
     if "sliding_window" in family.defaults:
         config["sliding_window"] = window[0] + 1 if window else None
@@ -406,4 +409,5 @@ def _plain(value: Any) -> Any:
 def exported(config: Config, dtype: str) -> dict[str, Any]:
     """The configuration of what is written: with the weights' data type, and without layers that are left out."""
     name = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return {**config, **{key: 0 for key in _FURTHER if config.get(key)}, name: dtype}
+    written = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    return {**written, **{key: 0 for key in _FURTHER if config.get(key)}, name: dtype}

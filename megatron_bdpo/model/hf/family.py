@@ -210,6 +210,10 @@ class Family:
     the family's defaults, and its arguments go before the others."""
     own_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda arguments: {}
     """The way back: keys of ``config.json`` from Megatron's arguments."""
+    own_sizes: Callable[[Config], Mapping[str, Any]] = lambda values: {}
+    """Fields of ``Dimensions`` that others do not have."""
+    own_code: tuple[str, ...] = ()
+    """How code is called that published files bring along, and that computes what transformers' own class does."""
     unpack: Callable[[HuggingFaceCheckpoint, Dimensions], HuggingFaceCheckpoint] | None = None
     """Of a family whose files do not hold the tensors that ``rules`` name: presents those, see ``packed``."""
     pack: Callable[[HuggingFaceCheckpoint, Dimensions], HuggingFaceCheckpoint] | None = None

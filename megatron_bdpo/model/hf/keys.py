@@ -299,6 +299,8 @@ def refuse_own_code(config: Config, family: Family) -> None:
     named = config.get("auto_map")
     if isinstance(named, Mapping):
         named = [each for name, each in named.items() if "Tokenizer" not in str(name) and "Processor" not in str(name)]
+    if isinstance(named, list):
+        named = [each for each in named if not str(each).startswith(family.own_code)]
     if named:
         raise UserError(
             f"config.json: auto_map: the model brings code of its own ({shown(named)}), which may compute something "

@@ -38,7 +38,8 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (f"a positive whole number up to {_MOST_LAYERS}", lambda v: _is_int(v, 1, _MOST_LAYERS), "num_hidden_layers"),
     (
         "a positive whole number", lambda v: _is_int(v, 1),
-        "hidden_size intermediate_size num_attention_heads vocab_size",
+        "hidden_size intermediate_size num_attention_heads vocab_size kv_lora_rank qk_nope_head_dim qk_rope_head_dim "
+        "v_head_dim",
     ),
     (
         "a positive number", _is_number,
@@ -52,7 +53,7 @@ _VALUES_OR_NULL: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "num_key_value_heads head_dim sliding_window max_window_layers num_local_experts num_experts "
         "num_experts_per_tok moe_intermediate_size original_max_position_embeddings n_routed_experts n_shared_experts "
         "shared_expert_intermediate_size first_k_dense_replace decoder_sparse_step n_group topk_group "
-        "num_nextn_predict_layers num_mtp_layers no_rope_layer_interval",
+        "num_nextn_predict_layers num_mtp_layers no_rope_layer_interval q_lora_rank",
     ),
     ("a positive number", _is_number, "attn_logit_softcapping final_logit_softcapping"),
     ("a positive number", _is_number, "partial_rotary_factor routed_scaling_factor"),

@@ -42,6 +42,14 @@ class Dimensions:
     shared_ffn: int = 0
     """Of the expert that every token has."""
     one: int = 1
+    query_latent: int = 0
+    latent: int = 0
+    """Of keys and values, in multi-latent attention."""
+    plain_part: int = 0
+    rotated_part: int = 0
+    """Of a head of queries and keys there."""
+    value: int = 0
+    """Of a head of values there."""
     rank: int = 0
     """Of adapters."""
     sparse: tuple[bool, ...] = ()
@@ -51,6 +59,21 @@ class Dimensions:
     def queries(self) -> int:
         """Rows of the query projection."""
         return self.heads * self.head
+
+    @property
+    def values(self) -> int:
+        """Columns of the output projection of multi-latent attention."""
+        return self.heads * self.value
+
+    @property
+    def latent_and_rotated(self) -> int:
+        """Rows of the projection to the latent of keys and values, and to what is rotated of keys."""
+        return self.latent + self.rotated_part
+
+    @property
+    def keys_and_values(self) -> int:
+        """Rows of the projection from the latent."""
+        return self.heads * (self.plain_part + self.value)
 
     @property
     def keys(self) -> int:

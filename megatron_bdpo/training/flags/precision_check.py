@@ -52,12 +52,13 @@ def _attention_layers(settings: Settings) -> list[Layer]:
     """The kinds of layer that the model has, those without a window first."""
     model = settings.architecture
     windows = {window_of(model, number) for number in range(1, model.layers + 1)}
-    head_size = model.head_size
+    head_size, value_size = model.head_size, model.value_size if model.multi_latent else None
     return [
         Layer(
             head_size,
             settings.layers.attention_scale or head_size**-0.5,
             window,
+            value_size,
             softcap=settings.layers.attention_softcap,
             sinks=model.softmax_type != "vanilla",
         )

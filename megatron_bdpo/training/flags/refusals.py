@@ -277,7 +277,14 @@ _REFUSALS = (
     ),
     _Refusal(lambda a: a.fp4, "--fp4-format: FP4 is not supported. FP8 is: --fp8-format."),
     _Refusal(
-        lambda a: a.multi_latent_attention, "--multi-latent-attention has its own rotary embedding. Not supported."
+        lambda a: a.multi_latent_attention and (a.mla_down_proj_fusion or a.cache_mla_latents),
+        "--mla-down-proj-fusion, --cache-mla-latents: multi-latent attention over pairs has its projections apart, and "
+        "keeps keys. Leave them out.",
+    ),
+    _Refusal(
+        lambda a: a.multi_latent_attention and _has_adapters(a),
+        "--multi-latent-attention: adapters stand beside the projections of queries, keys and values, and it has "
+        "others. Leave --lora-rank out.",
     ),
     _Refusal(lambda a: a.mtp_num_layers, "--mtp-num-layers: multi-token prediction has no meaning for scored pairs."),
     _Refusal(

@@ -42,6 +42,21 @@ EXPERTS = {
     "moe_ffn_hidden_size": 48,
 }
 
+LATENTS = {
+    "multi_latent_attention": True,
+    "group_query_attention": False,
+    "num_query_groups": None,
+    "qk_layernorm": True,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 40,
+    "qk_head_dim": 24,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 32,  # with another than keys', torch's attention on a CPU keeps its scores
+    "kv_channels": 32,
+    "rope_type": "rope",
+    "transformer_impl": "local",
+}
+
 SP = "--sequence-parallel"
 DISTRIBUTED = "--use-distributed-optimizer"
 FULL = Recompute(granularity="full")
@@ -129,6 +144,10 @@ CASES = {
     "TP2 SP PP2": Case(ranks=4, split=Split(layout=Layout(2, 2, 1)), flags=SP),
     "sinks, experts with biases": Case(
         model=EXPERTS | {"add_bias_linear": True, "softmax_type": "learnable", "swiglu": False, "quick_geglu": True}
+    ),
+    "latents": Case(model=LATENTS),
+    "TP2 SP, latents of keys alone": Case(
+        ranks=2, split=Split(layout=Layout(2, 1, 1)), flags=SP, model=LATENTS | {"q_lora_rank": None}
     ),
     "gpt-oss": Case(
         model=EXPERTS

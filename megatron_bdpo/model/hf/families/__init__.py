@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_bdpo.model.hf.families import cohere, ernie, exaone, gemma, glm, gpt_oss, granite, llama, olmo, phi, qwen
+from megatron_bdpo.model.hf.families import (
+    cohere,
+    deepseek,
+    ernie,
+    exaone,
+    gemma,
+    glm,
+    gpt_oss,
+    granite,
+    llama,
+    olmo,
+    phi,
+    qwen,
+)
 from megatron_bdpo.model.hf.family import Family
 
 _ALL = (
@@ -30,6 +43,8 @@ _ALL = (
     glm.GLM4,
     glm.GLM4_MOE,
     gpt_oss.GPT_OSS,
+    deepseek.DEEPSEEK_V3,
+    deepseek.KIMI_K2,
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
