@@ -30,9 +30,12 @@ from megatron_bdpo.model.attention import AttentionPlan
 class PairLatentAttention(MLASelfAttention):
     """Megatron's layer for an :class:`AttentionPlan`."""
 
+    rotary_pos_emb: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rotary_pos_emb: Any = _AlongPlan(self.rotary_pos_emb)
+        table: torch.nn.Module = self.rotary_pos_emb
+        self.rotary_pos_emb = _AlongPlan(table)
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         """The spec's own layers. Megatron's choice would put a norm in front of queries that have no latent."""

@@ -175,6 +175,15 @@ REFUSED = {
     "a softmax with a bias": (LLAMA | {"model_type": "ernie4_5_moe"}, "its router weighs experts by a softmax"),
     "activation": (LLAMA | {"hidden_act": "relu"}, "hidden_act is 'relu', which"),
     "no size": (without(LLAMA, "hidden_size"), "hidden_size must be a positive whole number, not None"),
+    "shared keys beside latents": (
+        of("deepseek_v3", num_hidden_layers=4, num_key_value_heads=2),
+        "num_key_value_heads is 2, num_attention",
+    ),
+    "half of yarn's scales": (
+        of("deepseek_v3", num_hidden_layers=4, num_key_value_heads=4, rope_scaling=YARN | {"mscale_all_dim": 1.0}),
+        "mscale and mscale_all_dim are there together or not at all",
+    ),
+    "a latent of no width": (of("deepseek_v3", kv_lora_rank=0), "kv_lora_rank must be a positive whole number, not 0"),
     "longrope": (
         LLAMA | {"rope_scaling": {"type": "longrope", "factor": 4.0}},
         "rotary scaling of the kind 'longrope'",
@@ -255,6 +264,16 @@ CONFIGS = {
     | {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
     "qwen3_moe": QWEN3_MOE,
     "gpt_oss": of("gpt_oss", num_local_experts=4),
+    "deepseek_v3": of(
+        "deepseek_v3",
+        num_hidden_layers=4,
+        num_key_value_heads=4,
+        rope_scaling=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+    "moonlight": of(
+        "deepseek_v3", num_hidden_layers=4, num_key_value_heads=None, q_lora_rank=None, n_group=1, topk_group=1
+    ),
+    "kimi_k2": of("kimi_k2", num_key_value_heads=4, n_shared_experts=2, first_k_dense_replace=1),
     "mixtral": of("mixtral", num_local_experts=4),
     "qwen3_moe mixed": QWEN3_MOE | {"mlp_only_layers": [0]},
     "qwen2_moe": of("qwen2_moe", num_experts=4, decoder_sparse_step=2),

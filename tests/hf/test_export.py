@@ -48,6 +48,7 @@ LAYOUTS = {
         2,
         {0, 1},
     ),
+    "latents": ("deepseek v3", [*TP2, *PP2, "--sequence-parallel"], 4, {0, 1, 2, 3}),
     "gpt-oss, EP2 x PP2": ("gpt-oss", [*EP2, *PP2], 4, {0, 1, 2, 3}),
     "biases": ("llama biased", [*TP2, *PP2], 4, {0, 1, 2, 3}),
     "fused projections": ("phi3", [*TP2, *PP2], 4, {0, 1, 2, 3}),

@@ -57,6 +57,7 @@ MODELS = {
     "qwen2 moe mixed": SPARSE,
     "glm4 moe": SPARSE,
     "deepseek v3": SPARSE,
+    "deepseek v3 moonlight": {"TP2": SPARSE["TP2"]},
     "qwen3 moe unnormed": SPARSE,
 }
 CASES = {f"{name} {layout}": (name, *case) for name, layouts in MODELS.items() for layout, case in layouts.items()}
@@ -161,7 +162,48 @@ def norms_not_marked_for_sequence_parallelism(undo: contextlib.ExitStack) -> Non
     undo.enter_context(mock.patch.object(LocalNorm, "__new__", unmarked))
 
 
+def shared_keys_not_summed(undo: contextlib.ExitStack) -> None:
+    """Local layers as Megatron has them: the rotated part of keys, which all heads share, gets those of one rank."""
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+    from megatron_bdpo.model.latent_attention import PairLatentAttention
+
+    original = MLASelfAttention._qkv_down_projection
+    undo.enter_context(mock.patch.object(PairLatentAttention, "_qkv_down_projection", original))
+
+
+def expert_biases_summed_twice(undo: contextlib.ExitStack) -> None:
+    """As Megatron marks them."""
+    from megatron_bdpo.model import moe, pair_gpt
+
+    def marked(model):
+        moe.let_expert_biases_be_added(model)
+        for name, parameter in model.named_parameters():
+            if name.endswith("linear_fc2.bias"):
+                parameter.sequence_parallel = True
+
+    undo.enter_context(mock.patch.object(pair_gpt, "let_expert_biases_be_added", marked))
+
+
+def places_for_positions(undo: contextlib.ExitStack) -> None:
+    """Rotary embeddings of the places in a pack, as Megatron's own layer takes them: answers that share a prompt differ
+    in how far they are from it."""
+    from megatron_bdpo.model.latent_attention import _AlongPlan
+
+    forward = _AlongPlan.forward
+
+    def by_place(self, length, packed_seq=False):
+        whole = self.plan.positions
+        with mock.patch.object(self.plan, "positions", torch.arange(len(whole)).clamp(max=length - 1)):
+            return forward(self, length)
+
+    undo.enter_context(mock.patch.object(_AlongPlan, "forward", by_place))
+
+
 MISTAKES = {
+    "places for positions": (places_for_positions, "deepseek v3", 1, [], ""),
+    "expert biases twice": (expert_biases_summed_twice, "gpt-oss", *WHOLE["TP2"], "down_proj.bias"),
+    "shared keys of one rank": (shared_keys_not_summed, "deepseek v3", *SPARSE["TP2"], ""),
     "norms not marked": (norms_not_marked_for_sequence_parallelism, "qwen3", 2, [*TP2, *SP], "norm.weight"),
 }
 

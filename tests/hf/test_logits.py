@@ -204,7 +204,19 @@ def positions_scaled_in_all_layers(undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(PairLayer, "_forward_attention", with_one_table))
 
 
+#: Of DeepSeek-V3, one at a time.
+DEEPSEEK_V3 = {
+    "softmax not scaled up": ("deepseek v3", "mscale_all_dim", 0.0),
+    "range of YaRN": ("deepseek v3", "yarn_original_max_position_embeddings", 4096),
+    "epsilon of the latents": ("deepseek v3 moonlight", "latent_norm_epsilon", None),
+}
+
+
 MISTAKES = {
+    **{
+        f"DeepSeek-V3: {what}": (functools.partial(argument_lost, *changed), name, 1, [])
+        for what, (name, *changed) in DEEPSEEK_V3.items()
+    },
     "fused projections in a row": (stacked_projections_as_if_in_megatrons_order, "phi3", 1, []),
     "whole heads rotated": (argument("rotary_percent", 1.0), "phi3", 1, []),
     "routed experts not scaled": (argument("moe_router_topk_scaling_factor", None), "glm4 moe", 1, []),

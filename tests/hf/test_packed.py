@@ -1,7 +1,8 @@
-"""gpt-oss's stacked experts through the view, in bf16 and in MXFP4, against transformers' own reading of them."""
+"""Views of files: gpt-oss's stacked experts, in bf16 and in MXFP4, and DeepSeek's blocks of FP8."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -108,3 +109,60 @@ def test_a_stack_of_another_shape_is_named(tmp_path):
         opened(model)
     assert f"unexpected: {LAYER}.down_proj" in str(refusal.value)
     assert f"missing: {LAYER}.0.down_proj.weight" in str(refusal.value)
+
+
+# FP8 in blocks --------------------------------------------------------------------------------------------------------
+
+
+def in_blocks(directory: Path) -> dict[str, torch.Tensor]:
+    """Put FP8, a scale for each 128 x 128, in the place of a model's matrices; returns what they stand for."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    expected = dict(tensors)
+    draw = torch.Generator().manual_seed(1)
+    for name, tensor in list(tensors.items()):
+        if tensor.dim() != 2 or ("self_attn" not in name and "mlp" not in name) or "mlp.gate." in name:
+            continue
+        rows, columns = tensor.shape
+        eights = (tensor * 4).to(torch.float8_e4m3fn)
+        scales = torch.rand(-(-rows // 128), -(-columns // 128), generator=draw) + 0.5
+        tensors |= {name: eights, f"{name}_scale_inv": scales}
+        whole = eights.float()
+        for row, column in itertools.product(range(rows), range(columns)):
+            whole[row, column] *= scales[row // 128, column // 128]
+        expected[name] = whole.to(torch.bfloat16)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return expected
+
+
+def test_blocks_of_fp8(tmp_path):
+    """Matrices of several blocks, the last of them cut off, and any part of them."""
+    sizes = {"hidden_size": 160, "intermediate_size": 144, "moe_intermediate_size": 8, "num_hidden_layers": 2}
+    model = make_model("deepseek v3", tmp_path, **sizes)
+    expected = in_blocks(model)
+    checkpoint = opened(model)
+    assert checkpoint.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.rows(name, 0, tensor.shape[0]), tensor), name
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert expected[name].shape == (144, 160) and checkpoint.tensors[name].dtype == "BF16"
+    for rows, columns in (((100, 140), slice(120, 150)), ((128, 144), slice(128, 160)), ((3, 5), slice(0, 1))):
+        part = checkpoint.rows(name, *rows, (columns,))
+        assert torch.equal(part, expected[name][slice(*rows), columns])
+
+
+def test_scales_of_other_blocks_are_named(tmp_path):
+    model = make_model("deepseek v3", tmp_path)
+    in_blocks(model)
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[f"{name}_scale_inv"] = torch.ones(2, 1)
+    save_file(tensors, file)
+    with pytest.raises(UserError) as refusal:
+        opened(model)
+    assert f"unexpected: {name}_scale_inv" in str(refusal.value)
+    assert f"{name} F8_E4M3" in str(refusal.value)

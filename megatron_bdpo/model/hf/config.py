@@ -410,4 +410,7 @@ def exported(config: Config, dtype: str) -> dict[str, Any]:
     """The configuration of what is written: with the weights' data type, and without layers that are left out."""
     name = "torch_dtype" if "torch_dtype" in config else "dtype"
     written = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family and family.exported_as:
+        written["model_type"] = family.exported_as
     return {**written, **{key: 0 for key in _FURTHER if config.get(key)}, name: dtype}

@@ -210,6 +210,8 @@ class Family:
     the family's defaults, and its arguments go before the others."""
     own_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda arguments: {}
     """The way back: keys of ``config.json`` from Megatron's arguments."""
+    exported_as: str = ""
+    """The ``model_type`` that exports have, where transformers does not know this one."""
     own_sizes: Callable[[Config], Mapping[str, Any]] = lambda values: {}
     """Fields of ``Dimensions`` that others do not have."""
     own_code: tuple[str, ...] = ()

@@ -36,7 +36,7 @@ COHERE2 = Family(
     "Cohere2ForCausalLM",
     lambda values: tensors(ATTENTION, GATED, bias_rules(values)),
     models="Command R7B, Command A",
-    layers="attention and MLP side by side under one norm without bias, windows, no positions in other layers, scaled logits",
+    layers="attention and MLP side by side under one norm without bias, windows, other layers without positions",
     arguments={
         "normalization": "LayerNorm",
         "norms_without_bias": True,

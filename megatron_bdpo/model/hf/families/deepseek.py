@@ -54,7 +54,7 @@ def _rules(values: Config) -> Mapping[str, Rule]:
     )
 
 
-def _sizes(values: Config) -> dict[str, int]:
+def _sizes(values: Config) -> dict[str, Any]:
     plain, rotated = values["qk_nope_head_dim"], values["qk_rope_head_dim"]
     return {
         "head": plain + rotated,
@@ -153,4 +153,4 @@ DEEPSEEK_V3 = Family(
 )
 
 #: The same layers under another name, with code of its own that calls itself DeepSeek's.
-KIMI_K2 = dataclasses.replace(DEEPSEEK_V3, model_type="kimi_k2")
+KIMI_K2 = dataclasses.replace(DEEPSEEK_V3, model_type="kimi_k2", exported_as="deepseek_v3")
