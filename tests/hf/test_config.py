@@ -236,6 +236,7 @@ def test_refused_by_name(config, message):
 CONFIGS = {
     "llama": LLAMA,
     "llama 3": LLAMA | {"rope_scaling": LLAMA_3},
+    "linear": LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "yarn": QWEN2 | {"rope_scaling": YARN | {"attention_factor": 1.138629436}},
     "yarn with two scales": QWEN2 | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False}},
     "llama biased": LLAMA | {"attention_bias": True},

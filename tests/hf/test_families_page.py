@@ -30,7 +30,8 @@ def table() -> str:
 
 def layouts(family: str) -> list[str]:
     """Those at which tests compare all gradients of a tiny model of the family, and its logits."""
-    own = {name for name in MODELS if make_config(name)["model_type"] == family}
+    known_as = FAMILIES[family].exported_as or family  # to transformers
+    own = {name for name in MODELS if make_config(name)["model_type"] == known_as}
     found = dict.fromkeys(
         case.removeprefix(f"{name} ")
         for cases in (test_gradients.CASES, test_logits.CASES)

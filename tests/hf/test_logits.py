@@ -88,11 +88,11 @@ def rows_of_the_first_rank(undo: contextlib.ExitStack) -> None:
 
 def rope_theta_lost(undo: contextlib.ExitStack) -> None:
     """transformers 5 has it in ``rope_parameters``."""
-    from megatron_bdpo.model.hf import config
+    from megatron_bdpo.model.hf import rope
 
-    settings = config._rope_settings
+    settings = rope._rope_settings
     undo.enter_context(
-        mock.patch.object(config, "_rope_settings", lambda values: settings(values) | {"rope_theta": 10_000.0})
+        mock.patch.object(rope, "_rope_settings", lambda values: settings(values) | {"rope_theta": 10_000.0})
     )
 
 
@@ -112,9 +112,9 @@ def window_off_by_one(undo: contextlib.ExitStack) -> None:
 def any_rope_is_llama_3s(undo: contextlib.ExitStack) -> None:
     from megatron_bdpo.model.hf import config
 
-    rope = config._rope_arguments
+    rope = config.rope_arguments
     scaled = {"use_rope_scaling": True, "rope_scaling_factor": 8.0}
-    undo.enter_context(mock.patch.object(config, "_rope_arguments", lambda values: rope(values) | scaled))
+    undo.enter_context(mock.patch.object(config, "rope_arguments", lambda values: rope(values) | scaled))
 
 
 def rope_factor_left_behind(undo: contextlib.ExitStack) -> None:
@@ -204,19 +204,10 @@ def positions_scaled_in_all_layers(undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(PairLayer, "_forward_attention", with_one_table))
 
 
-#: Of DeepSeek-V3, one at a time.
-DEEPSEEK_V3 = {
-    "softmax not scaled up": ("deepseek v3", "mscale_all_dim", 0.0),
-    "range of YaRN": ("deepseek v3", "yarn_original_max_position_embeddings", 4096),
-    "epsilon of the latents": ("deepseek v3 moonlight", "latent_norm_epsilon", None),
-}
-
-
 MISTAKES = {
-    **{
-        f"DeepSeek-V3: {what}": (functools.partial(argument_lost, *changed), name, 1, [])
-        for what, (name, *changed) in DEEPSEEK_V3.items()
-    },
+    "scores not scaled up": (argument("mscale_all_dim", 0.0), "deepseek v3", 1, []),
+    "range of YaRN": (argument("yarn_original_max_position_embeddings", 4096), "deepseek v3", 1, []),
+    "epsilon of the latents": (argument("latent_norm_epsilon", None), "deepseek v3 moonlight", 1, []),
     "fused projections in a row": (stacked_projections_as_if_in_megatrons_order, "phi3", 1, []),
     "whole heads rotated": (argument("rotary_percent", 1.0), "phi3", 1, []),
     "routed experts not scaled": (argument("moe_router_topk_scaling_factor", None), "glm4 moe", 1, []),

@@ -113,6 +113,8 @@ DEEPSEEK_V3 = Family(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
     _rules,
+    models="DeepSeek-V3, R1, V3.1; Moonlight",
+    layers="latent attention, YaRN, sigmoid router with biases and groups, shared experts; FP8 blocks are read",
     arguments=SIGMOID_ROUTER_ARGUMENTS | {"qk_layernorm": True},
     defaults={
         **SIGMOID_ROUTER,
@@ -153,4 +155,6 @@ DEEPSEEK_V3 = Family(
 )
 
 #: The same layers under another name, with code of its own that calls itself DeepSeek's.
-KIMI_K2 = dataclasses.replace(DEEPSEEK_V3, model_type="kimi_k2", exported_as="deepseek_v3")
+KIMI_K2 = dataclasses.replace(
+    DEEPSEEK_V3, model_type="kimi_k2", models="Kimi K2", layers="as DeepSeek-V3", exported_as="deepseek_v3"
+)
