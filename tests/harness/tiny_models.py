@@ -113,7 +113,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     # Their default token for padding is one of the texts' own here, and transformers gives its embedding no gradient.
-    "olmo2": ("Olmo2", {"attention_bias": True, "rope_theta": 5e5, "rms_norm_eps": 1e-4, "pad_token_id": None}),
+    "olmo2": ("Olmo2", {"rope_theta": 5e5, "rms_norm_eps": 1e-4, "pad_token_id": None}),
     "olmo3": (
         "Olmo3",
         {
@@ -129,6 +129,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3 yarn": (
         "Olmo3",
         {
+            "attention_bias": True,
             "pad_token_id": None,
             "sliding_window": 9,
             "rope_parameters": {

@@ -212,6 +212,19 @@ def test_export_without_an_original(ranks, trained, tmp_path):
     assert torch.equal(load_model(output)(input_ids=ids).logits, load_model(saved)(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "olmo2"])
+def test_norms_behind_are_in_checkpoints(ranks, tmp_path, name):
+    original = make_model(name, tmp_path)
+    saved, checkpoint, output = (tmp_path / each for each in ("saved", "checkpoint", "exported"))
+    flags = ["--hf-model", str(original), "--save-hf", str(saved), "--save", str(checkpoint), "--save-interval", "2"]
+    ranks(2)(train, [*flags, "--tensor-model-parallel-size", "2", "--sequence-parallel"], **JOB)
+    converted(ranks, "export", "--checkpoint", checkpoint, "--hf-model", original, "--output", output)
+    found, expected, before = map(safetensors_of, (output, saved, original))
+    assert found.keys() == expected.keys() == before.keys()
+    for key, value in expected.items():
+        assert np.array_equal(found[key], value) and not np.array_equal(value, before[key]), key
+
+
 def test_export_of_another_model_is_refused(ranks, trained, tmp_path):
     _, _, checkpoint, _ = trained
     other = make_model("qwen2 sliding", tmp_path)
