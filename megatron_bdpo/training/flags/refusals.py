@@ -261,6 +261,17 @@ _REFUSALS = (
         "--use-transformer-engine-op-fuser has its norm in front of the MLP, where --layer-norms after, "
         "--parallel-layers and --norms-without-bias leave none. Leave it out.",
     ),
+    _Refusal(
+        lambda a: any(
+            value is not None and value <= 0
+            for value in (
+                *(a.attention_scale, a.attention_softcap, a.local_rotary_base, a.embedding_multiplier),
+                *(a.residual_multiplier, a.logit_scale, a.logit_softcap),
+            )
+        ),
+        "--attention-scale, --attention-softcap, --local-rotary-base, --embedding-multiplier, --residual-multiplier, "
+        "--logit-scale and --logit-softcap are above 0. Leave out what the model does not have.",
+    ),
     # What our attention or log-probs replace.
     _Refusal(
         lambda a: a.attention_backend.name not in ("auto", "flash") or a.use_kitchen_attention,

@@ -79,6 +79,7 @@ REFUSED = {
     "--lora-rank 4 --num-experts 4 --moe-freeze-router": "--moe-freeze-router: beside adapters all of the model",
     "--moe-expert-capacity-factor 1.5": "--moe-expert-capacity-factor",
     "--moe-expert-rank-capacity-factor 1.5": "--moe-expert-capacity-factor",
+    "--logit-softcap 0": "--attention-scale, --attention-softcap",
     "--use-transformer-engine-op-fuser --layer-norms after": "--use-transformer-engine-op-fuser has its norm",
     "--recompute-granularity selective --recompute-modules layernorm": "--recompute-modules layernorm",
     "--recompute-granularity selective --recompute-modules core_attn moe_act": "--recompute-modules layernorm",
