@@ -42,6 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
 CASES = [
     *(("llama", "LoRA", layout) for layout in LAYOUTS),
     ("llama", "rsLoRA", "1 rank"),
+    ("qwen3 biased", "LoRA", "TP2 SP"),
     *(("qwen2", "DoRA", layout) for layout in LAYOUTS if layout not in ("TP2", "PP2")),
 ]
 
