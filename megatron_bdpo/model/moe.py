@@ -45,6 +45,7 @@ class PairRouter(TopKRouter):
 
     groups: Tensor | None = None
     group_count: int = 0
+    expert_bias: Tensor | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         """Biases of experts stay in fp32 when a model is moved to half precision.
@@ -52,10 +53,11 @@ class PairRouter(TopKRouter):
         Megatron makes fp32 of them again, but what was read before the model was wrapped would be rounded by then.
         """
         before = self.expert_bias
-        moved = super()._apply(fn, *args, **kwargs)
-        if before is not None and self.expert_bias.dtype != before.dtype and not self.expert_bias.is_meta:
-            self.expert_bias = before.to(self.expert_bias.device)
-        return moved
+        result = super()._apply(fn, *args, **kwargs)
+        moved = self.expert_bias
+        if before is not None and moved is not None and moved.dtype != before.dtype and not moved.is_meta:
+            self.expert_bias = before.to(moved.device)
+        return result
 
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
