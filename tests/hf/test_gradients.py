@@ -160,7 +160,21 @@ def norms_not_marked_for_sequence_parallelism(undo: contextlib.ExitStack) -> Non
     undo.enter_context(mock.patch.object(LocalNorm, "__new__", unmarked))
 
 
+def squares_summed_forward_alone(undo: contextlib.ExitStack) -> None:
+    """As Megatron's reduction does it, behind which all ranks go on with the same."""
+    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+    from megatron_bdpo.model.norm import _SumOverRanks
+
+    undo.enter_context(
+        mock.patch.object(
+            _SumOverRanks, "apply", lambda squares, group: reduce_from_tensor_model_parallel_region(squares)
+        )
+    )
+
+
 MISTAKES = {
+    "squares summed forward alone": (squares_summed_forward_alone, "olmo2", 2, TP2, ""),
     "norms not marked": (norms_not_marked_for_sequence_parallelism, "qwen3", 2, [*TP2, *SP], "norm.weight"),
 }
 
