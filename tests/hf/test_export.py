@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_bdpo.errors import UserError
 from tests.distributed.test_bad_input import refusal
@@ -147,6 +147,18 @@ def test_transformers_loads_what_four_ranks_have_written(ranks, tmp_path):
     config = json.loads((tmp_path / "four" / "config.json").read_text())
     assert config == json.loads((tmp_path / "one" / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
+def test_layers_that_predict_further_tokens_are_left_out(ranks, tmp_path):
+    """GLM-4.5's files have one behind the last layer. What is written has none, and says so."""
+    original = make_model("glm4 moe", tmp_path)
+    config = json.loads((original / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (original / "config.json").write_text(json.dumps(config))
+    stored = load_file(original / "model.safetensors")
+    save_file(stored | {"model.layers.4.enorm.weight": torch.ones(64)}, original / "model.safetensors")
+    assert ranks(1)(export, ["--hf-model", str(original)], tmp_path / "out")[0][0] == ""
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == stored.keys()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
 def test_biases_of_experts_are_not_rounded(ranks, tmp_path):

@@ -200,10 +200,24 @@ def places_for_positions(undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(_AlongPlan, "forward", by_place))
 
 
+def squares_summed_forward_alone(undo: contextlib.ExitStack) -> None:
+    """As Megatron's reduction does it, behind which all ranks go on with the same."""
+    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+    from megatron_bdpo.model.norm import _SumOverRanks
+
+    undo.enter_context(
+        mock.patch.object(
+            _SumOverRanks, "apply", lambda squares, group: reduce_from_tensor_model_parallel_region(squares)
+        )
+    )
+
+
 MISTAKES = {
     "places for positions": (places_for_positions, "deepseek v3", 1, [], ""),
     "expert biases twice": (expert_biases_summed_twice, "gpt-oss", *WHOLE["TP2"], "down_proj.bias"),
     "shared keys of one rank": (shared_keys_not_summed, "deepseek v3", *SPARSE["TP2"], ""),
+    "squares summed forward alone": (squares_summed_forward_alone, "olmo2", 2, TP2, ""),
     "norms not marked": (norms_not_marked_for_sequence_parallelism, "qwen3", 2, [*TP2, *SP], "norm.weight"),
 }
 

@@ -44,6 +44,7 @@ CASES = [
     ("llama", "rsLoRA", "1 rank"),
     ("gemma3", "LoRA", "TP2 SP"),
     ("olmo2", "DoRA", "TP2 SP"),
+    ("qwen3 biased", "LoRA", "TP2 SP"),
     *(("qwen2", "DoRA", layout) for layout in LAYOUTS if layout not in ("TP2", "PP2")),
 ]
 

@@ -92,7 +92,7 @@ CHANGING = {
         "experts",
         4,
         f"{TP2_SP} {EP2}",
-        "--moe-freeze-router --moe-aux-loss-coeff 0 --moe-router-dtype fp32",
+        "--moe-freeze-router --moe-aux-loss-coeff 0 --moe-z-loss-coeff 0",
     ),
     "shared experts": ("experts", 2, TP2_SP, "--moe-shared-expert-intermediate-size 32"),
     "every second layer dense": ("experts", 4, f"{PP2} {EP2}", "--moe-layer-freq 2"),

@@ -173,13 +173,15 @@ _REFUSALS = (
             a.moe_freeze_router
             and (
                 a.num_experts is None
+                or _has_adapters(a)
                 or np.any(np.atleast_1d(a.moe_aux_loss_coeff))
                 or a.moe_z_loss_coeff
                 or (a.moe_router_enable_expert_bias and a.moe_router_bias_update_rate)
             )
         ),
         "--moe-freeze-router: the model needs experts, and routers that learn nothing have no losses and no updates of "
-        "their own. Leave out --moe-aux-loss-coeff, --moe-z-loss-coeff and --moe-router-bias-update-rate.",
+        "their own: no --moe-aux-loss-coeff, --moe-z-loss-coeff, --moe-router-bias-update-rate. With adapters "
+        "leave it out itself: beside them all of the model is frozen.",
     ),
     _Refusal(
         lambda a: a.moe_expert_capacity_factor is not None or a.moe_expert_rank_capacity_factor is not None,
@@ -233,10 +235,6 @@ _REFUSALS = (
         "precision, and read as the model is built. --fp8-format computes with them in FP8 all the same.",
     ),
     _Refusal(
-        lambda a: _has_adapters(a) and a.moe_freeze_router,
-        "--moe-freeze-router: beside adapters all of the model is frozen, routers too. Leave it out.",
-    ),
-    _Refusal(
         lambda a: _has_adapters(a) and a.moe_router_enable_expert_bias and a.moe_router_bias_update_rate,
         "--moe-router-bias-update-rate changes the frozen model that adapters stand beside. Leave it out.",
     ),
@@ -260,6 +258,17 @@ _REFUSALS = (
         ),
         "--use-transformer-engine-op-fuser has its norm in front of the MLP, where --layer-norms after, "
         "--parallel-layers and --norms-without-bias leave none. Leave it out.",
+    ),
+    _Refusal(
+        lambda a: any(
+            value is not None and value <= 0
+            for value in (
+                *(a.attention_scale, a.attention_softcap, a.local_rotary_base, a.embedding_multiplier),
+                *(a.residual_multiplier, a.logit_scale, a.logit_softcap),
+            )
+        ),
+        "--attention-scale, --attention-softcap, --local-rotary-base, --embedding-multiplier, --residual-multiplier, "
+        "--logit-scale and --logit-softcap are above 0. Leave out what the model does not have.",
     ),
     # What our attention or log-probs replace.
     _Refusal(

@@ -70,15 +70,16 @@ REFUSED = {
     "--moe-router-force-biased 1.0": "--moe-input-jitter-eps",
     "--moe-enable-routing-replay": "--moe-input-jitter-eps",
     "--moe-router-load-balancing-type sinkhorn": "--moe-router-load-balancing-type",
-    "--moe-router-load-balancing-type aux_loss global_aux_loss": "--moe-router-load-balancing-type: use aux_loss",
+    "--moe-router-load-balancing-type aux_loss global_aux_loss": "--moe-router-load-balancing-type",
     "--moe-router-load-balancing-type seq_aux_loss --recompute-granularity selective --recompute-modules moe": (
-        "--moe-router-load-balancing-type seq_aux_loss: a layer tells its router"
+        "--moe-router-load-balancing-type"
     ),
-    "--moe-freeze-router": "--moe-freeze-router: the model needs experts",
-    "--num-experts 4 --moe-freeze-router --moe-z-loss-coeff 0.1": "--moe-freeze-router: the model needs experts",
-    "--lora-rank 4 --num-experts 4 --moe-freeze-router": "--moe-freeze-router: beside adapters all of the model",
+    "--moe-freeze-router": "--moe-freeze-router",
+    "--num-experts 4 --moe-freeze-router --moe-z-loss-coeff 0.1": "--moe-freeze-router",
+    "--lora-rank 4 --num-experts 4 --moe-freeze-router": "--moe-freeze-router",
     "--moe-expert-capacity-factor 1.5": "--moe-expert-capacity-factor",
     "--moe-expert-rank-capacity-factor 1.5": "--moe-expert-capacity-factor",
+    "--logit-softcap 0": "--attention-scale, --attention-softcap",
     "--use-transformer-engine-op-fuser --layer-norms after": "--use-transformer-engine-op-fuser has its norm",
     "--recompute-granularity selective --recompute-modules layernorm": "--recompute-modules layernorm",
     "--recompute-granularity selective --recompute-modules core_attn moe_act": "--recompute-modules layernorm",
