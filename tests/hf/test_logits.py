@@ -27,13 +27,15 @@ SP = ["--sequence-parallel"]  # which experts need with tensor parallelism, and 
 EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name or "gpt" in name or "deepseek" in name]
 #: What a model needs beside.
 NEEDS = dict.fromkeys(EXPERTS, SP) | {"gpt-oss": [*SP, "--expert-tensor-parallel-size", "1"]}
-#: Models in every layout, the others in the simplest and the fullest; later families have theirs in ``test_gradients``.
+#: Models in every layout, and in the simplest and the fullest; the others, whose layouts are in ``test_gradients``, in the
+#: simplest.
 FULL = {"llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3 moe"}
+VARIANTS = {"llama tied", "llama 3.2", "llama linear", "qwen2 sliding", "qwen3 moe unnormed"}
 CASES = {
     f"{name} {layout}": (name, LAYOUTS[layout][0], [*LAYOUTS[layout][1], *NEEDS.get(name, [])])
     for name in MODELS
     for layout in LAYOUTS
-    if name in FULL or layout in ("TP1", "TP2 PP2")
+    if name in FULL or layout == "TP1" or (name in VARIANTS and layout == "TP2 PP2")
 } | {f"{name} EP2": (name, *EP2) for name in EXPERTS}
 
 # fp32: logits are up to some units, one unit in their last place is 2e-7 to 5e-7, after four layers on either side.
