@@ -41,6 +41,11 @@ def _config(settings: Settings) -> LoraConfig | None:
     if not lora.is_wanted:
         _refuse_flags_alone(settings)
         return None
+    if settings.architecture.multi_latent:
+        raise UserError(
+            "--multi-latent-attention: adapters stand beside the projections of queries, keys and values, and it has "
+            "others. Leave --lora-rank and --lora-start out: all weights are trained then."
+        )
     if lora.lora_start and not settings.model.hf_model:
         raise UserError("--lora-start is read by the names of --hf-model, which is not given.")
     directories = settings.directories

@@ -93,6 +93,10 @@ class ArchitectureSettings:
     softmax_type: str
     multi_latent: bool = _of("multi_latent_attention")
     value_size: int = _of("v_head_dim")
+    query_latent: int | None = _of("q_lora_rank")
+    latent: int = _of("kv_lora_rank")
+    plain_part: int = _of("qk_head_dim")
+    rotated_part: int = _of("qk_pos_emb_head_dim")
     clamp: float | None = _of("activation_func_clamp_value")
     biases: bool = _of("add_bias_linear")
     implementation: str = _of("transformer_impl")
@@ -114,7 +118,18 @@ class ArchitectureSettings:
 
     @property
     def head_size(self) -> int:
+        """Of queries and keys."""
+        if self.multi_latent:
+            return self.plain_part + self.rotated_part
         return self.kv_channels or self.hidden // self.heads
+
+    @property
+    def latents(self) -> dict[str, int]:
+        """Rows of the matrices to the latents of multi-latent attention, by what they are."""
+        if not self.multi_latent:
+            return {}
+        queries = {"latent of queries": self.query_latent} if self.query_latent else {}
+        return {**queries, "latent of keys and values, and what is rotated": self.latent + self.rotated_part}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,22 @@ FLAG_CASES = {
         ["--num-layers", "3", "--pipeline-model-parallel-size", "2"],
         "3 layers cannot be split",
     ),
+    "latents that fit no layout": (
+        [
+            "--multi-latent-attention",
+            "--kv-lora-rank",
+            "5",
+            "--qk-pos-emb-head-dim",
+            "4",
+            "--tensor-model-parallel-size",
+            "2",
+        ],
+        r"latent of keys and values, and what is rotated \(9 rows\).*--tensor-model-parallel-size that divides it",
+    ),
+    "adapters beside latents": (
+        ["--multi-latent-attention", "--lora-rank", "4"],
+        "--multi-latent-attention: adapters stand beside",
+    ),
     "a setting of its model": (["--hidden-size", "30"], "Megatron refused"),
     "batch size": (["--global-batch-size", "8"], r"--pairs-per-step"),
     "dropout": (["--attention-dropout", "0.1"], r"dropout.*--attention-dropout"),

@@ -14,7 +14,9 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf import packed
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
 from megatron_bdpo.model.hf.config import read_config
-from tests.harness.tiny_models import make_model
+from tests.distributed.test_bad_input import refusal
+from tests.harness.tiny_models import load_model, make_model
+from tests.hf.test_export import export
 
 pytest.importorskip("transformers", reason="the models are made by Hugging Face transformers")
 
@@ -166,3 +168,44 @@ def test_scales_of_other_blocks_are_named(tmp_path):
         opened(model)
     assert f"unexpected: {name}_scale_inv" in str(refusal.value)
     assert f"{name} F8_E4M3" in str(refusal.value)
+
+
+# Exports --------------------------------------------------------------------------------------------------------------
+
+EP2 = ["--expert-model-parallel-size", "2"]
+
+
+@pytest.mark.parametrize(("name", "quantise"), [("gpt-oss", quantised), ("deepseek v3", in_blocks)], ids=str)
+def test_exports_of_quantised_models_are_not_quantised(ranks, tmp_path, name, quantise):
+    """In bf16, as transformers reads them."""
+    model, target = make_model(name, tmp_path), tmp_path / "out"
+    expected = quantise(model)
+    ranks(2)(export, ["--hf-model", str(model), "--bf16", *EP2], target)
+    assert "quantization_config" not in json.loads((target / "config.json").read_text())
+    files = [load_file(file) for file in target.glob("*.safetensors")]
+    found = {key: tensor for file in files for key, tensor in file.items()}
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        # The biases that experts are chosen with stay in fp32.
+        assert torch.equal(found[key].to(torch.bfloat16), tensor.to(torch.bfloat16)), key
+    assert load_model(target).config.model_type == json.loads((model / "config.json").read_text())["model_type"]
+
+
+def test_kimi_k2_is_exported_as_what_transformers_knows(ranks, tmp_path):
+    model, target = make_model("deepseek v3", tmp_path), tmp_path / "out"
+    config = json.loads((model / "config.json").read_text())
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2", "auto_map": code}))
+    ranks(1)(export, ["--hf-model", str(model)], target)
+    written = json.loads((target / "config.json").read_text())
+    assert written["model_type"] == "deepseek_v3" and "auto_map" not in written
+    expected = load_file(model / "model.safetensors")
+    found = load_model(target).state_dict()
+    assert torch.equal(found["model.embed_tokens.weight"], expected["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek v3"])
+def test_adapters_are_refused_by_name(ranks, tmp_path, name):
+    model = make_model(name, tmp_path)
+    (message,) = ranks(1)(refusal, ["--hf-model", str(model), "--lora-rank", "4"])
+    assert "no adapters for models of the family" in message and "Leave --lora-rank and --lora-start out" in message

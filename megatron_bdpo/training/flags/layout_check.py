@@ -26,6 +26,19 @@ def check_layout(settings: Settings) -> None:
         if nearest:
             lines.append(f"The nearest that works on {shape.ranks} ranks: {nearest}.")
         raise UserError("\n".join(lines))
+    if settings.architecture.implementation == "local":
+        for what, rows in settings.architecture.latents.items():
+            if rows % layout.tensor:
+                raise UserError(
+                    f"Megatron's local layers divide the matrix to the {what} ({rows} rows) over the tensor-parallel "
+                    f"ranks, {layout.tensor} here. Use a --tensor-model-parallel-size that divides it."
+                )
+    model, experts_over = settings.architecture, settings.layout.expert_tensor or layout.tensor
+    if model.experts and model.biases and experts_over > 1:
+        raise UserError(
+            "experts with biases (gpt-oss) are whole on a rank. Add --expert-tensor-parallel-size 1, and divide them "
+            "with --expert-model-parallel-size."
+        )
     if settings.architecture.experts and layout.tensor > 1 and not settings.layout.sequence_parallel:
         raise UserError("Megatron trains experts with tensor parallelism only under --sequence-parallel. Add it.")
 

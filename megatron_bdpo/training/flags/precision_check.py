@@ -121,6 +121,16 @@ def matrix_sides(settings: Settings) -> dict[str, int]:
         "queries, keys and values": (model.heads + 2 * max(model.groups, tensor)) * model.head_size // tensor,
         "attention output": model.heads * model.head_size // tensor,
     }
+    if model.multi_latent:
+        heads = model.heads // tensor
+        sides = {
+            "hidden size": model.hidden,
+            "queries": heads * model.head_size,
+            **model.latents,
+            "latent of keys and values": model.latent,
+            "keys and values": heads * (model.plain_part + model.value_size),
+            "attention output": heads * model.value_size,
+        }
     ffn = model.ffn
     if model.experts:
         expert_ffn = model.expert_ffn or ffn

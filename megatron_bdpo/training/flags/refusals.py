@@ -197,13 +197,6 @@ _REFUSALS = (
         "installed here. Recompute core_attn, mlp or moe, or all with --recompute-granularity full.",
     ),
     _Refusal(
-        lambda a: (
-            a.num_experts and a.add_bias_linear and (a.expert_tensor_parallel_size or a.tensor_model_parallel_size) > 1
-        ),
-        "experts with biases (gpt-oss) are whole on a rank: add --expert-tensor-parallel-size 1, and divide them with "
-        "--expert-model-parallel-size.",
-    ),
-    _Refusal(
         lambda a: a.overlap_moe_expert_parallel_comm,
         "--overlap-moe-expert-parallel-comm builds its own schedule of the model, without scored positions.",
     ),
@@ -289,11 +282,6 @@ _REFUSALS = (
         lambda a: a.multi_latent_attention and (a.mla_down_proj_fusion or a.cache_mla_latents),
         "--mla-down-proj-fusion, --cache-mla-latents: multi-latent attention over pairs has its projections apart, and "
         "keeps keys. Leave them out.",
-    ),
-    _Refusal(
-        lambda a: a.multi_latent_attention and _has_adapters(a),
-        "--multi-latent-attention: adapters stand beside the projections of queries, keys and values, and it has "
-        "others. Leave --lora-rank out.",
     ),
     _Refusal(lambda a: a.mtp_num_layers, "--mtp-num-layers: multi-token prediction has no meaning for scored pairs."),
     _Refusal(

@@ -93,7 +93,8 @@ REFUSED = {
     "--use-kitchen-attention": "--attention-backend",
     "--position-embedding-type mrope": "--position-embedding-type",
     "--position-embedding-type relative": "--position-embedding-type",
-    "--multi-latent-attention": "--multi-latent-attention",
+    "--multi-latent-attention --mla-down-proj-fusion": "--mla-down-proj-fusion, --cache-mla-latents",
+    "--multi-latent-attention --cache-mla-latents": "--mla-down-proj-fusion, --cache-mla-latents",
     "--mtp-num-layers 1": "--mtp-num-layers",
     "--hybrid-layer-pattern M*M*": "--spec, --hybrid-layer-pattern, heterogeneous layers",
     "--hybrid-override-pattern M*M*": "--spec, --hybrid-layer-pattern, heterogeneous layers",
@@ -167,6 +168,8 @@ ALLOWED = [
     "--fp8-format hybrid --fp8-recipe tensorwise --bf16",
     "--pair-attention sdpa",
     "--fixed-pack-length",
+    "--softmax-type learnable",
+    "--multi-latent-attention",
     "--dry-run 2 --tp-comm-overlap --fixed-pack-length",
     ASYNC,
 ]
