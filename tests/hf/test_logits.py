@@ -27,8 +27,8 @@ SP = ["--sequence-parallel"]  # which experts need with tensor parallelism, and 
 EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name or "gpt" in name or "deepseek" in name]
 #: What a model needs beside.
 NEEDS = dict.fromkeys(EXPERTS, SP) | {"gpt-oss": [*SP, "--expert-tensor-parallel-size", "1"]}
-#: Models in every layout, and in the simplest and the fullest; the others, whose layouts are in ``test_gradients``, in the
-#: simplest.
+#: Models in every layout, and in the simplest and the fullest; the others, whose layouts are in ``test_gradients``, in
+#: the simplest.
 FULL = {"llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3 moe"}
 VARIANTS = {"llama tied", "llama 3.2", "llama linear", "qwen2 sliding", "qwen3 moe unnormed"}
 CASES = {
@@ -177,6 +177,20 @@ def stacked_projections_as_if_in_megatrons_order(undo: contextlib.ExitStack) -> 
     undo.enter_context(mock.patch.object(Rule, "parts", mistaken))
 
 
+def weight_left_behind(name: str, undo: contextlib.ExitStack) -> None:
+    """A tensor stays zero."""
+    from megatron_bdpo.model.hf import load
+
+    fill = load.fill
+
+    def forgetful(shard, checkpoint, weights):
+        fill(shard, checkpoint, weights)
+        if shard.key.endswith(name):
+            shard.data.detach().zero_()
+
+    undo.enter_context(mock.patch.object(load, "fill", forgetful))
+
+
 def _argument(undo: contextlib.ExitStack, name: str, value: object) -> None:
     from megatron_bdpo.training.hf import start
 
@@ -231,6 +245,10 @@ MISTAKES = {
     "halves rotated instead of neighbours": (argument("rotary_interleaved", False), "glm4", 1, []),
     "rotary positions everywhere": (argument("no_rope_freq", None), "smollm3", 1, []),
     "neighbours not turned": (argument("rotary_interleaved", False), "ernie 4.5", 1, []),
+    "bias behind attention": (functools.partial(weight_left_behind, "linear_proj.bias"), "llama biased", 1, []),
+    "bias of an MLP": (functools.partial(weight_left_behind, "linear_fc1.bias"), "seed oss", 1, []),
+    "bias of experts": (functools.partial(weight_left_behind, "router.expert_bias"), "glm4 moe", 1, []),
+    "gate of the shared expert": (functools.partial(weight_left_behind, "gate_weight"), "qwen2 moe mixed", 1, []),
     "columns of strided memory": (rows_of_the_first_rank, "llama", 2, TP2),
     "rope_theta lost": (rope_theta_lost, "qwen2", 1, []),
     "window off by one": (window_off_by_one, "mistral", 1, []),

@@ -175,7 +175,9 @@ def test_scales_of_other_blocks_are_named(tmp_path):
 EP2 = ["--expert-model-parallel-size", "2"]
 
 
-@pytest.mark.parametrize(("name", "quantise"), [("gpt-oss", quantised), ("deepseek v3", in_blocks)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "quantise"), [("gpt-oss", quantised), ("deepseek v3", in_blocks)], ids=["MXFP4", "FP8"]
+)
 def test_exports_of_quantised_models_are_not_quantised(ranks, tmp_path, name, quantise):
     """In bf16, as transformers reads them."""
     model, target = make_model(name, tmp_path), tmp_path / "out"
