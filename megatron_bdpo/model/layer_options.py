@@ -25,6 +25,12 @@ class LayerOptions:
     """attention scores become C tanh(scores / C) (Gemma 2)"""
     local_rotary_base: float | None = None
     """rotary base of layers with a window, whose positions are not scaled; the others have --rotary-base (Gemma 3)"""
+    rotary_factors: list[float] | None = None
+    """divide the rotary frequencies by these, one for each (LongRoPE's of short sequences: Phi-3.5)"""
+    rotary_attention_factor: float | None = None
+    """with --rotary-factors: multiply rotated queries and keys by this"""
+    rotary_factors_until: int | None = None
+    """with --rotary-factors: the longest sequence that they are for; longer packs are refused"""
     embedding_multiplier: float | None = None
     """multiply embeddings by this (Granite)"""
     residual_multiplier: float | None = None

@@ -15,6 +15,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.attention import SelfAttention
 from megatron.training.models import GPTModelConfig
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
@@ -95,6 +96,8 @@ class PairGPTBuilder(GPTModelBuilder):
         model.__class__ = PairGPTModel
         model.embedding_scale = self._embedding_scale()
         model.local_rotary = self._local_rotary()
+        if self._model_config.layers.rotary_factors:
+            self._divide_frequencies(model)
         forget_quantisation_state(model)
         let_expert_biases_be_added(model)
         tell_pairs(model)
@@ -116,6 +119,15 @@ class PairGPTBuilder(GPTModelBuilder):
         if not options.scale_embeddings:
             return options.embedding_multiplier
         return torch.tensor(transformer.hidden_size**0.5, dtype=transformer.params_dtype).item()
+
+    def _divide_frequencies(self, model: PairGPTModel) -> None:
+        """LongRoPE, for sequences of up to the length before the extension (2402.13753)."""
+        options, frequencies = self._model_config.layers, model.rotary_pos_emb.inv_freq
+        factors = torch.tensor(options.rotary_factors, dtype=frequencies.dtype, device=frequencies.device)
+        model.rotary_pos_emb.inv_freq = frequencies / factors
+        for module in model.modules():
+            if isinstance(module, SelfAttention):  # where Megatron has the same of YaRN
+                module._yarn_concentration_factor = options.rotary_attention_factor
 
     def _local_rotary(self) -> RotaryEmbedding | None:
         config = self._model_config

@@ -40,6 +40,12 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
         raise UserError("--norms-without-bias: an RMSNorm has none. Add --normalization LayerNorm, or leave it out.")
     if settings.layers.parallel_layers and settings.layers.layer_norms != "before":
         raise UserError("--parallel-layers: their norm is before both. Leave --layer-norms out.")
+    longest = settings.layers.rotary_factors_until
+    if longest and settings.schedule.seq_length > longest:
+        raise UserError(
+            f"--seq-length {settings.schedule.seq_length}: the model's rotary factors are those of sequences of up to "
+            f"{longest} positions, and longer ones would have others. Use --seq-length {longest} or less."
+        )
     if settings.architecture.multi_latent:
         _finish_latent_attention(config, arguments)
     if settings.architecture.clamp is not None:

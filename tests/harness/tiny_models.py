@@ -170,6 +170,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("Exaone4", {"head_dim": 32, "sliding_window": 9, "sliding_window_pattern": 3}),
     "glm4": ("Glm4", {"head_dim": 32, "partial_rotary_factor": 0.75, "rms_norm_eps": 1e-4, "pad_token_id": None}),
     "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 9} | _PAD),
+    "phi3 longrope": (
+        "Phi3",
+        {
+            "partial_rotary_factor": 0.75,
+            "max_position_embeddings": 65_536,
+            "original_max_position_embeddings": 2048,
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+                "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+            },
+        }
+        | _PAD,
+    ),
     "phi3 tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 4} | _PAD),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt-oss": (

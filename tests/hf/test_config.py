@@ -218,9 +218,9 @@ REFUSED = {
         of("glm4_moe", n_group=4, topk_group=2),
         "n_group 4, topk_group 2: Megatron scores a group by its best num_experts_per_tok / topk_group experts",
     ),
-    "long rotary positions": (
+    "factors of another head": (
         of("phi3", rope_scaling={"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
-        "rotary scaling of the kind 'longrope' is not mapped",
+        "longrope's short_factor must be 8 positive numbers, not [1.0]",
     ),
     "dropout": (of("phi3", resid_pdrop=0.1), "resid_pdrop is 0.1, which"),
     "more than a head rotated": (of("phi3", partial_rotary_factor=1.5), "must lie between 0 and 1, not 1.5"),
@@ -307,6 +307,15 @@ def test_biases_of_some_projections():
     assert arguments(CONFIGS["seed_oss"], *names) == (True, False, True, False)
     assert arguments(CONFIGS["ernie4_5"], *names) == (True, True, True, False)
     assert arguments(CONFIGS["glm4_moe"], *names) == (True, False, False, False)
+
+
+def test_longrope_of_short_sequences():
+    """Phi-3-mini-128k's early name for it; by transformers' formula sqrt(1 + ln 32 / ln 4096)."""
+    factors = [1.0 + 0.1 * number for number in range(8)]
+    scaling = {"type": "su", "short_factor": factors, "long_factor": [2.0] * 8}
+    config = of("phi3", rope_scaling=scaling, max_position_embeddings=131_072)
+    names = ("rotary_factors", "rotary_attention_factor", "rotary_factors_until")
+    assert arguments(config, *names) == (factors, pytest.approx(1.190238), 4096)
 
 
 def test_experts_in_some_layers():

@@ -17,7 +17,8 @@ def _is_int(value: Any, least: int, most: int = _MOST) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Positive and finite."""
     return type(value) in (int, float) and 0 < value < math.inf
 
 
@@ -42,7 +43,7 @@ _VALUES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "v_head_dim",
     ),
     (
-        "a positive number", _is_number,
+        "a positive number", is_number,
         "rms_norm_eps rope_theta rope_local_base_freq query_pre_attn_scalar attention_multiplier embedding_multiplier "
         "residual_multiplier logits_scaling logit_scale layer_norm_eps",
     ),
@@ -55,8 +56,8 @@ _VALUES_OR_NULL: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "shared_expert_intermediate_size first_k_dense_replace decoder_sparse_step n_group topk_group "
         "num_nextn_predict_layers num_mtp_layers no_rope_layer_interval q_lora_rank",
     ),
-    ("a positive number", _is_number, "attn_logit_softcapping final_logit_softcapping"),
-    ("a positive number", _is_number, "partial_rotary_factor routed_scaling_factor"),
+    ("a positive number", is_number, "attn_logit_softcapping final_logit_softcapping"),
+    ("a positive number", is_number, "partial_rotary_factor routed_scaling_factor"),
     ("a list of whole numbers", _is_numbers, "mlp_only_layers no_rope_layers"),
     ("true or false", lambda v: isinstance(v, bool), "tie_word_embeddings use_sliding_window norm_topk_prob "
      "attention_bias attention_out_bias mlp_bias use_bias use_qk_norm"),
@@ -105,7 +106,7 @@ def pop_number(values: dict[str, Any], key: str) -> float:
         UserError: naming the key.
     """
     value = values.pop(key, None)
-    if not _is_number(value):
+    if not is_number(value):
         raise UserError(f"config.json: {key} must be a positive number, not {shown(value)}.")
     return float(value)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.family import Config
-from megatron_bdpo.model.hf.kinds import pop_number, shown
+from megatron_bdpo.model.hf.kinds import is_number, pop_number, shown
 
 #: What Megatron's code has in the place of Llama 3's settings, which it does not let choose.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
@@ -39,6 +39,8 @@ def rope_arguments(values: Config) -> dict[str, Any]:
             )
     elif kind == "yarn":
         arguments |= _yarn_arguments(rope, values)
+    elif kind == "longrope" and "max_position_embeddings" in values:
+        arguments |= _longrope_arguments(rope, values)
     elif kind == "linear":
         arguments["rotary_seq_len_interpolation_factor"] = _as_whole(pop_number(rope, "factor"))
     elif kind != "default":
@@ -48,6 +50,29 @@ def rope_arguments(values: Config) -> dict[str, Any]:
     if rope:
         raise UserError(f"config.json: rotary settings {rope} are not known for the kind '{kind}'.")
     return arguments
+
+
+def _longrope_arguments(rope: dict[str, Any], values: Config) -> dict[str, Any]:
+    """Of rotary settings of the kind longrope, which are taken out of ``rope``; as transformers reads them.
+
+    Sequences of up to the length before the extension have the short factors, longer ones the long factors. Here only
+    the former are trained.
+    """
+    rope.pop("long_factor", None)
+    short, original = rope.pop("short_factor", None), rope.pop("original_max_position_embeddings", None)
+    original = original or values["original_max_position_embeddings"]
+    head = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    rotated = int(head * (rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0)) // 2
+    if not isinstance(short, list) or len(short) != rotated or not all(map(is_number, short)):
+        raise UserError(f"config.json: longrope's short_factor must be {rotated} positive numbers, not {shown(short)}.")
+    given, factor = rope.pop("attention_factor", None), rope.pop("factor", None)
+    factor = factor or values["max_position_embeddings"] / original
+    computed = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return {
+        "rotary_factors": [float(each) for each in short],
+        "rotary_attention_factor": float(given or computed),
+        "rotary_factors_until": original,
+    }
 
 
 #: Of YaRN: the key inside the rotary settings, Megatron's argument, and what an absent key means to transformers.

@@ -27,7 +27,7 @@ LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
     lambda values: tensors(ATTENTION, MLP, bias_rules(values)),
-    models="Llama 1 to 3.3, Yi, Falcon 3, InternLM 3, SmolLM 1 and 2, CodeLlama, R1 distilled to Llama",
+    models="Llama 1 to 3.3, Yi, Falcon 3, SmolLM 1 and 2, CodeLlama, R1 distilled to Llama",
     defaults={"rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False},
     only=SILU,
     own_arguments=bias_arguments,
