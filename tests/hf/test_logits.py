@@ -25,8 +25,8 @@ LAYOUTS = {
 EP2 = (2, ["--expert-model-parallel-size", "2"])
 SP = ["--sequence-parallel"]  # which experts need with tensor parallelism, and which is nothing without it
 EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name]
-#: Models in every layout, and in the simplest and the fullest; the others, whose layouts are in ``test_gradients``, in the
-#: simplest.
+#: Models in every layout, and in the simplest and the fullest; the others, whose layouts are in ``test_gradients``, in
+#: the simplest.
 FULL = {"llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3 moe"}
 VARIANTS = {"llama tied", "llama 3.2", "llama linear", "qwen2 sliding", "qwen3 moe unnormed"}
 CASES = {
@@ -169,7 +169,25 @@ def argument_lost(name: str, value: object, undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(start, "read_config", losing))
 
 
+def weight_left_behind(name: str, undo: contextlib.ExitStack) -> None:
+    """A tensor stays zero."""
+    from megatron_bdpo.model.hf import load
+
+    fill = load.fill
+
+    def forgetful(shard, checkpoint, weights):
+        fill(shard, checkpoint, weights)
+        if shard.key.endswith(name):
+            shard.data.detach().zero_()
+
+    undo.enter_context(mock.patch.object(load, "fill", forgetful))
+
+
 MISTAKES = {
+    "bias behind attention": (functools.partial(weight_left_behind, "linear_proj.bias"), "llama biased", 1, []),
+    "bias of an MLP": (functools.partial(weight_left_behind, "linear_fc1.bias"), "seed oss", 1, []),
+    "bias of experts": (functools.partial(weight_left_behind, "router.expert_bias"), "glm4 moe", 1, []),
+    "gate of the shared expert": (functools.partial(weight_left_behind, "gate_weight"), "qwen2 moe mixed", 1, []),
     "rotary positions everywhere": (functools.partial(argument_lost, "no_rope_freq", None), "smollm3", 1, []),
     "neighbours not turned": (functools.partial(argument_lost, "rotary_interleaved", False), "ernie 4.5", 1, []),
     "fused projections in a row": (stacked_projections_as_if_in_megatrons_order, "phi3", 1, []),
