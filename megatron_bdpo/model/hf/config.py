@@ -57,8 +57,8 @@ _LLAMA3_CONSTANTS = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_
 #: Names for the number of layers that predict further tokens. They are no part of the model's log-probs.
 _FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
 _LEFT_OUT = (
-    "config.json: the model's layers for multi-token prediction ({}) are neither trained nor exported: they predict what "
-    "the model said before it was trained."
+    "config.json: the model's layers for multi-token prediction ({}) are neither trained nor exported: they predict "
+    "what the model said before it was trained."
 )
 
 #: Probabilities that files of some families hold though their models are used without.
