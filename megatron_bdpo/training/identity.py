@@ -51,6 +51,8 @@ class RunIdentity:
     """What adapters the checkpoint holds (see ``lora.identity_part``); empty where it holds the whole model."""
     base_weights: str = ""
     """With adapters: the digest of the weights that they stand beside."""
+    frozen_routers: bool = False
+    """``--moe-freeze-router``: the optimizer's state has nothing of routers."""
 
 
 def identity_of(settings: Settings, job: PairJob, lora: dict[str, Any]) -> RunIdentity:
@@ -66,6 +68,7 @@ def identity_of(settings: Settings, job: PairJob, lora: dict[str, Any]) -> RunId
         seed=settings.schedule.seed,
         loss=f"{job.loss.spec.name} {job.loss.options}",
         lora=lora,
+        frozen_routers=settings.model.moe_freeze_router,
     )
 
 
@@ -112,11 +115,21 @@ def resumed_identity(directories: DirectorySettings, current: RunIdentity) -> Ru
     found = RunIdentity(**{name: value for name, value in (broadcast(stored) or {}).items() if name in known})
     with all_ranks_agree():
         _check_position(found, current, directory)
+        _refuse_other_routers(found, current, directory)
         refuse_other_adapters(found.lora, current.lora, f"--load {directory}")
     if found.loss != current.loss:
         say(f"WARNING: the resumed run used the loss {found.loss}, this one uses {current.loss}")
         found = replace(found, imbalance_edges=[])
     return replace(found, loss=current.loss)
+
+
+def _refuse_other_routers(found: RunIdentity, current: RunIdentity, directory: Path) -> None:
+    if found.frozen_routers != current.frozen_routers:
+        there, way = ("froze", "Add --moe-freeze-router") if found.frozen_routers else ("trained", "Leave it out")
+        raise UserError(
+            f"--load {directory}: --moe-freeze-router: that run {there} its routers, and the optimizer's state is of "
+            f"that. {way}, or start a new run from its weights with --finetune."
+        )
 
 
 def refuse_other_adapters(there: Mapping[str, Any], here: Mapping[str, Any], place: str) -> None:

@@ -27,13 +27,15 @@ SP = ["--sequence-parallel"]  # which experts need with tensor parallelism, and 
 EXPERTS = [name for name in MODELS if "mixtral" in name or "moe" in name or "gpt" in name]
 #: What a model needs beside.
 NEEDS = dict.fromkeys(EXPERTS, SP) | {"gpt-oss": [*SP, "--expert-tensor-parallel-size", "1"]}
-#: Models in every layout, the others in the simplest and the fullest; later families have theirs in ``test_gradients``.
+#: Models in every layout, and in the simplest and the fullest; the others, whose layouts are in ``test_gradients``, in
+#: the simplest.
 FULL = {"llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3 moe"}
+VARIANTS = {"llama tied", "llama 3.2", "llama linear", "qwen2 sliding", "qwen3 moe unnormed"}
 CASES = {
     f"{name} {layout}": (name, LAYOUTS[layout][0], [*LAYOUTS[layout][1], *NEEDS.get(name, [])])
     for name in MODELS
     for layout in LAYOUTS
-    if name in FULL or layout in ("TP1", "TP2 PP2")
+    if name in FULL or layout == "TP1" or (name in VARIANTS and layout == "TP2 PP2")
 } | {f"{name} EP2": (name, *EP2) for name in EXPERTS}
 
 # fp32: logits are up to some units, one unit in their last place is 2e-7 to 5e-7, after four layers on either side.
@@ -233,6 +235,20 @@ def argument_lost(name: str, value: object, undo: contextlib.ExitStack) -> None:
     undo.enter_context(mock.patch.object(start, "read_config", losing))
 
 
+def weight_left_behind(name: str, undo: contextlib.ExitStack) -> None:
+    """A tensor stays zero."""
+    from megatron_bdpo.model.hf import load
+
+    fill = load.fill
+
+    def forgetful(shard, checkpoint, weights):
+        fill(shard, checkpoint, weights)
+        if shard.key.endswith(name):
+            shard.data.detach().zero_()
+
+    undo.enter_context(mock.patch.object(load, "fill", forgetful))
+
+
 MISTAKES = {
     "norms over the heads of a rank": (norms_over_the_heads_of_a_rank, "olmo2", 2, TP2),
     "positions scaled in all layers": (positions_scaled_in_all_layers, "olmo3", 1, []),
@@ -258,6 +274,10 @@ MISTAKES = {
         1,
         [],
     ),
+    "bias behind attention": (functools.partial(weight_left_behind, "linear_proj.bias"), "llama biased", 1, []),
+    "bias of an MLP": (functools.partial(weight_left_behind, "linear_fc1.bias"), "seed oss", 1, []),
+    "bias of experts": (functools.partial(weight_left_behind, "router.expert_bias"), "glm4 moe", 1, []),
+    "gate of the shared expert": (functools.partial(weight_left_behind, "gate_weight"), "qwen2 moe mixed", 1, []),
     "rotary positions everywhere": (functools.partial(argument_lost, "no_rope_freq", None), "smollm3", 1, []),
     "neighbours not turned": (functools.partial(argument_lost, "rotary_interleaved", False), "ernie 4.5", 1, []),
     "fused projections in a row": (stacked_projections_as_if_in_megatrons_order, "phi3", 1, []),

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.harness.jobs import TINY_MODEL
+from tests.harness.jobs import TINY_MODEL, train
+from tests.harness.ranks import RankFailure
 from tests.harness.recording import merge, train_and_record
 from tests.parity.matrix import MODELS, VPP2
 from tests.parity.test_mutations import auxiliary_loss_weighed_by_own_tokens
@@ -193,3 +194,14 @@ def test_frozen_routers_have_no_gradients_and_stay(ranks, tmp_path, ranks_needed
     before = found.steps[0].weights
     moved = {name for name, value in found.weights.items() if not np.array_equal(value, before[name])}
     assert before.keys() - moved == {ROUTER}
+
+
+def test_a_run_goes_on_with_its_routers_as_they_were(ranks, tmp_path):
+    job = TINY_MODEL | MODELS["experts"].overrides | {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None}
+    job |= {"pair_cache_dir": str(tmp_path / "cache"), "max_pairs": 16, "train_iters": 2}
+    save = ["--save", str(tmp_path / "run"), "--save-interval", "1"]
+    ranks(1)(train, [*save, "--moe-freeze-router", "--exit-interval", "1"], **job)
+    with pytest.raises(RankFailure, match=r"that run froze its routers, .* Add --moe-freeze-router, or"):
+        ranks(1)(train, [*save, "--load", str(tmp_path / "run")], **job)
+    (outcome,) = ranks(1)(train, [*save, "--load", str(tmp_path / "run"), "--moe-freeze-router"], **job)
+    assert [step["iteration"] for step in outcome.steps] == [2]
