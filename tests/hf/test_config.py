@@ -334,7 +334,7 @@ def test_dropout_is_left_out_with_a_remark():
 def test_layers_that_predict_further_tokens_are_left_out():
     found = read_config(of("glm4_moe", num_nextn_predict_layers=1))
     assert found.left_out == ("model.layers.2.",)
-    assert "1 layers for multi-token prediction are neither trained nor exported" in found.remark
+    assert "layers for multi-token prediction (1) are neither trained nor exported" in found.remark
     assert exported({"num_nextn_predict_layers": 1}, "bfloat16") == {"num_nextn_predict_layers": 0, "dtype": "bfloat16"}
 
 

@@ -310,3 +310,4 @@ def test_code_beside_the_file_is_refused_unless_it_is_the_tokenizers():
 
 def test_the_first_conversions_of_llama():
     assert read_config(LLAMA | {"architectures": ["LLaMAForCausalLM"]}) == read_config(LLAMA)
+    assert read_config(of("ernie4_5", architectures=["Ernie4_5_ForCausalLM"])) == read_config(of("ernie4_5"))

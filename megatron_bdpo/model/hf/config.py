@@ -62,8 +62,8 @@ DEFAULTS: Mapping[str, Any] = {"tie_word_embeddings": False, "rope_theta": 10_00
 #: Names for the number of layers that predict further tokens. They are no part of the model's log-probs.
 _FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
 _LEFT_OUT = (
-    "config.json: the model's {} layers for multi-token prediction are neither trained nor exported: they predict what "
-    "the model said before it was trained."
+    "config.json: the model's layers for multi-token prediction ({}) are neither trained nor exported: they predict "
+    "what the model said before it was trained."
 )
 
 #: Probabilities that files of some families hold though their models are used without.
@@ -144,15 +144,19 @@ def _family(config: Config) -> Family:
         raise UserError(f"models of the family {shown(name)} (model_type) cannot be trained here: not mapped. {mapped}")
     family = FAMILIES[name]
     architectures = config.get("architectures") or [family.architecture]
-    # The first conversions of Llama write LLaMAForCausalLM.
-    if not isinstance(architectures, list) or [str(each).lower() for each in architectures] != [
-        family.architecture.lower()
+    # The first conversions of Llama write LLaMAForCausalLM, those of ERNIE Ernie4_5_ForCausalLM.
+    if not isinstance(architectures, list) or [_letters(each) for each in architectures] != [
+        _letters(family.architecture)
     ]:
         raise UserError(
             f"config.json: architectures {shown(architectures)} is no language model of the family '{name}', which is "
             f"{family.architecture}."
         )
     return family
+
+
+def _letters(name: Any) -> str:
+    return str(name).lower().replace("_", "")
 
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
