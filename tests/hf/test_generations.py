@@ -28,12 +28,13 @@ LAYOUTS = {
     "CP2 VPP2": (4, [*CP2, *VPP]),
     "EP2": (2, ["--expert-model-parallel-size", "2"]),
 }
-#: One model in every layout; the others where something of theirs matters: windows, experts, scaled embeddings.
+#: One model in every layout; others where something of theirs matters: windows, experts, scaled embeddings, sinks.
 CASES = [("llama tied", layout) for layout in LAYOUTS if layout not in ("EP2", "TP2 SP CP2")]
 CASES += [("qwen2 sliding", layout) for layout in ("one rank", "CP2 VPP2")]
 CASES += [("mistral", "CP2"), ("gemma", "TP2 PP2"), ("gemma", "one rank")]
 CASES += [("gemma2", "CP2 VPP2"), ("olmo3", "VPP2"), ("olmo2", "TP2 SP"), ("exaone4", "one rank")]
 CASES += [("qwen3 moe", layout) for layout in ("one rank", "EP2", "TP2 SP CP2")]
+CASES += [("gpt-oss", "one rank"), ("deepseek v3", "one rank"), ("deepseek v3", "CP2")]
 
 JOB = {"max_pairs": 4, "pairs_per_step": 4, "train_iters": 1, "preference_loss": "dpo"}
 LONGEST = 20  # beyond the windows of 9
