@@ -197,6 +197,11 @@ _REFUSALS = (
         "installed here. Recompute core_attn, mlp or moe, or all with --recompute-granularity full.",
     ),
     _Refusal(
+        lambda a: a.parallel_layers and "layernorm" in (a.recompute_modules or ()),
+        "--parallel-layers with --recompute-modules layernorm: Megatron lets go of the norm's output behind attention, "
+        "and the MLP reads it, too. Leave layernorm out.",
+    ),
+    _Refusal(
         lambda a: a.overlap_moe_expert_parallel_comm,
         "--overlap-moe-expert-parallel-comm builds its own schedule of the model, without scored positions.",
     ),

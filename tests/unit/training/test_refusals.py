@@ -83,6 +83,9 @@ REFUSED = {
     "--use-transformer-engine-op-fuser --layer-norms after": "--use-transformer-engine-op-fuser has its norm",
     "--recompute-granularity selective --recompute-modules layernorm": "--recompute-modules layernorm",
     "--recompute-granularity selective --recompute-modules core_attn moe_act": "--recompute-modules layernorm",
+    "--parallel-layers --recompute-granularity selective --recompute-modules layernorm": (
+        "--parallel-layers with --recompute-modules layernorm"
+    ),
     "--overlap-moe-expert-parallel-comm": "--overlap-moe-expert-parallel-comm",
     "--cp-comm-type a2a": "--cp-comm-type",
     "--hierarchical-context-parallel-sizes 2 2": "--cp-comm-type",
