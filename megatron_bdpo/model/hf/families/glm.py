@@ -38,7 +38,7 @@ def _rules(values: Config) -> Mapping[str, Rule]:
 
 
 def _arguments(values: Config) -> dict[str, Any]:
-    return {"add_qkv_bias": values["attention_bias"], "qk_layernorm": values["use_qk_norm"]}
+    return {"add_qkv_bias": bool(values["attention_bias"]), "qk_layernorm": bool(values["use_qk_norm"])}
 
 
 def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,6 +98,6 @@ GLM4 = Family(
         "attention_bias": True,
     },
     only=SILU,
-    own_arguments=lambda values: {"add_qkv_bias": values["attention_bias"]},
+    own_arguments=lambda values: {"add_qkv_bias": bool(values["attention_bias"])},
     own_config=lambda arguments: {"attention_bias": bool(arguments["add_qkv_bias"])},
 )
