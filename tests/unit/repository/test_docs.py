@@ -21,7 +21,9 @@ from tests.unit.cli.test_cli import ALL
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 #: Flags of other programs, in commands and tables of these pages.
-FOREIGN = {"--nproc-per-node", "--nnodes", "--no-deps", "--no-build-isolation", "--exponential-cap", "--help"}
+FOREIGN = {
+    "--nproc-per-node", "--nnodes", "--no-deps", "--no-build-isolation", "--exponential-cap", "--help", "--rounds",
+}  # fmt: skip
 #: Pages with flags of programs of their own (benchmarks, tests, other trainers), which other tests look at.
 ELSEWHERE = {"performance", "ablation", "parity", "reliability", "migrating"}
 
