@@ -12,6 +12,8 @@ The norms of the latents are layers of their own, whichever implementation: chec
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,16 +93,14 @@ class _AlongPlan(torch.nn.Module):
         self.table = table
         self.plan: AttentionPlan | None = None
 
-    def along(self, plan: AttentionPlan) -> _AlongPlan:
+    @contextlib.contextmanager
+    def along(self, plan: AttentionPlan) -> Iterator[None]:
         """The plan that the block inside goes along."""
         self.plan = plan
-        return self
-
-    def __enter__(self) -> None:
-        assert self.plan is not None
-
-    def __exit__(self, *error: object) -> None:
-        self.plan = None
+        try:
+            yield
+        finally:
+            self.plan = None
 
     def get_rotary_seq_len(self, *unused: Any) -> int:
         """Positions of the longest sequence."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_bdpo.model.attention import window_of
 from megatron_bdpo.model.layer_options import LayerOptions
-from megatron_bdpo.model.norm import LayerNormWithoutBias, LocalNorm, ProjectionNorm, separate_norms
+from megatron_bdpo.model.norm import LayerNormWithoutBias, ProjectionNorm, norm_builder, separate_norms
 
 #: What Megatron's bias-dropout-add gives: it adds (output, bias) to a residual.
 Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
@@ -106,13 +106,4 @@ def with_options(spec: Any, options: LayerOptions, *, use_te: bool) -> None:
     own = (options.layer_norms != "before", options.residual_multiplier, options.local_rotary_base)
     if any((*own, options.parallel_layers)):
         assert spec.module is TransformerLayer
-        spec.module, spec.params = PairLayer, {**spec.params, "options": options, "norm": _norm(use_te=use_te)}
-
-
-def _norm(*, use_te: bool) -> Any:
-    """What builds a norm of hidden states."""
-    if not use_te:
-        return LocalNorm
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # needs Transformer Engine
-
-    return TESpecProvider().layer_norm()
+        spec.module, spec.params = PairLayer, {**spec.params, "options": options, "norm": norm_builder(use_te=use_te)}

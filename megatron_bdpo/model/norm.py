@@ -49,6 +49,18 @@ class LayerNormWithoutBias:
         return norm
 
 
+def te_layers() -> Any:
+    """Megatron's choice of Transformer Engine's layers."""
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # needs Transformer Engine
+
+    return TESpecProvider()
+
+
+def norm_builder(*, use_te: bool) -> Any:
+    """What builds a norm of hidden states."""
+    return te_layers().layer_norm() if use_te else LocalNorm
+
+
 def separate_norms(layer: Any) -> None:
     """Have a Transformer Engine layer's norms built apart from the linear layers behind them, as local layers have
     them.
@@ -58,9 +70,7 @@ def separate_norms(layer: Any) -> None:
     Args:
         layer: the spec's ``TransformerLayerSubmodules``, changed in place.
     """
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # needs Transformer Engine
-
-    backend = TESpecProvider()
+    backend = te_layers()
     names = dict(layer.sharded_state_dict_keys_map or {})
     attention = layer.self_attention.submodules
     if attention.linear_qkv is backend.column_parallel_layer_norm_linear():

@@ -27,7 +27,14 @@ from megatron_bdpo.model.layer import with_options
 from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.linear_biases import add_biases
 from megatron_bdpo.model.moe import freeze_routers, let_expert_biases_be_added, tell_pairs, with_pair_router
-from megatron_bdpo.model.norm import LayerNormWithoutBias, LocalNorm, ZeroCenteredRMSNorm, separate_norms
+from megatron_bdpo.model.norm import (
+    LayerNormWithoutBias,
+    LocalNorm,
+    ZeroCenteredRMSNorm,
+    norm_builder,
+    separate_norms,
+    te_layers,
+)
 from megatron_bdpo.model.precision import forget_quantisation_state
 from megatron_bdpo.model.shards import WHOLE, is_adapter
 
@@ -68,11 +75,11 @@ class PairGPTModel(GPTModel):
         if self.embedding_scale is not None and outputs[0] is not None:
             outputs[0] = outputs[0] * self.embedding_scale
         if outputs[1] is not None:
-            tables = outputs[1]
-            if self.local_rotary is None:
-                outputs[1] = tables[plan.positions]
-            else:  # of which each layer takes its own: see ``layer.PairLayer``
-                outputs[1] = torch.stack([tables, self.local_rotary(len(tables), packed_seq=True)])[:, plan.positions]
+            table = outputs[1]
+            outputs[1] = table[plan.positions]
+            if self.local_rotary is not None:  # each layer takes its own of the two: see ``layer.PairLayer``
+                local = self.local_rotary(len(table), packed_seq=True)
+                outputs[1] = torch.stack([outputs[1], local[plan.positions]])
         if self.config.num_moe_experts:
             outputs[5] = self.own_positions(plan.padding)[None]
         return tuple(outputs)
@@ -127,7 +134,7 @@ class PairGPTBuilder(GPTModelBuilder):
         model.rotary_pos_emb.inv_freq = frequencies / factors
         for module in model.modules():
             if isinstance(module, SelfAttention):  # where Megatron has the same of YaRN
-                module._yarn_concentration_factor = options.rotary_attention_factor
+                module._yarn_concentration_factor = options.rotary_attention_factor or 1.0
 
     def _local_rotary(self) -> RotaryEmbedding | None:
         config = self._model_config
@@ -205,14 +212,11 @@ def pair_block_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
 def _latent_attention(spec: Any, config: Any) -> None:
     """Multi-latent attention along a plan, its norms apart, in either implementation."""
     transformer = config.transformer
-    norm: Any = LocalNorm
-    linear: Any = spec.submodules.linear_q_proj  # behind no norm, in local layers
-    if transformer.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-        norm, linear = TESpecProvider().layer_norm(), TESpecProvider().column_parallel_linear()
-    own = norm_with_epsilon(norm, config.layers.latent_norm_epsilon)
-    with_latent_attention(spec, own if transformer.qk_layernorm else None, linear)
+    use_te = transformer.transformer_impl == "transformer_engine"
+    # In local layers the projection of queries is behind no norm.
+    linear = te_layers().column_parallel_linear() if use_te else spec.submodules.linear_q_proj
+    norm = norm_with_epsilon(norm_builder(use_te=use_te), config.layers.latent_norm_epsilon)
+    with_latent_attention(spec, norm if transformer.qk_layernorm else None, linear)
 
 
 class ScoringOutputLayer(ColumnParallelLinear):

@@ -34,18 +34,7 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
             raise UserError("--geglu-tanh is the activation of gated layers: add --swiglu.")
         config.transformer.activation_func = functools.partial(functional.gelu, approximate="tanh")
         config.transformer.bias_activation_fusion = False  # Megatron's fused kernels are for SiLU and plain GELU
-    if settings.layers.qk_norm_over_heads and not config.transformer.qk_layernorm:
-        raise UserError("--qk-norm-over-heads is a kind of --qk-layernorm: give both.")
-    if settings.layers.norms_without_bias and config.transformer.normalization != "LayerNorm":
-        raise UserError("--norms-without-bias: an RMSNorm has none. Add --normalization LayerNorm, or leave it out.")
-    if settings.layers.parallel_layers and settings.layers.layer_norms != "before":
-        raise UserError("--parallel-layers: their norm is before both. Leave --layer-norms out.")
-    longest = settings.layers.rotary_factors_until
-    if longest and settings.schedule.seq_length > longest:
-        raise UserError(
-            f"--seq-length {settings.schedule.seq_length}: the model's rotary factors are those of sequences of up to "
-            f"{longest} positions, and longer ones would have others. Use --seq-length {longest} or less."
-        )
+    _check_layer_options(config, settings.schedule.seq_length)
     if settings.architecture.multi_latent:
         _finish_latent_attention(config, arguments)
     if settings.architecture.clamp is not None:
@@ -54,6 +43,46 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
     if settings.architecture.experts and settings.architecture.biases:
         config.transformer.bias_dropout_fusion = False  # grouped experts refuse it; there is no dropout either way
     return config
+
+
+def _check_layer_options(config: PairGPTConfig, seq_length: int) -> None:
+    """Refuse options that exclude each other, or that have nothing to change.
+
+    Raises:
+        UserError: naming the flags, and the way out.
+    """
+    layers, transformer = config.layers, config.transformer
+    latent = transformer.multi_latent_attention
+    if layers.qk_norm_over_heads and (latent or not transformer.qk_layernorm):
+        raise UserError("--qk-norm-over-heads is a kind of --qk-layernorm: give both.")
+    if layers.norms_without_bias and transformer.normalization != "LayerNorm":
+        raise UserError("--norms-without-bias: an RMSNorm has none. Add --normalization LayerNorm, or leave it out.")
+    if layers.parallel_layers and layers.layer_norms != "before":
+        raise UserError("--parallel-layers: their norm is before both. Leave --layer-norms out.")
+    if layers.latent_norm_epsilon is not None and not latent:
+        raise UserError("--latent-norm-epsilon is of --multi-latent-attention: give both, or leave it out.")
+    if layers.local_rotary_base is not None and (latent or not transformer.window_size):
+        raise UserError("--local-rotary-base is of layers with a window: add --window-size, or leave it out.")
+    _check_rotary_factors(config, seq_length)
+
+
+def _check_rotary_factors(config: PairGPTConfig, seq_length: int) -> None:
+    layers, transformer = config.layers, config.transformer
+    if not layers.rotary_factors:
+        if layers.rotary_attention_factor is not None or layers.rotary_factors_until is not None:
+            raise UserError("--rotary-attention-factor, --rotary-factors-until: only beside --rotary-factors.")
+        return
+    if config.position_embedding_type != "rope" or transformer.multi_latent_attention:
+        raise UserError("--rotary-factors: only with --position-embedding-type rope, and not in latent attention.")
+    frequencies = int(transformer.kv_channels * config.rotary_percent) // 2
+    if len(layers.rotary_factors) != frequencies:
+        raise UserError(f"--rotary-factors: {frequencies} numbers, one for each frequency of a head.")
+    longest = layers.rotary_factors_until
+    if longest and seq_length > longest:
+        raise UserError(
+            f"--seq-length {seq_length}: the model's rotary factors are those of sequences of up to {longest} "
+            f"positions, and longer ones would have others. Use --seq-length {longest} or less."
+        )
 
 
 def _finish_latent_attention(config: PairGPTConfig, arguments: Arguments) -> None:

@@ -172,6 +172,10 @@ REFUSED = {
     "a key of another family": (LLAMA | {"sliding_window": 8}, "sliding_window is 8, which"),
     "biases": (MISTRAL | {"attention_bias": True}, "attention_bias is True, which"),
     "rotary positions by layer": (of("smollm3", no_rope_layers=[1, 2]), "no_rope_layers must be 2 times 0 or 1"),
+    "recurrent layers": (
+        LLAMA | {"model_type": "qwen3_next"},
+        "'qwen3_next' cannot be trained here: its recurrent layers",
+    ),
     "a softmax with a bias": (LLAMA | {"model_type": "ernie4_5_moe"}, "its router weighs experts by a softmax"),
     "activation": (LLAMA | {"hidden_act": "relu"}, "hidden_act is 'relu', which"),
     "no size": (without(LLAMA, "hidden_size"), "hidden_size must be a positive whole number, not None"),

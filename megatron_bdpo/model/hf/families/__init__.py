@@ -49,8 +49,12 @@ _ALL = (
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
 
+_RECURRENT = "its recurrent layers cannot yet begin the answers to a prompt with the prompt's state"
+
 #: Families that people will try, and why they cannot be trained here.
 REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _RECURRENT),
+    "nemotron_h": _RECURRENT,
     "gemma3": "it reads images, too; its language model alone can be, saved as Gemma3ForCausalLM (gemma3_text)",
     "ernie4_5_moe": "its router weighs experts by a softmax and chooses them with a bias beside it, which Megatron has "
     "for sigmoids alone",
