@@ -8,6 +8,21 @@ import re
 _BETWEEN_SENTENCES = re.compile(r"(?<=\S[.?!]) +(?=[A-Z`])")
 
 
+#: What a terminal obeys, or shows in another order than it is written: controls but for the line feed and the tab,
+#: marks of direction, separators of lines.
+_CONTROLS = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """A text for a terminal or a log, with escapes for what would change what is shown: ``\\x1b`` for ESC.
+
+    Texts of rows, names of files and values of configurations are anybody's: whatever is shown goes through here.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class UserError(ValueError):
     """Something the user gave us cannot be used.
 
@@ -28,7 +43,7 @@ class UserError(ValueError):
             where: what stands behind the word "error".
             otherwise: the advice, where the message is one sentence. A message of several lines stays as it is.
         """
-        message = str(self)
+        message = visible(str(self))
         if "\n" in message:
             return f"error{where}: {message}"
         cause, *advice = _BETWEEN_SENTENCES.split(message, maxsplit=1)

@@ -24,6 +24,7 @@ from megatron_bdpo.data.tokenized_rows import CHATS, Outcome
 from megatron_bdpo.data.tokenizing import RowTokenizer, Shards, Tokenizing
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Each, parse_json, schema_error
+from megatron_bdpo.user_files import read_regular
 
 _DIGESTS = "digests.json"
 _RACY_SECONDS = 2.0  # a file this young may still change without a change of its time stamp
@@ -151,7 +152,7 @@ class _FileDigests:
         self._new: dict[str, str] = {}
         self._known: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError):  # only an aid: without it files are read again
-            known = parse_json(path.read_bytes())
+            known = parse_json(read_regular(path))
             if not schema_error(known, Each(str)):
                 self._known = known
 

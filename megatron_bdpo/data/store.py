@@ -40,6 +40,7 @@ from megatron_bdpo.data.tokenization import BoolArray, PairTokens, TokenArray
 from megatron_bdpo.data.tokenized_rows import TokenizedRows
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import is_count, is_number, parse_json, schema_error
+from megatron_bdpo.user_files import open_regular, read_regular
 
 FORMAT_NAME = "megatron_bdpo pair store"
 FORMAT_VERSION = 4
@@ -315,7 +316,7 @@ def _read_meta(directory: Path) -> dict[str, Any]:
     """meta.json, checked to be of a store and of this version."""
     path = directory / _META
     try:
-        meta = parse_json(path.read_bytes())
+        meta = parse_json(read_regular(path))
     except FileNotFoundError as error:
         raise UserError(f"{directory} is no pair store: it has no {_META}.") from error
     except OSError as error:
@@ -341,7 +342,8 @@ def _open_array(directory: Path, name: str, described: dict[str, int]) -> npt.ND
     shape = (described["rows"],) if columns is None else (described["rows"], columns)
     expected_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     try:
-        found_bytes = path.stat().st_size
+        with open_regular(path) as file:
+            found_bytes = os.fstat(file.fileno()).st_size
         if found_bytes != expected_bytes or not (expected_bytes or name in _MAY_BE_EMPTY):
             raise _damaged(directory, f"{path.name} has {found_bytes} bytes instead of {expected_bytes}")
         if not expected_bytes:  # which cannot be mapped

@@ -31,10 +31,12 @@ from megatron_bdpo.data.sources import RawRow, Row, SourceSpec, count_rows, pars
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.data.tokenized_rows import Outcome, RowsBuilder, TokenizedRows, join
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.user_files import read_regular
 
 CHUNK_ROWS = 250
 CHUNKS = 40  # of a shard: 10,000 rows, which take a core half a minute
 _MOST_WORKERS = 32
+_MOST_SHARD_BYTES = 1 << 36  # bounds nothing but what has no end
 _AHEAD = 4  # chunks in work or waiting, per process: bounds the memory
 _FEW_CHUNKS = 8  # of which no other process is started
 _SILENT_SECONDS = 10.0  # where no one watches, progress is shown only of what takes longer
@@ -118,7 +120,7 @@ class Shards:
     def load(self, number: int) -> TokenizedRows | None:
         """None where it is not there, or not whole."""
         try:
-            return TokenizedRows.from_bytes(self._path(number).read_bytes())
+            return TokenizedRows.from_bytes(read_regular(self._path(number), _MOST_SHARD_BYTES))
         except (OSError, ValueError):
             return None
 

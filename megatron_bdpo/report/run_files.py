@@ -11,6 +11,7 @@ from megatron_bdpo.json_shape import Each, parse_json, schema_error
 from megatron_bdpo.training.reference.cache import MANIFEST
 from megatron_bdpo.training.reporting.metrics_file import NAME as METRICS
 from megatron_bdpo.training.reporting.run_record import NAME as RECORD
+from megatron_bdpo.user_files import read_regular
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def find_sources(directory: Path, scores: Path | None = None) -> ReportSources:
 def _record(run: Path) -> dict[str, Any]:
     path = run / RECORD
     try:
-        found = parse_json(path.read_bytes())
+        found = parse_json(read_regular(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

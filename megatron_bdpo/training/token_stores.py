@@ -161,6 +161,8 @@ def build_tokenizer(arguments: Arguments) -> Any:
     tokenizer = arguments.settings.tokenizer
     if tokenizer.type == "HuggingFaceTokenizer" and tokenizer.model:
         arguments.set(tokenizer_model=str(tokenizer_directory(tokenizer.model)))
+    elif tokenizer.model and (path := Path(tokenizer.model)).exists() and not (path.is_dir() or path.is_file()):
+        raise UserError(f"--tokenizer-model {path} is no regular file. Name the file itself.")
     try:
         return build_megatron_tokenizer(arguments.copy().megatron)  # it writes the vocabulary size into its argument
     # NameError: its library is not installed; RuntimeError: sentencepiece's, for a file that is no model

@@ -5,21 +5,28 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import pickle
 import re
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import megatron_bdpo
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
+from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint, read_json
+from megatron_bdpo.model.hf.directory import model_directory, tokenizer_directory
+from megatron_bdpo.model.hf.export import copy_companions
 from megatron_bdpo.platform.safe_pickles import restrict_pickles
 from megatron_bdpo.training.reference.cache import KINDS, ScoreCache, open_scores
+from megatron_bdpo.user_files import MOST_HEADER_BYTES, MOST_JSON_BYTES, MOST_SIDE_FILE_BYTES
 from tests.distributed.test_bad_input import refusal
 from tests.harness.jobs import train
 
@@ -156,8 +163,6 @@ def checkpoint(ranks, tmp_path_factory):
 @pytest.fixture
 def poisoned(checkpoint, tmp_path):
     """A copy of the run, and the directory of its checkpoint."""
-    import shutil
-
     shutil.copytree(checkpoint, tmp_path / "run")
     return tmp_path / "run", tmp_path / "run" / "iter_0000001"
 
@@ -261,3 +266,136 @@ def refusal_to_build(directory: str) -> str:
 def test_a_tokenizers_own_code_is_not_run(ranks, tokenizer_with_code):
     (message,) = ranks(1)(refusal_to_build, str(tokenizer_with_code))
     assert "code of its own, which is not run unless you trust it: --trust-remote-code" in message
+
+
+# Files that are none --------------------------------------------------------------------------------------------------
+
+
+def in_time(action, seconds: int = 10):
+    """What an action returns or raises; a hang becomes an error."""
+
+    def ring(*_):
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        return action()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A Hugging Face model of one tensor, in a file that its index names."""
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    directory.mkdir()
+    save_file({"a": torch.zeros(2)}, directory / "part.safetensors")
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part.safetensors"}}')
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture
+def model(tiny, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+def test_an_export_holds_the_models_own_files_alone(model, tmp_path, capfd):
+    secret = tmp_path / ".netrc"
+    secret.write_text("machine host password swordfish")
+    (model / "LICENSE").symlink_to(secret)
+    (model / "tokenizer.json").symlink_to(model / "config.json")
+    os.mkfifo(model / "vocab.txt")
+    with (model / "merges.txt").open("wb") as file:
+        file.truncate(MOST_SIDE_FILE_BYTES + 1)
+    (tmp_path / "out").mkdir()
+    in_time(lambda: copy_companions(model, tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokenizer.json"]
+    said = capfd.readouterr().err
+    assert f"LICENSE is a link to {secret}, outside of the directory: it is not in the export" in said
+    assert "vocab.txt is no regular file" in said and "merges.txt has 268,435,457 bytes" in said
+
+
+def test_an_export_of_a_hubs_snapshot_is_whole(tmp_path, capfd):
+    """It links into the blobs of its own repository; blobs that are a link themselves are elsewhere."""
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "blobs" / "f00d").write_text("terms")
+    (snapshot / "LICENSE").symlink_to("../../blobs/f00d")
+    (tmp_path / "out").mkdir()
+    copy_companions(snapshot, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
+    assert not capfd.readouterr().err
+    (repository / "blobs").rename(tmp_path / "elsewhere")
+    (repository / "blobs").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "second").mkdir()
+    copy_companions(snapshot, tmp_path / "second")
+    assert "outside of the directory" in capfd.readouterr().err and not list((tmp_path / "second").iterdir())
+
+
+@pytest.mark.parametrize("name", ["../model2/part.safetensors", "/etc/passwd", "..", "sub/part.safetensors"])
+def test_an_index_names_files_of_its_directory(model, name):
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match=rf"model\.safetensors\.index\.json names no files: weight_map\.a is '{name}'"):
+        HuggingFaceCheckpoint.open(model)
+
+
+def test_weights_that_are_a_fifo_or_a_link_elsewhere(model, tiny):
+    part = model / "part.safetensors"
+    part.unlink()
+    part.symlink_to(tiny / "part.safetensors")
+    with pytest.raises(UserError, match=r"part\.safetensors is a link to .*outside of the directory\. Weights are"):
+        HuggingFaceCheckpoint.open(model)
+    part.unlink()
+    os.mkfifo(part)
+    for read in (HuggingFaceCheckpoint.open, lambda directory: HuggingFaceCheckpoint.of_file(directory / part.name)):
+        with pytest.raises(UserError, match=r"part\.safetensors is no regular file"):
+            in_time(lambda read=read: read(model))
+
+
+def test_a_header_larger_than_the_format_allows(model):
+    with (model / "part.safetensors").open("wb") as file:
+        file.write((MOST_HEADER_BYTES + 1).to_bytes(8, "little"))
+        file.truncate(2 * MOST_HEADER_BYTES)
+    with pytest.raises(UserError, match=r"part\.safetensors .*header has 100,000,001 bytes.* allows 100,000,000"):
+        HuggingFaceCheckpoint.open(model)
+
+
+def test_a_configuration_without_end(model):
+    with (model / "config.json").open("wb") as file:
+        file.truncate(MOST_JSON_BYTES + 1)
+    with pytest.raises(UserError, match=r"config\.json cannot be read: it has more than 100,000,000 bytes"):
+        read_json(model / "config.json")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("find", [model_directory, tokenizer_directory])
+def test_a_fifo_that_a_tokenizers_library_would_read(model, name, find):
+    os.mkfifo(model / name)
+    with pytest.raises(UserError, match=rf"{name} is no regular file\. Put the file itself there"):
+        find(str(model))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "part-00000.safetensors"])
+def test_a_fifo_among_scores(tmp_path, name):
+    cache = ScoreCache.open(tmp_path / "scores", {}, {})
+    cache.finish(1, dict.fromkeys(KINDS, 1), {})
+    (tmp_path / "scores" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "scores" / name)
+    with pytest.raises(UserError, match=rf"{name} (is damaged|cannot be read) \(.*no regular file"):
+        in_time(lambda: open_scores(tmp_path / "scores"))
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokens.bin"])
+def test_a_fifo_in_a_token_store(ranks, tmp_path, name):
+    train_once(ranks, tmp_path)
+    (store,) = (tmp_path / "cache").glob("*/meta.json")
+    (store.parent / name).unlink()
+    os.mkfifo(store.parent / name)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} cannot be read.*it is no regular file"):
+        in_time(lambda: PairStore.open(store.parent))

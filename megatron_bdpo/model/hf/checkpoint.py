@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Each, parse_json, schema_error
+from megatron_bdpo.user_files import MOST_HEADER_BYTES, open_regular, read_regular, why_not_read
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -21,6 +22,7 @@ SINGLE = "model.safetensors"
 _DTYPES = ("F64", "F32", "BF16", "F16")
 
 _SHOWN = 8  # names in one message
+_ANY_SIZE = 2**63
 
 
 class StoredTensor(NamedTuple):
@@ -38,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: there is none.
     """
     try:
-        content = parse_json(path.read_text("utf-8"))
+        content = parse_json(read_regular(path).decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
@@ -76,7 +78,7 @@ class HuggingFaceCheckpoint:
         Raises:
             UserError: it is missing, truncated or no safetensors file.
         """
-        return cls(file.parent, _read_header(file))
+        return cls(file.parent, _read_header(_own(file)))
 
     def check(
         self, expected: Mapping[str, tuple[int, ...]], described_by: str = CONFIG, left_out: tuple[str, ...] = ()
@@ -145,12 +147,12 @@ class HuggingFaceCheckpoint:
 def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
-        content = read_json(index)
+        content = read_json(_own(index))
         if wrong := schema_error(content, {"weight_map": Each(_is_file_name)}):
             raise UserError(f"{index} names no files: {wrong}.")
-        return [directory / name for name in sorted(set(content["weight_map"].values()))]
+        return [_own(directory / name) for name in sorted(set(content["weight_map"].values()))]
     if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
+        return [_own(directory / SINGLE)]
     others = sorted(path.name for path in [*directory.glob("*.safetensors"), *directory.glob("*.bin")])
     found = f" There are {', '.join(others[:_SHOWN])}." if others else ""
     raise UserError(
@@ -160,12 +162,29 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and "\0" not in value
+    """Of a file in the directory itself: a path may lead out of it."""
+    return isinstance(value, str) and "\0" not in value and value not in ("", ".", "..") and "/" not in value
+
+
+def _own(path: Path) -> Path:
+    """The path of a file of weights or of their index, which has to be a regular one of its directory.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        why = why_not_read(path, path.parent, most=_ANY_SIZE) if path.exists() else ""
+    except (OSError, UnicodeEncodeError):  # too long, or half a surrogate pair: told where it is opened
+        return path
+    if why:
+        raise UserError(f"{path} {why}. Weights are regular files in their model's directory: put a copy there.")
+    return path
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, from its header. safetensors compares it with the file's size."""
     try:
+        _refuse_large_header(path)
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return {
@@ -178,6 +197,14 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except SafetensorError as error:
         raise UserError(f"{path} is no safetensors file, or truncated: {error}. Fetch the file again.") from error
+
+
+def _refuse_large_header(path: Path) -> None:
+    """Before the library, which would wait for ever for a file that is a FIFO."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MOST_HEADER_BYTES:
+        raise SafetensorError(f"its header has {length:,} bytes, and the format allows {MOST_HEADER_BYTES:,}")
 
 
 def _listed(what: str, names: Iterable[str]) -> list[str]:

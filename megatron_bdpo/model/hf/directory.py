@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_bdpo import hub
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.user_files import MOST_SIDE_FILE_BYTES
 
 #: Weights, configuration, tokenizer. Not the copies of the weights in other formats that many repositories hold.
 _WEIGHTS = ["*.safetensors"]
@@ -31,7 +32,7 @@ def model_directory(path_or_name: str, revision: str | None = None, *, weights: 
     if path.is_dir():
         if not is_model_directory(path):
             raise UserError(f"--hf-model: {path} has no config.json, so it is no Hugging Face model.")
-        return path.resolve()
+        return _described(path.resolve())
     patterns = _DESCRIPTION + _WEIGHTS * weights
     return _fetched("--hf-model", path_or_name, patterns, revision, least_slashes=1)
 
@@ -46,7 +47,25 @@ def tokenizer_directory(path_or_name: str, revision: str | None = None) -> Path:
         UserError: there is no such tokenizer.
     """
     path = Path(path_or_name)
-    return path.resolve() if path.is_dir() else _fetched("--tokenizer-model", path_or_name, _DESCRIPTION, revision)
+    return (
+        _described(path.resolve())
+        if path.is_dir()
+        else _fetched("--tokenizer-model", path_or_name, _DESCRIPTION, revision)
+    )
+
+
+def _described(directory: Path) -> Path:
+    """The directory, after a look at what the libraries will read of it: they would wait for ever for a FIFO.
+
+    Raises:
+        UserError: a file is no regular one, or too large to be what its name says.
+    """
+    for file in sorted({file for pattern in _DESCRIPTION for file in directory.glob(pattern)}):
+        if not file.is_file() and file.exists() and not file.is_dir():
+            raise UserError(f"{file} is no regular file. Put the file itself there.")
+        if file.is_file() and file.stat().st_size > MOST_SIDE_FILE_BYTES:
+            raise UserError(f"{file} has more than {MOST_SIDE_FILE_BYTES:,} bytes, which no such file needs. Move it.")
+    return directory
 
 
 def _fetched(flag: str, name: str, patterns: list[str], revision: str | None, least_slashes: int = 0) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_bdpo.errors import UserError
+from megatron_bdpo.errors import UserError, visible
 from megatron_bdpo.model.hf.checkpoint import CONFIG
 from megatron_bdpo.model.hf.config import exported
 from megatron_bdpo.model.hf.tensors import Place, WeightMap
+from megatron_bdpo.user_files import MOST_SIDE_FILE_BYTES, open_regular, why_not_read
 
 #: Files of the original that describe the tokenizer, generation and terms of use.
 _COPIED = (
@@ -54,11 +56,13 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    path.touch()
+    mode = path.stat().st_mode  # as umask and directory want it; safetensors makes files for their owner alone
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:  # its own, for a full disk too
         raise OSError(str(error)) from error
-    path.chmod(0o644)  # safetensors makes files for their owner alone
+    path.chmod(mode)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -72,7 +76,18 @@ def write_companions(
     """Everything beside the weights: configuration, what the original model has of tokenizer and terms, model card."""
     write_json(directory / CONFIG, exported(config, _DTYPE_NAMES[dtype or torch.float32]))
     (directory / "README.md").write_text(card, "utf-8")
-    for pattern in _COPIED if original else ():
-        for file in original.glob(pattern):  # type: ignore[union-attr]
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
+    if original:
+        copy_companions(original, directory)
+
+
+def copy_companions(original: Path, directory: Path) -> None:
+    """What the original has of tokenizer and terms: its own files alone, because an export is published.
+
+    A link that leads out of the original's directory may lead to anything: it is left out, and named.
+    """
+    for file in sorted({file for pattern in _COPIED for file in original.glob(pattern)}):
+        if why := why_not_read(file, original, MOST_SIDE_FILE_BYTES):
+            print(visible(f"WARNING: {file} {why}: it is not in the export"), file=sys.stderr, flush=True)
+            continue
+        with open_regular(file) as source, (directory / file.name).open("wb") as target:
+            shutil.copyfileobj(source, target)

@@ -39,6 +39,7 @@ from megatron_bdpo.training.hf.adapter_files import export_adapters, save_adapte
 from megatron_bdpo.training.hf.packing import pack
 from megatron_bdpo.training.megatron_settings import DirectorySettings
 from megatron_bdpo.training.settings import Settings
+from megatron_bdpo.user_files import read_regular
 
 #: What a reader of the model card wants to know of a run's arguments.
 _SETTINGS = (
@@ -105,7 +106,7 @@ def _is_own_export(directories: DirectorySettings, name: str, target: Path, last
     if not directories.save or not directories.goes_on_in_place:
         return False
     try:
-        record = json.loads((Path(directories.save) / _RECORDS[name]).read_bytes())
+        record = json.loads(read_regular(Path(directories.save) / _RECORDS[name]))
         return record["directory"] == _number(target) and last_step in (None, record["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return False

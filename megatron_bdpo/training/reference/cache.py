@@ -38,6 +38,7 @@ from safetensors.numpy import save
 from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Maybe, is_count, parse_json, schema_error
+from megatron_bdpo.user_files import open_regular, read_regular
 
 FloatArray = npt.NDArray[np.float64]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -241,6 +242,7 @@ class ScoreCache:
 
     def _read_part(self, path: Path) -> _Part:
         try:
+            open_regular(path).close()  # the library would wait for ever for a FIFO
             with safe_open(path, framework="numpy") as file:
                 metadata = parse_json((file.metadata() or {})[_METADATA])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -317,7 +319,7 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest, checked to be of log-probs and of this version; None where there is none."""
     path = directory / MANIFEST
     try:
-        manifest = parse_json(path.read_bytes())
+        manifest = parse_json(read_regular(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import parse_json
 from megatron_bdpo.training.reporting.console import show
+from megatron_bdpo.user_files import open_regular
 
 
 class Kind(NamedTuple):
@@ -76,7 +77,8 @@ def read_lines(path: Path, kind: Kind) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text("utf-8", errors="replace").split("\n")
+    with open_regular(path) as file:
+        lines = file.read().decode("utf-8", errors="replace").split("\n")
     complete, _unfinished = lines[:-1], lines[-1]
     return [_record(path, number, line, kind) for number, line in enumerate(complete, 1)]
 
