@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from megatron_bdpo.cli.common import PATH, example, only_one, prepare_platform
+from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError
 
 
@@ -47,7 +48,7 @@ def export(
 
     with _written(output):
         conversion.export_alone(checkpoint, output, hf_model, family, compare_digests=checkpoint_checksums)
-    print(f"{output}: complete")
+    show(f"{output}: complete")
 
 
 @convert.command("merge", epilog=example("megatron-bdpo convert merge --adapters DIR --hf-model MODEL --output MERGED"))
@@ -66,7 +67,7 @@ def merge(adapters: Path, hf_model: str, output: Path) -> None:
 
     with _written(output):
         conversion.merge_alone(adapters, hf_model, output)
-    print(f"{output}: complete")
+    show(f"{output}: complete")
 
 
 @contextlib.contextmanager
@@ -96,4 +97,4 @@ def import_(hf_model: str, output: Path, dtype: str) -> None:
     with _written(output):
         is_first = conversion.import_on_all_ranks(hf_model, output, dtype)
     if is_first:
-        print(f"{output}: complete")
+        show(f"{output}: complete")

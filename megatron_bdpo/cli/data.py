@@ -24,7 +24,7 @@ from megatron_bdpo.data.row_reader import FormatSettings, RowReader
 from megatron_bdpo.data.sources import parse_sources
 from megatron_bdpo.data.statistics import PairStatistics
 from megatron_bdpo.data.store import PairStore
-from megatron_bdpo.errors import UserError
+from megatron_bdpo.errors import UserError, visible
 
 _SHARE = click.FloatRange(min=0, max=1)
 
@@ -81,11 +81,11 @@ def check(
         nonlocal left
         if left and not as_json:
             left -= 1
-            click.echo(f"{where}: {problem}")
+            click.echo(visible(f"{where}: {problem}"))
 
     def show_format(reader: RowReader) -> None:
         if not (reader.format.is_ours or as_json):
-            click.echo(reader.known_from)
+            click.echo(visible(reader.known_from))
 
     given = FormatSettings.parse(**{name: value for name, value in form.items() if value is not None})
     report = check_rows(parse_sources(pairs), show_problem, max_rows, given, show_format)
@@ -112,6 +112,7 @@ def _tokenized(function: Any) -> Any:
         click.option("--recipe", multiple=True, metavar="FILE", help="Tokenizer and limits of a training's recipe."),
         click.option("--tokenizer-model", metavar="PATH"),
         click.option("--tokenizer-type", metavar="TYPE", help="Megatron's, e.g. SentencePieceTokenizer."),
+        click.option("--hf-revision", metavar="REVISION", help="Branch, tag or commit of an --hf-model on the hub."),
         click.option("--hf-model", metavar="PATH_OR_NAME", help="The model whose tokenizer it is; no weights needed."),
     ):
         function = add(function)
@@ -163,11 +164,12 @@ def add_reference(scores: Path, output: Path) -> None:
     from megatron_bdpo.training.reference.columns import add_columns  # imports Megatron
 
     written, left_out = add_columns(scores, output)
-    print(f"{output}: {written:,} rows" + (f"; {left_out:,} rows have no scored pair" if left_out else ""))
+    display.show(f"{output}: {written:,} rows" + (f"; {left_out:,} rows have no scored pair" if left_out else ""))
 
 
 _FLAGS = (
     "hf_model",
+    "hf_revision",
     "tokenizer_type",
     "tokenizer_model",
     "max_prompt_length",

@@ -13,7 +13,7 @@ import click
 from megatron_bdpo.cli import convert, data, jobs, losses, plan, report
 from megatron_bdpo.cli.common import example
 from megatron_bdpo.display import show
-from megatron_bdpo.errors import UserError
+from megatron_bdpo.errors import UserError, visible
 
 _DEBUG = "MEGATRON_BDPO_DEBUG"  # as in training.entry, which takes seconds to import
 
@@ -103,10 +103,10 @@ def _explain(error: Exception, arguments: list[str], debug: bool) -> int:
             if not error.shown:
                 click.echo(error.as_text(otherwise=f"{help_of} has its options and an example."), err=True)
         case _:
-            click.echo(f"error: {type(error).__name__}: {' '.join(str(error).split())}", err=True)
+            click.echo(visible(f"error: {type(error).__name__}: {' '.join(str(error).split())}"), err=True)
             if not debug:
                 again = " ".join(["megatron-bdpo --debug", *arguments])
-                click.echo(f"advice: this should not happen. Its traceback: {again}", err=True)
+                click.echo(visible(f"advice: this should not happen. Its traceback: {again}"), err=True)
             return 1
     return 2
 

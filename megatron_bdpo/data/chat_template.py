@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_bdpo.data.deadline import deadline
 from megatron_bdpo.data.messages import ASSISTANT, SYSTEM_ROLES, TOOLS, USER, Message
-from megatron_bdpo.data.problems import ProblemKind, RowProblem
+from megatron_bdpo.data.problems import ProblemKind, RowProblem, printable
 from megatron_bdpo.data.vocabulary import MegatronTextTokenizer, library_object
 from megatron_bdpo.errors import UserError
 
 #: Libraries whose templates are rendered by transformers: with the names of the special tokens, and with variables.
 _TRANSFORMERS = frozenset({"huggingface", "megatron"})
 
+#: For one conversation; templates take about a millisecond. jinja2's sandbox bounds ranges, not loops in loops.
+RENDER_SECONDS = 10.0
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+_SHOWN = 100  # characters of a template in a message
 
 type Spans = list[tuple[int, int]]
 """Stretches of a text, from and to a character, in order."""
@@ -105,12 +112,28 @@ class ChatTemplate:
         if given.get(TOOLS) and not self.reads(TOOLS):
             raise RowProblem(ProblemKind.TEMPLATE_REFUSED, "the row has tools, and the chat template does not read any")
         try:
-            return self._tokenizer.apply_chat_template(messages, **given, **options)
+            with self._in_time():
+                return self._tokenizer.apply_chat_template(messages, **given, **options)
+        except UserError:
+            raise
         except Exception as error:  # templates raise what they like, jinja2.TemplateError for one
             detail = f"{type(error).__name__}: {error}"
             if not self.knows_bos:
                 detail += f" (Megatron gives the templates of {self._library} tokenizers no bos_token and no eos_token)"
             raise RowProblem(ProblemKind.TEMPLATE_REFUSED, detail) from error
+
+    @contextlib.contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """Raises UserError where the template takes too long; ``RowTokenizer`` says for which row."""
+        try:
+            with deadline(RENDER_SECONDS):
+                yield
+        except TimeoutError as error:
+            start = printable(" ".join((self._tokenizer.chat_template or "").split()), _SHOWN)
+            raise UserError(
+                f"the tokenizer's chat template takes more than {RENDER_SECONDS:g} s for one conversation. It may loop "
+                f"for ever: look at its text, or give another with --chat-template. It begins with {start}"
+            ) from error
 
     def marked_spans(self, messages: list[Message], variables: Mapping[str, Any]) -> Spans | None:
         """What the template marks as the assistant's with ``{% generation %}``; None: it marks nothing."""
@@ -120,14 +143,15 @@ class ChatTemplate:
 
         tokenizer = library_object(self._tokenizer).tokenizer
         given = {**tokenizer.special_tokens_map, **self.variables, **variables}
-        _, marked = render_jinja_template(
-            [messages],
-            tools=given.pop(TOOLS, None),
-            documents=given.pop("documents", None),
-            chat_template=self._tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            **given,
-        )
+        with self._in_time():
+            _, marked = render_jinja_template(
+                [messages],
+                tools=given.pop(TOOLS, None),
+                documents=given.pop("documents", None),
+                chat_template=self._tokenizer.chat_template,
+                return_assistant_tokens_mask=True,
+                **given,
+            )
         return list(marked[0])
 
 

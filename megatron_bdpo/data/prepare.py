@@ -196,7 +196,8 @@ def _tokenizing(
     settings: PairDataSettings, tokenizer: PairTokenizer, directory: Path, progress: bool, pause: Callable[[], None]
 ) -> Tokenizing:
     readers = row_readers(settings.sources, settings.form)
-    work = RowTokenizer(tokenizer, readers, settings.max_prompt_tokens, settings.max_response_tokens)
+    limits = settings.max_prompt_tokens, settings.max_response_tokens
+    work = RowTokenizer(tokenizer, readers, *limits, settings.sources)
     shards, judge = Shards(_shards_of(directory)), functools.partial(_check_malformed, settings)
     return Tokenizing(settings.sources, work, shards, settings.workers, progress, pause, judge)
 

@@ -40,6 +40,9 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SAVED_DATASET, _SAVED_DATASET_DICT = "state.json", "dataset_dict.json"  # what Dataset.save_to_disk leaves behind
 _HASH_CHUNK = 1 << 20
 
+#: A line of JSON: a row of a million tokens, with every character escaped, takes half of it.
+MOST_LINE_BYTES = 64 * 2**20
+
 
 @dataclass(frozen=True)
 class SourceSpec:
@@ -295,7 +298,13 @@ def _number_rows(location: _Location) -> Iterator[tuple[int, RawRow]]:
 def _read_json_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """Yield every line's number and the line; None for a blank one."""
     with _readable(path), gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        # In pieces of bounded length: a few KB of gzip may hold a line of many GB.
+        for number, line in enumerate(iter(lambda: lines.readline(MOST_LINE_BYTES + 1), b""), start=1):
+            if len(line) > MOST_LINE_BYTES:
+                raise UserError(
+                    f"{path}, line {number} has more than {MOST_LINE_BYTES >> 20} MiB, which is no row of pairs. Write "
+                    "one object per line, or leave the line out."
+                )
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)  # some editors put it there
                 if line.lstrip().startswith(b"["):

@@ -13,7 +13,7 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -27,13 +27,14 @@ from megatron_bdpo.data.messages import VARIABLES
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.records import PreferenceRecord, parse_row
 from megatron_bdpo.data.row_reader import RowReader, pair_rows
-from megatron_bdpo.data.sources import RawRow, Row, SourceSpec, count_rows, parse_raw, read_raw_rows
+from megatron_bdpo.data.sources import RawRow, Row, SourceSpec, count_rows, describe_row, parse_raw, read_raw_rows
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.data.tokenized_rows import Outcome, RowsBuilder, TokenizedRows, join
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.user_files import read_regular
 
 CHUNK_ROWS = 250
+CHUNK_BYTES = 16 * 2**20
 CHUNKS = 40  # of a shard: 10,000 rows, which take a core half a minute
 _MOST_WORKERS = 32
 _MOST_SHARD_BYTES = 1 << 36  # bounds nothing but what has no end
@@ -54,6 +55,8 @@ class RowTokenizer:
     """Of each source."""
     max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None
+    sources: Sequence[SourceSpec] = ()
+    """For messages."""
 
     def __call__(self, source: int, rows: RawRows, most_pairs: int | None = None) -> TokenizedRows:
         """What becomes of rows of a source, given with their numbers; of no more than give ``most_pairs`` pairs.
@@ -71,6 +74,10 @@ class RowTokenizer:
                     record = self._add(builder, number, form)
                 except RowProblem as problem:
                     builder.add_problem(number, problem)
+                except UserError as error:  # of the tokenizer, met at this row
+                    if not self.sources:
+                        raise
+                    raise UserError(f"{describe_row(self.sources[source], number)}: {error}") from error
                 else:
                     assert not isinstance(row, RowProblem)
                     self._count_unread(builder, source, row, record)
@@ -109,6 +116,21 @@ class _Chunk:
     shard: int
     source: int
     rows: RawRows
+
+
+def _cut(rows: Iterable[tuple[int, RawRow]]) -> Iterator[RawRows]:
+    """The rows in chunks, fewer of long lines: what waits for the tokenizers is bounded in bytes too."""
+    chunk: list[tuple[int, RawRow]] = []
+    size = 0
+    for numbered in rows:
+        raw = numbered[1]
+        size += len(raw) if isinstance(raw, bytes) else 0
+        chunk.append(numbered)
+        if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield tuple(chunk)
+            chunk, size = [], 0
+    if chunk:
+        yield tuple(chunk)
 
 
 class Shards:
@@ -192,7 +214,7 @@ class Tokenizing:
         with self._bar() as bar:
             for source, spec in enumerate(self.sources):
                 shard = first_shard
-                for index, rows in enumerate(itertools.batched(read_raw_rows(spec), CHUNK_ROWS)):
+                for index, rows in enumerate(_cut(read_raw_rows(spec))):
                     shard = first_shard + index // CHUNKS
                     bar.update(len(rows))
                     if shard % parts == part:

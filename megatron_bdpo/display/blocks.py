@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from textwrap import TextWrapper
 
+from megatron_bdpo.errors import visible
+
 
 @dataclass(frozen=True)
 class Table:
@@ -94,4 +96,4 @@ type Block = str | Table | Facts
 
 def plain(blocks: Iterable[Block]) -> str:
     """All of them as lines of text."""
-    return "\n".join(block if isinstance(block, str) else block.plain() for block in blocks)
+    return visible("\n".join(block if isinstance(block, str) else block.plain() for block in blocks))

@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from megatron_bdpo.display.blocks import Block, Facts, Table
+from megatron_bdpo.errors import visible
 
 
 def draw(blocks: Iterable[Block], stream: TextIO, width: int | None) -> None:
@@ -21,20 +22,25 @@ def draw(blocks: Iterable[Block], stream: TextIO, width: int | None) -> None:
     stream.flush()
 
 
+def _text(text: str, style: str = "") -> Text:
+    """What is drawn: rich hands controls on to the terminal."""
+    return Text(visible(text), style=style)
+
+
 def _drawn(block: Block) -> RenderableType:
     match block:
         case Table():
             table = _table(block)
-            return Group(Text(block.title, style="bold"), table) if block.title else table
+            return Group(_text(block.title, style="bold"), table) if block.title else table
         case Facts():
             grid = RichTable.grid(padding=(0, 2))
             grid.add_column(style="cyan")
             grid.add_column(overflow="fold")
             for name, value in block.items:
-                grid.add_row(Text(name), Text(value))
+                grid.add_row(_text(name), _text(value))
             return grid
         case _:
-            return Text(block, style="yellow" if block.startswith("WARNING") else "")
+            return _text(block, style="yellow" if block.startswith("WARNING") else "")
 
 
 def _table(block: Table) -> RichTable:
@@ -49,12 +55,12 @@ def _table(block: Table) -> RichTable:
     )
     for place, title in enumerate(block.titles):
         table.add_column(
-            Text(title),
+            _text(title),
             justify="left" if place in left else "right",
             overflow="fold",
             no_wrap=place in whole or place not in left,
             style="" if place or titled else "cyan",
         )
     for row in block.rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(_text, row))
     return table

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_bdpo.errors import UserError
+from megatron_bdpo.errors import UserError, visible
 from megatron_bdpo.platform.boot import prepare_platform
 from megatron_bdpo.training.distributed import failed_after_others, left_alone
 from megatron_bdpo.training.reporting.status import write_status
@@ -127,7 +127,7 @@ def _leave_if_alone() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:120]
+    return visible(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:120])
 
 
 @contextlib.contextmanager

@@ -134,7 +134,8 @@ def of_recipe(recipes: Sequence[str]) -> tuple[ModelShape, dict[str, Any]]:
 def _model_of(arguments: Arguments) -> ModelShape:
     settings = arguments.settings
     if settings.model.hf_model:
-        architecture = architecture_of(model_directory(settings.model.hf_model, weights=False))
+        directory = model_directory(settings.model.hf_model, settings.model.hf_revision, weights=False)
+        architecture = architecture_of(directory)
         return ModelShape.from_arguments(architecture.arguments, architecture.weights.sizes.vocab)
     if not settings.architecture.layers or not settings.tokenizer.type:
         raise UserError("the recipe names neither an --hf-model nor a model's flags and its tokenizer.")

@@ -147,6 +147,9 @@ class ModelSettings:
     hf_model: str | None = _flag(metavar="PATH_OR_NAME")
     """Hugging Face model (directory or hub name) that the policy starts from and the reference is: sets the model's
     arguments and the tokenizer, and is read into each rank's part directly"""
+    hf_revision: str | None = _flag(metavar="REVISION")
+    """branch, tag or commit of --hf-model, where that is a name on the hub: of weights, configuration and tokenizer
+    (default: its newest)"""
     save_hf: str | None = _flag(metavar="DIR")
     """at the end of training, write the policy as a Hugging Face model"""
     pair_attention: str = _flag("auto", choices=("auto", *BACKENDS))

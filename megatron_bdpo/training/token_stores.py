@@ -204,6 +204,7 @@ def tokenize(arguments: Arguments, *, report: bool = True) -> list[PairStore]:
     settings = arguments.settings
     if settings.model.hf_model:
         with all_ranks_agree():
-            model = settings.tokenizer.model or str(model_directory(settings.model.hf_model, weights=False))
+            named, revision = settings.model.hf_model, settings.model.hf_revision
+            model = settings.tokenizer.model or str(model_directory(named, revision, weights=False))
         arguments.set(tokenizer_type=settings.tokenizer.type or "HuggingFaceTokenizer", tokenizer_model=model)
     return open_stores(arguments, report=report)

@@ -13,6 +13,7 @@ import pytest
 from megatron_bdpo import hub
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.directory import model_directory, tokenizer_directory
+from tests.distributed.test_bad_input import refusal
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -84,3 +85,52 @@ def test_what_can_be_no_name(name):
 
 def test_a_tokenizers_directory_needs_no_model(tmp_path):
     assert tokenizer_directory(str(tmp_path)) == tmp_path.resolve()
+
+
+def test_a_revision_is_asked_for(monkeypatch):
+    asked: list[str | None] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], local_files_only: bool, revision: str | None) -> str:
+        asked.append(revision)
+        return "somewhere"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for revision in ("v1.0", None):
+        model_directory("org/model", revision)
+    assert asked == ["v1.0", None]
+
+
+def test_a_cached_revision_among_others(tmp_path, monkeypatch):
+    """The hub's own cache, as it lies on a disk, with two revisions; the network is out of reach."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commits = {"main": "a" * 40, "v1.0": "b" * 40}
+    repository = tmp_path / "models--org--model"
+    (repository / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        (repository / "refs" / name).write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+    assert model_directory("org/model").name == commits["main"]
+    assert model_directory("org/model", "v1.0").name == commits["v1.0"]
+    assert model_directory("org/model", commits["v1.0"]).name == commits["v1.0"]
+    with pytest.raises(UserError, match="cannot be fetched"):
+        model_directory("org/model", "v9")
+
+
+def test_a_directory_has_no_revision(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"--hf-revision v1: .* is a directory.* Leave --hf-revision out"):
+        model_directory(str(tmp_path), "v1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [(["--hf-revision", "v1"], "--hf-revision is a revision of --hf-model, which is not given"),
+     (["--hf-model", "MODEL", "--hf-revision", "v1"], "--hf-revision v1: MODEL is a directory")],
+)  # fmt: skip
+def test_a_run_refuses_a_revision_of_nothing(ranks, tmp_path, flags, expected):
+    (tmp_path / "config.json").write_text("{}")
+    flags = [flag.replace("MODEL", str(tmp_path)) for flag in flags]
+    (message,) = ranks(1)(refusal, flags, max_pairs=8)
+    assert expected.replace("MODEL", str(tmp_path)) in message

@@ -30,6 +30,8 @@ PASSWORDS = {
     "HTTPS_PROXY": "http://me:opensesame@127.0.0.1:9",
 }
 HIDDEN = [*SECRETS.values(), "swordfish77", "opensesame"]
+#: What a group that shares its work sets: nothing for others, all for the group.
+UMASK = 0o007
 ODD = "a b ü 漢 'x' $(y)"
 
 
@@ -37,7 +39,8 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     environment = {**inherited, **paths, **SECRETS, **PASSWORDS, **environment}
-    return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    command_line = [sys.executable, *map(str, command)]
+    return subprocess.run(command_line, env=environment, umask=UMASK, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,16 @@ def test_no_secret_is_written_anywhere(job):
     for name, content in [("the terminal", printed.encode()), *contents(place)]:
         for secret in HIDDEN:
             assert secret.encode() not in content, f"{name} holds {secret}"
+
+
+def test_every_file_is_as_open_as_the_umask_says(job):
+    """No wider, as modes that are set by hand are; no narrower, as those of tempfile and safetensors are."""
+    place, _ = job
+    made = [path for name in ("the run é", "a cache é", "its scores é", "aligned é", "board é")
+            for path in (place / name, *(place / name).rglob("*"))]  # fmt: skip
+    expected = {path: 0o770 if path.is_dir() else 0o660 for path in made}
+    others = {path: oct(path.stat().st_mode & 0o777) for path in made if path.stat().st_mode & 0o777 != expected[path]}
+    assert len(made) > 30 and not others
 
 
 def contents(place: Path):

@@ -30,6 +30,11 @@ def model_directory(path_or_name: str, revision: str | None = None, *, weights: 
     """
     path = Path(path_or_name)
     if path.is_dir():
+        if revision is not None:
+            raise UserError(
+                f"--hf-revision {revision}: {path} is a directory, which holds what it holds. Leave --hf-revision out, "
+                "or name a model on the hub with --hf-model."
+            )
         if not is_model_directory(path):
             raise UserError(f"--hf-model: {path} has no config.json, so it is no Hugging Face model.")
         return _described(path.resolve())

@@ -43,6 +43,7 @@ from megatron_bdpo.user_files import read_regular
 
 #: What a reader of the model card wants to know of a run's arguments.
 _SETTINGS = (
+    "hf_revision",
     "pairs_per_step", "train_iters", "seq_length", "max_prompt_length", "max_response_length", "lr", "min_lr",
     "lr_decay_style", "lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "params_dtype",
     "share_prompts", "reference", "lora_dropout", "seed",

@@ -28,6 +28,8 @@ def start_from_hugging_face(arguments: Arguments) -> None:
     """
     settings = arguments.settings
     named, weights = settings.model.hf_model, not settings.dry_run.is_wanted
+    with all_ranks_agree():
+        refuse_revision_alone(settings)
     if not named:
         return
     found: Path | None = None
@@ -39,7 +41,7 @@ def start_from_hugging_face(arguments: Arguments) -> None:
                 "--fp8-param-gather, --fp4-param-gather: --hf-model is read into bf16 or fp32 weights only."
             )
         if is_rank_zero():
-            found = model_directory(named, weights=weights)
+            found = model_directory(named, settings.model.hf_revision, weights=weights)
     fetch = functools.partial(model_directory, weights=weights)
     directory = Path(on_every_node("--hf-model", named, str(found), fetch))
     arguments.set(hf_model=str(directory))
@@ -57,6 +59,12 @@ def start_from_hugging_face(arguments: Arguments) -> None:
         else:
             say(f"weights: not in {directory}, so not checked")
         arguments.set(**_arguments(arguments, architecture))
+
+
+def refuse_revision_alone(settings: Settings) -> None:
+    """Refuse --hf-revision of nothing."""
+    if settings.model.hf_revision is not None and not settings.model.hf_model:
+        raise UserError("--hf-revision is a revision of --hf-model, which is not given. Leave it out, or name a model.")
 
 
 def architecture_of(directory: Path) -> Architecture:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_bdpo import display
+from megatron_bdpo.errors import visible
 
 #: Where lines for people go while ``sys.stdout`` is Megatron's; None for ``sys.stdout`` itself.
 _terminal: TextIO | None = None
@@ -70,7 +71,8 @@ class _LazyFile(io.TextIOBase):
     def write(self, text: str) -> int:
         if self._file is None:
             self._file = self._open()
-        return self._file.write(text)
+        self._file.write(visible(text))
+        return len(text)
 
     def _open(self) -> TextIO:
         with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,25 @@ def test_digest_follows_content_not_place(tmp_path: Path) -> None:
     assert content_digest(SourceSpec(str(second), weight=3.0)) == digest
     second.write_text(json_lines(ROWS).replace("p4", "p5"))
     assert content_digest(SourceSpec(str(second))) != digest
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json.gz"])
+def test_a_line_without_end_takes_bounded_memory(tmp_path: Path, name: str) -> None:
+    """A small gzip file that holds a line of 200 MiB: it is named, and never held as a whole."""
+    path, piece = tmp_path / name, b"a" * (1 << 20)
+    if name.endswith("gz"):
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.write(json_lines(ROWS).encode())
+            for _ in range(200):
+                file.write(piece)
+    else:
+        with path.open("wb") as plain:
+            plain.write(json_lines(ROWS).encode())
+            plain.write(piece * 65)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=rf"{name}, line 6 has more than 64 MiB.* Write one object per line"):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 * sources.MOST_LINE_BYTES
+    finally:
+        tracemalloc.stop()

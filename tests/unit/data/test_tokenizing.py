@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_bdpo.data import tokenizing
+from megatron_bdpo.data import chat_template, tokenizing
+from megatron_bdpo.data.chat_template import ChatTemplate
 from megatron_bdpo.data.prepare import PairDataSettings, make_part, prepare_pairs
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.row_reader import RECOGNISED, row_readers
@@ -199,3 +200,55 @@ def test_rows_survive_bytes(data: PairDataSettings, of_megatron: Any) -> None:
     assert all(getattr(again, name).tobytes() == getattr(rows, name).tobytes() for name in ARRAYS)
     with pytest.raises(ValueError, match="Safetensor"):
         TokenizedRows.from_bytes(rows.to_bytes()[:200])
+
+
+def test_long_lines_make_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(tokenizing, "CHUNK_BYTES", 10)
+    rows = [(number, b"x" * length) for number, length in enumerate([1, 1, 1, 1, 1, 9, 20, 3])]
+    chunks = list(tokenizing._cut(rows))
+    assert [[number for number, _ in chunk] for chunk in chunks] == [[0, 1, 2, 3], [4, 5], [6], [7]]
+
+
+def test_a_template_that_loops_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops in loops pass the sandbox's limit of ranges. The row and the template are named, in one process or two."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.3)
+    rounds = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc")
+    loop = rounds + "{% endfor %}" * 3
+    template = "{% if messages[0]['content'] == 'slow' %}" + loop + "{% endif %}{{ messages[0]['content'] }}"
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[E]": 0}, "[E]"))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    of_loop = ChatTemplate(Templated(fast), "huggingface")
+    messages = [{"role": "user", "content": "slow"}]
+    assert of_loop.apply([{"role": "user", "content": "quick"}], {}, add_generation_prompt=True) == "quick"
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"chat template takes more than 0\.3 s .*It begins with \{% if messages"):
+        of_loop.apply(messages, {}, add_generation_prompt=True)
+    assert time.monotonic() - began < 5
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+class Templated:
+    """What ``ChatTemplate`` uses of Megatron's tokenizer."""
+
+    def __init__(self, fast: Any) -> None:
+        self.chat_template = fast.chat_template
+        self.apply_chat_template = fast.apply_chat_template
+
+
+class Slow(PairTokenizer):
+    """Meets an error of the tokenizer's, not of the row's, at the seventh row."""
+
+    def encode(self, record: PreferenceRecord) -> PairTokens:
+        if str(record.prompt).startswith("7 "):
+            raise UserError("the template takes too long. Look at it.")
+        return super().encode(record)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_of_the_tokenizer_names_the_row(data: PairDataSettings, of_megatron: Any, workers: int) -> None:
+    with pytest.raises(UserError, match=r"a\.jsonl, line 8: the template takes too long\. Look at it\."):
+        prepare_pairs(replace(data, workers=workers), Slow(of_megatron))

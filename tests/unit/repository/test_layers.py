@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "hub": set(),
     "json_shape": set(),
     "user_files": set(),
-    "display": {"display"},
+    "display": {"display", "errors"},
     "comprehension": {"errors"},
     "losses": {"losses", "comprehension", "errors"},
     "data": {"data", "display", "artifact", "hub", "json_shape", "user_files", "errors"},
