@@ -17,6 +17,7 @@ from megatron_bdpo.json_shape import Each, is_count, is_number, schema_error
 
 _MAX_LINES = 20
 _MAX_NAMES = 12
+_MAX_SPELLED = 4
 _PARTS = ("prompt", "chosen", "rejected")
 
 
@@ -26,6 +27,18 @@ class ProblemCount(Problem):
 
     source: int
     """Index of the source."""
+
+
+@dataclass
+class SpelledOut:
+    """How many pairs of one source hold a control token as text."""
+
+    token: str
+    source: int
+    """Index of the source."""
+    count: int
+    rows: list[int]
+    """Numbers of the first few rows."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,8 @@ class DataReport:
     pairs_kept: list[int] = field(default_factory=list)  # per source
     problems: list[ProblemCount] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)  # columns and fields that nothing reads -> rows that have them
+    spelled_out: list[SpelledOut] = field(default_factory=list)
+    """Control tokens that texts spell out. They become real ones."""
     truncated_prompts: int = 0
     truncated_responses: int = 0  # a pair counts twice when both of its responses are cut
     tokens: dict[str, LengthStats] = field(default_factory=dict)  # by part: prompt, chosen, rejected
@@ -84,6 +99,13 @@ class DataReport:
         self.truncated_responses += outcome.truncated_responses
         for name, count in outcome.unread.items():
             self.unread[name] = self.unread.get(name, 0) + count
+        for token, (count, *rows) in outcome.spelled_out.items():
+            of_token = next((each for each in self.spelled_out if (each.token, each.source) == (token, source)), None)
+            if of_token is None:
+                self.spelled_out.append(SpelledOut(token, source, count, rows))
+            else:
+                of_token.count += count
+                of_token.rows = (of_token.rows + rows)[:MAX_EXAMPLES]
         for new in outcome.problems.values():
             known = next((each for each in self.problems if (each.kind, each.source) == (new.kind, source)), None)
             if known is None:
@@ -112,10 +134,12 @@ class DataReport:
             per_source = zip(self.sources, self.pairs_kept, self.rows_read, strict=True)
             lines += _at_most(4, [f"  {name}: {pairs:,} of {rows:,}" for name, pairs, rows in per_source])
         problems = sorted(self.problems, key=lambda problem: -problem.count)
-        room = _MAX_LINES - len(lines) - len(_PARTS) - 2 - bool(self.unread)
+        room = _MAX_LINES - len(lines) - len(_PARTS) - 2 - bool(self.unread) - bool(self.spelled_out)
         lines += _at_most(room, [_describe(problem, self.sources) for problem in problems])
         if self.unread:
             lines.append(_not_read(self.unread))
+        if self.spelled_out:
+            lines.append(_spelled(self.spelled_out, self.sources))
         blocks: list[Block] = ["\n".join(lines)]
         if self.tokens:
             rows = [
@@ -140,6 +164,7 @@ class DataReport:
         Raises:
             ValueError: it is no report.
         """
+        fields = {"spelled_out": [], **fields}  # younger than the file
         if wrong := schema_error(fields, _SHAPE):
             raise ValueError(f"in its report, {wrong}")
         sources = len(fields["sources"])
@@ -148,8 +173,11 @@ class DataReport:
         if any(problem["source"] >= sources or not problem["rows"] for problem in fields["problems"]):
             raise ValueError("its report has problems of no source or row")
         problems = [_only_fields(ProblemCount, problem) for problem in fields["problems"]]
+        if any(each["source"] >= sources or not each["rows"] for each in fields["spelled_out"]):
+            raise ValueError("its report has control tokens of no source or row")
+        spelled_out = [_only_fields(SpelledOut, each) for each in fields["spelled_out"]]
         tokens = {part: _only_fields(LengthStats, stats) for part, stats in fields["tokens"].items()}
-        return _only_fields(cls, {**fields, "problems": problems, "tokens": tokens})
+        return _only_fields(cls, {**fields, "problems": problems, "spelled_out": spelled_out, "tokens": tokens})
 
 
 def _only_fields[Read](kind: type[Read], values: dict[str, Any]) -> Read:
@@ -171,6 +199,7 @@ _SHAPE = {
         }
     ],
     "unread": Each(is_count),
+    "spelled_out": [{"token": str, "source": is_count, "count": is_count, "rows": [is_count]}],
     "truncated_prompts": is_count,
     "truncated_responses": is_count,
     "tokens": Each({"mean": is_number, "p50": is_number, "p95": is_number, "max": is_count}),
@@ -189,6 +218,18 @@ def _not_read(unread: Mapping[str, int]) -> str:
     names = sorted(unread, key=lambda name: (-unread[name], name))
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return f"  not read: {', '.join(printable(name, 60) for name in names[:_MAX_NAMES])}{more}"
+
+
+def _spelled(found: Sequence[SpelledOut], sources: Sequence[str]) -> str:
+    """The commonest, in a line."""
+    ordered = sorted(found, key=lambda each: (-each.count, each.token))
+    told = []
+    for each in ordered[:_MAX_SPELLED]:
+        where = f" of {sources[each.source]}" if len(sources) > 1 else ""
+        rows = ", ".join(map(str, each.rows)) + (", ..." if each.count > len(each.rows) else "")
+        told.append(f"{printable(each.token, 40)} in {each.count:,} (row {rows}{where})")
+    more = f" and {len(ordered) - _MAX_SPELLED} more" if len(ordered) > _MAX_SPELLED else ""
+    return f"  control tokens in texts, taken as such: {', '.join(told)}{more}"
 
 
 def _at_most(count: int, lines: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import re
 from typing import Any, NamedTuple
 
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
@@ -103,6 +104,25 @@ class TextEncoder:
                 f"one token holds the end of a turn and what follows it: {text[max(0, merged - 20) : merged + 20]!r}",
             )
         return places
+
+    def spelled_out(self, value: Any) -> set[str]:
+        """Control tokens that stand as text in a row's strings: the tokenizer makes real ones of them.
+
+        Only Hugging Face tokenizers do; SentencePiece reads them as text, and tiktoken refuses them.
+
+        Args:
+            value: a string, or messages.
+        """
+        if isinstance(value, str):
+            return set(self._control.findall(value)) if self._control else set()
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return {token for each in inner for token in self.spelled_out(each)}
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        added = self._fast.get_added_tokens_decoder().values() if self._fast is not None else ()
+        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names))) if names else None
 
     @functools.cached_property
     def _marks(self) -> list[Mark]:

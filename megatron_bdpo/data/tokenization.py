@@ -152,6 +152,10 @@ class PairTokenizer:
             raise RowProblem(ProblemKind.IDENTICAL_TOKENS, "chosen and rejected give the same tokens")
         return PairTokens(_int32(self._start.put(prompt, is_chat)), chosen, rejected, *scored)
 
+    def spelled_out(self, record: PreferenceRecord) -> set[str]:
+        """Control tokens that the record's own texts spell out, which become real ones."""
+        return self._encoder.spelled_out([record.prompt, record.chosen, record.rejected])
+
     def _prompt(self, text: str, *, chat: bool) -> TokenArray:
         return _int32(self._start.put(self._start.strip(self._encoder.encode(text), chat), chat))
 

@@ -51,6 +51,8 @@ class Outcome:
     problems: dict[str, Problem] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     """Columns and fields that nothing reads -> rows that have them."""
+    spelled_out: dict[str, list[int]] = field(default_factory=dict)
+    """Control tokens in texts, which become real ones -> how many pairs have them, and rows of the first few."""
     forms: dict[str, int] = field(default_factory=dict)
     """``CHATS`` and ``STRINGS`` -> the first row of that form that gave a pair."""
 
@@ -67,6 +69,11 @@ class Outcome:
             known = name if name in self.unread or len(self.unread) < _MOST_NAMES else "others"
             self.unread[known] = self.unread.get(known, 0) + rows
 
+    def add_spelled_out(self, token: str, pairs: int, rows: list[int]) -> None:
+        """Count pairs whose texts spell out a control token."""
+        count, *first = self.spelled_out.get(token, [0])
+        self.spelled_out[token] = [count + pairs, *(first + rows)[:MAX_EXAMPLES]]
+
     def add(self, other: Outcome) -> None:
         """Count the rows that follow."""
         self.read += other.read
@@ -78,6 +85,8 @@ class Outcome:
             known.rows = (known.rows + problem.rows)[:MAX_EXAMPLES]
         for name, count in other.unread.items():
             self.add_unread([name], count)
+        for token, (pairs, *rows) in other.spelled_out.items():
+            self.add_spelled_out(token, pairs, rows)
         for name, row in other.forms.items():
             self.forms.setdefault(name, row)
 

@@ -97,6 +97,8 @@ class RowTokenizer:
         builder.append(pair, number, record, self.tokenizer.own_unconditional_prompt(record))
         builder.outcome.truncated_prompts += prompt_cut
         builder.outcome.truncated_responses += sum(responses_cut)
+        for token in sorted(self.tokenizer.spelled_out(record)):
+            builder.outcome.add_spelled_out(token, 1, [number])
         return record
 
     def _count_unread(self, builder: RowsBuilder, source: int, row: Row, record: PreferenceRecord) -> None:

@@ -17,9 +17,11 @@ from megatron_bdpo.data.chat_template import ChatTemplate
 from megatron_bdpo.data.prepare import PairDataSettings, make_part, prepare_pairs
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.row_reader import RECOGNISED, row_readers
+from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.data.text_encoder import TextEncoder
 from megatron_bdpo.data.tokenization import PairTokenizer, PairTokens
-from megatron_bdpo.data.tokenized_rows import ARRAYS, TokenizedRows
+from megatron_bdpo.data.tokenized_rows import ARRAYS, Outcome, TokenizedRows
 from megatron_bdpo.errors import UserError
 from tests.unit.data.test_store import built, write
 
@@ -252,3 +254,26 @@ class Slow(PairTokenizer):
 def test_an_error_of_the_tokenizer_names_the_row(data: PairDataSettings, of_megatron: Any, workers: int) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl, line 8: the template takes too long\. Look at it\."):
         prepare_pairs(replace(data, workers=workers), Slow(of_megatron))
+
+
+def test_control_tokens_in_texts_are_counted(tmp_path: Path) -> None:
+    """With file and first rows, over chunks and after a way through the store; a token of the tokenizer's own alone."""
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[E]": 0}, "[E]"))
+    backend.add_special_tokens(["<|im_start|>", "<|im|>"])
+    encoder = TextEncoder.__new__(TextEncoder)
+    encoder._fast = backend
+    chat = [{"role": "user", "content": "a <|im_start|>system b", "tool": {"x": ["<|im|>"]}}]
+    assert encoder.spelled_out([chat, "<|end|>"]) == {"<|im_start|>", "<|im|>"}
+    assert encoder.spelled_out("im_start") == set()
+    report = DataReport(["a.jsonl", "b.jsonl"])
+    for source in (0, 0, 1):
+        outcome = Outcome()
+        for row in (3, 4):
+            outcome.add_spelled_out("<|im|>", 1, [row])
+        report.add(source, 2, outcome)
+    expected = "control tokens in texts, taken as such: <|im|> in 4 (row 3, 4, 3, ... of a.jsonl), <|im|> in 2 (row"
+    assert expected in report.format()
+    assert DataReport.from_json(report.to_json()) == report
+    before = {name: value for name, value in report.to_json().items() if name != "spelled_out"}
+    assert DataReport.from_json(before).spelled_out == []
