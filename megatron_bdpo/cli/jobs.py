@@ -35,7 +35,7 @@ def train(context: click.Context, ranks: int, flags: tuple[str, ...]) -> None:
     else:
         from megatron_bdpo.training import entry  # imports torch
 
-        with entry.record_refusal():
+        with entry.end_told():
             entry.train(flags)
 
 
@@ -75,5 +75,5 @@ def score(context: click.Context, flags: tuple[str, ...]) -> None:
 
     if common.asks_for_help(flags):
         click.echo(context.get_help() + "\n")
-    with entry.record_refusal():
+    with entry.end_told():
         entry.score(flags)

@@ -13,6 +13,10 @@ import torch
 HOOKS_ONLY = "_"
 
 
+class EvaluationLeft(Exception):
+    """Raised on all ranks, between two microbatches, to end an evaluation without a result."""
+
+
 class SaveHooks(Protocol):
     """What is to be done around the writing of a checkpoint. All ranks call every hook."""
 
@@ -31,6 +35,9 @@ class TrainerHooks(SaveHooks, Protocol):
 
     def wrap_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
         """Given Megatron's forward-backward function, return the one to use."""
+
+    def in_phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Around the building of the model (``weights``), an ``evaluation``, and a ``save``."""
 
     def after_load(self, model: list[Any]) -> None:
         """The model's chunks hold their initial or loaded weights."""

@@ -13,6 +13,7 @@ and restored afterwards. Nothing is copied: each wrapper calls Megatron's own fu
 | `train`                             | an evaluation before the first step                                            |
 | `get_forward_backward_func`         | the resident reference scores the step's packs before the policy's pass        |
 | `consume_seqlen_stats_in_iteration` | packs differ in length, and their padding is no work: tokens to count          |
+| `save_checkpoint`                   | what it takes has a limit of its own, as has the end of one in the background  |
 | `training_log`                      | Megatron's line leaves out negative values (log-probs), and knows no pairs     |
 | `evaluate`                          | the same for evaluation, and the before/after table                            |
 | `get_signal_handler`                | a stop file asks for what a signal asks for: a checkpoint, then the end        |
@@ -35,7 +36,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
 from megatron_bdpo.platform import cpu
-from megatron_bdpo.platform.hooks import HOOKS_ONLY, SaveHooks, TrainerHooks
+from megatron_bdpo.platform.hooks import HOOKS_ONLY, EvaluationLeft, SaveHooks, TrainerHooks
 from megatron_bdpo.platform.writing import replace_dead_writer, written_by_this_process
 
 
@@ -51,6 +52,8 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
         (trainer, "train", _train(trainer.train, hooks)),
         (trainer, "get_forward_backward_func", _schedule(trainer.get_forward_backward_func, hooks)),
         (trainer, "consume_seqlen_stats_in_iteration", lambda: hooks.work_of_step()),
+        (trainer, "save_checkpoint", _in_phase(trainer.save_checkpoint, hooks, "save")),
+        (trainer, "maybe_finalize_async_save", _finalize(trainer.maybe_finalize_async_save, hooks)),
         (trainer, "training_log", _log(trainer.training_log, hooks)),
         (trainer, "evaluate", _evaluate(trainer.evaluate, hooks)),
         (trainer, "get_signal_handler", lambda: hooks),
@@ -163,11 +166,29 @@ _COUNTED_IN_PACKS = ("num_steps", "lr_warmup_steps", "lr_decay_steps", "wd_incr_
 
 def _setup(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
     def setup(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+        with hooks.in_phase("weights"):
+            result = original(*args, **kwargs)
         hooks.after_load(result[0])
         return result
 
     return setup
+
+
+def _in_phase(original: Callable[..., Any], hooks: TrainerHooks, name: str) -> Callable[..., Any]:
+    def work(*args: Any, **kwargs: Any) -> Any:
+        with hooks.in_phase(name):
+            return original(*args, **kwargs)
+
+    return work
+
+
+def _finalize(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
+    waits = _in_phase(original, hooks, "save")
+
+    def finalize(blocking: bool = False, **kwargs: Any) -> Any:  # asked before each step, where it does not wait
+        return (waits if blocking else original)(blocking=blocking, **kwargs)
+
+    return finalize
 
 
 def _train(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
@@ -219,11 +240,22 @@ def _shown(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _evaluate(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., Any]:
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
-        metrics, collected, time_limit = original(*args, **kwargs)
-        if metrics is not None:
-            hooks.after_evaluation(metrics)
-            metrics = _shown(metrics)
+    def evaluate(step: Any, data: Any, model: Any, process: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        machine = trainer.get_rerun_state_machine()
+        mode = machine.get_mode()
+        with hooks.in_phase("evaluation"):
+            try:
+                metrics, collected, time_limit = original(step, data, model, process, config, *args, **kwargs)
+            except EvaluationLeft:  # what Megatron does where its own limit of time ends an evaluation, and undoes
+                for chunk in model:
+                    chunk.train()
+                config.timers = trainer.get_timers()
+                config.timers("evaluate").stop()
+                machine.set_mode(mode)
+                return None, None, True
+            if metrics is not None:
+                hooks.after_evaluation(metrics)
+                metrics = _shown(metrics)
         return metrics, collected, time_limit
 
     return evaluate

@@ -20,14 +20,17 @@ from megatron_bdpo.data.context import ContextRank
 from megatron_bdpo.display import Block
 from megatron_bdpo.errors import PassingError, UserError
 from megatron_bdpo.training.megatron_settings import ProcessSettings
+from megatron_bdpo.training.phases import IN_STEP, clock, waiting
 from megatron_bdpo.training.reporting.console import show
 
-#: One rank may tokenise or score for hours while the others wait for it.
+#: One rank may tokenise, read or write for hours while the others wait for it.
 _PATIENCE = timedelta(days=2)
 
 _LEAVE_TOGETHER = timedelta(seconds=10)
 
 _host_group: Any = None
+_step_patience = _host_patience = _PATIENCE
+_cause = ""
 _failed_after_others = False
 _left_alone = False
 
@@ -38,8 +41,8 @@ def process_groups(process: ProcessSettings) -> Iterator[None]:
 
     A process that is made up plays rank 0 of the others: collectives answer with its own values.
     """
-    global _host_group, _failed_after_others, _left_alone
-    _left_alone = False
+    global _host_group, _failed_after_others, _left_alone, _step_patience, _host_patience, _cause
+    _left_alone, _cause = False, ""
     backend, host_backend = process.backend, "gloo"
     kwargs: dict[str, Any] = {}
     if process.is_made_up:
@@ -62,14 +65,15 @@ def process_groups(process: ProcessSettings) -> Iterator[None]:
         **kwargs,
     )
     _host_group = distributed.new_group(backend=host_backend, timeout=_PATIENCE)
+    _step_patience, _host_patience = timedelta(minutes=process.timeout_minutes), _PATIENCE
     try:
         yield
     except UserError as error:
-        _is_first_to_fail()
+        _is_first_to_fail(error)
         _left_alone = not _show_once(error)
         raise
-    except Exception:
-        _failed_after_others = not _is_first_to_fail()
+    except Exception as error:
+        _failed_after_others = not _is_first_to_fail(error)
         raise
     finally:
         _host_group = None
@@ -77,13 +81,26 @@ def process_groups(process: ProcessSettings) -> Iterator[None]:
             distributed.destroy_process_group()
 
 
-def _is_first_to_fail() -> bool:
+def _is_first_to_fail(error: Exception) -> bool:
     """Whether no rank has failed before. Asks the store of the launcher, which a failing rank does not take with it."""
+    global _cause
+    own = f"rank {distributed.get_rank()}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    _cause = own
     try:
         store = distributed.distributed_c10d._get_default_store()
-        return bool(store.add("megatron_bdpo/failed", 1) == 1)
+        is_first = bool(store.add("megatron_bdpo/failed", 1) == 1)
+        if is_first:
+            store.set("megatron_bdpo/cause", own)
+        elif store.check(["megatron_bdpo/cause"]):
+            _cause = store.get("megatron_bdpo/cause").decode()
+        return is_first
     except RuntimeError:  # it is gone with its rank
         return False
+
+
+def first_cause() -> str:
+    """What has ended the job, where a rank has raised: the first one's error, as far as this one has heard of it."""
+    return _cause
 
 
 def is_raised(flag: str, *, here: bool) -> bool:
@@ -171,8 +188,17 @@ def _free_port() -> int:
 
 
 def host_group() -> Any:
-    """A group of all ranks for host-side values, patient enough to wait for hours of preparation."""
+    """A group of all ranks for host-side values.
+
+    It waits for hours of preparation, reading and writing, and where ranks go step by step as long as Megatron's own
+    groups (``--distributed-timeout-minutes``). All ranks are in the same phase when they ask.
+    """
+    global _host_patience
     assert _host_group is not None, "process_groups() is not entered"
+    patience = _step_patience if clock().now[0] in IN_STEP else _PATIENCE
+    if patience != _host_patience and distributed.get_backend(_host_group) == "gloo":
+        _host_group._get_backend(torch.device("cpu"))._set_default_timeout(patience)
+        _host_patience = patience
     return _host_group
 
 
@@ -196,7 +222,8 @@ def all_ranks_agree() -> Iterator[None]:
 def broadcast[T](value: T | None) -> T:
     """Rank 0's value, on every rank. Collective."""
     box = [value]
-    distributed.broadcast_object_list(box, src=0, group=host_group())
+    with waiting():
+        distributed.broadcast_object_list(box, src=0, group=host_group())
     result: T = box[0]  # type: ignore[assignment]
     return result
 
@@ -206,20 +233,23 @@ def broadcast_arrays(arrays: Mapping[str, npt.NDArray[Any]] | None) -> dict[str,
     shapes = broadcast(None if arrays is None else {name: (each.shape, each.dtype) for name, each in arrays.items()})
     result = {name: np.empty(*shape) for name, shape in shapes.items()} if arrays is None else dict(arrays)
     for name in shapes:
-        distributed.broadcast(torch.from_numpy(result[name]), src=0, group=host_group())
+        with waiting():
+            distributed.broadcast(torch.from_numpy(result[name]), src=0, group=host_group())
     return result
 
 
 def gather[T](value: T) -> list[T]:
     """Every rank's value, on every rank. Collective."""
     values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value, group=host_group())
+    with waiting():
+        distributed.all_gather_object(values, value, group=host_group())
     return values
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum over all ranks, on the host. Collective."""
-    distributed.all_reduce(values, group=host_group())
+    with waiting():
+        distributed.all_reduce(values, group=host_group())
     return values
 
 

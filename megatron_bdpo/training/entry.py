@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from megatron_bdpo.errors import UserError, visible
 from megatron_bdpo.platform.boot import prepare_platform
-from megatron_bdpo.training.distributed import failed_after_others, left_alone
-from megatron_bdpo.training.reporting.status import write_status
+from megatron_bdpo.training.distributed import failed_after_others, first_cause, is_rank_zero, left_alone
+from megatron_bdpo.training.phases import clock
+from megatron_bdpo.training.reporting.notify import notify
+from megatron_bdpo.training.reporting.status import end_of_job, forget_status, run_directory, write_status
 
 if TYPE_CHECKING:
     from megatron_bdpo.training.run import PreferenceRun
@@ -99,7 +101,7 @@ def tokenize_main(argv: Sequence[str] | None = None) -> list[Path]:
 
 def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequence[str] | None) -> Result:
     try:
-        with record_refusal():
+        with end_told():
             return job(argv)
     except UserError as error:
         if os.environ.get(DEBUG):
@@ -131,11 +133,33 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def record_refusal() -> Iterator[None]:
-    """If the block ends with a UserError, leave word for the launcher that there is no use in trying again."""
+def end_told() -> Iterator[None]:
+    """Around a program: leave word of how it ends, for a launcher in ``status.json`` and for people by ``BDPO_NOTIFY``.
+
+    A UserError says that there is no use in trying again; anything else leaves ``running``, with its cause.
+    """
+    forget_status()
     try:
         yield
     except UserError as error:
         if error.is_final:
             write_status("refused", None, reason=str(error))
+        _tell_end("crashed", str(error))
         raise
+    except SystemExit as leaving:
+        _tell_end("crashed" if leaving.code else "", f"exit code {leaving.code}")
+        raise
+    except Exception as error:
+        cause = first_cause() or _first_line(error)
+        with contextlib.suppress(OSError):
+            write_status("running", None, step=clock().step, of=clock().of, reason=cause)
+        _tell_end("crashed", cause)
+        raise
+    _tell_end("", "")
+
+
+def _tell_end(otherwise: str, cause: str) -> None:
+    """From rank 0, by what it has written of its end, or else of an end that nobody has written of, if there is one."""
+    state, reason = end_of_job() or (otherwise, cause)
+    if state and is_rank_zero():
+        notify(state, step=clock().step, of=clock().of, cause=reason, run=run_directory())

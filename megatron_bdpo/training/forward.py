@@ -26,6 +26,7 @@ from megatron_bdpo.model.evaluation import evaluating, weights_at_rest
 from megatron_bdpo.model.pair_gpt import NextTokenContext, ScoringContext, next_tokens, score_answers
 from megatron_bdpo.training.batches import PackBatch
 from megatron_bdpo.training.finite import check_losses
+from megatron_bdpo.training.phases import beat
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_report
 from megatron_bdpo.training.step_zero import StepZeroGate
 
@@ -84,6 +85,7 @@ class PreferenceStep:
     """[3] on the device, between the quartiles of the training pairs' imbalance; None: not known beforehand."""
 
     def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        beat()
         batch = next(data_iterator).to_device()
         return score_pack(model, batch, self.scoring), partial(self._loss_func, batch)
 

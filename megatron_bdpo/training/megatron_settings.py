@@ -194,5 +194,6 @@ class ScheduleSettings:
     log_interval: int
     num_workers: int
     exit_signal: signal.Signals
+    exit_duration_in_mins: int | None
     check_finite: bool = _of("check_for_nan_in_loss_and_grad")
     deterministic_mode: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,12 +12,16 @@ from megatron_bdpo.training.distributed import process_groups, say
 from megatron_bdpo.training.dry_run import dry_run, make_up_ranks
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.determinism import settle_environment
+from megatron_bdpo.training.phases import PhaseLimits, start_clock
 from megatron_bdpo.training.reference.scoring_job import score_pairs
 from megatron_bdpo.training.reporting.console import megatron_in_file, show
-from megatron_bdpo.training.reporting.status import write_status
+from megatron_bdpo.training.reporting.notify import limit, notify
+from megatron_bdpo.training.reporting.status import ENVIRONMENT as STATUS_FILE
+from megatron_bdpo.training.reporting.status import State, refresh_status, run_directory, write_status
 from megatron_bdpo.training.run import PreferenceRun, tables
 from megatron_bdpo.training.settings import Settings
-from megatron_bdpo.training.stopping import StopRequested
+from megatron_bdpo.training.stopping import StopRequest, StopRequested, listening
+from megatron_bdpo.training.watch import Watch, keeping
 
 
 def train(argv: Sequence[str] | None) -> PreferenceRun:
@@ -79,5 +84,30 @@ def _ranks(settings: Settings) -> Iterator[None]:
         is_first, is_last = process.rank == 0, process.is_last
         name = "megatron.log" if is_first else "megatron-last-rank.log"
         output = megatron_in_file(Path(save) / name if save and (is_first or is_last) else None)
-    with process_groups(settings.process), output:
+    with (
+        process_groups(settings.process),
+        output,
+        listening(settings.schedule.exit_signal),
+        _watched(settings),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _watched(settings: Settings) -> Iterator[None]:
+    """Inside the block a rank that stands still ends the job; see ``watch``."""
+    process, stop = settings.process, StopRequest.of(settings)
+    own = start_clock(PhaseLimits.parse(settings.watch.phase_limit or ()))
+    status_file = os.environ.get(STATUS_FILE)
+    directory = settings.directories.save or (status_file and str(Path(status_file).parent))
+
+    def conclude(state: State, cause: str) -> None:
+        write_status(state, None, step=own.step, of=own.of, reason=cause, by_any_rank=True)
+        notify(state, step=own.step, of=own.of, cause=cause, run=run_directory())
+
+    watch = Watch(own, process.rank, process.ranks, Path(directory) if directory else None, conclude, limit())
+    kept: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if process.rank == 0:
+        kept = keeping(own, refresh_status, lambda: watch.ask(stop.reason_of_rank_zero()))
+    with watch.watching(), kept:
         yield

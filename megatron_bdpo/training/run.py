@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from megatron_bdpo.display import Block
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.evaluation import weights_at_rest
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
+from megatron_bdpo.platform.hooks import EvaluationLeft
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
@@ -31,12 +31,13 @@ from megatron_bdpo.training.callbacks.progress import LogInterval, Progress
 from megatron_bdpo.training.callbacks.standard import standard_callbacks
 from megatron_bdpo.training.checkpoints import failures_to_save
 from megatron_bdpo.training.directories import keep_recipe
-from megatron_bdpo.training.distributed import say
+from megatron_bdpo.training.distributed import broadcast, say
 from megatron_bdpo.training.finite import gradients_named
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.pack_iterators import dataset_provider
+from megatron_bdpo.training.phases import WARM_UP_STEPS, beat, clock, phase
 from megatron_bdpo.training.reference.options_from_data import decide_options, imbalance_edges
 from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.reference.provider import ReferenceProvider
@@ -44,7 +45,7 @@ from megatron_bdpo.training.reporting.advice import about_data
 from megatron_bdpo.training.reporting.summary import summarize
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup, forget_global_state, set_up
-from megatron_bdpo.training.stopping import StopRequest
+from megatron_bdpo.training.stopping import StopRequest, StopRequested, listening
 
 
 class PreferenceRun:
@@ -85,7 +86,7 @@ class PreferenceRun:
             UserError: on every rank.
         """
         self.arguments = arguments
-        self.setup = setup = set_up(arguments)
+        self.setup = setup = set_up(arguments, keeps_status=True)
         self.settings, self.job, self.config, self.scoring = setup.settings, setup.job, setup.config, setup.scoring
         schedule, job = self.settings.schedule, self.job
         keep_recipe(arguments)
@@ -97,13 +98,15 @@ class PreferenceRun:
             describe=job.pool.describe,
         )
         self.model = []
-        self.stop = StopRequest(self.settings.checkpoints.stop_file or ())
+        self.stop = StopRequest.of(self.settings)
+        self._evaluation_left = False
         self.signals_received = self.stop.signals_received
         self.progress = Progress(LogInterval(schedule.log_interval, len(job.plan.steps)))
         self.callbacks = [*callbacks, *standard_callbacks(setup, self.step, self.progress, self.stop)]
         self.progress.listeners = self.callbacks
         self.iteration = 0
         self._step_started = 0.0
+        self._steps_here = 0
         say(summarize(arguments, job))
         for advice in about_data(job.pool.stores[0].report, job.plan):
             say(f"WARNING: {advice}")
@@ -121,7 +124,8 @@ class PreferenceRun:
         self.model, self.iteration = model, self.arguments.iteration
         resumed = self.iteration > 0
         provider = ReferenceProvider(self.setup, _pairs_in_use(self), pause=self.stop.leave_if_asked)
-        reference, known = provider.provide(model, self.setup.identity, resumed=resumed)
+        with phase("scoring"):
+            reference, known = provider.provide(model, self.setup.identity, resumed=resumed)
         self.step.reference = reference
         if isinstance(reference, ReferenceTable):
             known = _decide_by_data(self, reference, known, resumed=resumed)
@@ -135,6 +139,8 @@ class PreferenceRun:
 
     def before_training(self, evaluate: Callable[[], Any]) -> None:
         """Megatron's loop is about to start."""
+        clock().enter("step")  # for good: from here on there is something to lose
+        clock().is_warm = False
         for each in self.callbacks:
             each.before_training()
         self.stop.leave_if_asked()
@@ -143,6 +149,7 @@ class PreferenceRun:
             with weights_at_rest(self.model):
                 evaluate()
             self.step.gate = gate
+            self.stop.leave_if_asked()
 
     def wrap_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
         """Give each step the length of its packs, time it, and let a resident reference score before it."""
@@ -151,14 +158,35 @@ class PreferenceRun:
 
         def run(*args: Any, seq_length: int, forward_only: bool = False, **kwargs: Any) -> Any:
             if not forward_only:
+                beat()
                 self._step_started = time.perf_counter()
             # Megatron's own is that of the longest pack. Without pipeline stages nobody reads it; with them a step's
             # packs have one length, of which every stage knows what it sends and receives.
             seq_length = self.job.eval_length if forward_only else int(self.job.plan.lengths[self.iteration, 0])
             with gradients_named(self.iteration + 1, self.job.pairs_of_step, self.job.pool.describe):
-                return inner(*args, seq_length=seq_length, forward_only=forward_only, **kwargs)
+                if forward_only:
+                    return self._in_portions(functools.partial(inner, *args, seq_length=seq_length), **kwargs)
+                return inner(*args, seq_length=seq_length, forward_only=False, **kwargs)
 
         return run
+
+    def _in_portions(self, evaluate: Callable[..., Any], *, num_microbatches: int, **kwargs: Any) -> list[Any]:
+        """An evaluation a second at a time, so that a stop is heard. Each stage of a pipeline waits for the others in
+        every portion: there they are larger."""
+        stages = self.settings.layout.pipeline
+        size = stages
+        results: list[Any] = []
+        while num_microbatches > 0:
+            if self._evaluation_left or any(self.stop.signals_received()):
+                self._evaluation_left = True
+                raise EvaluationLeft
+            began, count = time.monotonic(), min(size, num_microbatches)
+            results += evaluate(num_microbatches=count, forward_only=True, **kwargs)
+            num_microbatches -= count
+            if num_microbatches:
+                fitting = int(size * _PORTION_SECONDS[stages > 1] / max(time.monotonic() - began, 1e-6))
+                size = broadcast(stages * max(1, min(fitting, 2 * size) // stages))
+        return results
 
     def work_of_step(self) -> tuple[float, float]:
         """What the step has in tokens and in squares of sequence lengths, for Megatron's count of operations."""
@@ -173,6 +201,9 @@ class PreferenceRun:
 
     def after_step(self, losses: dict[str, Tensor], iteration: int, skipped: bool) -> None:
         """See ``Callback``."""
+        beat()
+        self._steps_here += 1
+        clock().is_warm = self._steps_here >= WARM_UP_STEPS
         self.iteration, plan = iteration, self.job.plan
         seconds = time.perf_counter() - self._step_started
         tokens = int(plan.real_tokens[iteration - 1])
@@ -195,14 +226,31 @@ class PreferenceRun:
                     around.enter_context(context)
             yield
 
+    def in_phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """See ``phases``."""
+        return phase(name)  # type: ignore[arg-type]  # the trainer's seams name three of them
+
     def finishing(self, directory: Path) -> contextlib.AbstractContextManager[None]:
         """What went wrong in the background is told as if it had been in the foreground."""
         return failures_to_save(directory)
+
+    def leave_if_evaluation_was_left(self) -> None:
+        """A run without its last evaluation is not finished.
+
+        Raises:
+            StopRequested: on all ranks.
+        """
+        if self._evaluation_left:
+            raise StopRequested(self.stop.reason)
 
     def after_files(self, directory: Path) -> None:
         """See ``Callback``."""
         for each in self.callbacks:
             each.after_files(directory)
+
+
+#: An evaluation is heard to be stopped after this long, without and with stages of a pipeline.
+_PORTION_SECONDS = (1.0, 4.0)
 
 
 @contextlib.contextmanager
@@ -215,10 +263,12 @@ def in_megatron(run: PreferenceRun) -> Iterator[None]:
     run.setup.add_initial_weights()
     run.setup.add_adapters()
     try:
-        with trainer_seams(run), run.stop.listening(signal.SIGTERM, run.settings.schedule.exit_signal):
-            yield
-        for each in run.callbacks:
-            each.finished()
+        with listening(run.settings.schedule.exit_signal):
+            with trainer_seams(run):
+                yield
+            run.leave_if_evaluation_was_left()
+            for each in run.callbacks:
+                each.finished()
     except SystemExit as leaving:
         if not leaving.code:
             for each in run.callbacks:

@@ -275,6 +275,16 @@ class OutputSettings:
 
 
 @dataclass(frozen=True)
+class WatchSettings:
+    """When a rank counts as hung."""
+
+    phase_limit: list[str] | None = _flag(metavar="[PHASE=]SECONDS")
+    """end the job, to be started again, when a rank has not gone on for this long in a phase (set-up, tokenizing,
+    weights, scoring, step, evaluation, save, export) or in any; off: never (default: 5 times the longest so far, at
+    least minutes)"""
+
+
+@dataclass(frozen=True)
 class DryRunSettings:
     """A dry run. All but --dry-run are refused without it."""
 
@@ -307,6 +317,7 @@ FLAG_GROUPS: Mapping[str, type] = {
     "checkpoints": CheckpointSettings,
     "evaluation": EvaluationSettings,
     "output": OutputSettings,
+    "watch": WatchSettings,
     "dry run": DryRunSettings,
 }
 
@@ -354,6 +365,7 @@ class Settings:
     checkpoints: CheckpointSettings
     evaluation: EvaluationSettings
     output: OutputSettings
+    watch: WatchSettings
     dry_run: DryRunSettings
     process: ProcessSettings
     layout: LayoutSettings

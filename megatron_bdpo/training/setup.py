@@ -35,7 +35,9 @@ from megatron_bdpo.training.job import PairJob, build_job
 from megatron_bdpo.training.lora import identity_part, lora_config, say_sizes, with_base
 from megatron_bdpo.training.nodes import same_flags
 from megatron_bdpo.training.reference.weights import checkpoint_loader
+from megatron_bdpo.training.reporting.status import keep_status_in
 from megatron_bdpo.training.settings import Settings
+from megatron_bdpo.training.stopping import StopRequest
 
 
 @dataclass
@@ -73,7 +75,8 @@ class RunSetup:
                 self.config.pre_wrap_hooks.append(checkpoint_loader(kept[0]))
         elif self.settings.model.hf_model:
             self.config.transformer.perform_initialization = False
-            self.config.pre_wrap_hooks.append(weights_loader(self.settings.model.hf_model))
+            stop = StopRequest.of(self.settings)
+            self.config.pre_wrap_hooks.append(weights_loader(self.settings.model.hf_model, stop))
         else:
             seed = self.settings.schedule.seed
             self.config.pre_wrap_hooks.append(functools.partial(initialize_by_name, seed=seed))
@@ -105,12 +108,13 @@ class RunSetup:
         return model
 
 
-def set_up(arguments: Arguments) -> RunSetup:
+def set_up(arguments: Arguments, *, keeps_status: bool = False) -> RunSetup:
     """Check everything, read the pairs, plan the steps, and find out what is resumed. Collective.
 
     Args:
         arguments: parsed. Afterwards Megatron has validated them, and its globals are set: :func:`forget_global_state`
             is for when the job is over.
+        keeps_status: as soon as it can be written, ``status.json`` in --save is this job's.
 
     Raises:
         UserError: on every rank, for anything that the user can put right.
@@ -132,6 +136,8 @@ def set_up(arguments: Arguments) -> RunSetup:
         arguments.set(reference=arguments.settings.reference.reference.replace("base", "precomputed"))
     adapters = identity_part(lora)
     check_directories(arguments.settings, adapters)
+    if keeps_status:
+        keep_status_in(arguments.settings.directories.save)
     job = build_job(arguments)
     _check_evaluation(arguments.settings, job)
     check_save_hf(arguments.settings, last_step=len(job.plan.steps))

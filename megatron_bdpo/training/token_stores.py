@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +22,9 @@ from megatron_bdpo.model.hf.directory import model_directory, tokenizer_director
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, is_rank_zero, process_groups, say
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.nodes import first_rank_of_node, is_first_of_node, on_every_node, shared_by_every_node
+from megatron_bdpo.training.phases import phase
 from megatron_bdpo.training.settings import PairSettings, Settings
-from megatron_bdpo.training.stopping import StopRequest
+from megatron_bdpo.training.stopping import StopRequest, listening
 
 
 def cache_directory(settings: Settings) -> Path:
@@ -56,8 +56,8 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
             _refuse_unused_options(wanted)
     shared_by_every_node("--pair-cache-dir", cache)
     tokenizer = _tokenizer_of_every_node(arguments)
-    stop = StopRequest(settings.checkpoints.stop_file or ())
-    with stop.listening(signal.SIGTERM, settings.schedule.exit_signal):
+    stop = StopRequest.of(settings)
+    with phase("tokenizing"), listening(settings.schedule.exit_signal):
         _make_parts(arguments, wanted, stop)
         with all_ranks_agree(), stop.working_alone():
             if tokenizer:

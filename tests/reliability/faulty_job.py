@@ -3,10 +3,15 @@
 raises      the rank raises in the middle of the second step, where others wait for it
 bad data    it alone reads a pair that it cannot use (a disk that answers one machine with nonsense)
 dies        it is killed
+reads       it reads what never comes
+holds       it does the same, and no other thread of Python's runs meanwhile
+tokenizes   it reads what never comes as it tokenizes, while the others wait for its tokens
+freezes     it is stopped as by a debugger: not even a thread in C runs
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -19,9 +24,13 @@ def main() -> None:
 
     fault, rank, *flags = sys.argv[1:]
     prepare_platform()
+    from megatron_bdpo.data import tokenization
     from megatron_bdpo.errors import UserError
     from megatron_bdpo.training import batches, entry
 
+    if fault == "tokenizes":
+        tokenization.PairTokenizer.encode = lambda *_: os.read(os.pipe()[0], 1)  # type: ignore[method-assign]
+        Path(os.environ["FAILED_AT"]).write_text(str(time.time()))
     packs = 0
     original = batches.PackMaker.__call__
 
@@ -34,7 +43,11 @@ def main() -> None:
                 raise RuntimeError("THE FIRST CAUSE")
             if fault == "bad data":
                 raise UserError("pairs.jsonl, line 17: THE FIRST CAUSE")
-            os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "reads":
+                os.read(os.pipe()[0], 1)
+            while fault == "holds":  # signals interrupt it
+                ctypes.PyDLL(None).pause()
+            os.kill(os.getpid(), signal.SIGSTOP if fault == "freezes" else signal.SIGKILL)
         return original(self, ids, length)
 
     batches.PackMaker.__call__ = make  # type: ignore[method-assign]

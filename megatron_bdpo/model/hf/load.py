@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,18 +15,22 @@ from megatron_bdpo.model.shards import own_slices, weight_shards
 
 
 @torch.no_grad()
-def load_weights(model: list[Any], checkpoint: HuggingFaceCheckpoint, weights: WeightMap) -> None:
+def load_weights(
+    model: list[Any], checkpoint: HuggingFaceCheckpoint, weights: WeightMap, pause: Callable[[], None] = lambda: None
+) -> None:
     """Fill the model's weights. Not collective: every rank reads for itself.
 
     Host memory beside the model: the pages of one file that are mapped while its rows are copied.
 
     Args:
         model: this rank's chunks, unwrapped.
+        pause: called before each weight; what it raises ends the reading.
 
     Raises:
         UserError: the model is not of the architecture that ``weights`` describes, or a file cannot be read.
     """
     for shard in weight_shards(model):
+        pause()
         fill(shard, checkpoint, weights)
     checkpoint.close()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_bdpo.training.callbacks.callback import Callback, Record, Start
+from megatron_bdpo.training.phases import phase
 
 
 class ExportAtEnd(Callback):
@@ -30,4 +31,5 @@ class ExportAtEnd(Callback):
 
     def finished(self) -> None:
         """Collective."""
-        self._export(self._model, self._evaluation, self._base)
+        with phase("export"):
+            self._export(self._model, self._evaluation, self._base)

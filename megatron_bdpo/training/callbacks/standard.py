@@ -64,7 +64,7 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
         *callbacks_of_packages(settings, job),
     ]
     if export_places(settings):
-        found.append(ExportAtEnd(functools.partial(save_live, setup.arguments, setup.lora)))
+        found.append(ExportAtEnd(functools.partial(save_live, setup.arguments, setup.lora, pause=stop.leave_if_asked)))
     # Last: a run that is said to be finished has all that it leaves.
     return [*found, StatusFile(save, len(job.plan.steps))]
 

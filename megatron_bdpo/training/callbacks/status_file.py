@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
+from megatron_bdpo.training.phases import clock
 from megatron_bdpo.training.reporting.status import State, write_status
 
 
@@ -20,12 +21,13 @@ class StatusFile(Callback):
 
     def after_load(self, start: Start) -> None:
         self._iteration = start.iteration
+        clock().step, clock().of = start.iteration, self._last_step
 
     def before_training(self) -> None:
         self._write("running")
 
     def after_step(self, step: StepResult) -> None:
-        self._iteration = step.iteration
+        self._iteration = clock().step = step.iteration
 
     def finished(self) -> None:
         self._write("finished")

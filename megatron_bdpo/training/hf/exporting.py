@@ -119,7 +119,12 @@ def _number(directory: Path) -> int:
 
 
 def save_live(
-    arguments: Arguments, lora: LoraConfig | None, model: list[Any], metrics: Mapping[str, float], base: str
+    arguments: Arguments,
+    lora: LoraConfig | None,
+    model: list[Any],
+    metrics: Mapping[str, float],
+    base: str,
+    pause: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the policy in ``model`` to ``--save-hf``, or its adapters, and the two together to ``--save-hf-merged``.
 
@@ -131,6 +136,7 @@ def save_live(
         model: the chunks, perhaps in DDP. Adapters are in the base's weights afterwards.
         metrics: of the last evaluation, where this rank has them.
         base: fingerprint of the weights that they stand beside.
+        pause: called before each round of files, on all ranks; may raise to leave, and nothing is left then.
     """
     settings = arguments.settings
     directories, last_step = settings.directories, settings.schedule.train_iters
@@ -148,7 +154,7 @@ def save_live(
         else:
             merge(model)
             source = LiveWeights(unwrap_model(model), host_group())
-            write_model(source, target, read_json(original / CONFIG), original, facts, keep_record)
+            write_model(source, target, read_json(original / CONFIG), original, facts, keep_record, pause)
             say(f"policy written to {target}")
 
 
@@ -166,11 +172,13 @@ def write_model(
     original: Path | None,
     facts: TrainingFacts,
     before_naming: Callable[[Path], None] = lambda directory: None,
+    pause: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a Hugging Face model: its files by all ranks that have a share of the weights. Collective.
 
     Args:
         before_naming: called on rank 0 with the finished directory before it is renamed to ``target``.
+        pause: called before each round of files, on all ranks; what it raises ends the export, and nothing is left.
 
     Raises:
         UserError: on every rank: ``target`` is there already or cannot be written, or tensors are missing. Nothing is
@@ -185,6 +193,7 @@ def write_model(
                 refuse_existing(target)
                 until_named.enter_context(new_directory(target))
         for together in rounds(files):
+            pause()
             _write_round(source, together, target, weights)
         with _each_writes(target):
             if is_rank_zero():

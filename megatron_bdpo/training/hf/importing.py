@@ -19,6 +19,7 @@ from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.validation import refusals_of_megatron
 from megatron_bdpo.training.hf.start import start_from_hugging_face, weights_loader
 from megatron_bdpo.training.model_config import model_config
+from megatron_bdpo.training.stopping import StopRequest
 
 
 def import_model(arguments: Arguments) -> None:
@@ -48,7 +49,9 @@ def model_in_memory(arguments: Arguments) -> Iterator[list[Any]]:
         set_global_variables(arguments.megatron, build_tokenizer=False)
         initialize_megatron()
         config = model_config(arguments)
-        config.pre_wrap_hooks.append(weights_loader(arguments.settings.model.hf_model or ""))
+        config.pre_wrap_hooks.append(
+            weights_loader(arguments.settings.model.hf_model or "", StopRequest.of(arguments.settings))
+        )
         yield config.get_builder_cls()(config).build_distributed_models(
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
         )

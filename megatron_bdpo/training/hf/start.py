@@ -17,7 +17,9 @@ from megatron_bdpo.model.hf.load import load_weights
 from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.nodes import on_every_node
+from megatron_bdpo.training.phases import phase
 from megatron_bdpo.training.settings import Settings
+from megatron_bdpo.training.stopping import StopRequest
 
 
 def start_from_hugging_face(arguments: Arguments) -> None:
@@ -116,13 +118,16 @@ def vocabulary_size(settings: Settings, tokenizer: Any) -> int:
     return own
 
 
-def weights_loader(directory: str | Path) -> Callable[[list[Any]], list[Any]]:
-    """A pre-wrap hook that fills model chunks from a Hugging Face model. Collective."""
+def weights_loader(directory: str | Path, stop: StopRequest) -> Callable[[list[Any]], list[Any]]:
+    """A pre-wrap hook that fills model chunks from a Hugging Face model; it may raise StopRequested. Collective."""
 
     def load(model: list[Any]) -> list[Any]:
-        with all_ranks_agree():
-            architecture = architecture_of(Path(directory))
-            load_weights(model, architecture.open_weights(Path(directory)), architecture.weights)
+        with phase("weights"):
+            with all_ranks_agree(), stop.working_alone():
+                architecture = architecture_of(Path(directory))
+                opened = architecture.open_weights(Path(directory))
+                load_weights(model, opened, architecture.weights, stop.leave_alone_if_asked)
+            stop.leave_together()
         say(f"weights: {directory}, read into this layout")
         return model
 

@@ -21,6 +21,7 @@ from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
 from megatron_bdpo.training.forward import ReferenceValues
 from megatron_bdpo.training.hf.start import weights_loader
 from megatron_bdpo.training.identity import RunIdentity, checkpoint_directory
+from megatron_bdpo.training.phases import phase
 from megatron_bdpo.training.reference.cache import differences
 from megatron_bdpo.training.reference.fingerprint import is_of_this_version, of_every_version, reference_identity
 from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable, ResidentReference
@@ -33,6 +34,7 @@ from megatron_bdpo.training.reference.weights import (
     save_weights,
 )
 from megatron_bdpo.training.setup import RunSetup
+from megatron_bdpo.training.stopping import StopRequest
 
 
 @dataclass
@@ -62,21 +64,25 @@ class ReferenceProvider:
         """
         if not self.setup.job.loss.requirements.reference and not self.setup.job.loss.requirements.comprehension:
             return NoReference(), identity
-        if not resumed:
-            identity = self.identify(identity, policy)
-        elif not identity.reference:
-            raise UserError(
-                "the resumed run had no reference (its loss reads none), but this loss needs one. Start a new run from "
-                "its weights with --finetune."
-            )
-        else:
-            identity = self.recall(identity)
+        with phase("weights"):
+            identity = self._known(policy, identity, resumed=resumed)
         if self.setup.settings.reference.is_in_columns:
             say("reference: the log-probs that the rows bring")
             return ReferenceTable(self.setup.job.pool.reference(), None), identity
         if self.setup.job.resident:
-            return self._resident(policy, identity, resumed=resumed)
+            with phase("weights"):
+                return self._resident(policy, identity, resumed=resumed)
         return self.log_probs(policy, identity, resumed=resumed).table(), identity
+
+    def _known(self, policy: list[Any], identity: RunIdentity, *, resumed: bool) -> RunIdentity:
+        if not resumed:
+            return self.identify(identity, policy)
+        if not identity.reference:
+            raise UserError(
+                "the resumed run had no reference (its loss reads none), but this loss needs one. Start a new run from "
+                "its weights with --finetune."
+            )
+        return self.recall(identity)
 
     def identify(self, identity: RunIdentity, policy: list[Any]) -> RunIdentity:
         """The identity of a run that starts now, completed by what its reference is: the policy, or the named model."""
@@ -124,7 +130,8 @@ class ReferenceProvider:
         the model that was named, or the weights that were kept."""
 
         def model() -> list[Any]:
-            return self._named or (self._original(policy, identity) if resumed else policy)
+            with phase("weights"):
+                return self._named or (self._original(policy, identity) if resumed else policy)
 
         return PrecomputedReference(self.setup, identity.reference, self.pairs, model, self.pause)
 
@@ -203,7 +210,7 @@ class ReferenceProvider:
 
     def _load(self, reference: list[Any], source: str) -> None:
         if is_model_directory(Path(source)):
-            weights_loader(source)(unwrap_model(reference))
+            weights_loader(source, StopRequest.of(self.setup.settings))(unwrap_model(reference))
         else:
             with all_ranks_agree():
                 load_weights(reference, Path(source))

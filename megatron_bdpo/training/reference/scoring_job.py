@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ from megatron_bdpo.training import identity
 from megatron_bdpo.training.distributed import all_ranks_agree, say
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.job import each_once
+from megatron_bdpo.training.phases import phase
 from megatron_bdpo.training.reference.options_from_data import decide_options
 from megatron_bdpo.training.reference.provider import ReferenceProvider
 from megatron_bdpo.training.reference.weights import build_reference, load_weights
 from megatron_bdpo.training.reporting.status import write_status
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup, forget_global_state, set_up
-from megatron_bdpo.training.stopping import StopRequest, StopRequested
+from megatron_bdpo.training.stopping import StopRequest, StopRequested, listening
 
 
 def score_pairs(arguments: Arguments) -> list[Path]:
@@ -39,9 +39,9 @@ def score_pairs(arguments: Arguments) -> list[Path]:
     settings = arguments.settings
     if settings.dry_run.is_wanted:
         raise UserError("--dry-run checks a training. Leave it out to score.")
-    stop = StopRequest(settings.checkpoints.stop_file or ())
+    stop = StopRequest.of(settings)
     try:
-        with stop.listening(signal.SIGTERM, settings.schedule.exit_signal):
+        with listening(settings.schedule.exit_signal):
             directories = _score(arguments, stop)
     except StopRequested as stopped:
         # The status beside --save is the training's: a launcher asks for this one in a place of its own.
@@ -69,12 +69,14 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
         pairs = each_once(job.pairs_in_use(None), job.train.ids, job.held_out.ids)
         provider = ReferenceProvider(setup, pairs, pause=stop.leave_if_asked)
         model: list[Any] = []
-        if not setup.resumed or setup.lora:
-            model = _starting_model(setup)
-        run = setup.identity
-        run = provider.recall(run) if setup.resumed else provider.identify(run, model)
-        log_probs = provider.log_probs(model, run, resumed=setup.resumed)
-        decide_options(job.loss, log_probs.table().training_pairs(job), len(job.train.ids), {})
+        with phase("weights"):
+            if not setup.resumed or setup.lora:
+                model = _starting_model(setup)
+            run = setup.identity
+            run = provider.recall(run) if setup.resumed else provider.identify(run, model)
+        with phase("scoring"):
+            log_probs = provider.log_probs(model, run, resumed=setup.resumed)
+            decide_options(job.loss, log_probs.table().training_pairs(job), len(job.train.ids), {})
         return [log_probs.directory(index) for index in range(len(job.pool.stores))]
     finally:
         forget_global_state()
