@@ -94,7 +94,8 @@ def prepare_pairs(
         settings: of the data.
         tokenizer: of the model.
         progress: show a bar, and in a log a line from time to time.
-        pause: called every second or so; what it raises ends the work, of which most is kept for the next call.
+        pause: called every second or so, while files are hashed too; what it raises ends the work, of which most is
+            kept for the next call.
 
     Raises:
         UserError: a source cannot be read, too many rows are broken or unusable, or no pair is left.
@@ -104,7 +105,7 @@ def prepare_pairs(
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--pair-cache-dir: {cache_dir} cannot be made: {error.strerror or error}.") from error
-    decisive = _decisive_settings(settings, tokenizer, cache_dir)
+    decisive = _decisive_settings(settings, tokenizer, cache_dir, pause)
     fingerprint = _fingerprint(decisive, settings.max_pairs)
     directory = cache_dir / fingerprint[:16]
     if not directory.exists():
@@ -124,9 +125,11 @@ def prepare_pairs(
     return store
 
 
-def _decisive_settings(settings: PairDataSettings, tokenizer: PairTokenizer, cache_dir: Path) -> dict[str, Any]:
+def _decisive_settings(
+    settings: PairDataSettings, tokenizer: PairTokenizer, cache_dir: Path, pause: Callable[[], None]
+) -> dict[str, Any]:
     """Everything that decides the tokens of the pairs, and nothing else; see `StoreInfo.settings`."""
-    digests = _FileDigests(cache_dir / _DIGESTS)
+    digests = _FileDigests(cache_dir / _DIGESTS, pause)
     contents = [content_digest(source, digests.of) for source in settings.sources]
     digests.save()
     return {
@@ -147,8 +150,8 @@ def _fingerprint(decisive: dict[str, Any], max_pairs: int | None) -> str:
 class _FileDigests:
     """SHA-256 of files, remembered between runs by path, size and time of change."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, pause: Callable[[], None] = lambda: None) -> None:
+        self._path, self._pause = path, pause
         self._new: dict[str, str] = {}
         self._known: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError):  # only an aid: without it files are read again
@@ -160,7 +163,7 @@ class _FileDigests:
         status = file.stat()
         key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
         if key not in self._known:
-            self._known[key] = sha256_of_file(file)
+            self._known[key] = sha256_of_file(file, self._pause)
             if time.time() - status.st_mtime > _RACY_SECONDS:
                 self._new[key] = self._known[key]
         return self._known[key]
@@ -186,7 +189,7 @@ def make_part(
         UserError: as :func:`prepare_pairs`.
     """
     cache_dir = Path(settings.cache_dir).expanduser()
-    fingerprint = _fingerprint(_decisive_settings(settings, tokenizer, cache_dir), settings.max_pairs)
+    fingerprint = _fingerprint(_decisive_settings(settings, tokenizer, cache_dir, pause), settings.max_pairs)
     directory = cache_dir / fingerprint[:16]
     if settings.max_pairs is None and not directory.exists():
         _tokenizing(settings, tokenizer, directory, part == 0, pause).make_part(part, parts)

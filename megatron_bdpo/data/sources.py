@@ -155,11 +155,12 @@ def describe_row(spec: SourceSpec, number: int) -> str:
     return f"{spec.path}, {'line' if is_one_text_file else 'row'} {number}"
 
 
-def sha256_of_file(path: Path) -> str:
-    """Hex SHA-256 of a file's size and content, read in pieces."""
+def sha256_of_file(path: Path, pause: Callable[[], None] = lambda: None) -> str:
+    """Hex SHA-256 of a file's size and content, read in pieces, before each of which ``pause`` is called."""
     digest = hashlib.sha256(f"{path.stat().st_size}:".encode())
     with path.open("rb") as file:
         while chunk := file.read(_HASH_CHUNK):
+            pause()
             digest.update(chunk)
     return digest.hexdigest()
 

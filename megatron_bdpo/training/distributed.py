@@ -20,7 +20,7 @@ from megatron_bdpo.data.context import ContextRank
 from megatron_bdpo.display import Block
 from megatron_bdpo.errors import PassingError, UserError
 from megatron_bdpo.training.megatron_settings import ProcessSettings
-from megatron_bdpo.training.phases import IN_STEP, clock, waiting
+from megatron_bdpo.training.phases import IN_STEP, clock, start_clock, waiting
 from megatron_bdpo.training.reporting.console import show
 
 #: One rank may tokenise, read or write for hours while the others wait for it.
@@ -43,6 +43,7 @@ def process_groups(process: ProcessSettings) -> Iterator[None]:
     """
     global _host_group, _failed_after_others, _left_alone, _step_patience, _host_patience, _cause
     _left_alone, _cause = False, ""
+    start_clock()
     backend, host_backend = process.backend, "gloo"
     kwargs: dict[str, Any] = {}
     if process.is_made_up:

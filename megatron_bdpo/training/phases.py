@@ -148,10 +148,10 @@ def clock() -> PhaseClock:
     return _clock
 
 
-def start_clock(limits: PhaseLimits) -> PhaseClock:
+def start_clock(limits: PhaseLimits | None = None) -> PhaseClock:
     """A new one, for a job that begins."""
     global _clock
-    _clock = PhaseClock(limits)
+    _clock = PhaseClock(limits or PhaseLimits())
     return _clock
 
 
@@ -162,15 +162,16 @@ def beat() -> None:
 
 @contextlib.contextmanager
 def phase(name: Phase) -> Iterator[None]:
-    """Inside the block this rank is in a phase, behind it in the one before. All ranks enter it."""
+    """Inside the block this rank is in a phase, behind it in the one before. All ranks enter it.
+
+    What the block raises ends the job there, and its status says so.
+    """
     before, _ = _clock.now
     _clock.beat()
     _clock.enter(name)
-    try:
-        yield
-    finally:
-        _clock.beat()
-        _clock.enter(before)
+    yield
+    _clock.beat()
+    _clock.enter(before)
 
 
 @contextlib.contextmanager

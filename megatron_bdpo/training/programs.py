@@ -17,7 +17,7 @@ from megatron_bdpo.training.reference.scoring_job import score_pairs
 from megatron_bdpo.training.reporting.console import megatron_in_file, show
 from megatron_bdpo.training.reporting.notify import limit, notify
 from megatron_bdpo.training.reporting.status import ENVIRONMENT as STATUS_FILE
-from megatron_bdpo.training.reporting.status import State, refresh_status, run_directory, write_status
+from megatron_bdpo.training.reporting.status import State, refresh_status, write_status
 from megatron_bdpo.training.run import PreferenceRun, tables
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.stopping import StopRequest, StopRequested, listening
@@ -32,8 +32,9 @@ def train(argv: Sequence[str] | None) -> PreferenceRun:
         with process_groups(arguments.settings.process):
             show(*dry_run(arguments))
         raise SystemExit(0)
-    with _ranks(arguments.settings):
-        with _stop_told(arguments.settings.directories.save):
+    save = arguments.settings.directories.save
+    with _ranks(arguments.settings, save):
+        with _stop_told(save):
             run = PreferenceRun(arguments)
         run.pretrain()
         if run.settings.process.is_last:  # Megatron has taken its groups down
@@ -75,8 +76,12 @@ def _parse(argv: Sequence[str] | None) -> Arguments:
 
 
 @contextlib.contextmanager
-def _ranks(settings: Settings) -> Iterator[None]:
-    """This process as one of the ranks, with Megatron's own lines where they are wanted."""
+def _ranks(settings: Settings, save: str | None = None) -> Iterator[None]:
+    """This process as one of the ranks, with Megatron's own lines where they are wanted.
+
+    Args:
+        save: where a hang, or a stop before the job is set up, leaves its status.
+    """
     output: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if settings.output.megatron_output == "file":
         # Megatron prints on the first and the last rank.
@@ -88,13 +93,13 @@ def _ranks(settings: Settings) -> Iterator[None]:
         process_groups(settings.process),
         output,
         listening(settings.schedule.exit_signal),
-        _watched(settings),
+        _watched(settings, save),
     ):
         yield
 
 
 @contextlib.contextmanager
-def _watched(settings: Settings) -> Iterator[None]:
+def _watched(settings: Settings, save: str | None) -> Iterator[None]:
     """Inside the block a rank that stands still ends the job; see ``watch``."""
     process, stop = settings.process, StopRequest.of(settings)
     own = start_clock(PhaseLimits.parse(settings.watch.phase_limit or ()))
@@ -102,8 +107,8 @@ def _watched(settings: Settings) -> Iterator[None]:
     directory = settings.directories.save or (status_file and str(Path(status_file).parent))
 
     def conclude(state: State, cause: str) -> None:
-        write_status(state, None, step=own.step, of=own.of, reason=cause, by_any_rank=True)
-        notify(state, step=own.step, of=own.of, cause=cause, run=run_directory())
+        write_status(state, save, step=own.step, of=own.of, reason=cause, by_any_rank=True)
+        notify(state, step=own.step, of=own.of, cause=cause, run=save or "")
 
     watch = Watch(own, process.rank, process.ranks, Path(directory) if directory else None, conclude, limit())
     kept: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

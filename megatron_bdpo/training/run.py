@@ -272,8 +272,8 @@ def in_megatron(run: PreferenceRun) -> Iterator[None]:
     except SystemExit as leaving:
         if not leaving.code:
             for each in run.callbacks:
-                each.stopped(run.iteration, run.stop.reason)
-        say(_early_end(run, leaving.code))
+                each.stopped(run.iteration, _reason(run, leaving))
+        say(_early_end(run, leaving))
         raise
     finally:
         forget_global_state()
@@ -284,12 +284,18 @@ def tables(run: PreferenceRun) -> list[Block]:
     return [block for each in run.callbacks if (table := each.table()) for block in ("", table)]
 
 
-def _early_end(run: PreferenceRun, code: object) -> str:
-    last_step, save = len(run.job.plan.steps), run.settings.directories.save
+def _reason(run: PreferenceRun, leaving: SystemExit) -> str:
+    """Of a stop that was asked for; empty where Megatron's own flags have ended the run."""
+    return leaving.reason if isinstance(leaving, StopRequested) else run.stop.reason
+
+
+def _early_end(run: PreferenceRun, leaving: SystemExit) -> str:
+    last_step, save, code = len(run.job.plan.steps), run.settings.directories.save, leaving.code
     if code:  # with --rerun-mode, Megatron ends a run whose numbers it does not trust
         step = run.iteration + 1
         return f"error: Megatron has ended the run in step {step} (exit code {code}); its log has the reason."
-    reason = f" ({run.stop.reason})" if run.stop.reason else ""
+    told = _reason(run, leaving)
+    reason = f" ({told})" if told else ""
     place = f"stopped{reason} after step {run.iteration} of {last_step}"
     if not save:
         return f"{place}; no step was kept, for want of --save."

@@ -96,7 +96,7 @@ class Watch:
         self._others_went_on = time.monotonic()
         self._stop_since = 0.0
         self._reason = ""
-        self._has_tried = False
+        self._has_tried = self._is_present = False
         self._ended = threading.Event()
         self._signals, self._pipe = os.pipe()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -109,12 +109,19 @@ class Watch:
             self._store = store.clone()
         os.set_blocking(self._pipe, False)
         before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        went_well = False
         self._clock.told = self._arm
         self._thread.start()
         try:
             yield
+            went_well = True
+        except SystemExit as leaving:
+            went_well = not leaving.code
+            raise
         finally:
             self._ended.set()
+            if went_well:
+                self._say_present()
             self._clock.told = lambda: None
             signal.set_wakeup_fd(before)
             os.write(self._pipe, b"\0")  # no signal: it need not wait for the next look
@@ -190,10 +197,15 @@ class Watch:
             return
         if not self._stop_since:
             self._stop_since = time.monotonic()
-            self._tell("stop", own)
-            self._add("megatron_bdpo/stop", 1)  # which ``stopping`` asks
+            if own:
+                self._tell("stop", own)
+                self._add("megatron_bdpo/stop", 1)  # which ``stopping`` asks
+            self._say_present()
+        if self._is_left_behind():
+            _print(f"rank {self._rank}: left after another rank, which is gone")
+            os._exit(1)
         if self._rank == 0:
-            self._leave_if_due(own or "another rank was asked to")
+            self._leave_if_due(own or self._ask("stop"))
         elif self._ask("leaving"):
             self._add("megatron_bdpo/watch/seen/leaving", 1)
             deadline = time.monotonic() + 2 * _WRITE + self._patience
@@ -202,6 +214,18 @@ class Watch:
             if self._ask("left"):
                 self._add("megatron_bdpo/watch/seen/left", 1)
                 os._exit(0)
+
+    def _say_present(self) -> None:
+        """This rank hears of stops, or has ended well."""
+        if not self._is_present:
+            self._is_present = True
+            self._add("megatron_bdpo/watch/present", 1)
+
+    def _is_left_behind(self) -> bool:
+        """Whether a launcher ends this rank because another one has failed: what it waits for will never come."""
+        if stopping.signal_heard() != "SIGTERM" or time.monotonic() - self._stop_since < 2 * _HONOUR:
+            return False
+        return 0 < self._add("megatron_bdpo/watch/present", 0) < self._ranks
 
     def _leave_if_due(self, reason: str) -> None:
         is_due = time.monotonic() - self._stop_since > _HONOUR and not self._ended.is_set()

@@ -120,7 +120,7 @@ def test_a_signal_on_any_node_stops_all_and_loses_a_shard_at_most(data, rank):
     assert time.monotonic() - asked < 20
     assert "stopped (SIGTERM received); the same command goes on." in told[0]
     assert nodes.status() | {"time": ""} == {
-        "state": "stopped", "step": 0, "of": 0, "reason": "SIGTERM received", "time": ""
+        "state": "stopped", "phase": "tokenizing", "step": 0, "of": 0, "reason": "SIGTERM received", "time": ""
     }  # fmt: skip
     kept = nodes.shards()
     assert kept >= 4
