@@ -28,10 +28,12 @@ class Precision:
     Attributes:
         dtype: of weights and activations.
         fp8_recipe: one of FP8_MULTIPLES, or None.
+        tf32: fp32's matrix products read their operands with 10 bits of mantissa, as Transformer Engine's do.
     """
 
     dtype: torch.dtype
     fp8_recipe: str | None = None
+    tf32: bool = False
 
     @property
     def row_multiple(self) -> int:

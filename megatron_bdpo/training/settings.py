@@ -393,4 +393,5 @@ def _precision(arguments: Mapping[str, Any]) -> Precision:
     """Before or after Megatron's validation, which makes an enumeration of the FP8 recipe."""
     dtype = torch.bfloat16 if arguments["bf16"] else torch.float16 if arguments["fp16"] else torch.float32
     recipe = arguments["fp8_recipe"]
-    return Precision(dtype, str(getattr(recipe, "value", recipe)) if arguments["fp8"] else None)
+    tf32 = dtype == torch.float32 and arguments["transformer_impl"] == "transformer_engine"
+    return Precision(dtype, str(getattr(recipe, "value", recipe)) if arguments["fp8"] else None, tf32)

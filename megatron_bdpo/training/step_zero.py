@@ -32,10 +32,15 @@ TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 #: are 16 times coarser than bf16's 7. Set from the bf16 row, not from a measurement on a GPU.
 FP8_TOLERANCE = 5e-1
 
+#: fp32 in Transformer Engine's layers, whose matrix products read TF32: fp16's mantissa, in the operands alone.
+TF32_TOLERANCE = TOLERANCES[torch.float16]
+
 
 def tolerance(precision: Precision) -> float:
     """Nats that rounding may move one token's log-prob by."""
-    return FP8_TOLERANCE if precision.fp8_recipe else TOLERANCES[precision.dtype]
+    if precision.fp8_recipe:
+        return FP8_TOLERANCE
+    return TF32_TOLERANCE if precision.tf32 else TOLERANCES[precision.dtype]
 
 
 @dataclass(frozen=True)

@@ -246,3 +246,21 @@ def test_mistake_under_a_steep_loss_is_stopped(ranks, scored, mistake):
 def test_reference_of_another_prompt_is_stopped(ranks, scored):
     (found,) = ranks(1)(first_step, [*SENSITIVE, "--preference-loss", "bdpo"], scored, the_empty_prompt)
     assert found.startswith("step 0: the policy is not its reference: ")
+
+
+def test_fp32_in_transformer_engines_layers_is_judged_as_tf32():
+    """Seen on an H200: log-ratios off by 9.4e-6 nats per token, 1.1 times what fp32's own rounding explains."""
+    from megatron_bdpo.model.precision import Precision
+    from megatron_bdpo.training.step_zero import tolerance
+
+    fp32, tf32 = tolerance(Precision(torch.float32)), tolerance(Precision(torch.float32, tf32=True))
+    assert 100 * fp32 < tf32 <= tolerance(Precision(torch.float16)) < tolerance(Precision(torch.bfloat16))
+
+
+def test_tf32_is_taken_from_the_layers():
+    from megatron_bdpo.training.settings import _precision
+
+    given = {"bf16": False, "fp16": False, "fp8": None, "fp8_recipe": "tensorwise"}
+    assert _precision(given | {"transformer_impl": "transformer_engine"}).tf32
+    assert not _precision(given | {"transformer_impl": "local"}).tf32
+    assert not _precision(given | {"transformer_impl": "transformer_engine", "bf16": True}).tf32
