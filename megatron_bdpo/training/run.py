@@ -35,6 +35,7 @@ from megatron_bdpo.training.distributed import say
 from megatron_bdpo.training.finite import gradients_named
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.forward import PreferenceStep
+from megatron_bdpo.training.hf.exporting import export_places
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.pack_iterators import dataset_provider
 from megatron_bdpo.training.reference.options_from_data import decide_options, imbalance_edges
@@ -88,7 +89,6 @@ class PreferenceRun:
         self.setup = setup = set_up(arguments)
         self.settings, self.job, self.config, self.scoring = setup.settings, setup.job, setup.config, setup.scoring
         schedule, job = self.settings.schedule, self.job
-        keep_recipe(arguments)
         self.step = PreferenceStep(
             job.loss,
             NoReference(),
@@ -127,6 +127,9 @@ class PreferenceRun:
             known = _decide_by_data(self, reference, known, resumed=resumed)
         self.arguments.set(**identity.identity_argument(known))
         log_probs = reference.directories if isinstance(reference, ReferenceTable) else {}
+        keep_recipe(self.arguments)  # here: a start that fails before leaves nothing behind
+        if resumed:
+            say(_place(self))
         start = Start(model, self.iteration, self.step.loss, known, log_probs, known.imbalance_edges)
         for each in self.callbacks:
             each.after_load(start)
@@ -185,6 +188,11 @@ class PreferenceRun:
         for each in self.callbacks:
             each.after_evaluation(metrics, self.iteration)
 
+    @property
+    def wants_digests(self) -> bool:
+        """See ``checkpoints``."""
+        return self.settings.checkpoints.checkpoint_checksums
+
     @contextlib.contextmanager
     def saving(self, directory: Path) -> Iterator[None]:
         """See ``Callback``."""
@@ -219,6 +227,7 @@ def in_megatron(run: PreferenceRun) -> Iterator[None]:
             yield
         for each in run.callbacks:
             each.finished()
+        say(_what_next(run.settings))
     except SystemExit as leaving:
         if not leaving.code:
             for each in run.callbacks:
@@ -232,6 +241,24 @@ def in_megatron(run: PreferenceRun) -> Iterator[None]:
 def tables(run: PreferenceRun) -> list[Block]:
     """What the callbacks have to show of a run that is over. On the last rank."""
     return [block for each in run.callbacks if (table := each.table()) for block in ("", table)]
+
+
+def _place(run: PreferenceRun) -> str:
+    last_step = len(run.job.plan.steps)
+    if run.iteration >= last_step:
+        return f"already finished at step {run.iteration} of {last_step}: nothing to train."
+    return f"resumed at step {run.iteration} of {last_step}"
+
+
+def _what_next(settings: Settings) -> str:
+    save, model = settings.directories.save, settings.model.hf_model
+    if not save:
+        return "finished; no checkpoint was kept, for want of --save."
+    steps = [f"`megatron-bdpo report {save}`"]
+    if not export_places(settings):
+        of = f"--hf-model {model}" if model else "--family NAME"
+        steps.append(f"`megatron-bdpo convert export --checkpoint {save} {of} --output DIR`")
+    return f"finished; next: {', '.join(steps)}"
 
 
 def _early_end(run: PreferenceRun, code: object) -> str:
