@@ -20,6 +20,7 @@ from megatron_bdpo.platform.compilation import fuse_rotary_embedding
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.continuation import check_continuation, go_on_in_used_directory
 from megatron_bdpo.training.directories import check_directories
+from megatron_bdpo.training.disk import refuse_small_disks
 from megatron_bdpo.training.distributed import all_ranks_agree, say
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.determinism import forget_determinism
@@ -148,6 +149,8 @@ def set_up(arguments: Arguments) -> RunSetup:
         found = identity.resumed_identity(settings.directories, current)
         if found is None and lora:
             current = replace(current, base_weights=expected_base(settings))
+        if not settings.dry_run.is_wanted:  # which may be on another machine
+            refuse_small_disks(arguments, job)
     scoring = token_scoring(arguments)
     return RunSetup(arguments, settings, job, config, scoring, found or current, found is not None, lora)
 

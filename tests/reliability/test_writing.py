@@ -95,6 +95,7 @@ def with_limited_files(flags):
     """The process that writes may do so from the third step on, in the loop only while it writes: it has logs too."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
     from megatron_bdpo.training.callbacks.callback import Callback
 
     is_limited = [False]
