@@ -20,6 +20,10 @@ class EvaluationLeft(Exception):
 class SaveHooks(Protocol):
     """What is to be done around the writing of a checkpoint. All ranks call every hook."""
 
+    @property
+    def wants_digests(self) -> bool:
+        """Whether files are to be hashed while they are written."""
+
     def saving(self, directory: Path) -> contextlib.AbstractContextManager[None]:
         """Around the writing of a checkpoint's files, or with ``--async-save`` the start of it."""
 

@@ -8,7 +8,8 @@ and restored afterwards. Nothing is copied: each wrapper calls Megatron's own fu
 | `initialize_megatron`               | without a GPU it must be told so (`allow_no_cuda`)                             |
 | `compile_helpers`                   | calls `make` without a Makefile in the wheel, and exits; not needed here       |
 | `load_checkpoint`                   | torch's Adam (no TE, no Apex) needs a state to load into, and its own counters |
-| `get_optimizer_param_scheduler`     | it counts packs, of which another layout may have more or fewer a step         |
+| `get_optimizer_param_scheduler`     | it counts packs, of which another layout may have more or fewer; a longer run  |
+|                                     | is another to it, whatever its learning rate                                   |
 | `setup_model_and_optimizer`         | the reference is scored or copied just after the policy is loaded              |
 | `train`                             | an evaluation before the first step                                            |
 | `get_forward_backward_func`         | the resident reference scores the step's packs before the policy's pass        |
@@ -18,12 +19,12 @@ and restored afterwards. Nothing is copied: each wrapper calls Megatron's own fu
 | `evaluate`                          | the same for evaluation, and the before/after table                            |
 | `get_signal_handler`                | a stop file asks for what a signal asks for: a checkpoint, then the end        |
 | `dist_checkpointing.save`           | a checkpoint is complete, with digests, before Megatron's tracker names it     |
+| `FileSystemWriterAsync`, its reader | see ``writing``: digests while files are written, errors that pass, true ones  |
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.hooks import HOOKS_ONLY, EvaluationLeft, SaveHooks, TrainerHooks
-from megatron_bdpo.platform.writing import replace_dead_writer, written_by_this_process
+from megatron_bdpo.platform.writing import replace_dead_writer, writer_seams, written_by_this_process
 
 
 @contextlib.contextmanager
@@ -58,6 +59,7 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
         (trainer, "evaluate", _evaluate(trainer.evaluate, hooks)),
         (trainer, "get_signal_handler", lambda: hooks),
         (dist_checkpointing, "save", _save(dist_checkpointing.save, hooks)),
+        *writer_seams(hashes=hooks.wants_digests),
     ]
     with _replaced(replacements):
         yield
@@ -66,7 +68,8 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
 @contextlib.contextmanager
 def save_seam(hooks: SaveHooks) -> Iterator[None]:
     """Outside of ``pretrain``: checkpoints saved in the ``with`` block are saved as within the trainer's seams."""
-    with _replaced([(dist_checkpointing, "save", _save(dist_checkpointing.save, hooks))]):
+    saving = (dist_checkpointing, "save", _save(dist_checkpointing.save, hooks))
+    with _replaced([saving, *writer_seams(hashes=hooks.wants_digests)]):
         yield
 
 
@@ -148,11 +151,12 @@ def _scheduler(original: Callable[..., Any]) -> Callable[..., Any]:
             return state | {name: state[name] / packs for name in _COUNTED_IN_PACKS}
 
         def load(state: dict[str, Any]) -> None:
-            own = state_dict()
             counts = {name: state[name] * packs for name in _COUNTED_IN_PACKS}
-            # A share of the steps, as --lr-warmup-fraction makes it, is the same number but for its rounding.
-            counts = {name: own[name] if math.isclose(count, own[name]) else count for name, count in counts.items()}
-            load_state_dict(state | counts | {"num_steps": round(counts["num_steps"])})
+            counts["num_steps"] = round(counts["num_steps"])
+            if scheduler.use_checkpoint_opt_param_scheduler:
+                load_state_dict(state | counts)
+            else:  # that it fits the steps that are done has been seen: see training.continuation
+                load_state_dict(state | state_dict() | {"num_steps": counts["num_steps"]})
 
         scheduler.state_dict, scheduler.load_state_dict = in_steps, load
         return scheduler

@@ -19,6 +19,7 @@ from megatron_bdpo.planning.machine import Machine
 from megatron_bdpo.planning.memory import GB, fullest
 from megatron_bdpo.planning.speed import step_time
 from megatron_bdpo.platform.seams import initialize_megatron
+from megatron_bdpo.training.disk import describe, needs
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.validation import refusals_of_megatron, silence
 from megatron_bdpo.training.job import PairJob
@@ -77,7 +78,8 @@ def _report(setup: RunSetup) -> list[str]:
     if setup.resumed:
         lines.append(f"  start: goes on from the checkpoint in {settings.directories.load}")
     work = Work.of(setup.arguments, job)
-    return [*lines, *work.describe(settings), *_step(setup.arguments, job), *_memory(setup.arguments, job)]
+    lines += [*work.describe(settings), *_step(setup.arguments, job), *_memory(setup.arguments, job)]
+    return [*lines, *(f"  {line}" for line in describe(needs(setup.arguments, job), job))]
 
 
 def _step(arguments: Arguments, job: PairJob) -> list[str]:

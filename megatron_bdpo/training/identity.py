@@ -166,8 +166,19 @@ def stored_arguments(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: the directory holds no checkpoint.
     """
+    return vars(stored_state(directory)["args"])
+
+
+def stored_state(directory: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors: ``args``, ``opt_param_scheduler``, ``iteration``.
+
+    Raises:
+        UserError: the directory holds no checkpoint.
+    """
     try:
-        return vars(load_common_state_dict(str(directory))["args"])
+        state: dict[str, Any] = load_common_state_dict(str(directory))
+        vars(state["args"])
+        return state
     except (Exception, CheckpointException) as error:  # many kinds, and one that is no Exception
         raise UserError(f"the checkpoint {directory} cannot be read: {type(error).__name__}: {error}") from error
 

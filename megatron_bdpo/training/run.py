@@ -35,6 +35,7 @@ from megatron_bdpo.training.distributed import broadcast, say
 from megatron_bdpo.training.finite import gradients_named
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.forward import PreferenceStep
+from megatron_bdpo.training.hf.exporting import export_places
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.pack_iterators import dataset_provider
 from megatron_bdpo.training.phases import WARM_UP_STEPS, beat, clock, phase
@@ -89,7 +90,6 @@ class PreferenceRun:
         self.setup = setup = set_up(arguments, keeps_status=True)
         self.settings, self.job, self.config, self.scoring = setup.settings, setup.job, setup.config, setup.scoring
         schedule, job = self.settings.schedule, self.job
-        keep_recipe(arguments)
         self.step = PreferenceStep(
             job.loss,
             NoReference(),
@@ -131,6 +131,9 @@ class PreferenceRun:
             known = _decide_by_data(self, reference, known, resumed=resumed)
         self.arguments.set(**identity.identity_argument(known))
         log_probs = reference.directories if isinstance(reference, ReferenceTable) else {}
+        keep_recipe(self.arguments)  # here: a start that fails before leaves nothing behind
+        if resumed:
+            say(_place(self))
         start = Start(model, self.iteration, self.step.loss, known, log_probs, known.imbalance_edges)
         for each in self.callbacks:
             each.after_load(start)
@@ -216,6 +219,11 @@ class PreferenceRun:
         for each in self.callbacks:
             each.after_evaluation(metrics, self.iteration)
 
+    @property
+    def wants_digests(self) -> bool:
+        """See ``checkpoints``."""
+        return self.settings.checkpoints.checkpoint_checksums
+
     @contextlib.contextmanager
     def saving(self, directory: Path) -> Iterator[None]:
         """See ``Callback``."""
@@ -269,6 +277,7 @@ def in_megatron(run: PreferenceRun) -> Iterator[None]:
             run.leave_if_evaluation_was_left()
             for each in run.callbacks:
                 each.finished()
+        say(_what_next(run.settings))
     except SystemExit as leaving:
         if not leaving.code:
             for each in run.callbacks:
@@ -287,6 +296,24 @@ def tables(run: PreferenceRun) -> list[Block]:
 def _reason(run: PreferenceRun, leaving: SystemExit) -> str:
     """Of a stop that was asked for; empty where Megatron's own flags have ended the run."""
     return leaving.reason if isinstance(leaving, StopRequested) else run.stop.reason
+
+
+def _place(run: PreferenceRun) -> str:
+    last_step = len(run.job.plan.steps)
+    if run.iteration >= last_step:
+        return f"already finished at step {run.iteration} of {last_step}: nothing to train."
+    return f"resumed at step {run.iteration} of {last_step}"
+
+
+def _what_next(settings: Settings) -> str:
+    save, model = settings.directories.save, settings.model.hf_model
+    if not save:
+        return "finished; no checkpoint was kept, for want of --save."
+    steps = [f"`megatron-bdpo report {save}`"]
+    if not export_places(settings):
+        of = f"--hf-model {model}" if model else "--family NAME"
+        steps.append(f"`megatron-bdpo convert export --checkpoint {save} {of} --output DIR`")
+    return f"finished; next: {', '.join(steps)}"
 
 
 def _early_end(run: PreferenceRun, leaving: SystemExit) -> str:

@@ -244,6 +244,9 @@ class CheckpointSettings:
     keep_checkpoints: int | None = _flag(metavar="N")
     """keep this many of the newest checkpoints and the multiples of --save-retain-interval, delete older ones (default:
     keep all; with --save-retain-interval: 1)"""
+    overwrite: bool = False
+    """begin again in a --save that holds a run. Without it and without --load, the same run goes on from its newest
+    checkpoint there, and another one is refused"""
     checkpoint_checksums: bool = _switch("checkpoint-checksums", True)
     """write the digests of a checkpoint's files beside them, and compare them before a checkpoint is used"""
     stop_file: list[str] | None = _flag(metavar="PATH")

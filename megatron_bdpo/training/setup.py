@@ -18,8 +18,10 @@ from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.compilation import fuse_rotary_embedding
 from megatron_bdpo.training import identity
+from megatron_bdpo.training.continuation import check_continuation, go_on_in_used_directory
 from megatron_bdpo.training.directories import check_directories
-from megatron_bdpo.training.distributed import all_ranks_agree
+from megatron_bdpo.training.disk import refuse_small_disks
+from megatron_bdpo.training.distributed import all_ranks_agree, say
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.determinism import forget_determinism
 from megatron_bdpo.training.flags.fused_layers import fusion_arguments
@@ -120,6 +122,7 @@ def set_up(arguments: Arguments, *, keeps_status: bool = False) -> RunSetup:
         UserError: on every rank, for anything that the user can put right.
     """
     same_flags(arguments.recipe)
+    goes_on = go_on_in_used_directory(arguments)
     start_from_hugging_face(arguments)
     check_save_hf(arguments.settings)
     with all_ranks_agree():
@@ -135,6 +138,8 @@ def set_up(arguments: Arguments, *, keeps_status: bool = False) -> RunSetup:
     if lora:  # which is what it is called with adapters
         arguments.set(reference=arguments.settings.reference.reference.replace("base", "precomputed"))
     adapters = identity_part(lora)
+    if goes_on:
+        say(goes_on)
     check_directories(arguments.settings, adapters)
     if keeps_status:
         keep_status_in(arguments.settings.directories.save)
@@ -146,9 +151,12 @@ def set_up(arguments: Arguments, *, keeps_status: bool = False) -> RunSetup:
         config = validate(arguments, job)
         settings = arguments.settings
         current = identity.identity_of(settings, job, adapters)
+        check_continuation(arguments)
         found = identity.resumed_identity(settings.directories, current)
         if found is None and lora:
             current = replace(current, base_weights=expected_base(settings))
+        if not settings.dry_run.is_wanted:  # which may be on another machine
+            refuse_small_disks(arguments, job)
     scoring = token_scoring(arguments)
     return RunSetup(arguments, settings, job, config, scoring, found or current, found is not None, lora)
 

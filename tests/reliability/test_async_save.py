@@ -7,10 +7,9 @@ import json
 import re
 
 from megatron_bdpo.training.callbacks.callback import Callback
-from tests.distributed.test_bad_input import refusal
 from tests.distributed.test_resume import assert_bit_identical
 from tests.harness.jobs import train
-from tests.reliability.test_disk import disk, fill  # noqa: F401  # a fixture
+from tests.reliability.test_disk import disk, refusal_on_a_filling_disk  # noqa: F401  # a fixture
 
 JOB = ["--train-iters", "4", "--save-interval", "2", "--num-layers", "2", "--tensor-model-parallel-size", "2"]
 ASYNC = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
@@ -32,9 +31,7 @@ def test_its_checkpoint_is_of_its_step_and_has_its_digests(ranks, tmp_path):
 
 def test_a_full_disk_is_told_of(ranks, disk):  # noqa: F811
     run = disk / "run"
-    ranks(2)(train, [*JOB, *ASYNC, "--save", str(run), "--exit-interval", "2"])
-    fill(disk, leave=64 << 10)
-    messages = ranks(2)(refusal, [*JOB, *ASYNC, "--save", str(run), "--load", str(run)])
+    messages = ranks(2)(refusal_on_a_filling_disk, disk, [*JOB, *ASYNC, "--save", str(run)])
     assert all("iter_0000004 cannot be written" in message for message in messages), messages
     assert re.search(r"rank \d: .*The disk has 0\.\d MiB left", messages[0], re.DOTALL), messages[0]
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "2"

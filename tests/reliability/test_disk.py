@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bdpo.training.callbacks.callback import Callback
 from tests.distributed.test_bad_input import refusal
 from tests.harness.jobs import last_stage, train
 
@@ -38,6 +39,21 @@ def fill(place: Path, leave: int) -> None:
     (place / "filler").write_bytes(bytes(max(0, free - leave)))
 
 
+class Filling(Callback):
+    """Fills a disk up after the third step: a start on a full one is refused."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+
+    def after_step(self, step):
+        if step.iteration == 3 and os.environ["RANK"] == "0":
+            fill(self._place, leave=64 << 10)
+
+
+def refusal_on_a_filling_disk(place, flags):
+    return refusal(flags, callbacks=[Filling(place)])
+
+
 @contextlib.contextmanager
 def read_only(place: Path):
     """Also for root, who is not held to modes."""
@@ -57,9 +73,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint(ranks, disk):
     """The checkpoint before is still the newest one, and with room again the same command goes on from it."""
     run = disk / "run"
     flags = [*JOB, "--save", str(run), "--load", str(run)]
-    assert ranks(2)(train, [*flags, "--exit-interval", "2"])[0].exit_code == 0
-    fill(disk, leave=64 << 10)
-    messages = ranks(2)(refusal, flags)
+    messages = ranks(2)(refusal_on_a_filling_disk, disk, flags)
     assert all("iter_0000004 cannot be written" in message for message in messages)
     assert re.search(r"rank \d: .*The disk has 0\.\d MiB left", messages[0], re.DOTALL), messages[0]
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "2"

@@ -274,6 +274,18 @@ def keep(directory: Path, settings: Mapping[str, Value], facts: Mapping[str, obj
     return path
 
 
+def kept(directory: Path) -> dict[str, Value] | None:
+    """The settings of the last start that left some in a directory; None where there are none that can be read."""
+    number = 1
+    path = directory / "recipe.yaml"
+    while (after := directory / f"recipe.{number + 1}.yaml").exists():
+        number, path = number + 1, after
+    try:
+        return {setting.key: setting.value for setting in _read(str(path))}
+    except UserError:
+        return None
+
+
 def to_yaml(settings: Mapping[str, Value]) -> str:
     """The settings as a recipe. What the environment holds under the name of a secret is written as its name."""
     pairs = [(_scalar(key), _node(value)) for key, value in settings.items()]

@@ -124,6 +124,12 @@ def dry_run(ranks, tmp_path):
     return run
 
 
+def test_what_the_run_needs_on_its_disk(dry_run):
+    """70.55 billion parameters of 14 bytes; two checkpoints stay while a third is written."""
+    printed = dry_run("llama3_70b.yaml", "--dry-run", "64", config=LLAMA_70B)
+    assert re.search(r"disk of \S+/run: checkpoints \(3 of 987\.8 GB\) 2,963\.4 GB.*TOO LITTLE", printed), printed
+
+
 @pytest.mark.parametrize(
     ("recipe", "config", "world_size", "expected_layout"),
     [
