@@ -1,11 +1,13 @@
 """A job that is asked to stop in the middle of each phase: ``python -m tests.reliability.stops``.
 
 One unit of work of the phase is made to take UNIT seconds, or for ever where nothing is lost by leaving. Every way of
-asking has its turn. Prints a line for each: seconds from the asking to the end, the exit code, what status.json says.
+asking has its turn. Prints a line for each: seconds from the asking to the end, units that ranks have begun meanwhile,
+the exit code, what status.json says.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -39,7 +41,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class SlowRun(Run):
-    """A run that leaves a mark when it has begun a slow unit."""
+    """A run that leaves a mark for each slow unit that a rank begins."""
 
     slow: str = ""
 
@@ -89,7 +91,8 @@ class SlowRun(Run):
     def _slowed(self, original: Callable[..., Any], seconds: float, is_slow: Callable[..., bool]) -> Callable[..., Any]:
         def slow(*args: Any, **kwargs: Any) -> Any:
             if is_slow(*args, **kwargs):
-                self.mark.touch()
+                with self.mark.open("a") as mark:
+                    mark.write(".")
                 end = time.monotonic() + seconds
                 while time.monotonic() < end:  # as a read that signals do not end
                     time.sleep(max(0.0, end - time.monotonic()))
@@ -113,12 +116,15 @@ def ask(job: JobTree, run: SlowRun, how: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("phases", nargs="*", metavar="PHASE", help=f"of {', '.join(CASES)} (default: all)")
+    phases = parser.parse_args().phases or CASES
     import tests.harness.warm  # noqa: F401  # before the forks
 
     with tempfile.TemporaryDirectory() as made:
         directory, board = Path(made), PhaseBoard(RANKS)
         model = _made_model(directory)
-        for number, phase in enumerate(sys.argv[1:] or CASES):
+        for number, phase in enumerate(phases):
             place = directory / f"run{number}"
             place.mkdir()
             more = ("--no-pack-pairs", "--stop-file", str(place / "stop"))
@@ -130,14 +136,27 @@ def main() -> None:
                 sys.exit(f"{phase} was not reached\n" + (place / "log").read_text()[-3000:])
             time.sleep(0.3)
             asked = time.monotonic()
+            begun = run.mark.stat().st_size
             ask(job, run, CASES[phase])
             code = -1
             with contextlib.suppress(TimeoutError):
                 code = job.wait(60)
             seconds = time.monotonic() - asked
             status = json.loads((run.save / "status.json").read_text()) if (run.save / "status.json").exists() else {}
+            begun = run.mark.stat().st_size - begun
             told = {key: status.get(key) for key in ("state", "phase", "step", "reason")}
-            print(json.dumps({"case": phase, "how": CASES[phase], "seconds": round(seconds, 1), "code": code, **told}))
+            print(
+                json.dumps(
+                    {
+                        "case": phase,
+                        "how": CASES[phase],
+                        "seconds": round(seconds, 1),
+                        "begun": begun,
+                        "code": code,
+                        **told,
+                    }
+                )
+            )
             if code or status.get("state") != "stopped":
                 print((place / "log").read_text()[-3000:], file=sys.stderr)
 

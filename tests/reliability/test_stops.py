@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.killed_job import RANKS
 from tests.reliability.stops import CASES, UNIT
 
 ROOT = Path(__file__).parents[2]
@@ -36,5 +37,6 @@ def test_a_stop_is_heard_in_every_phase():
     for case, each in found.items():
         assert (each["code"], each["state"]) == (0, "stopped"), (each, ended.stderr[-3000:])
         assert each["seconds"] < PROMISED + SLACK, each
+        assert each["begun"] <= RANKS, "a rank may be about to begin one"
         assert each["reason"].endswith(("received", "is there")), each
         assert each["step"] == {"evaluation": 2, "export": 4}.get(case, 0), "what was done is kept"
