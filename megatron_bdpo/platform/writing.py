@@ -174,6 +174,7 @@ class _Files:
         path = str(write_bucket[0])
         for _ in range(2):
             output = original(transforms, local_proc_idx, write_bucket, None, None, use_fsync, **kwargs)
+            _forget_frames(output[1])
             stream = self._streams.pop(path, None)
             # torch makes an error of its own of one that a stream raises.
             failure = stream.failure if stream and stream.failure else output[1]
@@ -191,6 +192,17 @@ class _Files:
             count_queue.get()
             count_queue.task_done()
         return output
+
+
+def _forget_frames(outcome: object) -> None:
+    """Have an exception, and those before it, hold no frames.
+
+    Megatron's frame holds the exception, and the frames of torch what they were writing: a cycle, whose collection ends
+    CPython 3.12 with a fault where it comes to a BytesIO before what looks into it (``getbuffer``).
+    """
+    while isinstance(outcome, BaseException):
+        outcome.__traceback__ = None
+        outcome = outcome.__cause__ or outcome.__context__
 
 
 class _Stream:
@@ -236,7 +248,7 @@ class _Stream:
         try:
             yield
         except OSError as error:
-            self.failure = self.failure or error
+            self.failure = self.failure or OSError(error.errno, error.strerror)
             raise
 
     def __enter__(self) -> _Stream:
