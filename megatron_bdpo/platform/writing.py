@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import IO, Any
 
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -30,11 +31,31 @@ ALGORITHM = "sha256"
 _WORTH_A_THREAD = 2**20
 
 _digests: dict[str, str] = {}
+_failures: list[OSError] = []
 
 
 def take_digest(path: str) -> str | None:
     """The digest of a file that this rank has just written, once."""
     return _digests.pop(path, None)
+
+
+def raise_failure() -> None:
+    """Raise what kept this rank from writing one of the files that the first rank writes alone.
+
+    Raised where it happens it would leave the others waiting in Megatron's next collective.
+    """
+    if _failures:
+        raise _failures.pop()
+
+
+def _kept_for_later(work: Callable[..., None]) -> Callable[..., None]:
+    def kept(*args: Any, **kwargs: Any) -> None:
+        try:
+            work(*args, **kwargs)
+        except OSError as error:
+            _failures[:] = [error]
+
+    return kept
 
 
 def once_more[Result](work: Callable[..., Result]) -> Callable[..., Result]:
@@ -62,7 +83,8 @@ def writer_seams(*, hashes: bool) -> list[Replacement]:
     return [
         (writer, "get_save_function_and_args", _to_write(writer.get_save_function_and_args, hashes)),
         (writer, "retrieve_write_results", _taking_digests(writer.retrieve_write_results)),
-        (writer, "finish", once_more(writer.finish)),
+        (writer, "finish", _kept_for_later(once_more(writer.finish))),
+        (serialization, "save_config", _kept_for_later(once_more(serialization.save_config))),
         (reader, "read_data", once_more(reader.read_data)),
         (reader, "read_metadata", once_more(reader.read_metadata)),
     ]
@@ -152,6 +174,7 @@ class _Files:
         path = str(write_bucket[0])
         for _ in range(2):
             output = original(transforms, local_proc_idx, write_bucket, None, None, use_fsync, **kwargs)
+            _forget_frames(output[1])
             stream = self._streams.pop(path, None)
             # torch makes an error of its own of one that a stream raises.
             failure = stream.failure if stream and stream.failure else output[1]
@@ -169,6 +192,17 @@ class _Files:
             count_queue.get()
             count_queue.task_done()
         return output
+
+
+def _forget_frames(outcome: object) -> None:
+    """Have an exception, and those before it, hold no frames.
+
+    Megatron's frame holds the exception, and the frames of torch what they were writing: a cycle, whose collection ends
+    CPython 3.12 with a fault where it comes to a BytesIO before what looks into it (``getbuffer``).
+    """
+    while isinstance(outcome, BaseException):
+        outcome.__traceback__ = None
+        outcome = outcome.__cause__ or outcome.__context__
 
 
 class _Stream:
@@ -214,7 +248,7 @@ class _Stream:
         try:
             yield
         except OSError as error:
-            self.failure = self.failure or error
+            self.failure = self.failure or OSError(error.errno, error.strerror)
             raise
 
     def __enter__(self) -> _Stream:

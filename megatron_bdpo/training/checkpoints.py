@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import PassingError, UserError
 from megatron_bdpo.json_shape import Each, parse_json, schema_error
-from megatron_bdpo.platform.writing import ALGORITHM, once_more, take_digest
+from megatron_bdpo.platform.writing import ALGORITHM, once_more, raise_failure, take_digest
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, is_rank_zero, say
 from megatron_bdpo.training.megatron_settings import DirectorySettings
 
@@ -45,6 +45,12 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 
 #: What every checkpoint of torch_dist has, written last.
 _COMPLETE = "metadata.json"
+
+
+def refuse_half_written(directory: Path) -> None:
+    """Raise UserError, on every rank, if the first one could not write an index of a checkpoint. Collective."""
+    with all_ranks_agree(), _failures(directory):
+        raise_failure()
 
 
 def write_manifest(directory: Path) -> None:
@@ -81,6 +87,16 @@ def integrity_problems(directory: Path) -> list[str]:
         with ThreadPoolExecutor(_READERS) as readers:
             own = list(readers.map(_compared, shared, [files[path.name] for path in shared]))
     return problems + [problem for each in gather(own) for problem in each if problem]
+
+
+def own_problems(directory: Path) -> list[str]:
+    """What this rank's share of a checkpoint shows to be wrong; what it cannot read is. Not collective."""
+    try:
+        files, problems = _manifest(directory)
+        shared = _own_share([directory / name for name in sorted(files)])
+        return problems + [problem for path in shared if (problem := _compared(path, files[path.name]))]
+    except UserError as error:
+        return [str(error)]
 
 
 def choose_intact_checkpoints(directories: DirectorySettings) -> None:
@@ -196,6 +212,7 @@ class ChecksummedSave:
         return failures_to_save(directory)
 
     def after_files(self, directory: Path) -> None:
+        refuse_half_written(directory)
         write_manifest(directory)
 
 
@@ -215,7 +232,7 @@ def _files(directory: Path) -> list[Path]:
 
 def _own_share(files: list[Path]) -> list[Path]:
     """Each rank reads what it has written, which its machine may still hold in memory, and its share of the rest."""
-    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     writers = [int(match[1]) if (match := _WRITER.fullmatch(path.name)) else index for index, path in enumerate(files)]
     return [path for path, writer in zip(files, writers, strict=True) if writer % ranks == rank]
 

@@ -115,6 +115,34 @@ def is_raised(flag: str, *, here: bool) -> bool:
         return here
 
 
+def leave_note(name: str, text: str) -> None:
+    """Leave a word for rank 0, in the launcher's store. Not collective: any thread may."""
+    if not distributed.is_initialized():
+        return
+    with contextlib.suppress(RuntimeError):  # it is gone with its rank
+        store = distributed.distributed_c10d._get_default_store()
+        store.set(f"megatron_bdpo/{name}/{distributed.get_rank()}", text)
+
+
+def other_notes(name: str, *, patience: timedelta = timedelta(0)) -> list[str] | None:
+    """What the other ranks have left; None where one of them has not yet. Not collective.
+
+    Args:
+        patience: how long to wait for them.
+    """
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return []
+    own = distributed.get_rank()
+    keys = [f"megatron_bdpo/{name}/{rank}" for rank in range(distributed.get_world_size()) if rank != own]
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        if patience:
+            store.wait(keys, patience)
+        return [store.get(key).decode() for key in keys] if store.check(keys) else None
+    except RuntimeError:  # they are late, or it is gone with its rank
+        return None
+
+
 def failed_after_others() -> bool:
     """Whether this rank's failure follows from another's, which has told the cause."""
     return _failed_after_others

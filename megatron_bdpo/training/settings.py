@@ -50,7 +50,10 @@ def _switch(name: str, default: bool | None) -> Any:
 
 
 def _minutes(text: str) -> float:
-    if not 0 <= (number := float(text)) < math.inf:
+    """Of ``90s``, ``20m``, ``1.5h`` or a number of minutes."""
+    unit = {"s": 1 / 60, "m": 1.0, "h": 60.0}.get(text[-1:])
+    number = float(text[:-1] if unit else text) * (unit or 1.0)
+    if not 0 <= number < math.inf:
         raise ValueError
     return number
 
@@ -239,8 +242,11 @@ class LogProbSettings:
 class CheckpointSettings:
     """Checkpoints, beside Megatron's own settings, and when to stop."""
 
-    save_every_minutes: float | None = _flag(type=_minutes, metavar="N")
-    """save a checkpoint when the last one began this long ago: beside --save-interval, or in its place"""
+    save_every_minutes: float | None = _flag(
+        type=_minutes, metavar="TIME", arg_names=["--save-every", "--save-every-minutes"]
+    )
+    """save a checkpoint when the last one began this long ago (90s, 20m, 2h; a number alone is minutes): beside
+    --save-interval, or in its place"""
     keep_checkpoints: int | None = _flag(metavar="N")
     """keep this many of the newest checkpoints and the multiples of --save-retain-interval, delete older ones (default:
     keep all; with --save-retain-interval: 1)"""
@@ -257,8 +263,10 @@ class CheckpointSettings:
 class EvaluationSettings:
     """Evaluations, beside Megatron's own settings."""
 
-    eval_every_minutes: float | None = _flag(type=_minutes, metavar="N")
-    """evaluate when the last evaluation is this long ago: beside --eval-interval, or in its place"""
+    eval_every_minutes: float | None = _flag(
+        type=_minutes, metavar="TIME", arg_names=["--eval-every", "--eval-every-minutes"]
+    )
+    """evaluate when the last evaluation is this long ago (as --save-every): beside --eval-interval, or in its place"""
     eval_at_start: bool = False
     """evaluate the held-out pairs before the first step, too"""
     eval_prompts: str | None = _flag(metavar="FILE")

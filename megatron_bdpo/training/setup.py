@@ -163,7 +163,7 @@ def set_up(arguments: Arguments, *, keeps_status: bool = False) -> RunSetup:
 
 def _check_evaluation(settings: Settings, job: PairJob) -> None:
     evaluation = settings.evaluation
-    wanted = {"--eval-every-minutes": evaluation.eval_every_minutes, "--eval-prompts": evaluation.eval_prompts}
+    wanted = {"--eval-every": evaluation.eval_every_minutes, "--eval-prompts": evaluation.eval_prompts}
     for flag, value in wanted.items():
         if value is not None and not (job.eval_packs and settings.schedule.eval_iters != 0):
             raise UserError(f"{flag}: there are no held-out pairs. Add --eval-share or --eval-pair-data.")

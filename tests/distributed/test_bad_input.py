@@ -81,7 +81,7 @@ def prompt_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
 
 FLAG_CASES = {
     "--eval-prompts": (["--eval-prompts", str(DATA / "heldout.jsonl")], "--eval-prompts: there are no held-out pairs"),
-    "--eval-every-minutes": (["--eval-every-minutes", "5"], r"--eval-every-minutes: there are no held-out pairs"),
+    "--eval-every": (["--eval-every", "5m"], r"--eval-every: there are no held-out pairs"),
     "unknown loss": (["--preference-loss", "dpoo"], r"unknown loss 'dpoo'; did you mean 'dpo'\?"),
     "unused option": (
         ["--preference-loss", "dpo", "--simpo-gamma", "1"],

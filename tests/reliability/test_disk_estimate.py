@@ -79,7 +79,7 @@ def test_a_start_on_a_disk_that_is_too_small_is_refused(ranks, disk):  # noqa: F
     flags = ["--num-layers", "2", "--save", str(disk / "run"), "--save-interval", "1", "--train-iters"]
     messages = ranks(2)(refusal, [*flags, "6"], hidden_size=64)
     assert len(set(messages)) == 1
-    expected = r"run: the disk has 8\.\d MB left, and the run needs checkpoints 6 x 2\.\d MB, \d+\.\d MB"
+    expected = r"run: the disk has 8\.\d MB left, and the run needs checkpoints \(6 of 2\.\d MB\) 13\.\d MB"
     assert re.search(expected, messages[0]), messages[0]
     assert not list((disk / "run").glob("*.yaml"))
     outcomes = ranks(2)(train, [*flags, "6", "--keep-checkpoints", "1"], hidden_size=64)

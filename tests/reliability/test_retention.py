@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -22,8 +24,12 @@ def checkpoint(root: Path, iteration: int, *, whole: bool = True) -> Path:
     """A directory that looks like one, of a few files."""
     directory = root / f"iter_{iteration:07d}"
     directory.mkdir(parents=True, exist_ok=True)
-    for name in ("__0_0.distcp", "__1_0.distcp", ".metadata", *(["metadata.json", "integrity.json"] if whole else [])):
-        (directory / name).write_text("x")
+    names = ["__0_0.distcp", "__1_0.distcp", ".metadata", *(["metadata.json"] if whole else [])]
+    for each in names:
+        (directory / each).write_text("x")
+    if whole:
+        files = dict.fromkeys(names, hashlib.sha256(b"x").hexdigest())
+        (directory / "integrity.json").write_text(json.dumps({"algorithm": "sha256", "files": files}))
     return directory
 
 
@@ -174,7 +180,58 @@ def test_killed_at_any_moment(ranks, tmp_path):
         assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000040", "iter_0000050"]
 
 
+def save_a_damaged_one(root: Path, name_of_file: str) -> str:
+    import contextlib
+    import io
+
+    from megatron_bdpo.training.callbacks.retention import Deletion, Retention
+
+    deletion = Deletion(Retention(2), root, lambda: False, goes_on_in_place=True)
+    deletion.after_load(start(40))
+    deletion.after_files(checkpoint(root, 50))
+    (root / "iter_0000050" / name_of_file).write_text("y")
+    name(root, 50)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        deletion.finished()
+    return printed.getvalue()
+
+
+def test_nothing_goes_for_a_newer_one_that_is_damaged(ranks, tmp_path):
+    """Its digests are compared with what is on the disk, first."""
+    for iteration in (10, 20, 30, 40):
+        checkpoint(tmp_path, iteration)
+    (said,) = ranks(1)(save_a_damaged_one, tmp_path, "__1_0.distcp")
+    assert left(tmp_path) == [10, 20, 30, 40, 50]
+    assert re.search(r"WARNING: .*iter_0000050 is damaged already.*__1_0\.distcp is not what was written", said, re.S)
+
+
 STEPS = ["--train-iters", "4", "--num-layers", "2", "--tensor-model-parallel-size", "2"]
+
+
+def train_and_damage(flags):
+    """The second rank's file of the last checkpoint, as soon as it is written."""
+    from megatron_bdpo.training.callbacks.callback import Callback
+
+    class Damaging(Callback):
+        def saving(self, directory):
+            self.directory = directory
+
+        def finished(self):
+            if os.environ["RANK"] == "1":
+                with (self.directory / "__1_0.distcp").open("r+b") as file:
+                    file.write(b"?")
+
+    return train(flags, callbacks=[Damaging()])
+
+
+def test_a_damaged_file_of_another_rank_keeps_older_ones(ranks, tmp_path):
+    """All ranks compare what they have written; the first one hears of it before it deletes."""
+    flags = [*STEPS, "--save-interval", "1", "--keep-checkpoints", "1", "--save", str(tmp_path)]
+    ranks(2)(train_and_damage, flags)
+    assert {3, 4} <= {*left(tmp_path)}
+    ranks(2)(train, [*flags, "--overwrite"])
+    assert left(tmp_path) == [4]
 
 
 @pytest.mark.parametrize("writer", [[], ASYNC], ids=["", "async"])

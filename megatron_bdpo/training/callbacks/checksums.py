@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from megatron_bdpo.training.callbacks.callback import Callback
-from megatron_bdpo.training.checkpoints import failures_to_save, write_manifest
+from megatron_bdpo.training.checkpoints import failures_to_save, refuse_half_written, write_manifest
 
 
 class Checksums(Callback):
@@ -21,5 +21,6 @@ class Checksums(Callback):
 
     def after_files(self, directory: Path) -> None:
         """Collective."""
+        refuse_half_written(directory)
         if self._wanted:
             write_manifest(directory)

@@ -3,8 +3,8 @@
 Megatron's own way to delete (``--save-retain-interval``) keeps the newest one alone, forgets what it has not deleted
 when it is killed, and leaves half of a checkpoint that looks like one. So here rank 0 deletes, after a step:
 
-- only what is older than the checkpoint that Megatron's tracker names, which is whole, and nothing while a checkpoint
-  is being written;
+- only what is older than the checkpoint that Megatron's tracker names, once all ranks have read that one again, each
+  what it has written, and found it to be as its digests say; and nothing while a checkpoint is being written;
 - a directory is renamed first, so that half of it is never taken for a checkpoint; what a kill leaves of it goes after
   the next checkpoint;
 - what is no whole checkpoint, or was in the directory beyond the one that the run goes on from (a killed save, one that
@@ -18,16 +18,22 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
-from megatron_bdpo.training.checkpoints import is_complete, iteration_of, named_iteration
+from megatron_bdpo.training.checkpoints import is_complete, iteration_of, named_iteration, own_problems
+from megatron_bdpo.training.distributed import is_rank_zero, leave_note, other_notes, say
 
 #: At the end of a directory's name: it is being deleted.
 _DELETED = ".deleted"
+
+#: At the end of a run, for other ranks to have compared what they have written.
+_PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -40,26 +46,33 @@ class Retention:
     """Steps whose multiples are kept, too."""
 
     def outdated(
-        self, root: Path, abandoned: AbstractSet[int] = frozenset(), foreign: AbstractSet[int] = frozenset()
+        self,
+        root: Path,
+        abandoned: AbstractSet[int] = frozenset(),
+        foreign: AbstractSet[int] = frozenset(),
+        *,
+        whole: int | None = None,
     ) -> list[Path]:
         """Directories of checkpoints to delete. None where the tracker names no whole one.
 
         Args:
             abandoned: iterations whose directories count as no checkpoints.
             foreign: those that are another run's, and neither count nor go.
+            whole: that which is known to be, where it is not the one that the tracker names; newer ones stay.
         """
         named = named_iteration(root)
         found = {iteration: path for iteration, path in _checkpoints(root) if iteration not in foreign}
         if named is None or named not in found or not is_complete(found[named]):
             return []
-        older = sorted((iteration for iteration in found if iteration < named), reverse=True)
-        whole = [iteration for iteration in older if iteration not in abandoned and is_complete(found[iteration])]
-        kept = {*whole[: self.newest - 1], *(each for each in whole if self.every and each % self.every == 0)}
+        limit = named if whole is None else min(named, whole)
+        older = sorted((iteration for iteration in found if iteration < limit), reverse=True)
+        counted = [iteration for iteration in older if iteration not in abandoned and is_complete(found[iteration])]
+        kept = {*counted[: self.newest - 1], *(each for each in counted if self.every and each % self.every == 0)}
         return [found[iteration] for iteration in older if iteration not in kept]
 
 
 class Deletion(Callback):
-    """Deletes what is outdated, for rank 0 alone. The deleting itself is done by a thread: it takes minutes."""
+    """Deletes what is outdated. Threads do the work, which takes minutes: all ranks compare, the first one deletes."""
 
     def __init__(
         self, retention: Retention, root: Path, is_writing: Callable[[], bool], *, goes_on_in_place: bool
@@ -74,8 +87,11 @@ class Deletion(Callback):
         self._abandoned: set[int] = set()
         self._foreign: set[int] = set()
         self._protected: Path | None = None
-        self._thread: threading.Thread | None = None
-        self._is_pending = False
+        self._written: deque[Path] = deque()
+        """Checkpoints that are to be compared; the first one is, if there is a thread that does so."""
+        self._comparison: threading.Thread | None = None
+        self._problems: list[str] = []
+        self._deletion: threading.Thread | None = None
 
     def after_load(self, start: Start) -> None:
         """Find out what in the directory is not this run's; the weights of the reference stay."""
@@ -88,30 +104,56 @@ class Deletion(Callback):
         self._protected = Path(reference).resolve() if reference else None
 
     def after_files(self, directory: Path) -> None:
-        """The tracker will name this checkpoint: others may go."""
+        """The tracker will name this checkpoint: others may go once it is known to be whole."""
         for others in (self._abandoned, self._foreign):
             others.discard(iteration_of(directory) or 0)
-        self._is_pending = True
+        self._written.append(directory)
 
     def after_step(self, step: StepResult) -> None:
-        """Begin to delete what is outdated, if a checkpoint has been written since the last time."""
-        self._delete()
+        """Begin to compare a checkpoint that has been written, or to delete what is older than one that is whole."""
+        self._go_on(timedelta(0))
 
-    def _delete(self) -> None:
-        if not self._is_pending or self._is_writing() or (self._thread and self._thread.is_alive()):
-            return
-        self._is_pending = False
-        for directory in self._retention.outdated(self._root, self._abandoned, self._foreign):
+    def _go_on(self, patience: timedelta) -> bool:
+        """Whether there is nothing left to do, or to wait for."""
+        if self._comparison is None:
+            if not self._written or self._is_writing():
+                return True
+            # All ranks compare the same ones, in the same order, whenever each of them comes to it.
+            self._comparison = threading.Thread(target=self._compare, args=(self._written[0],), daemon=True)
+            self._comparison.start()
+        if self._comparison.is_alive() and not patience:
+            return False
+        self._comparison.join()
+        directory = self._written[0]
+        others = other_notes(_note(directory), patience=patience) if is_rank_zero() else []
+        if others is None:
+            return bool(patience)
+        self._comparison = None
+        self._written.popleft()
+        if problems := [*self._problems, *filter(None, others)]:
+            lines = "\n".join(f"  {problem}" for problem in problems)
+            say(f"WARNING: {directory} is damaged already, so that no older checkpoint is deleted for it:\n{lines}")
+        elif is_rank_zero():
+            self._delete(iteration_of(directory))
+        return False
+
+    def _compare(self, directory: Path) -> None:
+        self._problems = own_problems(directory)
+        leave_note(_note(directory), "\n".join(self._problems))
+
+    def _delete(self, whole: int | None) -> None:
+        self._join()
+        for directory in self._retention.outdated(self._root, self._abandoned, self._foreign, whole=whole):
             if directory.resolve() != self._protected:
                 with contextlib.suppress(OSError):  # it is tried again after the next checkpoint
                     directory.rename(directory.with_name(f"{directory.name}{_DELETED}"))
-        self._thread = threading.Thread(target=delete_renamed, args=(self._root,), daemon=True)
-        self._thread.start()
+        self._deletion = threading.Thread(target=delete_renamed, args=(self._root,), daemon=True)
+        self._deletion.start()
 
     def finished(self) -> None:
         """Delete what the last checkpoint has made outdated, and wait for it."""
-        self._join()
-        self._delete()
+        while not self._go_on(_PATIENCE):
+            pass
         self._join()
 
     def stopped(self, iteration: int, reason: str) -> None:
@@ -119,8 +161,12 @@ class Deletion(Callback):
         self.finished()
 
     def _join(self) -> None:
-        if self._thread:
-            self._thread.join()
+        if self._deletion:
+            self._deletion.join()
+
+
+def _note(directory: Path) -> str:
+    return f"compared/{directory.name}"
 
 
 def delete_renamed(root: Path) -> None:

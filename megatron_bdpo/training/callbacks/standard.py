@@ -77,10 +77,10 @@ def _starts_as_its_reference(settings: Settings) -> bool:
 
 
 def _deletion(setup: RunSetup) -> list[Callback]:
-    """None where all checkpoints stay, and on all ranks but the first."""
+    """None where all checkpoints stay."""
     directories, newest = setup.settings.directories, setup.settings.checkpoints.keep_checkpoints
     every = directories.save_retain_interval
-    if not directories.save or setup.settings.process.rank or (every is None and newest is None):
+    if not directories.save or (every is None and newest is None):
         return []
     retention, root = Retention(newest or 1, every), Path(directories.save)
     return [Deletion(retention, root, is_writing, goes_on_in_place=directories.goes_on_in_place)]

@@ -40,8 +40,8 @@ class Interval:
 class Timetable(Callback):
     """Sets both intervals among Megatron's arguments before every step's end.
 
-    With ``--save-every-minutes`` and without ``--save-interval`` only the clock and the end of the training are left;
-    so with ``--eval-every-minutes``.
+    With ``--save-every`` and without ``--save-interval`` only the clock and the end of the training are left;
+    so with ``--eval-every``.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ _REFUSALS = (
     ),
     _Refusal(
         lambda a: bool(a.save) != (a.save_interval is not None or a.save_every_minutes is not None),
-        "--save DIR goes together with --save-interval STEPS or --save-every-minutes N, or both: where a checkpoint is "
+        "--save DIR goes together with --save-interval STEPS or --save-every TIME, or both: where a checkpoint is "
         "written, and how often.",
     ),
     _Refusal(

@@ -11,6 +11,7 @@ from megatron_bdpo.training.callbacks.timetable import Interval, Timetable
 from megatron_bdpo.training.distributed import process_groups
 from tests.harness.jobs import own_process
 from tests.harness.moments import step
+from tests.harness.ranks import RankFailure
 
 
 def due_steps(
@@ -82,3 +83,19 @@ def intervals(flags: list[str]) -> dict[str, int]:
 def test_without_intervals_in_steps_the_end_is_left_to_megatron(ranks):
     assert ranks(1)(intervals, []) == [{"save_interval": 70, "eval_interval": 71}]
     assert ranks(1)(intervals, ["--save-interval", "10", "--eval-interval", "20"]) == [{}]
+
+
+def minutes(texts: list[str]) -> list[float | None]:
+    from megatron_bdpo.training.flags.arguments import Arguments
+
+    return [Arguments.parse(["--save-every", text]).settings.checkpoints.save_every_minutes for text in texts]
+
+
+def test_units(ranks):
+    assert ranks(1)(minutes, ["90s", "20m", "1.5h", "30"]) == [[1.5, 20.0, 90.0, 30.0]]
+
+
+@pytest.mark.parametrize("text", ["-1m", "m", "20d", "nan", "infh"])
+def test_what_is_no_time(ranks, text):
+    with pytest.raises(RankFailure, match="argument --save-every/--save-every-minutes: invalid _minutes value"):
+        ranks(1)(minutes, [text])
