@@ -283,8 +283,7 @@ def written_by_this_process() -> Iterator[None]:
 def replace_dead_writer() -> None:
     """With ``--async-save``: forget a process for writing that died between two checkpoints; Megatron starts another.
 
-    Megatron would hand it the next checkpoint and wait for ever. It dies by a signal of the system (out of memory), or
-    by its own collection of garbage after a write that failed, which ends CPython 3.12 with a fault.
+    Megatron would hand it the next checkpoint and wait for ever. It dies by a signal of the system (out of memory).
     """
     process = PersistentAsyncCaller._persistent_process
     if process is None or process.is_alive():

@@ -116,7 +116,7 @@ def choose_intact_checkpoints(directories: DirectorySettings) -> None:
 
 
 def _go_back(root: Path) -> None:
-    named = broadcast(_named(root) if is_rank_zero() else None)
+    named = broadcast(named_checkpoint(root) if is_rank_zero() else None)
     if named is None or named == "release":
         return _refuse_damaged("--load", root, None)
     seen = [] if named else [f"{get_checkpoint_tracker_filename(str(root))} names none"]
@@ -139,7 +139,7 @@ def _go_back(root: Path) -> None:
     )
 
 
-def _named(root: Path) -> str | None:
+def named_checkpoint(root: Path) -> str | None:
     """What the tracker says; "" where it is damaged, None where there is none."""
     tracker = Path(get_checkpoint_tracker_filename(str(root)))
     if not tracker.is_file():
@@ -150,7 +150,7 @@ def _named(root: Path) -> str | None:
 
 def named_iteration(root: Path) -> int | None:
     """The iteration that Megatron's tracker names, if it does."""
-    text = _named(root)
+    text = named_checkpoint(root)
     return int(text) if text and text.isdigit() else None
 
 
@@ -187,7 +187,7 @@ def _name(root: Path, iteration: int) -> None:
 
 
 def _refuse_damaged(flag: str, root: Path, step: int | None) -> None:
-    named = broadcast(_named(root) if is_rank_zero() else None)
+    named = broadcast(named_checkpoint(root) if is_rank_zero() else None)
     if not named:  # none at all; others say so
         return
     place = root / "release" if step is None and named == "release" else _directory(root, step or int(named))

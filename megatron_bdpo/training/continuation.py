@@ -19,7 +19,7 @@ from megatron.training.training import get_optimizer_param_scheduler
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.layer_options import LayerOptions
-from megatron_bdpo.training.checkpoints import named_iteration
+from megatron_bdpo.training.checkpoints import named_checkpoint
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.recipe import Value, kept
@@ -36,22 +36,26 @@ _MODEL = (
     *(field.name for field in fields(LayerOptions)),
 )  # fmt: skip
 
+#: An argument of ours: ``lr_warmup_fraction`` as the user has given it, where the checkpoint's is kept.
+_AS_TOLD = "bdpo_lr_warmup_fraction"
+
 _ONLY_WITH_GROUPS = "num_query_groups"
 _ONLY_WITH_EXPERTS = ("moe_ffn_hidden_size", "moe_router_topk", "moe_layer_freq", "moe_shared_expert_intermediate_size")
 
 
-def check_continuation(arguments: Arguments) -> None:
+def check_continuation(arguments: Arguments, *, trains: bool) -> None:
     """Refuse a checkpoint of another model, and one whose schedule this run cannot go on with. Collective.
 
     Args:
         arguments: validated by Megatron. A warm-up that is given as a share of the steps is made to last as long as the
             checkpoint's.
+        trains: the schedule is of concern.
 
     Raises:
         UserError: on every rank.
     """
     directories = arguments.settings.directories
-    is_resumed = bool(directories.load and not directories.finetune)
+    is_resumed = bool(trains and directories.load and not directories.finetune)
     for flag, root in (("--load", directories.load), ("--pretrained-checkpoint", directories.pretrained_checkpoint)):
         directory = checkpoint_directory(root)
         stored: dict[str, Any] | None = None
@@ -60,7 +64,10 @@ def check_continuation(arguments: Arguments) -> None:
                 state = stored_state(directory)
                 _refuse_another_model(vars(state["args"]), arguments, f"{flag} {root}")
                 if flag == "--load" and is_resumed:
-                    names = ("lr_warmup_init", "lr_wsd_decay_iters", "lr_wsd_decay_style", "train_iters")
+                    names = (
+                        "lr_warmup_init", "lr_warmup_fraction", _AS_TOLD, "lr_wsd_decay_iters", "lr_wsd_decay_style",
+                        "train_iters",
+                    )  # fmt: skip
                     stored = dict(state.get("opt_param_scheduler") or {})
                     stored |= {name: getattr(state["args"], name, None) for name in names}
         stored = broadcast(stored)
@@ -106,11 +113,13 @@ def _plain(value: Any) -> Any:
 
 
 def _keep_warm_up(arguments: Arguments, stored: Mapping[str, Any]) -> None:
-    """A share of more steps would be another warm-up, of steps that are done."""
+    """The same share of more steps would be another warm-up, of steps that are done."""
     told = arguments.megatron
-    decay = told.lr_decay_iters or told.train_iters
-    if told.lr_warmup_fraction is not None and not told.override_opt_param_scheduler:
-        arguments.set(lr_warmup_fraction=stored["lr_warmup_steps"] / decay)
+    share = told.lr_warmup_fraction
+    before = stored[_AS_TOLD] if stored[_AS_TOLD] is not None else stored["lr_warmup_fraction"]
+    if share is not None and share == before and not told.override_opt_param_scheduler:
+        decay = told.lr_decay_iters or told.train_iters
+        arguments.set(**{"lr_warmup_fraction": stored["lr_warmup_steps"] / decay, _AS_TOLD: share})
 
 
 def _refuse_another_schedule(arguments: Arguments, stored: Mapping[str, Any], root: str) -> None:
@@ -194,26 +203,26 @@ def go_on_in_used_directory(arguments: Arguments) -> str:
     directories = arguments.settings.directories
     if not directories.save or directories.load or arguments.settings.checkpoints.overwrite:
         return ""
-    save = directories.save
-    iteration: int | None = None
+    save, found = directories.save, ""
     with all_ranks_agree():
         if is_rank_zero():
-            iteration = _iteration_of_this_run(Path(save), arguments.recipe)
-    (iteration,) = broadcast((iteration,))
-    if iteration is None:
+            found = _checkpoint_of_this_run(Path(save), arguments.recipe)
+    found = broadcast(found)
+    if not found:
         return ""
     arguments.set(load=save)
-    return f"--save {save} holds step {iteration} of this run: it goes on from there."
+    return f"--save {save} holds {found} of this run: it goes on from there."
 
 
-def _iteration_of_this_run(root: Path, settings: Mapping[str, Value]) -> int | None:
-    iteration = named_iteration(root)
-    if iteration is None:
-        return None
+def _checkpoint_of_this_run(root: Path, settings: Mapping[str, Value]) -> str:
+    named = named_checkpoint(root)
+    if named is None:
+        return ""
+    what = f"step {named}" if named.isdigit() else "a checkpoint"
     ways = f"Add --load {root} to go on from there, --overwrite to begin again in its place, or name another --save."
     former = kept(root)
     if former is None:
-        raise UserError(f"--save {root} holds step {iteration} of a run that left no recipe. {ways}")
+        raise UserError(f"--save {root} holds {what} of a run that left no recipe. {ways}")
     here = {name: value for name, value in settings.items() if name not in _OF_A_START}
     there = {name: value for name, value in former.items() if name not in _OF_A_START}
     differing = [
@@ -222,8 +231,8 @@ def _iteration_of_this_run(root: Path, settings: Mapping[str, Value]) -> int | N
         if _text(there.get(name)) != _text(here.get(name))
     ]
     if differing:
-        raise UserError(f"--save {root} holds step {iteration} of another run ({'; '.join(differing)}). {ways}")
-    return iteration
+        raise UserError(f"--save {root} holds {what} of another run ({'; '.join(differing)}). {ways}")
+    return what
 
 
 def _text(value: Value) -> str:

@@ -110,10 +110,11 @@ class RunSetup:
         return model
 
 
-def set_up(arguments: Arguments, *, keeps_status: bool = False) -> RunSetup:
+def set_up(arguments: Arguments, *, trains: bool = True, keeps_status: bool = False) -> RunSetup:
     """Check everything, read the pairs, plan the steps, and find out what is resumed. Collective.
 
     Args:
+        trains: checkpoints are going to be written, and steps made: what only these need is checked.
         arguments: parsed. Afterwards Megatron has validated them, and its globals are set: :func:`forget_global_state`
             is for when the job is over.
         keeps_status: as soon as it can be written, ``status.json`` in --save is this job's.
@@ -122,7 +123,7 @@ def set_up(arguments: Arguments, *, keeps_status: bool = False) -> RunSetup:
         UserError: on every rank, for anything that the user can put right.
     """
     same_flags(arguments.recipe)
-    goes_on = go_on_in_used_directory(arguments)
+    goes_on = go_on_in_used_directory(arguments) if trains else ""
     start_from_hugging_face(arguments)
     check_save_hf(arguments.settings)
     with all_ranks_agree():
@@ -151,11 +152,11 @@ def set_up(arguments: Arguments, *, keeps_status: bool = False) -> RunSetup:
         config = validate(arguments, job)
         settings = arguments.settings
         current = identity.identity_of(settings, job, adapters)
-        check_continuation(arguments)
+        check_continuation(arguments, trains=trains)
         found = identity.resumed_identity(settings.directories, current)
         if found is None and lora:
             current = replace(current, base_weights=expected_base(settings))
-        if not settings.dry_run.is_wanted:  # which may be on another machine
+        if trains and not settings.dry_run.is_wanted:  # which may be on another machine
             refuse_small_disks(arguments, job)
     scoring = token_scoring(arguments)
     return RunSetup(arguments, settings, job, config, scoring, found or current, found is not None, lora)

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from tests.distributed.test_bad_input import refusal
-from tests.harness.jobs import last_stage, train
+from tests.harness.jobs import last_stage, score, train
 
 JOB = ["--num-layers", "1", "--save-interval", "2"]
 COSINE = ["--lr-decay-style", "cosine"]
@@ -44,6 +44,14 @@ def test_a_finished_run_becomes_longer(ranks, tmp_path, schedule):
     assert steps(longer) == [3, 4]
     expected_rates = {"cosine": 0.0}.get("cosine" if "cosine" in schedule else "", 1e-3)
     assert [step["learning_rate"] for step in longer[0].steps] == pytest.approx([expected_rates] * 2)
+    (again,) = ranks(1)(train, in_place(tmp_path, *schedule, "--train-iters", "4"))
+    assert again.steps == []
+
+
+def test_another_warm_up_is_refused(ranks, tmp_path):
+    ranks(1)(train, in_place(tmp_path, "--train-iters", "2"))
+    (message,) = ranks(1)(refusal, in_place(tmp_path, "--train-iters", "4", "--lr-warmup-fraction", "0.5"))
+    assert "step 1 of the 2 that are done had the learning rate 0.001" in message, message
 
 
 def test_by_epochs(ranks, tmp_path):
@@ -117,5 +125,14 @@ def test_an_imported_checkpoint_is_not_written_over(ranks, tmp_path):
     flags = [*JOB, "--save", str(tmp_path), "--train-iters", "2"]
     ranks(1)(train, flags)
     (tmp_path / "recipe.yaml").unlink()
-    (message,) = ranks(1)(refusal, flags)
-    assert "a run that left no recipe" in message, message
+    for tracker, expected in (("2", "step 2"), ("release", "a checkpoint")):
+        (tmp_path / TRACKER).write_text(tracker)
+        (message,) = ranks(1)(refusal, flags)
+        assert f"holds {expected} of a run that left no recipe" in message, message
+
+
+def test_scoring_beside_a_run_that_has_begun(ranks, tmp_path):
+    """It has no steps: neither its schedule nor the directory's checkpoints are of concern."""
+    ranks(1)(train, in_place(tmp_path, *COSINE, "--train-iters", "2"))
+    directories = ranks(1)(score, [*JOB, "--save", str(tmp_path), "--lr", "7e-3"])[0]
+    assert directories == ranks(1)(score, in_place(tmp_path, "--lr", "7e-3", "--train-iters", "9"))[0]

@@ -32,7 +32,7 @@ from megatron_bdpo.training.distributed import is_rank_zero, leave_note, other_n
 #: At the end of a directory's name: it is being deleted.
 _DELETED = ".deleted"
 
-#: At the end of a run, for other ranks to have compared what they have written.
+#: Before the next save and at the end of a run, for other ranks to have compared what they have written.
 _PATIENCE = timedelta(minutes=30)
 
 
@@ -103,6 +103,10 @@ class Deletion(Callback):
         reference = start.identity.reference_weights
         self._protected = Path(reference).resolve() if reference else None
 
+    def saving(self, directory: Path) -> None:
+        """What can go has to be gone: there is room for one more than those that stay."""
+        self._settle()
+
     def after_files(self, directory: Path) -> None:
         """The tracker will name this checkpoint: others may go once it is known to be whole."""
         for others in (self._abandoned, self._foreign):
@@ -152,13 +156,16 @@ class Deletion(Callback):
 
     def finished(self) -> None:
         """Delete what the last checkpoint has made outdated, and wait for it."""
-        while not self._go_on(_PATIENCE):
-            pass
-        self._join()
+        self._settle()
 
     def stopped(self, iteration: int, reason: str) -> None:
         """The same."""
         self.finished()
+
+    def _settle(self) -> None:
+        while not self._go_on(_PATIENCE):
+            pass
+        self._join()
 
     def _join(self) -> None:
         if self._deletion:

@@ -54,7 +54,7 @@ def score_pairs(arguments: Arguments) -> list[Path]:
 
 def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
     arguments.set(**_without_training(arguments.settings))
-    setup = set_up(arguments)
+    setup = set_up(arguments, trains=False)
     try:
         requirements = setup.job.loss.requirements
         with all_ranks_agree():

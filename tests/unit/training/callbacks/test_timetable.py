@@ -88,7 +88,7 @@ def test_without_intervals_in_steps_the_end_is_left_to_megatron(ranks):
 def minutes(texts: list[str]) -> list[float | None]:
     from megatron_bdpo.training.flags.arguments import Arguments
 
-    return [Arguments.parse(["--save-every", text]).settings.checkpoints.save_every_minutes for text in texts]
+    return [Arguments.parse([f"--save-every={text}"]).settings.checkpoints.save_every_minutes for text in texts]
 
 
 def test_units(ranks):
