@@ -201,7 +201,12 @@ def test_lost_node(cluster, undisturbed):
 
 
 def test_shellcheck():
-    scripts = [*ROOT.glob("slurm/*.sh"), *ROOT.glob("tests/slurm/*.sh"), *ROOT.glob("tools/*.sh"), ROOT / ".ci" / "run"]
+    scripts = [
+        *ROOT.glob("slurm/**/*.sh"),
+        *ROOT.glob("tests/slurm/*.sh"),
+        *ROOT.glob("tools/*.sh"),
+        ROOT / ".ci" / "run",
+    ]
     try:
         done = subprocess.run(
             ["shellcheck", "-x", "-P", str(ROOT), *map(str, scripts)], text=True, capture_output=True, cwd=ROOT
