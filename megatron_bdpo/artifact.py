@@ -7,11 +7,25 @@ which nobody reads and anybody may delete.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+#: Names a directory where the processes of a job leave the names of what they have completed. A launcher sees from it
+#: that a job which was cut short has gained something, wherever its caches lie.
+COMPLETED = "BDPO_COMPLETED_DIR"
+
+
+def tell_completed(path: Path) -> None:
+    """Leave the name of a file or directory that no later start has to make again, where a launcher asks for it."""
+    if directory := os.environ.get(COMPLETED):
+        own = Path(directory) / f"{socket.gethostname()}.{os.getpid()}"
+        with contextlib.suppress(OSError), own.open("a") as file:  # an aid for launchers, no reason to fail
+            file.write(json.dumps(str(path.absolute())) + "\n")
 
 
 def write_whole(path: Path, content: bytes | str | Iterable[str], *, replace: bool = True) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bdpo.artifact import new_directory, write_whole
+from megatron_bdpo.artifact import new_directory, tell_completed, write_whole
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.row_reader import RECOGNISED, FormatSettings, row_readers
 from megatron_bdpo.data.row_report import DataReport
@@ -113,6 +113,7 @@ def prepare_pairs(
             with new_directory(directory, first_wins=True) as partial, PairStoreWriter(partial) as writer:
                 tokenizing = _tokenizing(settings, tokenizer, directory, progress, pause)
                 _write_store(writer, settings, tokenizer, decisive, tokenizing)
+            tell_completed(directory)
             shutil.rmtree(_shards_of(directory), ignore_errors=True)
         except OSError as error:  # failures to read come as UserError already
             raise UserError(f"--pair-cache-dir: cannot write to {cache_dir}: {error.strerror or error}.") from error

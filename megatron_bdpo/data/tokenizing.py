@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_bdpo.artifact import write_whole
+from megatron_bdpo.artifact import tell_completed, write_whole
 from megatron_bdpo.data.messages import VARIABLES
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.records import PreferenceRecord, parse_row
@@ -156,6 +156,7 @@ class Shards:
         with contextlib.suppress(OSError):
             self.directory.mkdir(parents=True, exist_ok=True)
             write_whole(self._path(number), rows.to_bytes(), replace=False)
+            tell_completed(self._path(number))
 
     def _path(self, number: int) -> Path:
         return self.directory / f"{number:06}.safetensors"

@@ -16,10 +16,20 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Everything here takes seconds; on a crowded machine perhaps a minute.
 PATIENCE = 180
 
+#: What the shell code of stand-ins may use. $start is the number of the attempt, "+", that of the start in it.
+HELPERS = r"""
+attempt=${SLURM_RESTART_COUNT:-0} start=${BDPO_RENDEZVOUS:-} start=${start#*.} node=$SLURM_NODEID
+# status STATE [MORE FIELDS]
+status() { echo "{\"state\": \"$1\", \"step\": 2, \"of\": 2, \"reason\": \"\"${2:-}}" > "$BDPO_STATUS_FILE"; }
+finish() { sleep 0.3; [ "$node" != 0 ] || status finished; exit 0; }
+# What --signal=B:USR1@... does before the time limit.
+ask_to_stop() { [ "$node" != 0 ] || scancel --batch --signal=USR1 "$SLURM_JOB_ID"; }
+"""
+
 
 @dataclass
 class Cluster:
-    """Nodes node1 to node3. ``directory`` is on the file system that they share."""
+    """Nodes node1 to node3 of the partition ``debug``, node4 to node9 of ``small``. They share ``directory``."""
 
     directory: Path
 
@@ -44,6 +54,7 @@ class Cluster:
         script: str = "bdpo_70b.sh",
         ranks_per_node: int = 1,
         nodes: int = 2,
+        options: tuple[str, ...] = (),
         **environment: str,
     ) -> Job:
         """Submit a script of ``slurm/`` with the tiny recipe on the CPU, into the run directory of that name."""
@@ -58,10 +69,30 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
             "RECIPE": str(ROOT / "recipes" / "tiny.yaml"),
             "RUN_DIR": str(directory),
+            "BDPO_RESTARTS": "0",
+            "BDPO_LINKS": "0",
         }
-        command = ["sbatch", "--parsable", f"--nodes={nodes}", str(ROOT / "slurm" / script), *flags]
+        command = ["sbatch", "--parsable", f"--nodes={nodes}", *options, str(ROOT / "slurm" / script), *flags]
         answer = self.lab("exec", *command, **(settings | environment))
         return Job(self, int(answer), script.removesuffix(".sh"), directory)
+
+    def stand_in(self, name: str, torchrun: str, other: str = "exit 0") -> str:
+        """A program in the place of Python: shell code of a node's torchrun, and of all else. Returns its path."""
+        path = self.directory / "stand_ins" / name / "python"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/bash\n{HELPERS}case "$*" in *distributed.run*)\n{torchrun}\nexit;; esac\n{other}\n')
+        path.chmod(0o755)
+        return str(path)
+
+    def instead(self, name: str, **programs: str) -> str:
+        """A PATH on which these programs are shell code of ours."""
+        directory = self.directory / "stand_ins" / name
+        directory.mkdir(parents=True, exist_ok=True)
+        for program, code in programs.items():
+            path = directory / program.replace("_", "-")
+            path.write_text(f"#!/bin/bash\n{code}\n")
+            path.chmod(0o755)
+        return f"{directory}:{os.environ['PATH']}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +109,11 @@ class Job:
         """What the batch script has said, over all attempts."""
         path = self.cluster.directory / f"{self.name}-{self.id}.log"
         return path.read_text() if path.exists() else ""
+
+    @property
+    def last_line(self) -> str:
+        """Of the log."""
+        return self.log.strip().splitlines()[-1]
 
     def rank_logs(self, attempt: int | str = "*") -> str:
         """What the ranks have said."""

@@ -107,10 +107,13 @@ def test_stop_during_start_up(cluster):
 
 
 def test_scoring_ahead_of_the_training(cluster):
-    """A job of its own, stopped while it scores; the training finds what it has left."""
-    flags = (*FLAGS, "--train-iters=2")
-    scoring = cluster.submit("scored", *flags, script="score.sh")
-    scoring.wait_for(lambda: any((scoring.run / "cache").glob("*/meta.json")), "the tokens")
+    """A job of its own, stopped while it scores; the training finds what it has left. Its cache is elsewhere, and yet it
+    counts: no attempt may pass without progress.
+    """
+    cache = cluster.directory / "cache_elsewhere"
+    flags = (*FLAGS, "--train-iters=2", f"--pair-cache-dir={cache}")
+    scoring = cluster.submit("scored", *flags, script="score.sh", BDPO_MAX_STALLED="1")
+    scoring.wait_for(lambda: any(cache.glob("*/meta.json")), "the tokens")
     scoring.signal()
     scoring.wait()
     assert "attempt 0: stopped" in scoring.log
@@ -201,7 +204,12 @@ def test_lost_node(cluster, undisturbed):
 
 
 def test_shellcheck():
-    scripts = [*ROOT.glob("slurm/*.sh"), *ROOT.glob("tests/slurm/*.sh"), *ROOT.glob("tools/*.sh"), ROOT / ".ci" / "run"]
+    scripts = [
+        *ROOT.glob("slurm/**/*.sh"),
+        *ROOT.glob("tests/slurm/*.sh"),
+        *ROOT.glob("tools/*.sh"),
+        ROOT / ".ci" / "run",
+    ]
     try:
         done = subprocess.run(
             ["shellcheck", "-x", "-P", str(ROOT), *map(str, scripts)], text=True, capture_output=True, cwd=ROOT

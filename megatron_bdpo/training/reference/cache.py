@@ -35,7 +35,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from megatron_bdpo.artifact import write_whole
+from megatron_bdpo.artifact import tell_completed, write_whole
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Maybe, is_count, parse_json, schema_error
 from megatron_bdpo.user_files import open_regular, read_regular
@@ -203,6 +203,7 @@ class ScoreCache:
             number = int(files[-1].stem.removeprefix("part-")) + 1 if (files := self._files()) else 0
             while not write_whole(self.directory / f"part-{number:05d}.safetensors", content, replace=False):
                 number += 1  # another job was faster
+        tell_completed(self.directory / f"part-{number:05d}.safetensors")
 
     def finish(self, pairs: int, scored: Mapping[str, int], job: Mapping[str, Any]) -> None:
         """Commit: all that a job needs of the store's first ``pairs`` pairs is there. Damaged files are removed.

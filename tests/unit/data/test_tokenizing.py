@@ -139,6 +139,32 @@ def test_a_killed_process_loses_a_shard_at_most(
     )
 
 
+def test_what_is_completed_is_told_to_a_launcher(
+    data: PairDataSettings, of_megatron: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole shards, by name, also of a process that is killed; then the store."""
+    told = tmp_path / "told"
+    told.mkdir()
+    (tmp_path / "marks").mkdir()
+    monkeypatch.setenv("BDPO_COMPLETED_DIR", str(told))
+
+    def names() -> list[str]:
+        return sorted(line for file in told.iterdir() for line in file.read_text().splitlines())
+
+    def killed() -> int:
+        prepare_pairs(replace(data, workers=1), Counting(of_megatron, tmp_path / "marks", kill_at=505), progress=False)
+        return 0
+
+    assert status_of_fork(killed) != 0
+    (shards,) = data.cache_dir.glob("*.shards")
+    assert names() == [f'"{path}"' for path in sorted(shards.iterdir())] and len(names()) == 8
+    store = prepare_pairs(data, PairTokenizer(of_megatron), progress=False)
+    assert f'"{store.directory}"' in names() and len(names()) > 9
+    before = names()
+    prepare_pairs(data, PairTokenizer(of_megatron), progress=False)
+    assert names() == before, "what is found is no progress"
+
+
 def test_nodes_make_parts(data: PairDataSettings, of_megatron: Any, tmp_path: Path) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()

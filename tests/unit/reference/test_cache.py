@@ -187,6 +187,19 @@ def test_what_is_there_stays_and_what_is_new_is_added(tmp_path):
     assert_same(cache.read(3)[0], some_pairs(0, 3))
 
 
+def test_each_part_is_told_to_a_launcher(tmp_path, monkeypatch):
+    told = tmp_path / "told"
+    told.mkdir()
+    monkeypatch.setenv("BDPO_COMPLETED_DIR", str(told))
+    cache = filled(tmp_path / "cache")
+    (file,) = told.iterdir()
+    expected = [json.dumps(str(part_file(cache.directory, index))) for index in range(3)]
+    assert file.read_text().splitlines() == expected
+    (told / file.name).unlink()
+    told.rmdir()
+    add(cache, 0, 1)  # a launcher that is gone hurts nobody
+
+
 def test_parts_have_their_pairs_in_any_order(tmp_path):
     cache, order = opened(tmp_path), np.random.default_rng(3).permutation(PAIRS)
     for pairs in (order[:3], order[3:7], order[7:]):
