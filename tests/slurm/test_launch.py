@@ -107,7 +107,7 @@ def test_stop_during_start_up(cluster):
 
 
 def test_scoring_ahead_of_the_training(cluster):
-    """A job of its own, stopped while it scores; the training finds what it has left. Its cache is elsewhere, and yet it
+    """A job of its own, stopped while it scores; the training finds what it has left. Its cache is elsewhere, yet it
     counts: no attempt may pass without progress.
     """
     cache = cluster.directory / "cache_elsewhere"
