@@ -108,7 +108,8 @@ class Watch:
             store: Any = distributed.distributed_c10d._get_default_store()
             self._store = store.clone()
         os.set_blocking(self._pipe, False)
-        before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        hears = threading.current_thread() is threading.main_thread()  # only that one may
+        before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False) if hears else -1
         went_well = False
         self._clock.told = self._arm
         self._thread.start()
@@ -123,7 +124,8 @@ class Watch:
             if went_well:
                 self._say_present()
             self._clock.told = lambda: None
-            signal.set_wakeup_fd(before)
+            if hears:
+                signal.set_wakeup_fd(before)
             os.write(self._pipe, b"\0")  # no signal: it need not wait for the next look
             self._thread.join(_WRITE)
             faulthandler.cancel_dump_traceback_later()

@@ -54,3 +54,25 @@ def _broadcast_on_a_rank() -> list[tuple[str, str, list[Any], bool]]:
         arrays = {"a": np.array([[1.5, 2.0], [np.nan, 3.0]]), "b": np.array([-1, 2], np.int8)}
         found = distributed.broadcast_arrays(arrays if distributed.is_rank_zero() else None)
     return [(name, str(a.dtype), np.nan_to_num(a, nan=7).tolist(), a.flags.writeable) for name, a in found.items()]
+
+
+def test_the_host_waits_long_for_work_and_briefly_for_steps(ranks):
+    """One rank may tokenize for hours; in a step nobody works alone."""
+    for longs, brief in ranks(2)(_patience_of_a_rank):
+        assert longs == [2 * 24 * 3600] * 2
+        assert brief == 60
+
+
+def _patience_of_a_rank() -> tuple[list[float], float]:
+    from megatron_bdpo.training.phases import phase
+    from tests.harness.jobs import own_process
+
+    def patience() -> float:
+        backend = distributed.host_group()._get_backend(torch.device("cpu"))
+        return float(backend.options._timeout.total_seconds())
+
+    with distributed.process_groups(own_process()):
+        before = patience()
+        with phase("step"):
+            brief = patience()
+        return [before, patience()], brief

@@ -203,3 +203,13 @@ def test_handlers_are_put_back():
         assert signal_heard() == "SIGUSR1", "what an inner one has heard, the outer one knows"
     assert signal_heard() == ""
     assert before == {number: signal.getsignal(number) for number in before}
+
+
+def test_the_time_limit_asks_to_stop(monkeypatch, tmp_path):
+    from megatron_bdpo.training import stopping
+
+    stop = stopping.StopRequest([str(tmp_path / "stop")], minutes=2)
+    monkeypatch.setattr(stopping, "_BEGAN", time.monotonic() - 119)
+    assert stop.reason_of_rank_zero() == ""
+    monkeypatch.setattr(stopping, "_BEGAN", time.monotonic() - 121)
+    assert stop.reason_of_rank_zero() == "--exit-duration-in-mins 2 is over"
