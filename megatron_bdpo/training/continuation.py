@@ -181,12 +181,12 @@ _OF_A_START = frozenset(
     {
         "train-iters", "pair-epochs", "lr-decay-iters", "load", "save", "overwrite", "exit-interval",
         "exit-duration-in-mins", "exit-signal", "stop-file", "save-interval", "save-every",
-        "save-retain-interval", "keep-checkpoints", "async-save",
-        "async-strategy", "use-persistent-ckpt-worker", "eval-interval", "eval-every", "log-interval",
-        "num-workers", "recipe", "dry-run", "gpus-per-node", "gpu-memory", "gpu-tflops", "assumed-mfu",
-        "override-opt_param-scheduler", "use-checkpoint-opt_param-scheduler", "checkpoint-checksums",
-        "no-checkpoint-checksums", "megatron-output", "tensorboard-dir", "wandb-project", "wandb-exp-name",
-        "wandb-save-dir", "distributed-timeout-minutes",
+        "save-retain-interval", "keep-checkpoints", "async-save", "async-strategy",
+        "use-persistent-ckpt-worker", "eval-interval", "eval-every", "eval-every-minutes", "save-every-minutes",
+        "log-interval", "num-workers", "recipe", "dry-run", "gpus-per-node", "gpu-memory", "gpu-tflops",
+        "assumed-mfu", "override-opt_param-scheduler", "use-checkpoint-opt_param-scheduler",
+        "checkpoint-checksums", "no-checkpoint-checksums", "megatron-output", "tensorboard-dir",
+        "wandb-project", "wandb-exp-name", "wandb-save-dir", "distributed-timeout-minutes",
     }
 )  # fmt: skip
 
