@@ -10,7 +10,8 @@
 
 # A Python >= 3.12 with Megatron, on a file system that all nodes see ...
 # : "${BDPO_PYTHON:=/apps/megatron/bin/python}"
-# ... or a container (pyxis/enroot); BDPO_PYTHON is then the one inside. The repository and the run directory are mounted.
+# ... or a container (pyxis/enroot; BDPO_CONTAINER_RUNTIME=apptainer); BDPO_PYTHON is then the one inside. The repository and
+# the run directory are mounted.
 # : "${BDPO_CONTAINER:=nvcr.io#nvidia/pytorch:25.06-py3}" "${BDPO_PYTHON:=python}" "${BDPO_CONTAINER_MOUNTS:=/data:/data}"
 
 # The network.
@@ -18,3 +19,6 @@
 
 # A check of yours beside ours, on each node before every attempt; a node where it fails is left out.
 # : "${BDPO_PREFLIGHT:=ibstat | grep -q Active}"
+
+# Who is told of requeues, of giving up, of the end.
+# [ -n "${BDPO_NOTIFY:-}" ] || BDPO_NOTIFY='mail -s "$BDPO_RUN: $BDPO_STATE" me <<< "step $BDPO_STEP: $BDPO_CAUSE"'

@@ -87,16 +87,17 @@ def try_edge(edge: Edge, own: int, nodes: list[str], port: int, seconds: float) 
 
 def main(directory: str, number: str, *nodes: str) -> None:
     own, port, seconds = int(number), int(os.environ["BDPO_PORT"]), float(os.environ["BDPO_LINKS_SECONDS"])
-    lines = []
+    file = Path(directory) / nodes[own]
     for turn, edges in enumerate(rounds(len(nodes))):
         for edge in edges:
             if own in edge:
                 # Others may have waited for a broken neighbour in each turn before.
                 result = try_edge(edge, own, list(nodes), port + turn, seconds * (turn + 1))
                 other = nodes[edge[0] if own == edge[1] else edge[1]]
-                lines.append(f"{other} {result:.6f}" if isinstance(result, float) else f"{other} failed {result}")
-                print(lines[-1], flush=True)
-    (Path(directory) / nodes[own]).write_text("".join(f"{line}\n" for line in lines))
+                line = f"{other} {result:.6f}" if isinstance(result, float) else f"{other} failed {result}"
+                print(line, flush=True)
+                with file.open("a") as told:
+                    told.write(f"{line}\n")
 
 
 if __name__ == "__main__":

@@ -3,34 +3,40 @@
 
 # ---- the batch script ---------------------------------------------------------------------------------------------------
 
-# Returns when all nodes are well, or when a stop is asked for. Few bad nodes: requeued without them. More than may be left
-# out, or all: the cause is one that they share, which passes; they are looked at again, later and later.
+# Returns when all nodes are well, or when a stop is asked for. Few bad nodes, or faults of a node's own GPUs: requeued without
+# them. More than may be left out, or all: the cause is one that they share, which passes; they are looked at again, later and
+# later. Of a job of one node nobody can tell: after all these looks it is the node's.
 preflight() {
-  local tries=1 wait=$BDPO_PREFLIGHT_WAIT bad=() names
+  local tries=1 wait=$BDPO_PREFLIGHT_WAIT bad=() own=() names
   while :; do
     look_at_nodes
     [ ${#bad[@]} -gt 0 ] || look_at_links
     [ ${#bad[@]} -gt 0 ] && [ ! -e "$STOP_FILE" ] || return 0
     names=$(IFS=,; echo "${bad[*]}")
-    if [ ${#bad[@]} -lt "$SLURM_NNODES" ] && [ ${#bad[@]} -le "$(most_left_out)" ]; then break; fi
-    if [ "$tries" -ge "$BDPO_PREFLIGHT_TRIES" ]; then break; fi
+    if [ ${#bad[@]} -le "$(most_left_out)" ] && { [ "$SLURM_NNODES" -gt 1 ] || [ "$tries" -ge "$BDPO_PREFLIGHT_TRIES" ]; }; then
+      own=("${bad[@]}")
+    fi
+    if [ ${#own[@]} -eq ${#bad[@]} ] || [ "$tries" -ge "$BDPO_PREFLIGHT_TRIES" ]; then break; fi
     say "preflight: ${#bad[@]} of $SLURM_NNODES nodes fail: a cause that they share is waited for, $wait s"
     pause "$wait"
     tries=$((tries + 1)) wait=$((wait * 2))
   done
-  # Of a job of one node nobody can tell whether others share the cause: after all these tries it is the node's.
-  if [ ${#bad[@]} -le "$(most_left_out)" ]; then strike "${bad[@]}"; fi
+  [ ${#own[@]} -eq 0 ] || strike "${own[@]}"
   again "preflight failed on $names"
 }
 
-# Fills `bad` with the nodes that do not say that they are well. Each looks at itself.
+# Fills `bad` with the nodes that do not say that they are well, `own` with those of them that say that it is theirs alone. Each
+# looks at itself.
 look_at_nodes() {
   local node srun_options=(--kill-on-bad-exit=0)
-  rm -rf "$LOGS/well"
-  mkdir -p "$LOGS/well"
+  rm -rf "$LOGS/well" "$LOGS/own"
+  mkdir -p "$LOGS/well" "$LOGS/own"
   on_all_nodes 1800 preflight-%N.log preflight
-  bad=()
-  for node in $(nodes); do [ -e "$LOGS/well/$node" ] || bad+=("$node"); done
+  bad=() own=()
+  for node in $(nodes); do
+    [ -e "$LOGS/well/$node" ] || bad+=("$node")
+    [ ! -e "$LOGS/own/$node" ] || own+=("$node")
+  done
   [ ! -e "$STOP_FILE" ] || return 0
   for node in ${bad[0]+"${bad[@]}"}; do say "preflight: $node: $(tail -n 1 "$LOGS/preflight-$node.log" 2> /dev/null)"; done
 }
@@ -41,7 +47,7 @@ look_at_links() {
   [ "$BDPO_LINKS" = 1 ] || return 0
   rm -rf "$LOGS/links"
   mkdir -p "$LOGS/links"
-  on_all_nodes $((BDPO_LINKS_SECONDS * 7 + 60)) links-%N.log links
+  on_all_nodes $((BDPO_LINKS_SECONDS * 6 + 180)) links-%N.log links
   [ ! -e "$STOP_FILE" ] || return 0
   while read -r node said; do
     say "preflight: $node: $said"
@@ -125,8 +131,10 @@ on_preflight() {
   local seconds=$BDPO_PREFLIGHT_SECONDS
   remove_old_scratch
   if [ "$BDPO_DEVICE" = gpu ]; then
+    touch "$LOGS/own/$SLURMD_NODENAME"
     look_at_gpus
     timeout -k 5 300 "$BDPO_PYTHON" "$LIBRARY/gpus.py" || die "a GPU does not compute"
+    rm -f "$LOGS/own/$SLURMD_NODENAME"
   fi
   network
   (cd "$BDPO_HOME" && timeout -k 5 300 "$BDPO_PYTHON" -c 'import megatron_bdpo') || die "$BDPO_PYTHON cannot import megatron_bdpo"
@@ -158,5 +166,5 @@ on_links() {
   network
   cd "$BDPO_HOME" || die "$BDPO_HOME is not there on $SLURMD_NODENAME"
   # shellcheck disable=SC2086  # a word for each
-  timeout -k 5 $((BDPO_LINKS_SECONDS * 7)) "$BDPO_PYTHON" "$LIBRARY/links.py" "$LOGS/links" "$SLURM_NODEID" $BDPO_NODES
+  timeout -k 5 $((BDPO_LINKS_SECONDS * 6 + 120)) "$BDPO_PYTHON" "$LIBRARY/links.py" "$LOGS/links" "$SLURM_NODEID" $BDPO_NODES
 }

@@ -17,5 +17,5 @@ begin_to_count() { STEP_BEFORE=$(last_checkpoint) COMPLETED_BEFORE=$(completed);
 has_gained() { [ "$(last_checkpoint)" -gt "$STEP_BEFORE" ] || [ "$(completed)" -gt "$COMPLETED_BEFORE" ]; }
 
 # A field of the run's status file; empty where there is none.
-status() { sed -nE "s/.*\"$1\": \"?(([^\"\\\\,}]|\\\\.)*).*/\1/p" "$BDPO_STATUS_FILE" 2> /dev/null; }
+status() { sed -nE "s/.*\"$1\": \"?(([^\"\\\\,}]|\\\\.)*).*/\1/p" "$BDPO_STATUS_FILE" 2> /dev/null | sed '/^null$/d'; }
 place() { [ "$(status of)" = 0 ] || echo ", step $(status step) of $(status of)"; }

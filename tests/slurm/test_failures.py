@@ -83,6 +83,12 @@ CASES = {
     "check_that_hangs": Case(
         "finish", settings={"BDPO_PREFLIGHT": f"{FAILS_ONCE} || sleep 500", "BDPO_PREFLIGHT_SECONDS": "2"}
     ),
+    # What each says of itself alone is no cause that they share: nobody waits.
+    "no_gpus": Case(
+        "finish",
+        programs={"nvidia-smi": '[ -z "$SLURM_RESTART_COUNT" ] && echo "No devices were found" || echo GPU 0: H100'},
+        settings={"BDPO_DEVICE": "gpu"},
+    ),
     # Half a file of tokens in each attempt, and nothing whole.
     "nothing_completed": Case(
         "half=$RUN_DIR/cache/.tokens.$start.partial; mkdir -p $half; echo > $half/tokens; exit 3",
@@ -231,6 +237,15 @@ def test_an_exclusion_ends(jobs):
 def test_a_check_that_hangs_is_ended(jobs):
     job = ended(jobs, "check_that_hangs")
     assert "BDPO_PREFLIGHT took longer than 2 s" in job.log
+    assert job.last_line.endswith("attempt 1: finished, step 2 of 2")
+
+
+def test_nodes_without_their_gpus_are_not_waited_for(jobs):
+    """Of two, one is left out: no more may be."""
+    job = ended(jobs, "no_gpus")
+    assert len(strikes(job)) == 2 and "is waited for" not in job.log
+    assert job.log.count("nvidia-smi sees 0 GPUs, not 1") == 2
+    assert re.search(r"attempt 0: preflight failed on node\d,node\d; requeued without node\d$", job.log, re.MULTILINE)
     assert job.last_line.endswith("attempt 1: finished, step 2 of 2")
 
 

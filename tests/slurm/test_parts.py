@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -42,6 +43,17 @@ def bash(code: str, directory: Path, programs: dict[str, str] | None = None, **e
 def said(process: subprocess.Popen[str]) -> tuple[int, str]:
     output, _ = process.communicate(timeout=60)
     return process.returncode, output
+
+
+def test_the_documents_name_tests_that_there_are():
+    """The table of docs/reliability.md: every test of the launcher's cases, and none that is not there."""
+    page = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    section = page[page.index("## SLURM") : page.index("## Soak")]
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests" / "slurm").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", section))
+    assert [name for name in named if f"def {name}(" not in tests] == []
+    cases = (ROOT / "tests" / "slurm" / "test_failures.py").read_text("utf-8")
+    assert set(re.findall(r"^def (test_\w+)\(", cases, re.MULTILINE)) - named == {"test_limits_and_ports"}
 
 
 # ---- claims ----------------------------------------------------------------------------------------------------------
