@@ -62,6 +62,7 @@ first_torchrun() {
 # again WHY: requeue, unless too many attempts in a row have gained nothing.
 again() {
   local stalled=0 names
+  leave_if_succeeded
   has_gained || stalled=$(($(cat "$CONTROL/stalled" 2> /dev/null || echo 0) + 1))
   echo "$stalled" > "$CONTROL/stalled"
   if [ "$stalled" -ge "$BDPO_MAX_STALLED" ]; then

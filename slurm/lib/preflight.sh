@@ -65,11 +65,11 @@ judge_links() {
       END { print node, best + 0, NR ? "no exchange with " why : "no answer" }
     ' "$LOGS/links/$node" 2> /dev/null || echo "$node 0 no answer"
   done | sort -k2,2n | awk '
-    { name[NR] = $1; rate[NR] = $2; $1 = $2 = ""; why[NR] = $0 }
+    { name[NR] = $1; rate[NR] = $2; why[NR] = $0; sub(/^[^ ]+ [^ ]+ +/, "", why[NR]); sub(/ +$/, "", why[NR]) }
     END {
       middle = rate[int((NR + 1) / 2) + (NR % 2 == 0)]
       for (i = 1; i <= NR; i++) {
-        if (rate[i] == 0) print name[i] why[i]
+        if (rate[i] == 0) print name[i], why[i]
         else if (rate[i] < middle / 4) printf "%s exchanges %.3g GB/s, where %.3g are usual\n", name[i], rate[i], middle
       }
     }'

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +25,22 @@ finish() { sleep 0.3; [ "$node" != 0 ] || status finished; exit 0; }
 # What --signal=B:USR1@... does before the time limit.
 ask_to_stop() { [ "$node" != 0 ] || scancel --batch --signal=USR1 "$SLURM_JOB_ID"; }
 """
+
+
+@dataclass
+class Case:
+    """What a job is given that has a stand-in for Python."""
+
+    torchrun: str = "exit 0"
+    """Shell code of each node's torchrun."""
+    other: str = "exit 0"
+    """Of all else."""
+    settings: dict[str, str] = field(default_factory=dict)
+    programs: dict[str, str] = field(default_factory=dict)
+    """In the place of those on the PATH."""
+    options: tuple[str, ...] = ()
+    """Of sbatch."""
+    nodes: int = 2
 
 
 @dataclass
@@ -76,6 +92,15 @@ class Cluster:
         answer = self.lab("exec", *command, **(settings | environment))
         return Job(self, int(answer), script.removesuffix(".sh"), directory)
 
+    def submit_case(self, name: str, case: Case) -> Job:
+        """On the nodes for such."""
+        settings = {"BDPO_PYTHON": self.stand_in(name, case.torchrun, case.other)}
+        if case.programs:
+            settings["PATH"] = self.instead(name, case.programs)
+        settings["BDPO_CONTAINER_CACHE"] = str(self.directory / f"images_{name}")
+        options = ("--partition=small", *case.options)
+        return self.submit(name, nodes=case.nodes, options=options, **(settings | case.settings))
+
     def stand_in(self, name: str, torchrun: str, other: str = "exit 0") -> str:
         """A program in the place of Python: shell code of a node's torchrun, and of all else. Returns its path."""
         path = self.directory / "stand_ins" / name / "python"
@@ -84,12 +109,12 @@ class Cluster:
         path.chmod(0o755)
         return str(path)
 
-    def instead(self, name: str, **programs: str) -> str:
+    def instead(self, name: str, programs: dict[str, str]) -> str:
         """A PATH on which these programs are shell code of ours."""
         directory = self.directory / "stand_ins" / name
         directory.mkdir(parents=True, exist_ok=True)
         for program, code in programs.items():
-            path = directory / program.replace("_", "-")
+            path = directory / program
             path.write_text(f"#!/bin/bash\n{code}\n")
             path.chmod(0o755)
         return f"{directory}:{os.environ['PATH']}"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, Job
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter")
 
@@ -29,3 +29,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.lab("down")
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster: Cluster) -> dict[str, Job]:
+    """All cases of ``test_matrix``, submitted."""
+    from tests.slurm.test_matrix import CASES
+
+    return {name: cluster.submit_case(name, case) for name, case in CASES.items()}
+
+
+@pytest.fixture(autouse=True)
+def begin_with_the_cases(request: pytest.FixtureRequest) -> None:
+    """The first test that needs a cluster submits them, if any of their tests comes later: they run beside it."""
+    if "cluster" in request.fixturenames and any("jobs" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("jobs")

@@ -98,7 +98,7 @@ def test_stop_in_mid_run(cluster, undisturbed):
 
 
 def test_stop_during_start_up(cluster):
-    job = cluster.submit("stopped_early", *FLAGS, "--train-iters=2")
+    job = cluster.submit("stopped_early", *FLAGS, "--train-iters=2", nodes=1)
     job.wait_for(lambda: "logs:" in job.log, "the launch")
     job.signal()
     job.wait()
@@ -113,7 +113,7 @@ def test_scoring_ahead_of_the_training(cluster):
     """
     cache = cluster.directory / "cache_elsewhere"
     flags = (*FLAGS, "--train-iters=2", f"--pair-cache-dir={cache}")
-    scoring = cluster.submit("scored", *flags, script="score.sh", BDPO_MAX_STALLED="1")
+    scoring = cluster.submit("scored", *flags, script="score.sh", nodes=1, BDPO_MAX_STALLED="1")
     scoring.wait_for(lambda: any(cache.glob("*/meta.json")), "the tokens")
     scoring.signal()
     scoring.wait()
@@ -121,7 +121,7 @@ def test_scoring_ahead_of_the_training(cluster):
     assert last_line(scoring).endswith("attempt 1: finished")
     (scored,) = re.findall(r"64 train pairs, (\d+) of them scored now", scoring.rank_logs(1))
     assert 0 < int(scored) < 64
-    training = cluster.submit("scored", *flags)
+    training = cluster.submit("scored", *flags, nodes=1)
     training.wait()
     assert re.search(r"\d+ train pairs, 0 of them scored now", training.rank_logs())
 

@@ -52,7 +52,7 @@ def test_the_documents_name_tests_that_there_are():
     tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests" / "slurm").glob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", section))
     assert [name for name in named if f"def {name}(" not in tests] == []
-    cases = (ROOT / "tests" / "slurm" / "test_failures.py").read_text("utf-8")
+    cases = (ROOT / "tests" / "slurm" / "test_matrix.py").read_text("utf-8")
     assert set(re.findall(r"^def (test_\w+)\(", cases, re.MULTILINE)) - named == {"test_limits_and_ports"}
 
 
@@ -232,8 +232,10 @@ def test_what_a_program_causes_is_no_fault(tmp_path):
 )
 def test_gpus_that_are_missing(tmp_path, program, words):
     settings = {"BDPO_PREFLIGHT_SECONDS": "1", "BDPO_RANKS_PER_NODE": "8", "BDPO_BEGAN": "1700000000"}
+    began = time.monotonic()
     code, output = said(bash("look_at_gpus", tmp_path, {"nvidia-smi": program, "dmesg": ""}, **settings))
     assert code == 2 and words in output
+    assert time.monotonic() - began < 40, "the limit is a second"
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -9,28 +9,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import pytest
 
-from tests.slurm.cluster import Cluster, Job
+from tests.slurm.cluster import Case, Job
 
 pytestmark = pytest.mark.slow
-
-
-@dataclass
-class Case:
-    """What a job is given."""
-
-    torchrun: str = "exit 0"
-    """Shell code of each node's torchrun."""
-    other: str = "exit 0"
-    settings: dict[str, str] = field(default_factory=dict)
-    programs: dict[str, str] = field(default_factory=dict)
-    """In the place of those on the PATH."""
-    options: tuple[str, ...] = ()
-    nodes: int = 2
 
 
 #: Of a preflight that fails on the first node, in the first attempt.
@@ -63,6 +47,27 @@ if [[ $* = *links.py* ]]; then [ "$node $attempt" != "2 0" ] || exec sleep 500; 
 """
 
 CASES = {
+    # A minute's limit, and nobody who hears the signal before it.
+    "time_limit": Case(
+        "[ $attempt = 1 ] || sleep 1000; finish",
+        settings={"BDPO_LAST_SECONDS": "20"},
+        options=("--time=1", "--signal=B:USR1@30"),
+        nodes=1,
+    ),
+    # The first attempt's node loses the network, and goes on.
+    "cut_off": Case(
+        """[ $attempt = 0 ] || finish
+        while [ "$1" != --stop-file ]; do shift; done
+        ip link set eth0 down
+        for i in {1..600}; do
+          [ ! -e "$2" ] || { touch $RUN_DIR/stopped; break; }
+          sleep 0.1
+        done
+        sleep 3
+        ip link set eth0 up
+        ip route add default via 10.77.0.1""",
+        nodes=1,
+    ),
     "links": Case("finish", other=LINKS, settings={"BDPO_LINKS": "1", "BDPO_LINKS_SECONDS": "8"}, nodes=3),
     "shared_cause_passes": Case(
         "finish", settings={"BDPO_PREFLIGHT": f"{COUNT}; [ $looks -gt 2 ]", "BDPO_PREFLIGHT_WAIT": "1"}
@@ -177,20 +182,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="session")
-def jobs(cluster: Cluster) -> Iterator[dict[str, Job]]:
-    """All cases, submitted."""
-    submitted = {}
-    for name, case in CASES.items():
-        settings = {"BDPO_PYTHON": cluster.stand_in(name, case.torchrun, case.other)}
-        if case.programs:
-            settings["PATH"] = cluster.instead(name, **case.programs)
-        settings["BDPO_CONTAINER_CACHE"] = str(cluster.directory / f"images_{name}")
-        options = ("--partition=small", *case.options)
-        submitted[name] = cluster.submit(name, nodes=case.nodes, options=options, **(settings | case.settings))
-    yield submitted
-
-
 def ended(jobs: dict[str, Job], name: str, state: str = "COMPLETED") -> Job:
     jobs[name].wait(state)
     return jobs[name]
@@ -302,6 +293,23 @@ def test_a_stop_that_is_not_heard_is_requeued_before_the_limit(jobs):
     job = ended(jobs, "stop_unheard")
     assert "attempt 0: asked to stop, not done" in job.log
     assert job.last_line.endswith("attempt 1: finished, step 2 of 2")
+
+
+def test_the_time_limit_itself(jobs):
+    job = ended(jobs, "time_limit")
+    assert "attempt 0: asked to stop, not done 20 s before the time limit" in job.log
+    assert job.last_line.endswith("attempt 1: finished, step 2 of 2")
+
+
+def test_a_node_that_was_cut_off_is_told_to_stop(jobs):
+    """It has no part in what comes next, either."""
+    job = ended(jobs, "cut_off")
+    job.wait_for((job.run / "stopped").exists, "the stop of the first attempt's ranks")
+    job.wait_for(
+        lambda: f"attempt {job.id}.0 ends here: {job.id}.1 has gone on from it" in job.log, "the end of its script"
+    )
+    history = (job.run / "slurm" / "train" / "history").read_text().splitlines()
+    assert [line.partition(" attempt ")[2] for line in history] == ["1: finished, step 2 of 2"]
 
 
 def test_the_history_names_a_hang(jobs):
