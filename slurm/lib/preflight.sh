@@ -45,6 +45,7 @@ look_at_nodes() {
 look_at_links() {
   local node said srun_options=(--kill-on-bad-exit=0)
   [ "$BDPO_LINKS" = 1 ] || return 0
+  [ "$SLURM_NNODES" -gt 1 ] || [ "$BDPO_DEVICE" = gpu ] || return 0    # with none
   rm -rf "$LOGS/links"
   mkdir -p "$LOGS/links"
   on_all_nodes $((BDPO_LINKS_SECONDS * 6 + 180)) links-%N.log links
@@ -114,8 +115,16 @@ left_out() {
 spare_nodes() {
   local usable
   usable=$(sinfo --noheader --Node --partition "$SLURM_JOB_PARTITION" --format '%N %t' 2> /dev/null |
-    awk '$2 ~ /^(idle|alloc|mix|comp|plnd|resv)$/ { print $1 }' | sort -u | wc -l)
+    awk '$2 ~ /^(idle|alloc|mix|comp|plnd|resv)[~#]?$/ { print $1 }' | sort -u | grep -vcxF -e "$(excluded_by_user)")
   if [ "$usable" -eq 0 ]; then echo "$SLURM_NNODES"; else echo $((usable > SLURM_NNODES ? usable - SLURM_NNODES : 0)); fi
+}
+
+# The nodes that the job excludes, without those that this launcher leaves out.
+excluded_by_user() {
+  local now
+  now=$(scontrol show job -o "$SLURM_JOB_ID" 2> /dev/null | sed -nE 's/.* ExcNodeList=([^ ]*).*/\1/p')
+  [ -z "$now" ] || [ "$now" = "(null)" ] ||
+    scontrol show hostnames "$now" | grep -vxF -e "$(cat "$CONTROL/left_out.$SLURM_JOB_ID" 2> /dev/null)"
 }
 
 # ---- on every node ------------------------------------------------------------------------------------------------------

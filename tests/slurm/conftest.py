@@ -39,8 +39,19 @@ def jobs(cluster: Cluster) -> dict[str, Job]:
     return {name: cluster.submit_case(name, case) for name, case in CASES.items()}
 
 
+@pytest.fixture(scope="session")
+def trainings(cluster: Cluster, request: pytest.FixtureRequest) -> dict[str, Job]:
+    """Those of ``test_launch`` that the chosen tests name (``uses``), submitted in the tests' order."""
+    from tests.slurm.test_launch import TRAININGS
+
+    names = (name for item in request.session.items for name in getattr(item.function, "trainings", ()))  # type: ignore[attr-defined]
+    return {name: cluster.submit_case(name, TRAININGS[name]) for name in dict.fromkeys(names)}
+
+
 @pytest.fixture(autouse=True)
-def begin_with_the_cases(request: pytest.FixtureRequest) -> None:
-    """The first test that needs a cluster submits them, if any of their tests comes later: they run beside it."""
-    if "cluster" in request.fixturenames and any("jobs" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("jobs")
+def begin_with_all_jobs(request: pytest.FixtureRequest) -> None:
+    """The first test that needs a cluster submits what all chosen tests want: it runs beside them."""
+    if "cluster" in request.fixturenames:
+        for name in ("trainings", "jobs"):
+            if any(name in item.fixturenames for item in request.session.items):  # type: ignore[attr-defined]
+                request.getfixturevalue(name)

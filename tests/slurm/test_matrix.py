@@ -212,14 +212,15 @@ def test_a_cause_that_stays_excludes_nobody(jobs):
 
 def test_a_bad_node_is_left_out_beside_those_of_the_user(jobs):
     job = ended(jobs, "bad_node")
-    (bad,) = re.findall(r"attempt 0: preflight failed on (node\d); requeued without (?=\1$)", job.log, re.MULTILINE)
+    (bad,) = re.findall(r"attempt 0: preflight failed on (node\d+); requeued without (?=\1$)", job.log, re.MULTILINE)
     assert job.last_line.endswith("attempt 1: finished, step 2 of 2")
-    assert excluded(job) in (f"{bad},node9", f"node[{bad[4:]},9]", f"node[{bad[4:]}-9]")
+    names = job.cluster.lab("exec", "scontrol", "show", "hostnames", excluded(job)).split()
+    assert sorted(names) == sorted([bad, "node9"])
 
 
 def test_an_exclusion_ends(jobs):
     job = ended(jobs, "strike_expires")
-    assert re.search(r"attempt 0: preflight failed on (node\d); requeued without \1$", job.log, re.MULTILINE)
+    assert re.search(r"attempt 0: preflight failed on (node\d+); requeued without \1$", job.log, re.MULTILINE)
     assert re.search(r"attempt 1: crashed, .*; requeued$", job.log, re.MULTILINE)
     assert excluded(job) == "(null)"
     assert len(strikes(job)) == 1
@@ -236,7 +237,9 @@ def test_nodes_without_their_gpus_are_not_waited_for(jobs):
     job = ended(jobs, "no_gpus")
     assert len(strikes(job)) == 2 and "is waited for" not in job.log
     assert job.log.count("nvidia-smi sees 0 GPUs, not 1") == 2
-    assert re.search(r"attempt 0: preflight failed on node\d,node\d; requeued without node\d$", job.log, re.MULTILINE)
+    assert re.search(
+        r"attempt 0: preflight failed on node\d+,node\d+; requeued without node\d+$", job.log, re.MULTILINE
+    )
     assert job.last_line.endswith("attempt 1: finished, step 2 of 2")
 
 
@@ -265,7 +268,7 @@ def test_a_crash_restarts_in_place(jobs):
 def test_a_crash_that_broke_its_node_does_not_restart_there(jobs):
     job = ended(jobs, "no_restart_on_a_bad_node")
     assert job.log.count("; restarted on the same nodes") == 1
-    assert re.search(r"attempt 0: preflight failed on (node\d); requeued without \1$", job.log, re.MULTILINE)
+    assert re.search(r"attempt 0: preflight failed on (node\d+); requeued without \1$", job.log, re.MULTILINE)
     assert job.last_line.endswith("attempt 1: finished, step 2 of 2")
 
 
@@ -341,14 +344,14 @@ def test_scratch_is_private_and_removed(jobs):
 def left(job: Job) -> list[str]:
     """Scratch of the job on any node."""
     find = ("find", "/tmp", "-maxdepth", "1", "-name", f"bdpo-{job.id}*")
-    return [line for node in range(4, 10) for line in job.cluster.lab("on", f"node{node}", *find).split()]
+    return [line for node in range(5, 11) for line in job.cluster.lab("on", f"node{node}", *find).split()]
 
 
 def test_limits_and_ports(jobs):
     job = ended(jobs, "scratch")
     hard = os.popen("ulimit -Hn").read()
     assert (job.run / "files.0").read_text() == hard
-    ports = [int(re.findall(r"--rdzv-endpoint node\d:(\d+)", path.read_text())[0]) for path in job.run.glob("words.*")]
+    ports = [int(re.findall(r"--rdzv-endpoint node\d+:(\d+)", path.read_text())[0]) for path in job.run.glob("words.*")]
     assert len(set(ports)) == 2 and all(20000 <= port < 32768 for port in ports)
 
 
@@ -385,6 +388,6 @@ def test_a_container_runtime_that_is_not_there_is_said(jobs, name, words):
 def test_a_node_whose_links_are_broken_is_left_out(jobs):
     """The real exchange, on three nodes: the last one's does not answer."""
     job = ended(jobs, "links")
-    (bad,) = re.findall(r"attempt 0: preflight failed on (node\d); requeued without (?=\1$)", job.log, re.MULTILINE)
+    (bad,) = re.findall(r"attempt 0: preflight failed on (node\d+); requeued without (?=\1$)", job.log, re.MULTILINE)
     assert f"preflight: {bad}: no answer" in job.log
     assert job.last_line.endswith("attempt 1: finished, step 2 of 2")
