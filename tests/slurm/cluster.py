@@ -60,7 +60,7 @@ def training(harm: str = "", **given: Any) -> Case:
 
 @dataclass
 class Cluster:
-    """Nodes node1 to node4 of the partition ``debug``, node5 to node10 of ``small``. They share ``directory``."""
+    """Four nodes are in the partition ``debug``, six in ``small``, one in ``free``. They share ``directory``."""
 
     directory: Path
 

@@ -36,10 +36,7 @@ TRAININGS = {
     "stopped_early": training("[ $attempt = 1 ] || ask_to_stop", flags=(*FLAGS, "--train-iters=2"), nodes=1),
     # An attempt without progress would be the last.
     "scored": training(
-        """[ $attempt = 1 ] || {
-            until compgen -G "$RUN_DIR/../elsewhere/*/meta.json"; do sleep 0.1; done
-            ask_to_stop
-        }""",
+        '[ $attempt = 1 ] || { seen "scoring the reference"; ask_to_stop; }',
         flags=(*FLAGS, "--train-iters=2", "--pair-cache-dir={directory}/elsewhere"),
         script="score.sh",
         settings={"BDPO_MAX_STALLED": "1"},
@@ -112,7 +109,7 @@ def assert_same_weights(job: Job, undisturbed: Job) -> None:
 def test_a_second_job_in_the_same_run_directory_is_refused(cluster, trainings):
     job = trainings["undisturbed"]
     job.wait_for(lambda: job.run.exists(), "the start")
-    intruder = cluster.submit("undisturbed", *FLAGS, nodes=1, options=("--partition=small",))
+    intruder = cluster.submit("undisturbed", *FLAGS, nodes=1, options=("--partition=free",))
     intruder.wait("FAILED")
     assert f"refused: job {job.id} is using {job.run}" in intruder.log
     job.wait()
@@ -125,7 +122,7 @@ def test_two_nodes_of_two_ranks(cluster, trainings):
     job.wait()
     assert job.last_line == f"bdpo: job {job.id}, attempt 0: finished, step 3 of 3"
     assert "using world size: 4" in (job.run / "megatron.log").read_text()
-    again = cluster.submit("two_by_two", *FLAGS, options=("--partition=small",))
+    again = cluster.submit("two_by_two", *FLAGS, nodes=1, options=("--partition=free",))
     again.wait()
     assert "finished already, step 3 of 3" in again.last_line
 
@@ -156,8 +153,8 @@ def test_scoring_ahead_of_the_training(cluster, trainings):
     scoring.wait()
     assert "attempt 0: stopped" in scoring.log
     assert scoring.last_line.endswith("attempt 1: finished")
-    (scored,) = re.findall(r"64 train pairs, (\d+) of them scored now", scoring.rank_logs(1))
-    assert 0 < int(scored) < 64
+    left = re.findall(r"(?:64 train|99 heldout) pairs, (\d+) of them scored now", scoring.rank_logs(1))
+    assert len(left) == 2 and 0 < sum(map(int, left)) < 64 + 99
     cache = f"--pair-cache-dir={cluster.directory}/elsewhere"
     training = cluster.submit("scored", *FLAGS, "--train-iters=2", cache, nodes=1)
     training.wait()

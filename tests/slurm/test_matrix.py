@@ -43,7 +43,7 @@ IMAGE = "nvcr.io#nvidia/pytorch:25.06-py3"
 
 #: In the place of Python: the exchange between the nodes is the real one, but on the third it hangs at first.
 LINKS = f"""
-if [[ $* = *links.py* ]]; then [ "$node $attempt" != "2 0" ] || exec sleep 500; exec {sys.executable} "$@"; fi
+if [[ $* = *links.py* ]]; then [ "$node $attempt" != "2 0" ] || exec sleep 60; exec {sys.executable} "$@"; fi
 """
 
 CASES = {
