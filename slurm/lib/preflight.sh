@@ -45,7 +45,7 @@ look_at_nodes() {
 look_at_links() {
   local node said srun_options=(--kill-on-bad-exit=0)
   [ "$BDPO_LINKS" = 1 ] || return 0
-  [ "$SLURM_NNODES" -gt 1 ] || [ "$BDPO_DEVICE" = gpu ] || return 0    # with none
+  [ "$SLURM_NNODES" -gt 1 ] || [ "$BDPO_DEVICE" = gpu ] || return 0    # it has none
   rm -rf "$LOGS/links"
   mkdir -p "$LOGS/links"
   on_all_nodes $((BDPO_LINKS_SECONDS * 6 + 180)) links-%N.log links
@@ -56,7 +56,7 @@ look_at_links() {
   done < <(judge_links)
 }
 
-# The nodes whose best exchange failed, or ran at less than a quarter of the median's rate: NODE, a tab, what is the matter.
+# The nodes whose best exchange failed, or ran at less than a quarter of the median's rate: NODE, and what is the matter.
 judge_links() {
   local node
   for node in $(nodes); do
