@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -109,6 +110,41 @@ def test_an_attempt_that_was_succeeded_ends(tmp_path):
     assert code == 2 and output == "bdpo: attempt 7.0 ends here: 7.1 has gone on from it.\n"
     (tmp_path / "current").unlink()
     assert said(bash("leave_if_succeeded; echo on", tmp_path)) == (0, "on\n")
+
+
+# ---- what has happened -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (
+            {
+                "state": "hung",
+                "phase": "scoring",
+                "step": 3,
+                "of": 9,
+                "reason": 'rank 1, on node5, in "all_reduce" {x}',
+            },
+            'hung in scoring, last checkpoint of step 5: rank 1, on node5, in "all_reduce" {x}',
+        ),
+        (
+            {"state": "running", "phase": "training", "reason": "", "cause": "rank 0 stood still"},
+            "hung in training, last checkpoint of step 5: rank 0 stood still",
+        ),
+        (
+            {"state": "running", "phase": None, "reason": "", "cause": None},
+            "crashed, last checkpoint of step 5: srun ended with 9",
+        ),
+    ],
+)
+def test_what_happened_is_told_whole(tmp_path, status, expected):
+    (tmp_path / "status.json").write_text(json.dumps(status) + "\n")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    (tmp_path / "srun.log").touch()
+    (tmp_path / "node1.log").touch()
+    found = bash("what_happened 9; status step", tmp_path, BDPO_STATUS_FILE=str(tmp_path / "status.json"))
+    assert said(found)[1].splitlines() == [expected] + ["3"] * ("step" in status)
 
 
 # ---- strikes ---------------------------------------------------------------------------------------------------------
