@@ -69,6 +69,7 @@ bdpo_run() {
   trap 'ask_to_stop' USR1
   make_directories
   claim
+  succeed
   [ "$(status state)" != finished ] || conclude 0 finished "finished already$(place); remove $BDPO_STATUS_FILE to go on from there"
   [ ! -e "$KILL_SWITCH" ] || conclude 0 stopped "not started: $KILL_SWITCH is there"
   begin_to_count
@@ -85,6 +86,7 @@ bdpo_run() {
     if [ -e "$STOP_FILE" ]; then again "stopped before it began"; fi
     rm -f "$BDPO_STATUS_FILE"
     launch "$@"; code=$?
+    leave_if_succeeded
     restarts_here $code || what_next $code
   done
 }

@@ -62,6 +62,7 @@ first_torchrun() {
 # again WHY: requeue, unless too many attempts in a row have gained nothing.
 again() {
   local stalled=0 names
+  leave_if_succeeded
   has_gained || stalled=$(($(cat "$CONTROL/stalled" 2> /dev/null || echo 0) + 1))
   echo "$stalled" > "$CONTROL/stalled"
   if [ "$stalled" -ge "$BDPO_MAX_STALLED" ]; then
@@ -93,14 +94,11 @@ requeue() {
 
 # "=" and the job's new list of excluded nodes: those of the user, and these. Empty where it stays as it is.
 new_exclusions() {
-  local now own=$CONTROL/left_out.$SLURM_JOB_ID before users after
-  now=$(scontrol show job -o "$SLURM_JOB_ID" | sed -nE 's/.* ExcNodeList=([^ ]*).*/\1/p')
-  [ "$now" != "(null)" ] || now=''
-  before=$(cat "$own" 2> /dev/null)
-  users=$([ -z "$now" ] || scontrol show hostnames "$now" | grep -vxF "${before:-none}")
-  # shellcheck disable=SC2086
-  after=$(printf '%s\n' "$users" ${1//,/ } | grep . | sort -u | paste -sd,)
-  [ "$after" = "$([ -z "$now" ] || scontrol show hostnames "$now" | sort -u | paste -sd,)" ] || echo "=$after"
+  local users before after
+  users=$(excluded_by_user)
+  before=$(printf '%s\n' "$users" "$(cat "$CONTROL/left_out.$SLURM_JOB_ID" 2> /dev/null)" | grep . | sort -u | paste -sd,)
+  after=$(printf '%s\n' "$users" "$(tr ',' '\n' <<< "$1")" | grep . | sort -u | paste -sd,)
+  [ "$after" = "$before" ] || echo "=$after"
 }
 
 # exclude ALL OURS. Refused as long as the job runs, so until the requeue has taken hold.
@@ -128,6 +126,7 @@ conclude() { note "$3"; notify "$2" "$3"; exit "$1"; }
 notify() {
   [ -n "$BDPO_NOTIFY" ] || return 0
   local seconds=${BDPO_NOTIFY_SECONDS:-30}
+  [ -z "${DEADLINE:-}" ] || [ $((DEADLINE - $(date +%s))) -gt $((4 * seconds)) ] || seconds=3 # what comes next cannot wait
   BDPO_STATE=$1 BDPO_CAUSE=$2 BDPO_STEP=$(last_checkpoint) BDPO_STEPS=$(status of) BDPO_RUN=$RUN_DIR BDPO_JOB=$SLURM_JOB_ID \
     BDPO_ATTEMPT=$ATTEMPT timeout -k 5 "$seconds" bash -c "$BDPO_NOTIFY" < /dev/null >&2 ||
     say "BDPO_NOTIFY ended with $? (124: not done in $seconds s)"

@@ -27,6 +27,20 @@ claim() {
   rm -f "$own"
 }
 
+# A node that was cut off from the network may go on with an attempt that SLURM has long begun anew elsewhere. Its ranks see their
+# stop file, and its batch script that it is no longer the one that decides.
+succeed() {
+  local before
+  before=$(cat "$CONTROL/current" 2> /dev/null)
+  [ "${before:-$TAG}" = "$TAG" ] || touch "$CONTROL/stop.$before"
+  echo "$TAG" > "$CONTROL/current"
+}
+leave_if_succeeded() {
+  local now
+  now=$(cat "$CONTROL/current" 2> /dev/null)    # unreadable where the file system is away: that succeeds nobody
+  [ "${now:-$TAG}" = "$TAG" ] || die "attempt $TAG ends here: $now has gone on from it."
+}
+
 # Whether a job may still run. Where the controller does not answer, it may.
 is_queued() {
   local answer

@@ -45,6 +45,7 @@ look_at_nodes() {
 look_at_links() {
   local node said srun_options=(--kill-on-bad-exit=0)
   [ "$BDPO_LINKS" = 1 ] || return 0
+  [ "$SLURM_NNODES" -gt 1 ] || [ "$BDPO_DEVICE" = gpu ] || return 0    # it has none
   rm -rf "$LOGS/links"
   mkdir -p "$LOGS/links"
   on_all_nodes $((BDPO_LINKS_SECONDS * 6 + 180)) links-%N.log links
@@ -55,7 +56,7 @@ look_at_links() {
   done < <(judge_links)
 }
 
-# The nodes whose best exchange failed, or ran at less than a quarter of the median's rate: NODE, a tab, what is the matter.
+# The nodes whose best exchange failed, or ran at less than a quarter of the median's rate: NODE, and what is the matter.
 judge_links() {
   local node
   for node in $(nodes); do
@@ -65,11 +66,11 @@ judge_links() {
       END { print node, best + 0, NR ? "no exchange with " why : "no answer" }
     ' "$LOGS/links/$node" 2> /dev/null || echo "$node 0 no answer"
   done | sort -k2,2n | awk '
-    { name[NR] = $1; rate[NR] = $2; $1 = $2 = ""; why[NR] = $0 }
+    { name[NR] = $1; rate[NR] = $2; why[NR] = $0; sub(/^[^ ]+ [^ ]+ +/, "", why[NR]); sub(/ +$/, "", why[NR]) }
     END {
       middle = rate[int((NR + 1) / 2) + (NR % 2 == 0)]
       for (i = 1; i <= NR; i++) {
-        if (rate[i] == 0) print name[i] why[i]
+        if (rate[i] == 0) print name[i], why[i]
         else if (rate[i] < middle / 4) printf "%s exchanges %.3g GB/s, where %.3g are usual\n", name[i], rate[i], middle
       }
     }'
@@ -114,8 +115,16 @@ left_out() {
 spare_nodes() {
   local usable
   usable=$(sinfo --noheader --Node --partition "$SLURM_JOB_PARTITION" --format '%N %t' 2> /dev/null |
-    awk '$2 ~ /^(idle|alloc|mix|comp|plnd|resv)$/ { print $1 }' | sort -u | wc -l)
+    awk '$2 ~ /^(idle|alloc|mix|comp|plnd|resv)[~#]?$/ { print $1 }' | sort -u | grep -vcxF -e "$(excluded_by_user)")
   if [ "$usable" -eq 0 ]; then echo "$SLURM_NNODES"; else echo $((usable > SLURM_NNODES ? usable - SLURM_NNODES : 0)); fi
+}
+
+# The nodes that the job excludes, without those that this launcher leaves out.
+excluded_by_user() {
+  local now
+  now=$(scontrol show job -o "$SLURM_JOB_ID" 2> /dev/null | sed -nE 's/.* ExcNodeList=([^ ]*).*/\1/p')
+  [ -z "$now" ] || [ "$now" = "(null)" ] ||
+    scontrol show hostnames "$now" | grep -vxF -e "$(cat "$CONTROL/left_out.$SLURM_JOB_ID" 2> /dev/null)"
 }
 
 # ---- on every node ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ completed() { cat "$BDPO_COMPLETED_DIR"/* 2> /dev/null | sort -u | wc -l; }
 begin_to_count() { STEP_BEFORE=$(last_checkpoint) COMPLETED_BEFORE=$(completed); }
 has_gained() { [ "$(last_checkpoint)" -gt "$STEP_BEFORE" ] || [ "$(completed)" -gt "$COMPLETED_BEFORE" ]; }
 
-# A field of the run's status file; empty where there is none.
-status() { sed -nE "s/.*\"$1\": \"?(([^\"\\\\,}]|\\\\.)*).*/\1/p" "$BDPO_STATUS_FILE" 2> /dev/null | sed '/^null$/d'; }
+# A field of the run's status file, a string or a number; empty where there is none.
+status() {
+  sed -nE 's/.*"'"$1"'": ("(([^"\\]|\\.)*)"|([^",}]*)).*/\2\4/p' "$BDPO_STATUS_FILE" 2> /dev/null | sed -E '/^null$/d; s/\\(["\\\/])/\1/g'
+}
 place() { [ "$(status of)" = 0 ] || echo ", step $(status step) of $(status of)"; }

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Everything here takes seconds; on a crowded machine perhaps a minute.
-PATIENCE = 180
+PATIENCE = 300
 
 #: What the shell code of stand-ins may use. $start is the number of the attempt, "+", that of the start in it.
 HELPERS = r"""
@@ -22,14 +23,44 @@ attempt=${SLURM_RESTART_COUNT:-0} start=${BDPO_RENDEZVOUS:-} start=${start#*.} n
 # status STATE [MORE FIELDS]
 status() { echo "{\"state\": \"$1\", \"step\": 2, \"of\": 2, \"reason\": \"\"${2:-}}" > "$BDPO_STATUS_FILE"; }
 finish() { sleep 0.3; [ "$node" != 0 ] || status finished; exit 0; }
+# seen LINE: waits until a rank has said it
+seen() { until grep -qsE "$1" "$LOGS"/*.log; do sleep 0.1; done; }
 # What --signal=B:USR1@... does before the time limit.
 ask_to_stop() { [ "$node" != 0 ] || scancel --batch --signal=USR1 "$SLURM_JOB_ID"; }
 """
 
 
 @dataclass
+class Case:
+    """What a job is given that has a stand-in for Python, or a training that does itself some harm."""
+
+    torchrun: str = "exit 0"
+    """Shell code of each node's torchrun."""
+    other: str = "exit 0"
+    """Of all else."""
+    settings: dict[str, str] = field(default_factory=dict)
+    programs: dict[str, str] = field(default_factory=dict)
+    """In the place of those on the PATH."""
+    options: tuple[str, ...] = ()
+    """Of sbatch."""
+    nodes: int = 2
+    partition: str = "small"
+    flags: tuple[str, ...] = ()
+    """Of the trainer."""
+    script: str = "bdpo_70b.sh"
+    ranks_per_node: int = 1
+
+
+def training(harm: str = "", **given: Any) -> Case:
+    """A real one, of two nodes. The harm is shell code that runs beside each node's torchrun."""
+    python = f'exec {sys.executable} "$@"'
+    beside = f"{{ {harm}\n}} &\n" if harm else ""
+    return Case(f"{beside}{python}", python, partition="debug", **given)
+
+
+@dataclass
 class Cluster:
-    """Nodes node1 to node3 of the partition ``debug``, node4 to node9 of ``small``. They share ``directory``."""
+    """Four nodes are in the partition ``debug``, six in ``small``, one in ``free``. They share ``directory``."""
 
     directory: Path
 
@@ -76,6 +107,17 @@ class Cluster:
         answer = self.lab("exec", *command, **(settings | environment))
         return Job(self, int(answer), script.removesuffix(".sh"), directory)
 
+    def submit_case(self, name: str, case: Case) -> Job:
+        settings = {"BDPO_PYTHON": self.stand_in(name, case.torchrun, case.other)}
+        if case.programs:
+            settings["PATH"] = self.instead(name, case.programs)
+        settings["BDPO_CONTAINER_CACHE"] = str(self.directory / f"images_{name}")
+        flags = [flag.format(directory=self.directory) for flag in case.flags]
+        return self.submit(
+            name, *flags, script=case.script, ranks_per_node=case.ranks_per_node, nodes=case.nodes,
+            options=(f"--partition={case.partition}", *case.options), **(settings | case.settings),
+        )  # fmt: skip
+
     def stand_in(self, name: str, torchrun: str, other: str = "exit 0") -> str:
         """A program in the place of Python: shell code of a node's torchrun, and of all else. Returns its path."""
         path = self.directory / "stand_ins" / name / "python"
@@ -84,12 +126,12 @@ class Cluster:
         path.chmod(0o755)
         return str(path)
 
-    def instead(self, name: str, **programs: str) -> str:
+    def instead(self, name: str, programs: dict[str, str]) -> str:
         """A PATH on which these programs are shell code of ours."""
         directory = self.directory / "stand_ins" / name
         directory.mkdir(parents=True, exist_ok=True)
         for program, code in programs.items():
-            path = directory / program.replace("_", "-")
+            path = directory / program
             path.write_text(f"#!/bin/bash\n{code}\n")
             path.chmod(0o755)
         return f"{directory}:{os.environ['PATH']}"

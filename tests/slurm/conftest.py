@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, Job
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter")
 
@@ -29,3 +29,29 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.lab("down")
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster: Cluster) -> dict[str, Job]:
+    """All cases of ``test_matrix``, submitted."""
+    from tests.slurm.test_matrix import CASES
+
+    return {name: cluster.submit_case(name, case) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="session")
+def trainings(cluster: Cluster, request: pytest.FixtureRequest) -> dict[str, Job]:
+    """Those of ``test_launch`` that the chosen tests name (``uses``), submitted in the tests' order."""
+    from tests.slurm.test_launch import TRAININGS
+
+    names = (name for item in request.session.items for name in getattr(item.function, "trainings", ()))  # type: ignore[attr-defined]
+    return {name: cluster.submit_case(name, TRAININGS[name]) for name in dict.fromkeys(names)}
+
+
+@pytest.fixture(autouse=True)
+def begin_with_all_jobs(request: pytest.FixtureRequest) -> None:
+    """The first test that needs a cluster submits what all chosen tests want: it runs beside them."""
+    if "cluster" in request.fixturenames:
+        for name in ("trainings", "jobs"):
+            if any(name in item.fixturenames for item in request.session.items):  # type: ignore[attr-defined]
+                request.getfixturevalue(name)

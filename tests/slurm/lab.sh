@@ -15,7 +15,7 @@
 set -euo pipefail
 
 LAB=${LAB:?a directory for the state of the lab}
-NODES=${NODES:-9}
+NODES=${NODES:-11}
 CPUS=64                  # what each node claims; nothing is enforced
 GPUS=8                   # fake ones
 SLURMD_TIMEOUT=5         # seconds until a silent node is DOWN; real clusters: 300
@@ -79,8 +79,9 @@ JobRequeue=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=node[1-$NODES] CPUs=$CPUS Boards=1 SocketsPerBoard=2 CoresPerSocket=$((CPUS / 2)) ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:$GPUS State=UNKNOWN
-PartitionName=debug Nodes=node[1-3] Default=YES MaxTime=INFINITE State=UP
-PartitionName=small Nodes=node[4-$NODES] MaxTime=INFINITE State=UP
+PartitionName=debug Nodes=node[1-4] Default=YES MaxTime=INFINITE State=UP
+PartitionName=small Nodes=node[5-10] MaxTime=INFINITE State=UP
+PartitionName=free Nodes=node[11-$NODES] MaxTime=INFINITE State=UP
 CONF
   printf 'CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n' > "$LAB/etc/slurm/cgroup.conf"
   echo "Name=gpu File=$LAB/dev/nvidia[0-$((GPUS - 1))]" > "$LAB/etc/slurm/gres.conf"

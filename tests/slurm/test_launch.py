@@ -8,12 +8,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.slurm.cluster import ROOT, Cluster, Job
+from tests.slurm.cluster import ROOT, Case, Job, training
 from tests.unit.training.test_dry_run import LLAMA_70B
 
 pytestmark = pytest.mark.slow
@@ -26,16 +27,54 @@ FLAGS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def undisturbed(cluster: Cluster) -> Job:
-    """A run to the end, which another job tried to get into."""
-    job = cluster.submit("undisturbed", *FLAGS)
-    job.wait_for(lambda: job.run.exists(), "the start")
-    intruder = cluster.submit("undisturbed", *FLAGS, nodes=1)
-    intruder.wait("FAILED")
-    assert f"refused: job {job.id} is using {job.run}" in intruder.log
-    job.wait()
-    return job
+TRAININGS = {
+    "undisturbed": training(flags=FLAGS),
+    "two_by_two": training(
+        flags=(*FLAGS, "--tensor-model-parallel-size=2", "--train-iters=3", "--save-interval=3"), ranks_per_node=2
+    ),
+    "stopped": training('[ $attempt = 1 ] || { seen "^step +7/"; ask_to_stop; }', flags=FLAGS),
+    "stopped_early": training("[ $attempt = 1 ] || ask_to_stop", flags=(*FLAGS, "--train-iters=2"), nodes=1),
+    # An attempt without progress would be the last.
+    "scored": training(
+        '[ $attempt = 1 ] || { seen "scoring the reference"; ask_to_stop; }',
+        flags=(*FLAGS, "--train-iters=2", "--pair-cache-dir={directory}/elsewhere"),
+        script="score.sh",
+        settings={"BDPO_MAX_STALLED": "1"},
+        nodes=1,
+    ),
+    "prepared": training("[ $attempt = 1 ] || ask_to_stop", flags=FLAGS, script="prepare.sh"),
+    "switched_off": training("touch $RUN_DIR/STOP", flags=FLAGS, nodes=1),
+    "killed": training(
+        """[ "$attempt $node" != "0 1" ] || {
+            seen "^step +10/"
+            pkill -KILL -f -o "python[^ ]* -u examples/pretrain_bdpo.py"
+        }""",
+        flags=FLAGS,
+    ),
+    "refused": training(flags=(*FLAGS, "--pairs-per-step=1000"), nodes=1),
+    "crashing": Case(
+        """[ $node = 1 ] || exec sleep 300
+        echo "RuntimeError: broken for the test" >&2; exit 3""",
+        settings={"BDPO_MAX_STALLED": "2"},
+    ),
+}
+
+
+def uses(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The trainings of a test."""
+
+    def mark(test: Callable[..., None]) -> Callable[..., None]:
+        test.trainings = names  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+@pytest.fixture
+def undisturbed(trainings: dict[str, Job]) -> Job:
+    """A run to the end."""
+    trainings["undisturbed"].wait()
+    return trainings["undisturbed"]
 
 
 def weights(job: Job, step: int = STEPS) -> dict[str, np.ndarray]:
@@ -66,131 +105,122 @@ def assert_same_weights(job: Job, undisturbed: Job) -> None:
         assert np.array_equal(found[name], expected_value), name
 
 
-def last_line(job: Job) -> str:
-    return job.log.strip().splitlines()[-1]
-
-
-def test_two_nodes_of_two_ranks(cluster):
-    layout = ("--tensor-model-parallel-size=2", "--train-iters=3", "--save-interval=3")
-    job = cluster.submit("two_by_two", *FLAGS, *layout, ranks_per_node=2)
+@uses("undisturbed")
+def test_a_second_job_in_the_same_run_directory_is_refused(cluster, trainings):
+    job = trainings["undisturbed"]
+    job.wait_for(lambda: job.run.exists(), "the start")
+    intruder = cluster.submit("undisturbed", *FLAGS, nodes=1, options=("--partition=free",))
+    intruder.wait("FAILED")
+    assert f"refused: job {job.id} is using {job.run}" in intruder.log
     job.wait()
-    assert last_line(job) == f"bdpo: job {job.id}, attempt 0: finished, step 3 of 3"
+    assert job.last_line == f"bdpo: job {job.id}, attempt 0: finished, step {STEPS} of {STEPS}"
+
+
+@uses("two_by_two")
+def test_two_nodes_of_two_ranks(cluster, trainings):
+    job = trainings["two_by_two"]
+    job.wait()
+    assert job.last_line == f"bdpo: job {job.id}, attempt 0: finished, step 3 of 3"
     assert "using world size: 4" in (job.run / "megatron.log").read_text()
-    again = cluster.submit("two_by_two", *FLAGS, *layout, ranks_per_node=2)
+    again = cluster.submit("two_by_two", *FLAGS, nodes=1, options=("--partition=free",))
     again.wait()
-    assert "finished already, step 3 of 3" in last_line(again)
+    assert "finished already, step 3 of 3" in again.last_line
 
 
-def test_a_second_job_in_the_same_run_directory_is_refused(undisturbed):
-    assert last_line(undisturbed) == f"bdpo: job {undisturbed.id}, attempt 0: finished, step {STEPS} of {STEPS}"
-
-
-def test_stop_in_mid_run(cluster, undisturbed):
-    job = cluster.submit("stopped", *FLAGS)
-    job.wait_for_step(7)
-    job.signal()
+@uses("stopped", "undisturbed")
+def test_stop_in_mid_run(trainings, undisturbed):
+    job = trainings["stopped"]
     job.wait()
     (stopped,) = re.findall(r"attempt 0: stopped, checkpoint of step (\d+); requeued", job.log)
     assert 7 <= int(stopped) < STEPS
-    assert f"attempt 1, train on node[1-2]: {job.run}, step {stopped}" in job.log
+    assert re.search(rf"attempt 1, train on node\S+: {job.run}, step {stopped}$", job.log, re.MULTILINE)
     assert not re.search(r"^step +7/", job.rank_logs(1), re.MULTILINE), "no step is done twice"
     assert_same_weights(job, undisturbed)
 
 
-def test_stop_during_start_up(cluster):
-    job = cluster.submit("stopped_early", *FLAGS, "--train-iters=2")
-    job.wait_for(lambda: "logs:" in job.log, "the launch")
-    job.signal()
+@uses("stopped_early")
+def test_stop_during_start_up(trainings):
+    job = trainings["stopped_early"]
     job.wait()
     assert "attempt 0: stopped, checkpoint of step 0; requeued" in job.log
-    assert last_line(job).endswith("attempt 1: finished, step 2 of 2")
+    assert job.last_line.endswith("attempt 1: finished, step 2 of 2")
 
 
-def test_scoring_ahead_of_the_training(cluster):
-    """A job of its own, stopped while it scores; the training finds what it has left.
-
-    That its cache is elsewhere makes no difference: an attempt without progress would be the last.
-    """
-    cache = cluster.directory / "cache_elsewhere"
-    flags = (*FLAGS, "--train-iters=2", f"--pair-cache-dir={cache}")
-    scoring = cluster.submit("scored", *flags, script="score.sh", BDPO_MAX_STALLED="1")
-    scoring.wait_for(lambda: any(cache.glob("*/meta.json")), "the tokens")
-    scoring.signal()
+@uses("scored")
+def test_scoring_ahead_of_the_training(cluster, trainings):
+    """A job of its own, stopped while it scores into a cache elsewhere; the training finds what it has left."""
+    scoring = trainings["scored"]
     scoring.wait()
     assert "attempt 0: stopped" in scoring.log
-    assert last_line(scoring).endswith("attempt 1: finished")
-    (scored,) = re.findall(r"64 train pairs, (\d+) of them scored now", scoring.rank_logs(1))
-    assert 0 < int(scored) < 64
-    training = cluster.submit("scored", *flags)
+    assert scoring.last_line.endswith("attempt 1: finished")
+    left = re.findall(r"(?:64 train|99 heldout) pairs, (\d+) of them scored now", scoring.rank_logs(1))
+    assert len(left) == 2 and 0 < sum(map(int, left)) < 64 + 99
+    cache = f"--pair-cache-dir={cluster.directory}/elsewhere"
+    training = cluster.submit("scored", *FLAGS, "--train-iters=2", cache, nodes=1)
     training.wait()
     assert re.search(r"\d+ train pairs, 0 of them scored now", training.rank_logs())
 
 
-def test_tokenizing_ahead_of_the_training(cluster):
+@uses("prepared")
+def test_tokenizing_ahead_of_the_training(trainings):
     """By both nodes; a stop that comes before the first shard costs an attempt and no more."""
-    job = cluster.submit("prepared", *FLAGS, script="prepare.sh")
-    job.wait_for(lambda: "logs:" in job.log, "the launch")
-    job.signal()
+    job = trainings["prepared"]
     job.wait()
     assert "attempt 0: stopped" in job.log
-    assert last_line(job).endswith("attempt 1: finished")
+    assert job.last_line.endswith("attempt 1: finished")
     assert len(list((job.run / "cache").glob("*/meta.json"))) == 2  # training and held-out pairs
 
 
-def test_kill_switch(cluster):
-    job = cluster.submit("switched_off", *FLAGS, nodes=1)
-    job.wait_for(lambda: "logs:" in job.log, "the launch")
-    (job.run / "STOP").touch()
+@uses("switched_off")
+def test_kill_switch(trainings):
+    job = trainings["switched_off"]
     job.wait()
-    assert "attempt 0: stopped by" in last_line(job)
-    assert "remove it and submit again to go on" in last_line(job)
+    assert "attempt 0: stopped by" in job.last_line
+    assert "remove it and submit again to go on" in job.last_line
 
 
-def test_killed_rank(cluster, undisturbed):
-    job = cluster.submit("killed", *FLAGS)
-    job.wait_for_step(10)
-    cluster.lab("on", "node2", "pkill", "-KILL", "-f", "-o", "python[^ ]* -u examples/pretrain_bdpo.py")
+@uses("killed", "undisturbed")
+def test_killed_rank(trainings, undisturbed):
+    job = trainings["killed"]
     job.wait()
     assert re.search(
-        r"attempt 0: crashed, last checkpoint of step \d+: rank 1 on node2 ended with -9; requeued", job.log
+        r"attempt 0: crashed, last checkpoint of step \d+: rank 1 on node\d ended with -9; requeued", job.log
     )
     assert_same_weights(job, undisturbed)
 
 
-def test_crash_that_repeats(cluster):
-    python = cluster.directory / "broken_python"
-    python.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in *distributed.run*) [ "$(hostname)" = node2 ] || exec sleep 300\n'
-        'echo "RuntimeError: broken for the test" >&2; exit 3 ;; esac\n'
-        'exit 0\n'
-    )  # fmt: skip
-    python.chmod(0o755)
-    job = cluster.submit("crashing", *FLAGS, BDPO_PYTHON=str(python), BDPO_MAX_STALLED="2")
+@uses("crashing")
+def test_crash_that_repeats(trainings):
+    job = trainings["crashing"]
     job.wait("FAILED")
     assert job.log.count("attempt 0: crashed") == 1
     # The other nodes were terminated for it: their 143, which srun ends with, is not the cause.
-    assert last_line(job) == (
-        f"bdpo: job {job.id}, attempt 1: gave up after 2 attempts without progress: crashed, "
-        "last checkpoint of step 0: torchrun on node2 ended with 3: RuntimeError: broken for the test"
+    assert re.fullmatch(
+        rf"bdpo: job {job.id}, attempt 1: gave up after 2 attempts without progress: crashed, "
+        r"last checkpoint of step 0: torchrun on node\d+ ended with 3: RuntimeError: broken for the test",
+        job.last_line,
     )
 
 
-def test_what_the_trainer_refuses_is_not_tried_again(cluster):
-    job = cluster.submit("refused", *FLAGS, "--pairs-per-step=1000", nodes=1)
+@uses("refused")
+def test_what_the_trainer_refuses_is_not_tried_again(trainings):
+    job = trainings["refused"]
     job.wait("FAILED")
-    assert "attempt 0: refused, not tried again: --pairs-per-step 1000 is more than" in last_line(job)
+    assert "attempt 0: refused, not tried again: --pairs-per-step 1000 is more than" in job.last_line
 
 
+@uses("undisturbed")
 def test_lost_node(cluster, undisturbed):
+    """After the others: its node is lost to all."""
     job = cluster.submit("lost", *FLAGS)
     job.wait_for_step(6)
-    cluster.lab("kill-node", "node2")
+    (lost,) = re.findall(r"attempt 0, train on node\[\d[-,](\d)\]", job.log)
+    cluster.lab("kill-node", f"node{lost}")
     try:
         job.wait()
     finally:
-        cluster.lab("start-node", "node2")
-    assert re.search(r"attempt [12], train on node\[1,3\]: .*, step [5-9]", job.log)
+        cluster.lab("start-node", f"node{lost}")
+    assert re.search(r"attempt [12], train on node\S+: .*, step [5-9]", job.log)
     assert_same_weights(job, undisturbed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -52,7 +53,7 @@ def test_the_documents_name_tests_that_there_are():
     tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests" / "slurm").glob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", section))
     assert [name for name in named if f"def {name}(" not in tests] == []
-    cases = (ROOT / "tests" / "slurm" / "test_failures.py").read_text("utf-8")
+    cases = (ROOT / "tests" / "slurm" / "test_matrix.py").read_text("utf-8")
     assert set(re.findall(r"^def (test_\w+)\(", cases, re.MULTILINE)) - named == {"test_limits_and_ports"}
 
 
@@ -99,6 +100,53 @@ def test_a_controller_that_does_not_answer_leaves_the_claim(tmp_path):
     assert said(bash("claim", tmp_path, silent, SLURM_JOB_ID="8", TAG="8.0"))[0] == 2
 
 
+def test_an_attempt_that_was_succeeded_ends(tmp_path):
+    """Its ranks are told to stop. Where the file system is away, nothing is known of another."""
+    assert said(bash("succeed; leave_if_succeeded; echo on", tmp_path)) == (0, "on\n")
+    assert list(tmp_path.glob("stop*")) == []
+    assert said(bash("succeed", tmp_path, TAG="7.1")) == (0, "")
+    assert [path.name for path in tmp_path.glob("stop*")] == ["stop.7.0"]
+    code, output = said(bash("leave_if_succeeded; echo on", tmp_path))
+    assert code == 2 and output == "bdpo: attempt 7.0 ends here: 7.1 has gone on from it.\n"
+    (tmp_path / "current").unlink()
+    assert said(bash("leave_if_succeeded; echo on", tmp_path)) == (0, "on\n")
+
+
+# ---- what has happened -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (
+            {
+                "state": "hung",
+                "phase": "scoring",
+                "step": 3,
+                "of": 9,
+                "reason": 'rank 1, on node5, in "all_reduce" {x}',
+            },
+            'hung in scoring, last checkpoint of step 5: rank 1, on node5, in "all_reduce" {x}',
+        ),
+        (
+            {"state": "running", "phase": "training", "reason": "", "cause": "rank 0 stood still"},
+            "hung in training, last checkpoint of step 5: rank 0 stood still",
+        ),
+        (
+            {"state": "running", "phase": None, "reason": "", "cause": None},
+            "crashed, last checkpoint of step 5: srun ended with 9",
+        ),
+    ],
+)
+def test_what_happened_is_told_whole(tmp_path, status, expected):
+    (tmp_path / "status.json").write_text(json.dumps(status) + "\n")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    (tmp_path / "srun.log").touch()
+    (tmp_path / "node1.log").touch()
+    found = bash("what_happened 9; status step", tmp_path, BDPO_STATUS_FILE=str(tmp_path / "status.json"))
+    assert said(found)[1].splitlines() == [expected] + ["3"] * ("step" in status)
+
+
 # ---- strikes ---------------------------------------------------------------------------------------------------------
 
 SETTINGS = {"BDPO_EXCLUDE_PERCENT": "25", "BDPO_STRIKE_MINUTES": "60"}
@@ -109,7 +157,9 @@ def left_out(tmp_path: Path, strikes: list[tuple[float, str]], usable: int = 20,
     lines = (f"{time.time() - 60 * minutes:.0f} {node} 7.0\n" for minutes, node in strikes)
     (tmp_path / "strikes").write_text("".join(lines))
     sinfo = "; ".join([*(f"echo node{index} idle" for index in range(usable)), "echo broken down*", "echo kept drain"])
-    return said(bash("left_out", tmp_path, {"sinfo": sinfo}, **(SETTINGS | environment)))[1].split()
+    scontrol = 'if [ $2 = job ]; then echo "JobId=7 ExcNodeList=node[0-1] x"; else printf "node0\\nnode1\\n"; fi'
+    programs = {"sinfo": sinfo, "scontrol": scontrol}
+    return said(bash("left_out", tmp_path, programs, **(SETTINGS | environment)))[1].split()
 
 
 def test_strikes_expire_and_add_up(tmp_path):
@@ -125,13 +175,14 @@ def test_no_more_than_the_share_is_left_out(tmp_path):
     strikes = [(5, "a"), (4, "b"), (3, "c"), (9, "d"), (10, "d")]
     assert left_out(tmp_path, strikes) == ["d", "c"]
     assert left_out(tmp_path, strikes, SLURM_NNODES="2") == ["d"]
-    assert left_out(tmp_path, strikes, SLURM_NNODES="16") == ["d", "c", "b", "a"]
+    assert left_out(tmp_path, strikes, usable=22, SLURM_NNODES="16") == ["d", "c", "b", "a"]
 
 
 def test_no_more_than_the_partition_can_spare(tmp_path):
-    """Else the job would wait for ever."""
-    assert left_out(tmp_path, [(5, "a"), (4, "b")], usable=9) == ["b"]
-    assert left_out(tmp_path, [(5, "a"), (4, "b")], usable=8) == []
+    """Else the job would wait for ever. Two are excluded by the user."""
+    assert left_out(tmp_path, [(5, "a"), (4, "b")], usable=12) == ["b", "a"]
+    assert left_out(tmp_path, [(5, "a"), (4, "b")], usable=11) == ["b"]
+    assert left_out(tmp_path, [(5, "a"), (4, "b")], usable=10) == []
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
@@ -232,8 +283,10 @@ def test_what_a_program_causes_is_no_fault(tmp_path):
 )
 def test_gpus_that_are_missing(tmp_path, program, words):
     settings = {"BDPO_PREFLIGHT_SECONDS": "1", "BDPO_RANKS_PER_NODE": "8", "BDPO_BEGAN": "1700000000"}
+    began = time.monotonic()
     code, output = said(bash("look_at_gpus", tmp_path, {"nvidia-smi": program, "dmesg": ""}, **settings))
     assert code == 2 and words in output
+    assert time.monotonic() - began < 40, "the limit is a second"
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
