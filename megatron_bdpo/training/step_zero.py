@@ -32,7 +32,8 @@ TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 #: are 16 times coarser than bf16's 7. Set from the bf16 row, not from a measurement on a GPU.
 FP8_TOLERANCE = 5e-1
 
-#: fp32 in Transformer Engine's layers, whose matrix products read TF32: fp16's mantissa, in the operands alone.
+#: fp32 in Transformer Engine's layers, whose matrix products read TF32 (its ``cublaslt_gemm.cu``): fp16's mantissa, in
+#: the operands alone.
 TF32_TOLERANCE = TOLERANCES[torch.float16]
 
 

@@ -111,7 +111,7 @@ def test_numbers(scores, capsys):
     assert line.split()[:6] == [str(cell) for cell in expected]
     assert line.endswith(f"pairs.jsonl, line {worst + 1}")
     assert re.search(rf"^I_w +{i_w.mean():.3f} +{i_w.std():.3f} ", output, re.M)
-    assert max(len(line) for line in output.splitlines()) <= 80
+    assert max(map(len, output.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 7, 60, 99])
