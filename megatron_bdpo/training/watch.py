@@ -21,21 +21,18 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-from torch import distributed
 
 from megatron_bdpo.training import stopping
 from megatron_bdpo.training.phases import NOTHING_TO_KEEP, PhaseClock
 from megatron_bdpo.training.reporting.status import State
+from megatron_bdpo.training.standing import all_standings, cause, leave_stacks, standing_of
+from megatron_bdpo.training.watch_board import Board
 
 #: Exit code of ranks that were ended because one stood still: EX_TEMPFAIL, which asks to try again.
 HUNG = 75
@@ -51,22 +48,6 @@ _REFRESH = 10.0
 
 #: Seconds after which a job that is asked to stop, and has nothing to keep, is left from here.
 _HONOUR = 4.0
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a rank is."""
-
-    rank: int
-    host: str
-    phase: str
-    seconds: float
-    """Since it has last gone on."""
-    limit: float
-    waits: bool
-    """In a collective, as far as Python sees."""
-    place: str
-    """The innermost line of code outside of torch."""
 
 
 class Watch:
@@ -89,10 +70,7 @@ class Watch:
         """
         self._clock, self._rank, self._ranks = clock, rank, ranks
         self._directory, self._conclude, self._patience = directory, conclude, patience
-        self._host = socket.gethostname()
-        self._main = threading.main_thread().ident
-        self._store: Any = None
-        self._told_beats = self._all_beats = 0
+        self._board = Board(rank, ranks)
         self._others_went_on = time.monotonic()
         self._stop_since = 0.0
         self._reason = ""
@@ -104,9 +82,7 @@ class Watch:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Inside the block this rank is watched. Called by the main thread."""
-        if self._ranks > 1:
-            store: Any = distributed.distributed_c10d._get_default_store()
-            self._store = store.clone()
+        self._board.open()
         os.set_blocking(self._pipe, False)
         hears = threading.current_thread() is threading.main_thread()  # only that one may
         before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False) if hears else -1
@@ -131,7 +107,7 @@ class Watch:
             faulthandler.cancel_dump_traceback_later()
             for descriptor in (self._signals, self._pipe):
                 os.close(descriptor)
-            self._store = None
+            self._board.close()
 
     def ask(self, reason: str) -> None:
         """To stop, from the thread that looks at files and the time."""
@@ -140,7 +116,7 @@ class Watch:
     def _run(self) -> None:
         try:
             while not self._ended.is_set():
-                for number in filter(None, self._heard()):
+                for number in filter(None, _signals_from(self._signals)):
                     stopping.hear(number)
                 if not self._ended.is_set():
                     self._look()
@@ -151,15 +127,9 @@ class Watch:
     def _look(self) -> None:
         limit, still = self._clock.limit(), self._still()
         self._arm(still)
-        if (self._ask("hung") or still > limit) and not self._ended.is_set():
+        if (self._board.ask("hung") or still > limit) and not self._ended.is_set():
             self._end_hung()
         self._look_for_stop()
-
-    def _heard(self) -> bytes:
-        """Signals, as soon as there are any."""
-        if select.select([self._signals], [], [], _POLL)[0]:
-            return os.read(self._signals, 1024)
-        return b""
 
     def _arm(self, still: float = 0.0) -> None:
         """Should no Python run any more, not even this thread, C ends the process.
@@ -175,17 +145,9 @@ class Watch:
 
     def _still(self) -> float:
         """Seconds since this rank has gone on, or any of those that it waits for."""
-        own, beats = self._clock, self._clock.beats
-        try:
-            if self._store is not None:
-                # A rank that waits has nothing to say for the others.
-                fresh = 0 if own.is_waiting else beats - self._told_beats
-                found = self._store.add("megatron_bdpo/beats", fresh)
-                self._told_beats = beats
-                if found != self._all_beats:
-                    self._all_beats, self._others_went_on = found, time.monotonic()
-        except RuntimeError:  # the store is gone with its rank, and this one will be ended
-            self._store = None
+        own = self._clock
+        if self._board.others_went_on(own.beats, own_count=not own.is_waiting):
+            self._others_went_on = time.monotonic()
         since = own.now[1]
         return time.monotonic() - (max(since, self._others_went_on) if own.is_waiting else since)
 
@@ -194,53 +156,50 @@ class Watch:
     def _look_for_stop(self) -> None:
         """Ask the other ranks to stop when this one is; leave, where the main thread cannot and nothing is lost."""
         own = f"{name} received" if (name := stopping.signal_heard()) else self._reason
-        if not (own or self._ask("stop")):
+        if not (own or self._board.ask("stop")):
             self._stop_since = 0.0
             return
         if not self._stop_since:
             self._stop_since = time.monotonic()
             if own:
-                self._tell("stop", own)
-                self._add("megatron_bdpo/stop", 1)  # which ``stopping`` asks
+                self._board.tell("stop", own)
+                self._board.add("stop", 1)  # which ``stopping`` asks
             self._say_present()
         if self._is_left_behind():
             _print(f"rank {self._rank}: left after another rank, which is gone")
             os._exit(1)
         if self._rank == 0:
-            self._leave_if_due(own or self._ask("stop"))
-        elif self._ask("leaving"):
-            self._add("megatron_bdpo/watch/seen/leaving", 1)
-            deadline = time.monotonic() + 2 * _WRITE + self._patience
-            while not self._ask("left") and time.monotonic() < deadline and not self._ended.is_set():
-                time.sleep(0.05)
-            if self._ask("left"):
-                self._add("megatron_bdpo/watch/seen/left", 1)
+            self._leave_if_due(own or self._board.ask("stop"))
+        elif self._board.ask("leaving"):
+            self._board.has_seen("leaving")
+            if self._board.await_word("left", 2 * _WRITE + self._patience, self._ended.is_set):
+                self._board.has_seen("left")
                 os._exit(0)
 
     def _say_present(self) -> None:
         """This rank hears of stops, or has ended well."""
         if not self._is_present:
             self._is_present = True
-            self._add("megatron_bdpo/watch/present", 1)
+            self._board.add("watch/present", 1)
 
     def _is_left_behind(self) -> bool:
         """Whether a launcher ends this rank because another one has failed: what it waits for will never come."""
         if stopping.signal_heard() != "SIGTERM" or time.monotonic() - self._stop_since < 2 * _HONOUR:
             return False
-        return 0 < self._add("megatron_bdpo/watch/present", 0) < self._ranks
+        return 0 < self._board.add("watch/present", 0) < self._ranks
 
     def _leave_if_due(self, reason: str) -> None:
         is_due = time.monotonic() - self._stop_since > _HONOUR and not self._ended.is_set()
         if not (is_due and self._clock.now[0] in NOTHING_TO_KEEP) or self._has_tried:
             return
         self._has_tried = True
-        self._tell("leaving", reason)
-        if not self._all_have_seen("leaving"):
+        self._board.tell("leaving", reason)
+        if not self._board.all_have_seen("leaving", 3 * _POLL):
             return  # one has failed, and a launcher stops the others: that is no stop that went well
         _in_time(lambda: self._conclude("stopped", reason), _WRITE + self._patience)
         _print(f"stopped ({reason}) in the phase '{self._clock.now[0]}'; the same command goes on.", descriptor=1)
-        self._tell("left", reason)
-        self._all_have_seen("left")
+        self._board.tell("left", reason)
+        self._board.all_have_seen("left", 3 * _POLL)
         os._exit(0)
 
     # A hang ---------------------------------------------------------------------------------------------------------
@@ -249,115 +208,31 @@ class Watch:
         """Write the stacks, have one rank tell the cause, and end."""
         faulthandler.cancel_dump_traceback_later()
         name = f"hang-{time.strftime('%Y%m%d-%H%M%S')}"
-        name = self._first_to_tell("hung", name)
-        own = self._standing()
-        self._tell(f"standing/{self._rank}", json.dumps(asdict(own)))
-        _in_time(lambda: self._leave_stacks(name), _WRITE)
-        found = self._all_standings(own)
+        name = self._board.first_to_tell("hung", name)
+        own = standing_of(self._rank, self._clock)
+        self._board.tell(f"standing/{self._rank}", json.dumps(asdict(own)))
+        directory = self._directory / name if self._directory else None
+        _in_time(lambda: leave_stacks(directory, self._rank), _WRITE)
+        found = all_standings(self._board, own, _GATHER)
         if self._rank == min(found):
             reason = cause(found, self._ranks)
-            where = self._directory / name if self._directory else "stderr"
-            kept = f"The stacks of the ranks are in {where}" if self._directory else f"The stacks are on {where}"
+            kept = f"The stacks of the ranks are in {directory}" if directory else "The stacks are on stderr"
             _print(
                 f"error: {reason}\nadvice: {kept}. The same command goes on; a phase that may take longer: "
                 f"--phase-limit {own.phase}=SECONDS."
             )
             _in_time(lambda: self._conclude("hung", reason), _WRITE + self._patience)
-            self._tell("told", name)
-            self._all_have_seen("told")
+            self._board.tell("told", name)
+            self._board.all_have_seen("told", 3 * _POLL)
         else:
-            deadline = time.monotonic() + _GATHER + 2 * _WRITE + self._patience
-            while not self._ask("told") and self._store is not None and time.monotonic() < deadline:
-                time.sleep(0.1)
-            self._add("megatron_bdpo/watch/seen/told", 1)
+            self._board.await_word("told", _GATHER + 2 * _WRITE + self._patience)
+            self._board.has_seen("told")
         os._exit(HUNG)
 
-    def _standing(self) -> Standing:
-        phase, since = self._clock.now
-        frame = sys._current_frames().get(self._main or 0)
-        stack = traceback.extract_stack(frame) if frame else []
-        outside = [each for each in stack if "/torch/" not in each.filename and "<" not in each.filename]
-        place = f"{Path(outside[-1].filename).name}:{outside[-1].lineno} {outside[-1].name}" if outside else "?"
-        waits = self._clock.is_waiting or any("/torch/distributed/" in each.filename for each in stack[-8:])
-        seconds, limit = time.monotonic() - since, self._clock.limit()
-        return Standing(self._rank, self._host, phase, seconds, limit, waits, place)
 
-    def _all_standings(self, own: Standing) -> dict[int, Standing]:
-        """Of the ranks that answer in time."""
-        found, deadline = {self._rank: own}, time.monotonic() + _GATHER
-        while len(found) < self._ranks and self._store is not None and time.monotonic() < deadline:
-            for rank in range(self._ranks):
-                if rank not in found and (told := self._ask(f"standing/{rank}")):
-                    found[rank] = Standing(**json.loads(told))
-            time.sleep(0.05)
-        return found
-
-    def _leave_stacks(self, name: str) -> None:
-        file = sys.__stderr__
-        with contextlib.ExitStack() as until_written:
-            if self._directory:
-                directory = self._directory / name
-                directory.mkdir(parents=True, exist_ok=True)
-                file = until_written.enter_context((directory / f"rank-{self._rank:05}.txt").open("w"))
-            faulthandler.dump_traceback(file=file or 2, all_threads=True)
-            if self._directory and "nccl" in distributed.get_backend():
-                # What torch's flight recorder has, for its own tool (torchfrtrace) to compare.
-                recorded: bytes = distributed.distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
-                (directory / f"nccl_trace_rank_{self._rank}").write_bytes(recorded)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-
-    # The store ------------------------------------------------------------------------------------------------------
-
-    def _ask(self, key: str) -> str:
-        """What a rank has told under a key; empty where none has, or nobody can be asked."""
-        with contextlib.suppress(RuntimeError):
-            if self._store is not None and self._store.check([f"megatron_bdpo/watch/{key}"]):
-                return str(self._store.get(f"megatron_bdpo/watch/{key}").decode())
-        return ""
-
-    def _tell(self, key: str, value: str) -> None:
-        with contextlib.suppress(RuntimeError):
-            if self._store is not None:
-                self._store.set(f"megatron_bdpo/watch/{key}", value or "?")
-
-    def _first_to_tell(self, key: str, value: str) -> str:
-        with contextlib.suppress(RuntimeError):
-            if self._store is not None:
-                return str(self._store.compare_set(f"megatron_bdpo/watch/{key}", "", value).decode())
-        return value
-
-    def _add(self, key: str, count: int) -> int:
-        with contextlib.suppress(RuntimeError):
-            if self._store is not None:
-                return int(self._store.add(key, count))
-        return 0
-
-    def _all_have_seen(self, key: str) -> bool:
-        """Whether all other ranks say so, soon. This one may hold the store: it goes last."""
-        deadline = time.monotonic() + 3 * _POLL
-        while self._ranks > 1 and time.monotonic() < deadline:
-            if self._add(f"megatron_bdpo/watch/seen/{key}", 0) >= self._ranks - 1:
-                return True
-            time.sleep(0.05)
-        return self._ranks == 1
-
-
-def cause(found: dict[int, Standing], ranks: int) -> str:
-    """One line: who stands still. A rank that does not answer; else those that wait for nobody; else the longest."""
-    if silent := [str(rank) for rank in range(ranks) if rank not in found]:
-        other = max(found.values(), key=lambda each: each.seconds)
-        listed = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(silent[:8])}"
-        return (
-            f"{listed} did not answer; in the phase '{other.phase}' the others have waited for {other.seconds:.0f} s "
-            f"(limit {other.limit:.0f} s)"
-        )
-    busy = [each for each in found.values() if not each.waits] or list(found.values())
-    first = max(busy, key=lambda each: each.seconds)
-    return (
-        f"rank {first.rank} ({first.host}) stood still in the phase '{first.phase}' for {first.seconds:.0f} s (limit "
-        f"{first.limit:.0f} s), in {first.place}"
-    )
+def _signals_from(pipe: int) -> bytes:
+    """Their numbers, as soon as there are any."""
+    return os.read(pipe, 1024) if select.select([pipe], [], [], _POLL)[0] else b""
 
 
 def _print(text: str, descriptor: int = 2) -> None:

@@ -16,7 +16,8 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.training import phases
 from megatron_bdpo.training.phases import FACTOR, PHASES, PhaseClock, PhaseLimits
 from megatron_bdpo.training.reporting import notify, status
-from megatron_bdpo.training.watch import Standing, Watch, cause, keeping
+from megatron_bdpo.training.standing import Standing, cause
+from megatron_bdpo.training.watch import Watch, keeping
 
 # Limits
 
@@ -70,7 +71,7 @@ def test_a_rank_that_waits_stands_still_only_if_no_rank_goes_on(monkeypatch):
     clocks = [PhaseClock(), PhaseClock()]
     watches = [Watch(clock, rank, 2, None, lambda state, why: None) for rank, clock in enumerate(clocks)]
     for watch in watches:
-        watch._store = store
+        watch._board.store = store
     clocks[1].is_waiting = True
     old = time.monotonic() - 100
     for clock, watch in zip(clocks, watches, strict=True):
