@@ -8,6 +8,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
+import huggingface_hub.constants as hub
+
 #: For the name, the connection and the answer together.
 _SECONDS = 2.5
 
@@ -20,8 +22,6 @@ ADVICE = (
 
 def is_reachable() -> bool:
     """One quick request, through the user's proxies. False at once where HF_HUB_OFFLINE is set."""
-    import huggingface_hub.constants as hub
-
     if hub.HF_HUB_OFFLINE:
         return False
     answers: list[bool] = []
@@ -45,8 +45,7 @@ def _answers(address: str) -> bool:
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     """`datasets` in its offline mode, in which it looks in its cache at once; its switch is read at import time."""
-    import datasets
-    import huggingface_hub.constants as hub
+    import datasets  # takes a second to import
 
     before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_bdpo.errors import UserError
 
@@ -60,12 +61,18 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def _matplotlib() -> Any:
-    """The library, with its parts that are used here."""
-    import matplotlib.figure  # an extra, and slow to import
-    import matplotlib.ticker
+class _Matplotlib(NamedTuple):
+    """What is used of the library."""
 
-    return matplotlib
+    Figure: Callable[..., Figure]
+    rc_context: Callable[..., Any]
+    ticker: ModuleType
+
+
+def _matplotlib() -> _Matplotlib:
+    from matplotlib import figure, rc_context, ticker  # an extra, and slow to import
+
+    return _Matplotlib(figure.Figure, rc_context, ticker)
 
 
 @contextmanager
@@ -84,7 +91,7 @@ def grid(rows: int, columns: int, size: tuple[float, float], **settings: Any) ->
     """One picture with several pairs of axes, row by row; ``settings`` as for matplotlib's ``subplots``."""
     matplotlib = _matplotlib()
     with matplotlib.rc_context(_SETTINGS):
-        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+        figure = matplotlib.Figure(figsize=size, layout="constrained")
         yield figure, list(figure.subplots(rows, columns, squeeze=False, **settings).flat)
 
 

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 from torch import distributed
 
-from megatron_bdpo.data.context import ContextRank
 from megatron_bdpo.display import Block
 from megatron_bdpo.errors import PassingError, UserError
 from megatron_bdpo.training.megatron_settings import ProcessSettings
@@ -292,13 +291,6 @@ def is_rank_zero() -> bool:
 def is_last_rank() -> bool:
     """Whether this is the last global rank: it is of the last pipeline stage, which has the metrics."""
     return bool(distributed.get_rank() == distributed.get_world_size() - 1)
-
-
-def context_rank() -> ContextRank:
-    """This rank's place among those that share its packs. After Megatron has set up its groups."""
-    from megatron.core import parallel_state  # here: this file is read before the platform is prepared
-
-    return ContextRank(parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank())
 
 
 def say(*blocks: Block) -> None:

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from megatron_bdpo.errors import UserError, visible
@@ -38,10 +39,7 @@ def train(argv: Sequence[str] | None = None) -> PreferenceRun:
         SystemExit: when Megatron's loop ends early (``--exit-interval``, a signal, ...), after its checkpoint, and at
             the end of a ``--dry-run``.
     """
-    prepare_platform()
-    from megatron_bdpo.training import programs  # imports Megatron
-
-    return programs.train(argv)
+    return _programs().train(argv)
 
 
 def score(argv: Sequence[str] | None = None) -> list[Path]:
@@ -57,10 +55,7 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
     Raises:
         UserError: on every rank, printed once, for anything the user can put right.
     """
-    prepare_platform()
-    from megatron_bdpo.training import programs  # imports Megatron
-
-    return programs.score(argv)
+    return _programs().score(argv)
 
 
 def tokenize(argv: Sequence[str] | None = None) -> list[Path]:
@@ -75,10 +70,14 @@ def tokenize(argv: Sequence[str] | None = None) -> list[Path]:
     Raises:
         UserError: on every rank, printed once, for anything the user can put right.
     """
-    prepare_platform()
-    from megatron_bdpo.training import programs  # imports Megatron
+    return _programs().tokenize(argv)
 
-    return programs.tokenize(argv)
+
+def _programs() -> ModuleType:
+    prepare_platform()
+    from megatron_bdpo.training import programs  # imports Megatron, for which the platform has to be prepared
+
+    return programs
 
 
 def main(argv: Sequence[str] | None = None) -> PreferenceRun:

@@ -9,11 +9,16 @@ from typing import Any
 
 from megatron.core import parallel_state
 
+from megatron_bdpo.data.context import ContextRank
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.training.batches import IntArray, PackBatch, Packs, iterate_packs
-from megatron_bdpo.training.distributed import context_rank
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.job import PairJob
+
+
+def context_rank() -> ContextRank:
+    """This rank's place among those that share its packs. After Megatron has set up its groups."""
+    return ContextRank(parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank())
 
 
 def dataset_provider(arguments: Arguments, job: PairJob) -> Callable[..., Any]:

@@ -135,8 +135,8 @@ def log_probs_of_groups(flags: list[str]) -> dict[str, list[float]]:
     from megatron_bdpo.data.context import context_part
     from megatron_bdpo.data.packs import Group, lay_out
     from megatron_bdpo.training.batches import to_batch
-    from megatron_bdpo.training.distributed import context_rank
     from megatron_bdpo.training.forward import score_pack
+    from megatron_bdpo.training.pack_iterators import context_rank
     from megatron_bdpo.training.run import PreferenceRun
 
     draw = np.random.default_rng(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
+
 from megatron_bdpo import hub
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.user_files import MOST_SIDE_FILE_BYTES
@@ -76,15 +78,12 @@ def _described(directory: Path) -> Path:
 def _fetched(flag: str, name: str, patterns: list[str], revision: str | None, least_slashes: int = 0) -> Path:
     if Path(name).exists() or not least_slashes <= name.count("/") <= 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{flag}: there is no directory {name}, nor can this be a name on the hub.")
-    try:
-        from huggingface_hub import snapshot_download  # of the extra hf
-    except ImportError as error:
-        raise UserError(
-            f"{flag} by name needs huggingface_hub: pip install 'megatron_bdpo[hf]', or give a directory."
-        ) from error
     reachable = hub.is_reachable()
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not reachable))
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=patterns, local_files_only=not reachable
+        )
+        return Path(found)
     except Exception as error:  # of the hub, of HTTP, of the file system
         reason = f"{type(error).__name__}: {error}" if reachable else hub.ADVICE
         raise UserError(f"{flag}: {name} is no directory and cannot be fetched. {reason}") from error

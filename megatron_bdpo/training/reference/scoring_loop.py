@@ -26,8 +26,9 @@ from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.platform.versions import installed_versions
 from megatron_bdpo.training.batches import IntArray, PackMaker
-from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, context_rank, is_rank_zero, say
+from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.finite import check_reference
+from megatron_bdpo.training.pack_iterators import context_rank
 from megatron_bdpo.training.reference.cache import KINDS, Arrays, ScoreCache
 from megatron_bdpo.training.reference.passes import FloatArray, Groups, GroupScorer
 from megatron_bdpo.training.setup import RunSetup

@@ -312,7 +312,7 @@ def test_other_wrong_flags(scores, tmp_path, capsys):
 
 
 def test_without_matplotlib(scores, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'megatron_bdpo[report]'" in refusal(capsys, scores)
     assert "most imbalanced" in report(capsys, scores, "--text-only")
 
