@@ -44,11 +44,12 @@ def check_environment() -> None:
     Raises:
         UserError: with the offending package and what to do about it.
     """
-    torch = importlib.metadata.version("torch")
-    if Version(torch) < TORCH_MINIMUM:
+    import torch
+
+    if Version(torch.__version__) < TORCH_MINIMUM:
         least = TORCH_MINIMUM.base_version
         raise UserError(
-            f"torch {torch} is installed, but megatron_bdpo needs {least} or newer: torch.mm returns fp32 "
+            f"torch {torch.__version__} is installed, but megatron_bdpo needs {least} or newer: torch.mm returns fp32 "
             f"products of half-precision matrices since then. Install: pip install 'torch>={least}'."
         )
     found = megatron_version()
