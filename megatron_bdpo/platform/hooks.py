@@ -20,9 +20,8 @@ class EvaluationLeft(Exception):
 class SaveHooks(Protocol):
     """What is to be done around the writing of a checkpoint. All ranks call every hook."""
 
-    @property
-    def wants_digests(self) -> bool:
-        """Whether files are to be hashed while they are written."""
+    wants_digests: bool
+    """Whether files are to be hashed while they are written."""
 
     def saving(self, directory: Path) -> contextlib.AbstractContextManager[None]:
         """Around the writing of a checkpoint's files, or with ``--async-save`` the start of it."""
@@ -34,7 +33,7 @@ class SaveHooks(Protocol):
         """All files of a checkpoint are written; the tracker does not name it yet."""
 
 
-class TrainerHooks(SaveHooks, Protocol):
+class TrainerHooks(Protocol):
     """What a run wants to do at the seams. All ranks call every hook, in the same order."""
 
     def wrap_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,8 +42,8 @@ from megatron_bdpo.platform.writing import replace_dead_writer, writer_seams, wr
 
 
 @contextlib.contextmanager
-def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
-    """Wrap the trainer's functions with ``hooks`` inside the ``with`` block."""
+def trainer_seams(hooks: TrainerHooks, saves: SaveHooks) -> Iterator[None]:
+    """Wrap the functions of the trainer, and of its checkpoints, inside the ``with`` block."""
     replacements = [
         (dataset_utils, "compile_helpers", lambda: None),
         (trainer, "initialize_megatron", _initialize(trainer.initialize_megatron)),
@@ -58,8 +58,8 @@ def trainer_seams(hooks: TrainerHooks) -> Iterator[None]:
         (trainer, "training_log", _log(trainer.training_log, hooks)),
         (trainer, "evaluate", _evaluate(trainer.evaluate, hooks)),
         (trainer, "get_signal_handler", lambda: hooks),
-        (dist_checkpointing, "save", _save(dist_checkpointing.save, hooks)),
-        *writer_seams(hashes=hooks.wants_digests),
+        (dist_checkpointing, "save", _save(dist_checkpointing.save, saves)),
+        *writer_seams(hashes=saves.wants_digests),
     ]
     with _replaced(replacements):
         yield

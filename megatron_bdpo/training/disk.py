@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.planning.disk import Saves, checkpoint_bytes, parameters
 from megatron_bdpo.planning.memory import GB
+from megatron_bdpo.planning.storage import Saves, checkpoint_bytes, parameters
 from megatron_bdpo.training.checkpoints import is_complete, iteration_of, named_iteration
 from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero
 from megatron_bdpo.training.flags.arguments import Arguments

@@ -7,7 +7,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +22,14 @@ from megatron_bdpo.display import Block
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.model.evaluation import weights_at_rest
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
-from megatron_bdpo.platform.hooks import EvaluationLeft
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
 from megatron_bdpo.training.callbacks.progress import LogInterval, Progress
 from megatron_bdpo.training.callbacks.standard import standard_callbacks
-from megatron_bdpo.training.checkpoints import failures_to_save
 from megatron_bdpo.training.directories import keep_recipe
-from megatron_bdpo.training.distributed import broadcast, say
+from megatron_bdpo.training.distributed import say
+from megatron_bdpo.training.evaluation_portions import EvaluationPortions
 from megatron_bdpo.training.finite import gradients_named
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.forward import PreferenceStep
@@ -44,6 +42,7 @@ from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable,
 from megatron_bdpo.training.reference.provider import ReferenceProvider
 from megatron_bdpo.training.reporting.advice import about_data
 from megatron_bdpo.training.reporting.summary import summarize
+from megatron_bdpo.training.saves import RunSaves
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup, forget_global_state, set_up
 from megatron_bdpo.training.stopping import StopRequest, StopRequested, listening
@@ -74,6 +73,8 @@ class PreferenceRun:
     """In the order in which they are told of a moment."""
     progress: Progress
     """Of these, the metrics of steps and evaluations, on the last pipeline stage."""
+    evaluation: EvaluationPortions
+    """How evaluations run."""
     stop: StopRequest
     """Whether the run has been asked to stop, and why."""
 
@@ -99,7 +100,7 @@ class PreferenceRun:
         )
         self.model = []
         self.stop = StopRequest.of(self.settings)
-        self._evaluation_left = False
+        self.evaluation = EvaluationPortions(self.stop, self.settings.layout.pipeline)
         self.signals_received = self.stop.signals_received
         self.progress = Progress(LogInterval(schedule.log_interval, len(job.plan.steps)))
         self.callbacks = [*callbacks, *standard_callbacks(setup, self.step, self.progress, self.stop)]
@@ -168,28 +169,12 @@ class PreferenceRun:
             seq_length = self.job.eval_length if forward_only else int(self.job.plan.lengths[self.iteration, 0])
             with gradients_named(self.iteration + 1, self.job.pairs_of_step, self.job.pool.describe):
                 if forward_only:
-                    return self._in_portions(functools.partial(inner, *args, seq_length=seq_length), **kwargs)
+                    microbatches = kwargs.pop("num_microbatches")
+                    evaluate = functools.partial(inner, *args, seq_length=seq_length, forward_only=True, **kwargs)
+                    return self.evaluation.run(evaluate, microbatches)
                 return inner(*args, seq_length=seq_length, forward_only=False, **kwargs)
 
         return run
-
-    def _in_portions(self, evaluate: Callable[..., Any], *, num_microbatches: int, **kwargs: Any) -> list[Any]:
-        """An evaluation a second at a time, so that a stop is heard. Each stage of a pipeline waits for the others in
-        every portion: there they are larger."""
-        stages = self.settings.layout.pipeline
-        size = stages
-        results: list[Any] = []
-        while num_microbatches > 0:
-            if self._evaluation_left or any(self.stop.signals_received()):
-                self._evaluation_left = True
-                raise EvaluationLeft
-            began, count = time.monotonic(), min(size, num_microbatches)
-            results += evaluate(num_microbatches=count, forward_only=True, **kwargs)
-            num_microbatches -= count
-            if num_microbatches:
-                fitting = int(size * _PORTION_SECONDS[stages > 1] / max(time.monotonic() - began, 1e-6))
-                size = broadcast(stages * max(1, min(fitting, 2 * size) // stages))
-        return results
 
     def work_of_step(self) -> tuple[float, float]:
         """What the step has in tokens and in squares of sequence lengths, for Megatron's count of operations."""
@@ -219,46 +204,9 @@ class PreferenceRun:
         for each in self.callbacks:
             each.after_evaluation(metrics, self.iteration)
 
-    @property
-    def wants_digests(self) -> bool:
-        """See ``checkpoints``."""
-        return self.settings.checkpoints.checkpoint_checksums
-
-    @contextlib.contextmanager
-    def saving(self, directory: Path) -> Iterator[None]:
-        """See ``Callback``."""
-        with contextlib.ExitStack() as around:
-            for each in self.callbacks:
-                context = each.saving(directory)
-                if context is not None:
-                    around.enter_context(context)
-            yield
-
     def in_phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """See ``phases``."""
         return phase(name)  # type: ignore[arg-type]  # the trainer's seams name three of them
-
-    def finishing(self, directory: Path) -> contextlib.AbstractContextManager[None]:
-        """What went wrong in the background is told as if it had been in the foreground."""
-        return failures_to_save(directory)
-
-    def leave_if_evaluation_was_left(self) -> None:
-        """A run without its last evaluation is not finished.
-
-        Raises:
-            StopRequested: on all ranks.
-        """
-        if self._evaluation_left:
-            raise StopRequested(self.stop.reason)
-
-    def after_files(self, directory: Path) -> None:
-        """See ``Callback``."""
-        for each in self.callbacks:
-            each.after_files(directory)
-
-
-#: An evaluation is heard to be stopped after this long, without and with stages of a pipeline.
-_PORTION_SECONDS = (1.0, 4.0)
 
 
 @contextlib.contextmanager
@@ -268,13 +216,14 @@ def in_megatron(run: PreferenceRun) -> Iterator[None]:
     Raises:
         SystemExit: Megatron's loop ends early, after its checkpoint.
     """
+    saves = RunSaves(run.callbacks, wants_digests=run.settings.checkpoints.checkpoint_checksums)
     run.setup.add_initial_weights()
     run.setup.add_adapters()
     try:
         with listening(run.settings.schedule.exit_signal):
-            with trainer_seams(run):
+            with trainer_seams(run, saves):
                 yield
-            run.leave_if_evaluation_was_left()
+            run.evaluation.leave_if_left()
             for each in run.callbacks:
                 each.finished()
         say(_what_next(run.settings))

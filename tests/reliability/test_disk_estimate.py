@@ -16,7 +16,7 @@ WIDER = {"hidden_size": 256, "ffn_hidden_size": 512, "num_layers": 2, "train_ite
 
 def estimated_and_written(flags, save):
     """Bytes of a checkpoint by arithmetic, and in the directory."""
-    from megatron_bdpo.planning.disk import checkpoint_bytes
+    from megatron_bdpo.planning.storage import checkpoint_bytes
     from megatron_bdpo.training import run as module
     from megatron_bdpo.training.job_memory import job_shape, model_shape
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_is_as_large_as_is_said(ranks, tmp_path, flags):
     ],
 )
 def test_checkpoints_at_the_fullest_moment(saves, expected):
-    from megatron_bdpo.planning.disk import Saves
+    from megatron_bdpo.planning.storage import Saves
 
     assert Saves(**saves).most_at_once() == expected
     assert Saves(**saves).most_at_once(done=saves["steps"]) == 0

@@ -214,7 +214,7 @@ def seams() -> dict[str, list[bool]]:
     replaced: dict[str, list[bool]] = {name: [] for name in SEAMS}
     for error in (None, KeyError):
         try:
-            with trainer_seams(types.SimpleNamespace(wants_digests=True)):
+            with trainer_seams(types.SimpleNamespace(), types.SimpleNamespace(wants_digests=True)):
                 for name, original in originals.items():
                     replaced[name].append(getattr(trainer, name) is not original)
                 if error:
