@@ -40,8 +40,9 @@ def refuse_small_disks(arguments: Arguments, job: PairJob) -> None:
         UserError: on every rank; a file system has not the room for what the job is going to write on it.
     """
     with all_ranks_agree():
-        if is_rank_zero() and (missing := too_small(needs(arguments, job))):
-            raise UserError("; ".join(missing) + ". Make room, keep fewer (--keep-checkpoints), or name another place.")
+        if is_rank_zero() and (missing := too_small(wanted := needs(arguments, job))):
+            fewer = ", keep fewer (--keep-checkpoints)" if any("checkpoints" in each.what for each in wanted) else ""
+            raise UserError(f"{'; '.join(missing)}. Make room{fewer}, or name another place.")
 
 
 def needs(arguments: Arguments, job: PairJob) -> list[Need]:
@@ -73,20 +74,20 @@ def too_small(wanted: Sequence[Need]) -> list[str]:
     for needs_there in _by_device(wanted).values():
         total, free = sum(each.bytes for each in needs_there), _free(needs_there[0].place)
         if total > free:
-            parts = ", ".join(f"{each.what} {_gigabytes(each.bytes)}" for each in needs_there)
-            found.append(f"{needs_there[0].place}: the disk has {_gigabytes(free)} left, and the run needs {parts}")
+            parts = ", ".join(f"{each.what} {_amount(each.bytes)}" for each in needs_there)
+            found.append(f"{needs_there[0].place}: the disk has {_amount(free)} left, and the run needs {parts}")
     return found
 
 
 def describe(wanted: Sequence[Need], job: PairJob) -> list[str]:
     """For a dry run."""
     stores = sum(file.stat().st_size for store in job.pool.stores for file in store.directory.iterdir())
-    lines = [f"disk: tokens {_gigabytes(stores)}, there already"]
+    lines = [f"disk: tokens {_amount(stores)}, there already"]
     for needs_there in _by_device(wanted).values():
         total, free = sum(each.bytes for each in needs_there), _free(needs_there[0].place)
-        parts = ", ".join(f"{each.what} {_gigabytes(each.bytes)}" for each in needs_there)
+        parts = ", ".join(f"{each.what} {_amount(each.bytes)}" for each in needs_there)
         enough = "" if total <= free else ": TOO LITTLE, a start would be refused"
-        lines.append(f"disk of {needs_there[0].place}: {parts}; {_gigabytes(free)} free here{enough}")
+        lines.append(f"disk of {needs_there[0].place}: {parts}; {_amount(free)} free here{enough}")
     return lines
 
 
@@ -101,7 +102,7 @@ def _checkpoints(settings: Settings, save: Path, size: int, steps: int) -> Need:
     there = _own(save) if directories.goes_on_in_place else 0
     if most is None:
         return Need("checkpoints (all of which stay) at least one of", save, size)
-    what = f"checkpoints ({most} of {_gigabytes(size)}{f', {there} there' if there else ''})"
+    what = f"checkpoints ({most} of {_amount(size)}{f', {there} there' if there else ''})"
     # One is written before any other goes.
     to_come = max(most - there, 1) if most else 0
     return Need(what, save, to_come * size)
@@ -128,5 +129,9 @@ def _free(place: Path) -> int:
     return shutil.disk_usage(_existing(place)).free
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / GB:,.1f} GB" if size >= GB / 10 else f"{size / 1e6:,.1f} MB"
+def _amount(size: int) -> str:
+    unit, name = next(((unit, name) for unit, name in _UNITS if size >= unit / 10), (1e3, "kB"))
+    return f"{size / unit:,.1f} {name}"
+
+
+_UNITS = ((GB, "GB"), (1e6, "MB"))

@@ -88,12 +88,20 @@ def test_a_full_disk_for_the_tokens(ranks, disk):
     assert not list(disk.glob("cache/*/meta.json"))
 
 
-def test_a_full_disk_for_the_scores(ranks, disk, tmp_path):
+@pytest.mark.parametrize(
+    ("leave", "expected"),
+    [
+        (0, r"the disk has 0.0 kB left, and the run needs reference scores \d\.\d kB\. Make room, or name"),
+        (4 << 10, "scores cannot be written to .*No space left on device"),
+    ],
+    ids=["at the start", "while they are written"],
+)
+def test_a_full_disk_for_the_scores(ranks, disk, tmp_path, leave, expected):
     (disk / "scores").mkdir()
-    fill(disk, leave=0)
+    fill(disk, leave)
     flags = ["--num-layers", "1", "--reference-cache", str(disk / "scores")]
     messages = ranks(2)(refusal, flags, pair_cache_dir=str(tmp_path / "cache"))
-    assert_all_say(messages, "scores cannot be written to .*No space left on device")
+    assert_all_say(messages, expected)
 
 
 @pytest.mark.parametrize(
