@@ -52,6 +52,8 @@ class Tally:
     cut_trackers: int = 0
     ended_by_launcher: int = 0
     lost: list[str] = field(default_factory=list)
+    work_lost: list[tuple[float, str]] = field(default_factory=list)
+    """Of each kill: seconds between what was last kept, or the start, and the kill; its phase and way."""
 
     def next(self, phases: set[str], rng: random.Random) -> tuple[str, Way]:
         """One of the phases and a way, of those that were tried least."""
@@ -65,11 +67,14 @@ class Tally:
         for phase in PHASES:
             counts = [self.kills[phase, name] for name in names]
             lines.append(phase.ljust(12) + "".join(str(count).rjust(13) for count in [*counts, sum(counts)]))
+        worst = max(self.work_lost, default=(0.0, "none"))
+        stops = max((each for each in self.work_lost if "SIGKILL" not in each[1]), default=(0.0, "none"))
         return "\n".join(
             [
                 *lines,
                 f"{self.ended_by_launcher} times the launcher had to end a rank that waited for a killed one",
                 f"{self.unfinished} kills left an unfinished checkpoint, {self.cut_trackers} a tracker without a name",
+                f"most work lost: {worst[0]:.0f} s ({worst[1]}); to a stop: {stops[0]:.0f} s ({stops[1]})",
                 f"{self.kills.total()} kills, {self.runs} runs ended as if undisturbed, {len(self.lost)} lost",
             ]
         )
@@ -144,13 +149,17 @@ def disturb(run: Run, kills: int, seconds: dict[str, float], rng: random.Random,
     while left and not run.is_finished():
         target, way = tally.next(run.reachable(), rng)
         expected = run.expected_start()
+        began = time.time()
         job = run.start()
         # A phase may be entered several times; a run that was killed before has less of it ahead.
         if wait_inside(target, rng.uniform(0, 0.5) * seconds[target], job, run.board):
             left -= 1
             phase = run.board.phase(0)
             tally.kills[phase, name_of(way)] += 1
+            killed = time.time()
             code = kill(job, way, rng)
+            last = max(began, run.last_kept())
+            tally.work_lost.append((max(0.0, killed - last), f"{phase}, {name_of(way)}"))
             tally.ended_by_launcher += code == ENDED_BY_LAUNCHER
             if code is None:
                 tally.lost.append(f"{run.directory}: hung after {name_of(way)} during {phase}")
@@ -182,12 +191,12 @@ def _made_model(directory: Path) -> Path:
     return directory / "llama"
 
 
-def matrix(kills: int, seed: int, directory: Path, more: tuple[str, ...] = ()) -> Tally:
+def matrix(kills: int, seed: int, directory: Path, more: tuple[str, ...] = (), slow: float = 0.0) -> Tally:
     """Run the whole matrix below a directory, of a job with ``more`` flags."""
     import tests.harness.warm  # noqa: F401  # before the forks: this is what takes seconds
 
     rng, board, model = random.Random(seed), PhaseBoard(RANKS), _made_model(directory)
-    first, undisturbed = (Run(directory / name, model, board, more) for name in ("first", "undisturbed"))
+    first, undisturbed = (Run(directory / name, model, board, more, slow=slow) for name in ("first", "undisturbed"))
     seconds = {}
     for run in (first, undisturbed):
         run.directory.mkdir()
@@ -201,7 +210,7 @@ def matrix(kills: int, seed: int, directory: Path, more: tuple[str, ...] = ()) -
     print("undisturbed: " + ", ".join(f"{phase} {value:.2f} s" for phase, value in seconds.items()), flush=True)
     tally = Tally()
     while tally.kills.total() < kills:
-        run = Run(directory / f"run{tally.runs + len(tally.lost)}", model, board, more)
+        run = Run(directory / f"run{tally.runs + len(tally.lost)}", model, board, more, slow=slow)
         run.directory.mkdir()
         disturb(run, kills, seconds, rng, tally)
         if not run.is_finished():
@@ -219,13 +228,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="where the runs are kept (default: a temporary one)")
+    parser.add_argument("--slow", type=float, default=0.0, metavar="SECONDS", help="that scoring a pack takes")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG ...", help="more flags of the job: -- --lora-rank 4")
     arguments = parser.parse_args()
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         directory = arguments.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
-        tally = matrix(arguments.kills, arguments.seed, directory, tuple(arguments.flags))
+        tally = matrix(arguments.kills, arguments.seed, directory, tuple(arguments.flags), arguments.slow)
     print(tally.table())
     print(f"{time.monotonic() - start:.0f} s")
     for problem in tally.lost:

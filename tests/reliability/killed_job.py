@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Run:
     more: tuple[str, ...] = ()
     """Further flags of the job."""
     steps: int = 6
+    slow: float = 0.0
+    """Seconds that the scoring of a pack takes at least, as with a large model. Scores are then written as usual."""
 
     @property
     def save(self) -> Path:
@@ -71,10 +74,15 @@ class Run:
         os.dup2(log, 2)
         os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "MASTER_ADDR": "127.0.0.1"}
         from megatron_bdpo.training.entry import main
+        from megatron_bdpo.training.forward import ScoringStep
         from megatron_bdpo.training.reference import scoring_loop
 
         show_phases(self.board, int(os.environ["RANK"]))
-        scoring_loop.FLUSH_SECONDS = 0  # so that kills find a part of the scores on disk
+        if self.slow:
+            step = ScoringStep.__call__
+            ScoringStep.__call__ = lambda *args: (time.sleep(self.slow), step(*args))[1]  # type: ignore[method-assign]
+        else:
+            scoring_loop.FLUSH_SECONDS = 0  # so that kills find a part of the scores on disk
         main(self.flags())
         if os.environ["RANK"] == "0":
             (self.directory / "modules").write_text("\n".join(sys.modules))
@@ -111,6 +119,11 @@ class Run:
                 records.append(json.loads(line))
         plain = [{k: v for k, v in each.items() if not k.startswith(_TIMES)} for each in records]
         return [json.dumps(each, sort_keys=True) for each in plain]
+
+    def last_kept(self) -> float:
+        """When the last of what a later start goes on from was written: tokens, scores, a checkpoint, the export."""
+        kept = [*self.save.glob("cache/*/meta.json"), *self.save.glob("cache/**/part-*"), self.save / TRACKER]
+        return max((each.stat().st_mtime for each in [*kept, self.export] if each.exists()), default=0.0)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
