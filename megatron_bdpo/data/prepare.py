@@ -118,7 +118,7 @@ def prepare_pairs(
         except OSError as error:  # failures to read come as UserError already
             raise UserError(f"--pair-cache-dir: cannot write to {cache_dir}: {error.strerror or error}.") from error
     store = PairStore.open(directory, sources=settings.sources)
-    store.verify()  # a flipped bit in a token would train on another text, and no later number would show it
+    store.verify(pause)  # a flipped bit in a token would train on another text, and no later number would show it
     if store.fingerprint != fingerprint:
         raise UserError(f"{directory} holds the store of other data ({store.fingerprint}). Delete the directory.")
     # Again for a store that was found: it may have been built under more lenient limits.

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,7 @@ _ARRAYS: dict[str, tuple[str, int | None]] = {
     "own_prompts": ("<i4", None),
     "own_lengths": ("<i4", None),
 }
+_VERIFIED_AT_ONCE = 2**24  # tokens
 _MAY_BE_EMPTY = frozenset({"reference", "context", "own_prompts", "own_lengths"})
 #: Those that have a row for each pair.
 _BY_PAIR = ("starts", "lengths", "source", "row", "unsafe", "prompt_of")
@@ -201,14 +203,21 @@ class PairStore:
         """Where a pair comes from, in words for a message: ``pairs.jsonl, line 17``."""
         return describe_row(self.sources[self.source[index]], int(self.row[index]))
 
-    def verify(self) -> None:
+    def verify(self, pause: Callable[[], None] = lambda: None) -> None:
         """Read all tokens and compare their checksum. Opening checks everything else.
+
+        Args:
+            pause: called before each piece of 64 MiB; what it raises ends the reading.
 
         Raises:
             UserError: the tokens are damaged.
         """
         expected = _read_meta(self.directory)["arrays"][_TOKENS]["crc32"]
-        if _crc32(self._tokens) != expected:
+        crc32 = 0
+        for start in range(0, len(self._tokens), _VERIFIED_AT_ONCE):
+            pause()
+            crc32 = zlib.crc32(np.ascontiguousarray(self._tokens[start : start + _VERIFIED_AT_ONCE]), crc32)
+        if crc32 != expected:
             raise _damaged(self.directory, "the checksum of tokens.bin is wrong")
 
 

@@ -186,7 +186,7 @@ _OF_A_START = frozenset(
         "log-interval", "num-workers", "recipe", "dry-run", "gpus-per-node", "gpu-memory", "gpu-tflops",
         "assumed-mfu", "override-opt_param-scheduler", "use-checkpoint-opt_param-scheduler",
         "checkpoint-checksums", "no-checkpoint-checksums", "megatron-output", "tensorboard-dir",
-        "wandb-project", "wandb-exp-name", "wandb-save-dir", "distributed-timeout-minutes",
+        "wandb-project", "wandb-exp-name", "wandb-save-dir", "phase-limit", "distributed-timeout-minutes",
     }
 )  # fmt: skip
 

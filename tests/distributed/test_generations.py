@@ -93,7 +93,7 @@ def test_another_run_in_the_directory_leaves_no_answers_of_the_first(ranks, tmp_
     save = ["--save", str(tmp_path), "--save-interval", "1"]
     ranks(1)(train, [*HELD_OUT, *questions, *save], **(JOB | {"train_iters": 1}))
     assert rows_of(tmp_path)
-    ranks(1)(train, [*HELD_OUT, *save], **(JOB | {"train_iters": 1}))
+    ranks(1)(train, [*HELD_OUT, *save, "--overwrite"], **(JOB | {"train_iters": 1}))
     assert rows_of(tmp_path) == []
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
 
-#: The command: words as a shell would split them, but no shell reads them. ``bash -c '...'`` is one that can.
+#: The command, which bash reads, here as in ``slurm/``.
 COMMAND = "BDPO_NOTIFY"
 
 #: Seconds that it may take.
@@ -32,8 +31,8 @@ def notify(state: str, *, step: int, of: int, cause: str, run: str) -> None:
     told = {"STATE": state, "STEP": str(step), "STEPS": str(of), "CAUSE": " ".join(cause.split()), "RUN": run}
     environment = os.environ | {f"BDPO_{name}": value for name, value in told.items()}
     try:
-        problem = _run(shlex.split(command), environment, limit())
-    except (OSError, ValueError) as error:
+        problem = _run(command, environment, limit())
+    except OSError as error:
         problem = str(error)
     if problem:
         with contextlib.suppress(OSError):
@@ -47,11 +46,15 @@ def limit() -> float:
     return _SECONDS
 
 
-def _run(words: list[str], environment: dict[str, str], seconds: float) -> str:
+def _run(command: str, environment: dict[str, str], seconds: float) -> str:
     """What went wrong, if anything did."""
     # Its own session: it is ended with all that it has started, and a Ctrl-C that ends the job does not end it.
     with subprocess.Popen(
-        words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        ["bash", "-c", command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     ) as process:
         try:
             code = process.wait(seconds)

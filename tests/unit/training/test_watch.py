@@ -137,7 +137,7 @@ def test_the_status_is_kept_current_until_the_job_has_ended(tmp_path, monkeypatc
 def test_notify_gets_what_has_happened(tmp_path, monkeypatch):
     told = tmp_path / "told"
     variables = " ".join(f"$BDPO_{name}" for name in ("STATE", "STEP", "STEPS", "CAUSE", "RUN"))
-    monkeypatch.setenv("BDPO_NOTIFY", f"bash -c 'echo {variables} > {told}'")
+    monkeypatch.setenv("BDPO_NOTIFY", f"echo {variables} > {told}")
     notify.notify("crashed", step=2, of=5, cause="two\nlines", run="RUN")
     assert told.read_text() == "crashed 2 5 two lines RUN\n"
 
@@ -148,7 +148,7 @@ def test_notify_gets_what_has_happened(tmp_path, monkeypatch):
         ("sleep 60", "BDPO_NOTIFY: ended after 0.2 s"),
         ("false", "BDPO_NOTIFY: exit code 1"),
         ("/nowhere/to/be/found", "No such file"),
-        ("'", "No closing quotation"),
+        ("'", "unexpected EOF"),
     ],
 )
 def test_notify_never_fails_nor_waits_for_long(command, expected, monkeypatch, capfd):
