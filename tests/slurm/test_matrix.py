@@ -113,7 +113,7 @@ CASES = {
     "restart_in_place": Case("[ $start = 0+1 ] || exit 3; finish", settings={"BDPO_RESTARTS": "1"}),
     # What crashed has broken the node, too.
     "no_restart_on_a_bad_node": Case(
-        "[ $attempt != 1 ] || finish; [ $node != 1 ] || touch /tmp/broken.$SLURM_JOB_ID; exit 3",
+        "[ $attempt != 1 ] || finish; [ $node = 1 ] || sleep 60; touch /tmp/broken.$SLURM_JOB_ID; exit 3",
         settings={"BDPO_RESTARTS": "2", "BDPO_PREFLIGHT": "[ ! -e /tmp/broken.$SLURM_JOB_ID ]"},
     ),
     "requeue_refused_twice": Case(

@@ -30,9 +30,12 @@ ATTEMPT = {
 def bash(code: str, directory: Path, programs: dict[str, str] | None = None, **environment: str):
     """Run shell code after lib.sh was sourced, with programs of ours on the PATH."""
     for name, text in (programs or {}).items():
-        (directory / "bin").mkdir(exist_ok=True)
-        (directory / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (directory / "bin" / name).chmod(0o755)
+        program = directory / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        new = program.with_suffix(".new")
+        new.write_text(f"#!/bin/bash\n{text}\n")
+        new.chmod(0o755)
+        new.replace(program)  # in one step: another process may be running it
     variables = os.environ | ATTEMPT | {"CONTROL": str(directory), "LOGS": str(directory), "RUN_DIR": str(directory)}
     variables["PATH"] = f"{directory / 'bin'}:{os.environ['PATH']}"
     command = ["bash", "-c", f'. "{LIBRARY}"\n{code}']
