@@ -124,7 +124,7 @@ def run(
             super().after_load(model)
             measured.reference = Instant.now().wall - start.wall
 
-        def before_training(self, evaluate: Callable[[], Any]) -> None:
+        def before_training(self, evaluate: Callable[[int], Any]) -> None:
             super().before_training(evaluate)
             measured.marks.append(Instant.now())
 

@@ -45,8 +45,8 @@ class TrainerHooks(Protocol):
     def after_load(self, model: list[Any]) -> None:
         """The model's chunks hold their initial or loaded weights."""
 
-    def before_training(self, evaluate: Callable[[], Any]) -> None:
-        """Training is about to begin. ``evaluate`` runs one evaluation."""
+    def before_training(self, evaluate: Callable[[int], Any]) -> None:
+        """Training is about to begin. ``evaluate`` runs one evaluation, of the weights after so many steps."""
 
     def work_of_step(self) -> tuple[float, float]:
         """After a step's backward pass: its tokens, and the sum of squares of its sequences' lengths, of all ranks."""

@@ -200,8 +200,9 @@ def _train(original: Callable[..., Any], hooks: TrainerHooks) -> Callable[..., A
         step: Any, model: Any, optimizer: Any, scheduler: Any, train_data: Any, valid_data: Any, process: Any,
         config: Any, *rest: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        def evaluate() -> None:
-            trainer.evaluate_and_print_results("the start", step, valid_data, model, 0, None, config)
+        def evaluate(iteration: int) -> None:
+            prefix = f"iteration {iteration}" if iteration else "the start"
+            trainer.evaluate_and_print_results(prefix, step, valid_data, model, iteration, None, config)
 
         hooks.before_training(evaluate)
         return original(step, model, optimizer, scheduler, train_data, valid_data, process, config, *rest, **kwargs)

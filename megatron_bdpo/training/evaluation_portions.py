@@ -20,8 +20,13 @@ class EvaluationPortions:
     Each stage of a pipeline waits for the others in every portion: there they are larger.
     """
 
-    def __init__(self, stop: StopRequest, stages: int) -> None:
-        self._stop, self._stages = stop, stages
+    def __init__(self, stop: StopRequest, stages: int, after_leaving: Callable[[], None]) -> None:
+        """
+        Args:
+            stages: of the pipeline.
+            after_leaving: called on all ranks when an evaluation ends without a result.
+        """
+        self._stop, self._stages, self._after_leaving = stop, stages, after_leaving
         self._was_left = False
 
     def run(self, evaluate: Callable[..., list[Any]], microbatches: int) -> list[Any]:
@@ -38,6 +43,7 @@ class EvaluationPortions:
         while microbatches > 0:
             if self._was_left or any(self._stop.signals_received()):
                 self._was_left = True
+                self._after_leaving()
                 raise EvaluationLeft
             began, count = time.monotonic(), min(size, microbatches)
             results += evaluate(num_microbatches=count)

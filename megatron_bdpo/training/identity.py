@@ -53,6 +53,8 @@ class RunIdentity:
     """With adapters: the digest of the weights that they stand beside."""
     frozen_routers: bool = False
     """``--moe-freeze-router``: the optimizer's state has nothing of routers."""
+    evaluation_is_due: bool = False
+    """The run was stopped in the evaluation after the checkpoint's step: to be done again when it goes on."""
 
 
 def identity_of(settings: Settings, job: PairJob, lora: dict[str, Any]) -> RunIdentity:

@@ -63,6 +63,8 @@ class PreferenceRun:
     """Of the model."""
     model: list[Any]
     """The policy's chunks, once they are loaded."""
+    identity: identity.RunIdentity
+    """What the checkpoints say of the run, once the reference is known."""
     iteration: int
     """Steps that are done."""
     scoring: TokenScoring
@@ -100,7 +102,9 @@ class PreferenceRun:
         )
         self.model = []
         self.stop = StopRequest.of(self.settings)
-        self.evaluation = EvaluationPortions(self.stop, self.settings.layout.pipeline)
+        self.evaluation = EvaluationPortions(
+            self.stop, self.settings.layout.pipeline, functools.partial(self._keep_identity, evaluation_is_due=True)
+        )
         self.signals_received = self.stop.signals_received
         self.progress = Progress(LogInterval(schedule.log_interval, len(job.plan.steps)))
         self.callbacks = [*callbacks, *standard_callbacks(setup, self.step, self.progress, self.stop)]
@@ -130,7 +134,8 @@ class PreferenceRun:
         self.step.reference = reference
         if isinstance(reference, ReferenceTable):
             known = _decide_by_data(self, reference, known, resumed=resumed)
-        self.arguments.set(**identity.identity_argument(known))
+        self.identity = known
+        self._keep_identity()
         log_probs = reference.directories if isinstance(reference, ReferenceTable) else {}
         keep_recipe(self.arguments)  # here: a start that fails before leaves nothing behind
         if resumed:
@@ -141,17 +146,21 @@ class PreferenceRun:
         for chunk in unwrap_model(model):  # after the reference has been built from the same configuration
             chunk.config.moe_grad_scale_func = functools.partial(_auxiliary_loss_scale, self, chunk.config)
 
-    def before_training(self, evaluate: Callable[[], Any]) -> None:
+    def _keep_identity(self, **changes: Any) -> None:
+        """In every checkpoint from now on."""
+        self.arguments.set(**identity.identity_argument(replace(self.identity, **changes)))
+
+    def before_training(self, evaluate: Callable[[int], Any]) -> None:
         """Megatron's loop is about to start."""
         clock().enter("step")  # for good: from here on there is something to lose
         clock().is_warm = False
         for each in self.callbacks:
             each.before_training()
         self.stop.leave_if_asked()
-        if self.settings.evaluation.eval_at_start and self.settings.schedule.eval_iters and self.iteration == 0:
+        if _is_evaluated_first(self):
             gate, self.step.gate = self.step.gate, None
             with weights_at_rest(self.model):
-                evaluate()
+                evaluate(self.iteration)
             self.step.gate = gate
             self.stop.leave_if_asked()
 
@@ -252,6 +261,12 @@ def _place(run: PreferenceRun) -> str:
     if run.iteration >= last_step:
         return f"already finished at step {run.iteration} of {last_step}: nothing to train."
     return f"resumed at step {run.iteration} of {last_step}"
+
+
+def _is_evaluated_first(run: PreferenceRun) -> bool:
+    if run.iteration:  # after the last step Megatron evaluates by itself
+        return run.identity.evaluation_is_due and run.iteration < len(run.job.plan.steps)
+    return run.settings.evaluation.eval_at_start and bool(run.settings.schedule.eval_iters)
 
 
 def _what_next(settings: Settings) -> str:

@@ -20,8 +20,14 @@ def train_and_ask(flags, *, at_step, rank, sends=None, touches=None):
     """Run the tiny job on this rank; after ``at_step`` steps ``rank`` signals itself, or touches a file."""
 
     class Asking(Callback):
+        def after_load(self, start):
+            self.ask_at(start.iteration)
+
         def after_step(self, step):
-            if step.iteration == at_step and distributed.get_rank() == rank:
+            self.ask_at(step.iteration)
+
+        def ask_at(self, iteration):
+            if iteration == at_step and distributed.get_rank() == rank:
                 if sends:
                     os.kill(os.getpid(), sends)
                 if touches:
@@ -68,11 +74,24 @@ def test_stopped_run_resumes_bit_identically(ranks, tmp_path, how, expected_reas
 def test_asked_before_the_first_step(ranks, tmp_path):
     stop_file = tmp_path / "stop"
     flags = [*LAYOUT, "--save", str(tmp_path / "run"), "--stop-file", str(stop_file)]
-    cache = str(tmp_path / "cache")
-    tokens = [*LAYOUT[:4], "--preference-loss", "simpo"]
-    ranks(2)(train, tokens, pair_cache_dir=cache)
-    stop_file.touch()
-    outcomes = ranks(2)(train, flags, pair_cache_dir=cache)
+    outcomes = [outcome for outcome, _ in ranks(2)(train_and_ask, flags, at_step=0, rank=0, touches=stop_file)]
     assert [outcome.exit_code for outcome in outcomes] == [0, 0]
     assert last_stage(outcomes).steps == []
     assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["step"]) == ("stopped", 0)
+
+
+def test_an_evaluation_that_was_left_is_done_when_the_run_goes_on(ranks, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = [*LAYOUT, "--eval-share", "0.3", "--eval-interval", "2"]
+
+    def evaluated(run):
+        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [record for record in records if record["kind"] == "evaluation"]
+
+    ranks(2)(train, [*flags, "--save", str(whole)])
+    assert [record["iteration"] for record in evaluated(whole)][:2] == [2, 4]
+    resume = [*flags, "--save", str(parts), "--load", str(parts)]
+    ranks(2)(train_and_ask, resume, at_step=2, rank=1, sends=signal.SIGTERM)
+    assert (status(parts)["step"], evaluated(parts)) == (2, [])
+    ranks(2)(train, resume)
+    assert evaluated(parts) == evaluated(whole)

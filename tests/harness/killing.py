@@ -88,6 +88,7 @@ def _fork_rank(rank: int, world_size: int, port: int, job: Callable[[], Any]) ->
         return pid
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored for what it starts with &
     try:
         job()
     except BaseException:

@@ -196,7 +196,9 @@ def matrix(kills: int, seed: int, directory: Path, more: tuple[str, ...] = (), s
     import tests.harness.warm  # noqa: F401  # before the forks: this is what takes seconds
 
     rng, board, model = random.Random(seed), PhaseBoard(RANKS), _made_model(directory)
-    first, undisturbed = (Run(directory / name, model, board, more, slow=slow) for name in ("first", "undisturbed"))
+    first, undisturbed = (
+        Run(directory / name, model, board, more, pack_seconds=slow) for name in ("first", "undisturbed")
+    )
     seconds = {}
     for run in (first, undisturbed):
         run.directory.mkdir()
@@ -210,7 +212,7 @@ def matrix(kills: int, seed: int, directory: Path, more: tuple[str, ...] = (), s
     print("undisturbed: " + ", ".join(f"{phase} {value:.2f} s" for phase, value in seconds.items()), flush=True)
     tally = Tally()
     while tally.kills.total() < kills:
-        run = Run(directory / f"run{tally.runs + len(tally.lost)}", model, board, more, slow=slow)
+        run = Run(directory / f"run{tally.runs + len(tally.lost)}", model, board, more, pack_seconds=slow)
         run.directory.mkdir()
         disturb(run, kills, seconds, rng, tally)
         if not run.is_finished():
@@ -219,7 +221,11 @@ def matrix(kills: int, seed: int, directory: Path, more: tuple[str, ...] = (), s
             tally.lost.append(f"{run.directory}: another {', '.join(differing)}")
         else:
             tally.runs += 1
-        print(f"{tally.kills.total()} kills, {tally.runs} runs ended, {len(tally.lost)} lost", flush=True)
+        print(
+            f"{tally.kills.total()} kills, {tally.runs} runs ended, {len(tally.lost)} lost",
+            *tally.lost[-1:],
+            flush=True,
+        )
     return tally
 
 

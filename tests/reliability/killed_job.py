@@ -44,7 +44,7 @@ class Run:
     more: tuple[str, ...] = ()
     """Further flags of the job."""
     steps: int = 6
-    slow: float = 0.0
+    pack_seconds: float = 0.0
     """Seconds that the scoring of a pack takes at least, as with a large model. Scores are then written as usual."""
 
     @property
@@ -78,9 +78,9 @@ class Run:
         from megatron_bdpo.training.reference import scoring_loop
 
         show_phases(self.board, int(os.environ["RANK"]))
-        if self.slow:
+        if self.pack_seconds:
             step = ScoringStep.__call__
-            ScoringStep.__call__ = lambda *args: (time.sleep(self.slow), step(*args))[1]  # type: ignore[method-assign]
+            ScoringStep.__call__ = lambda *args: (time.sleep(self.pack_seconds), step(*args))[1]  # type: ignore[method-assign]
         else:
             scoring_loop.FLUSH_SECONDS = 0  # so that kills find a part of the scores on disk
         main(self.flags())
