@@ -28,7 +28,7 @@ TEST_ENV := $(VENV)/.installed-test
 DEMO_ENV := $(firstword $(wildcard $(TEST_ENV)) $(VENV)/.installed-demo)
 SMOLLM2_ENV := $(firstword $(wildcard $(TEST_ENV)) $(VENV)/.installed-smollm2)
 
-.PHONY: help demo smollm2 ablation docs test lint types pytest parity slurm-lab install install-test versions clean distclean
+.PHONY: help demo smollm2 ablation pages docs test lint types pytest parity slurm-lab install install-test versions clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -66,6 +66,9 @@ endif
 
 parity: $(TEST_ENV) ## every layout with every loss and optimizer against one process; writes docs/parity.md
 	@$(RUN) pytest tests/parity/test_matrix.py --full-matrix --write-parity-table $(PYTEST_ARGS)
+
+pages: $(TEST_ENV) ## write into docs/ what its pages take from the source
+	@"$(VENV)/bin/python" tools/pages.py
 
 docs: $(VENV)/.installed-docs ## the documentation into site/, with warnings as errors
 	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict

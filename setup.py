@@ -53,7 +53,7 @@ EXTRAS_REQUIRE = {
     "report": REPORT,
     "smollm2": SMOLLM2,
     # `make docs`.
-    "docs": ["mkdocs-material", "mkdocstrings[python]"],
+    "docs": ["mkdocs-material"],
     # For a torch build without CUDA, which does not bring triton.
     "cpu": ["triton; sys_platform == 'linux'"],
     # The coverage-guided engine of `python -m tests.reliability.fuzz`; Hypothesis is the other.

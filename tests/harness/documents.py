@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import pages
+
 ROOT = Path(__file__).parents[2]
 
 DOCUMENTS = (
@@ -70,7 +72,7 @@ def commands() -> list[Command]:
 
 
 def _in_document(document: str) -> Iterator[Command]:
-    text = (ROOT / document).read_text("utf-8")
+    text = pages.by_hand((ROOT / document).read_text("utf-8"))
     fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     blocks = [body for language, body in fences if language in ("bash", "sh", "console")]

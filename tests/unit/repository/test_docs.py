@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import os
 import re
@@ -17,6 +16,7 @@ from megatron_bdpo.cli.main import cli, main
 from megatron_bdpo.data import formats
 from megatron_bdpo.losses import registry
 from tests.unit.cli.test_cli import ALL
+from tools import docstrings, pages
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -28,26 +28,39 @@ FOREIGN = {
 ELSEWHERE = {"performance", "ablation", "parity", "reliability", "migrating"}
 
 
-def hooks():
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "tools" / "docs_hooks.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_pages_are_current():
+    """What the pages take from the source is as the source says it: losses, formats, files, messages, docstrings."""
+    assert pages.outdated() == [], "make pages"
 
 
-def test_losses_are_those_of_the_program(capsys):
+def test_a_page_that_is_not_current_is_found():
+    """A place is filled whatever it held, and what stands around it stays."""
+    page = "a\n\n<!-- made: formats -->\n\nof before\n\n<!-- end -->\n\nb\n"
+    text = pages.filled(page)
+    assert text == pages.filled("a\n\n<!-- made: formats -->\n<!-- end -->\n\nb\n") != page
+    assert text.startswith("a\n\n<!--") and text.endswith("-->\n\nb\n") and "of before" not in text
+    assert all(f"| `{each.name}` | {each.summary} |" in text for each in formats.FORMATS)
+
+
+def test_every_loss_is_explained():
     page = (DOCS / "losses.md").read_text("utf-8")
-    assert main(["losses", "--markdown"]) == 0
-    assert capsys.readouterr().out in page
-    for name in registry.names():
-        assert f"### {name}\n\n::: megatron_bdpo.losses.{name}\n" in page
+    headings = ", ".join(re.findall(r"^### (.*)$", page, re.M)).split(", ")
+    assert sorted(headings) == sorted(registry.names())
 
 
-def test_formats_are_those_of_the_program():
-    page = (DOCS / "data.md").read_text("utf-8")
-    rows = "".join(f"| `{each.name}` | {each.summary} |\n" for each in formats.FORMATS)
-    assert f"| `--pair-format` | rows |\n|---|---|\n{rows}\n" in page
+def test_docstrings_as_markdown():
+    text = """Scores.
+
+        z = x < y
+
+    Args:
+        pairs, of_all: [P] int64,
+            sorted.
+
+    Takes ``a <b>``.
+    """
+    expected = "Scores.\n\n    z = x < y\n\n**Args**\n\n- `pairs, of_all`: [P] int64,\n  sorted.\n\nTakes `a <b>`."
+    assert docstrings.markdown(text) == expected
 
 
 def known_flags() -> set[str]:
@@ -70,8 +83,10 @@ def own_flags() -> set[str]:
 
 def test_flags_in_documents_exist(ranks):
     (flags,) = ranks(1)(known_flags)
-    pages = {page.stem: page for page in [*DOCS.glob("*.md"), ROOT / "README.md"] if page.stem not in ELSEWHERE}
-    texts = {name: page.read_text("utf-8") for name, page in pages.items()}
+    written_by_hand = {
+        page.stem: page for page in [*DOCS.glob("*.md"), ROOT / "README.md"] if page.stem not in ELSEWHERE
+    }
+    texts = {name: pages.by_hand(page.read_text("utf-8")) for name, page in written_by_hand.items()}
     # Of a table "theirs | here", the right side.
     rows = re.findall(r"^\|.*\| (.*) \|$", (DOCS / "migrating.md").read_text("utf-8"), re.M)
     texts["migrating"] = "\n".join(rows)
@@ -80,31 +95,23 @@ def test_flags_in_documents_exist(ranks):
         assert written - flags - own_flags() - FOREIGN == set(), page
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "slurm/README.md", "examples/paper/README.md"])
+LINKED = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "slurm/README.md", "examples/paper/README.md"]
+
+
+@pytest.mark.parametrize("document", [*LINKED, *(f"docs/{page.name}" for page in sorted(DOCS.glob("*.md")))])
 def test_links_lead_somewhere(document):
-    """Of the pages in docs/ MkDocs says it."""
+    """In the repository, as it is read there; of the site MkDocs says it."""
     text = (ROOT / document).read_text("utf-8")
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", re.sub(r"```.*?```", "", text, flags=re.S))
     assert [link for link in links if not ((ROOT / document).parent / link).exists()] == []
 
 
 def test_lists_from_the_source():
-    """Every page's places are filled in, and the lists hold what the code says."""
-    module = hooks()
-    for page in DOCS.glob("*.md"):
-        assert "{{" not in module.on_page_markdown(page.read_text("utf-8")), page
-    text = module.on_page_markdown((DOCS / "troubleshooting.md").read_text("utf-8"))
+    """The lists of messages hold what the code says."""
+    text = (DOCS / "troubleshooting.md").read_text("utf-8")
     assert "is named … times. Name it once, with a weight." in text
     assert "nothing is learned. Raise --lr" in text
     assert text.count("\n- ") > 120
-
-
-def test_every_message_is_listed():
-    """Troubleshooting by message: whatever part of the package raises it, an error for users is on the page."""
-    module = hooks()
-    listed = module.on_page_markdown((DOCS / "troubleshooting.md").read_text("utf-8"))
-    raised = {message for file in (ROOT / "megatron_bdpo").rglob("*.py") for message in module.messages(file)}
-    assert [message for message in raised if module._escaped(message) not in listed] == []
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -176,7 +183,6 @@ for iteration in range(1, 21):
 
 def test_it_builds(tmp_path):
     pytest.importorskip("mkdocs", reason="the extra docs is not installed; make docs builds it")
-    pytest.importorskip("mkdocstrings")
     # Without --quiet: it hides warnings from --strict too, which then passes whatever there is.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
