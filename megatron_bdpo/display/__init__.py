@@ -1,7 +1,7 @@
 """Tables and facts for people: drawn by rich in a terminal, as wide as that is; plain lines in a file or a pipe.
 
-What is shown is a list of blocks: a string, which may have several lines, a :class:`Table` or :class:`Facts`. In a
-terminal, ``NO_COLOR`` and ``COLUMNS`` are heeded.
+What is shown is a list of blocks: a string, which may have several lines, a :class:`Table`, :class:`Facts` or a
+:class:`Line`. In a terminal, ``NO_COLOR`` and ``COLUMNS`` are heeded.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import os
 import sys
 from typing import TextIO
 
-from megatron_bdpo.display.blocks import Block, Facts, Table, plain
+from megatron_bdpo.display.blocks import BETWEEN, Block, Facts, Line, Mood, Table, plain
 
-__all__ = ["Block", "Facts", "Table", "is_terminal", "plain", "show", "width"]
+__all__ = ["BETWEEN", "Block", "Facts", "Line", "Mood", "Table", "is_terminal", "plain", "show", "width"]
 
 
 def show(*blocks: Block, stream: TextIO | None = None) -> None:

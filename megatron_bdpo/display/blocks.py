@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from textwrap import TextWrapper
+from typing import Literal
 
 from megatron_bdpo.errors import visible
 
@@ -81,6 +82,36 @@ class Facts:
         )
 
 
+type Mood = Literal["", "doubtful", "wrong"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of parts with bars between them; a terminal shows in colour which of them is not as it should be."""
+
+    parts: Sequence[tuple[str, Mood]]
+    """The most wanted first."""
+
+    def fitting(self, columns: int | None) -> Line:
+        """As many of the parts as so many columns have room for, the first in any case. None is room for all."""
+        if columns is None:
+            return self
+        kept, used = 0, -len(BETWEEN)
+        for text, _ in self.parts:
+            used += len(BETWEEN) + len(text)
+            if used > columns:
+                break
+            kept += 1
+        return Line(self.parts[: max(kept, 1)])
+
+    def plain(self) -> str:
+        return BETWEEN.join(text for text, _ in self.parts)
+
+
+#: What stands between the parts of a line.
+BETWEEN = " | "
+
+
 #: Characters of a cell's line in the plain form.
 _CELL = 46
 
@@ -91,7 +122,7 @@ def _wrapped(cell: str) -> list[str]:
     return [part for line in cell.splitlines() for part in (wrap(line) if len(line) > _CELL else [line])] or [""]
 
 
-type Block = str | Table | Facts
+type Block = str | Table | Facts | Line
 
 
 def plain(blocks: Iterable[Block]) -> str:

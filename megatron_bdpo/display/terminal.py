@@ -10,16 +10,20 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from megatron_bdpo.display.blocks import Block, Facts, Table
+from megatron_bdpo.display.blocks import BETWEEN, Block, Facts, Line, Mood, Table
 from megatron_bdpo.errors import visible
 
 
 def draw(blocks: Iterable[Block], stream: TextIO, width: int | None) -> None:
     """Draw them, flushed."""
-    console = Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
+    draw_on(Console(file=stream, width=width, highlight=False, emoji=False, markup=False), blocks)
+    stream.flush()
+
+
+def draw_on(console: Console, blocks: Iterable[Block]) -> None:
+    """Draw them with a console of rich's that is there already."""
     for block in blocks:
         console.print(_drawn(block))
-    stream.flush()
 
 
 def _text(text: str, style: str = "") -> Text:
@@ -29,6 +33,8 @@ def _text(text: str, style: str = "") -> Text:
 
 def _drawn(block: Block) -> RenderableType:
     match block:
+        case Line():
+            return _text(BETWEEN).join(_text(part, _STYLES[mood]) for part, mood in block.parts)
         case Table():
             table = _table(block)
             return Group(_text(block.title, style="bold"), table) if block.title else table
@@ -40,7 +46,11 @@ def _drawn(block: Block) -> RenderableType:
                 grid.add_row(_text(name), _text(value))
             return grid
         case _:
-            return _text(block, style="yellow" if block.startswith("WARNING") else "")
+            opening = block.partition(":")[0]
+            return _text(block, style={"WARNING": "yellow", "error": "bold red"}.get(opening, ""))
+
+
+_STYLES: dict[Mood, str] = {"": "", "doubtful": "yellow", "wrong": "bold red"}
 
 
 def _table(block: Table) -> RichTable:

@@ -14,7 +14,7 @@ from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.determinism import settle_environment
 from megatron_bdpo.training.phases import PhaseLimits, start_clock
 from megatron_bdpo.training.reference.scoring_job import score_pairs
-from megatron_bdpo.training.reporting.console import megatron_in_file, show
+from megatron_bdpo.training.reporting.console import megatron_in_file, show, status_line
 from megatron_bdpo.training.reporting.notify import limit, notify
 from megatron_bdpo.training.reporting.status import ENVIRONMENT as STATUS_FILE
 from megatron_bdpo.training.reporting.status import State, refresh_status, write_status
@@ -36,7 +36,8 @@ def train(argv: Sequence[str] | None) -> PreferenceRun:
     with _ranks(arguments.settings, save):
         with _stop_told(save):
             run = PreferenceRun(arguments)
-        run.pretrain()
+        with status_line():
+            run.pretrain()
         if run.settings.process.is_last:  # Megatron has taken its groups down
             show(*tables(run))
     return run

@@ -283,6 +283,9 @@ class OutputSettings:
     megatron_output: Literal["file", "terminal"] = "file"
     """where Megatron's own lines go: megatron.log in the directory of --save (without one they are dropped), or between
     ours"""
+    log_wide: bool = False
+    """show all metrics in the lines of steps and evaluations, however long that makes them: tokens/s, rewards,
+    log-probs, and what the loss adds. They are in metrics.jsonl, TensorBoard and W&B in any case"""
 
 
 @dataclass(frozen=True)

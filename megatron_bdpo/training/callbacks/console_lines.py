@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable
 
-from megatron_bdpo.display import Table
+from megatron_bdpo.display import BETWEEN, Block, Line, Mood, Table
 from megatron_bdpo.training.callbacks.callback import Callback, Record, StepResult
 from megatron_bdpo.training.callbacks.progress import LogInterval, Metrics
 from megatron_bdpo.training.distributed import is_last_rank
 from megatron_bdpo.training.reporting.advice import Advisor
-from megatron_bdpo.training.reporting.console import show, width
+from megatron_bdpo.training.reporting.console import show, tell_status, width
 
-#: Extras that are shown on the step line, in order, when they are reported: metric -> label.
+#: What a line is never longer than, unless it is to have all metrics.
+COLUMNS = 100
+
+Parts = list[tuple[str, Mood]]
+
+#: Extras that are shown on a wide line, in order, when they are reported: metric -> label.
 _EXTRAS = {
     "comprehension/chosen": "I_w",
     "comprehension/rejected": "I_l",
@@ -41,15 +47,25 @@ _ROWS = (
 class ConsoleLines(Callback):
     """Prints from the last rank, as Megatron's own log does."""
 
-    def __init__(self, interval: LogInterval, advisor: Advisor, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        interval: LogInterval,
+        advisor: Advisor,
+        *,
+        wide: bool = False,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """
         Args:
+            wide: show all metrics, not only the first few.
             now: seconds.
         """
-        self._interval, self._advisor, self._now = interval, advisor, now
+        self._interval, self._advisor, self._wide, self._now = interval, advisor, wide, now
         self._updates = 0
         self._pace_from: tuple[int, float] | None = None
         """The first logged iteration, and when it ended."""
+        self._latest = ""
+        """What the status line says of the latest interval."""
         self._evaluations: list[Metrics] = []
 
     def after_step(self, step: StepResult) -> None:
@@ -57,18 +73,30 @@ class ConsoleLines(Callback):
         self._updates += not step.skipped
         if self._interval.ends_at(step.iteration):
             if not self._updates:
-                _print(f"{self._place(step.iteration)} | skipped: the gradients overflowed, the loss scale is lowered")
+                skipped = "skipped: the gradients overflowed, the loss scale is lowered"
+                _print(Line([(self._place(step.iteration), ""), (skipped, "doubtful")]))
             self._updates = 0
+        if is_last_rank():
+            tell_status(step.iteration, self._interval.last_step, self._latest)
 
     def after_record(self, record: Record) -> None:
         if record.kind == "evaluation":
-            self._evaluations.append(record.values)
-            _print(_fitting(f"held out, after step {record.iteration} | {step_line(record.values)}"))
+            # Megatron evaluates once more when the last step is done, whether or not it has just done so.
+            if not self._evaluations or self._evaluations[-1]["iteration"] != record.iteration:
+                self._evaluations.append(record.values)
+                self._print_metrics(f"held out, after step {record.iteration}", metric_parts(record.values))
             return
-        line = step_line(record.values, self._remaining(record.iteration))
-        _print(_fitting(f"{self._place(record.iteration)} | {line}"))
+        remaining = self._remaining(record.iteration)
+        self._latest = BETWEEN.join(text for text, _ in _pace(record.values, remaining))
+        self._print_metrics(self._place(record.iteration), metric_parts(record.values, remaining))
         for advice in self._advisor.observe(record.metrics):
             _print(f"WARNING: {advice}")
+
+    def _print_metrics(self, place: str, parts: tuple[Parts, Parts]) -> None:
+        first, others = parts
+        columns = width()
+        line = Line([(place, ""), *first, *others]) if self._wide else Line([(place, ""), *first])
+        _print(line.fitting(columns if self._wide else min(columns or COLUMNS, COLUMNS)))
 
     def _place(self, iteration: int) -> str:
         last = self._interval.last_step
@@ -99,34 +127,36 @@ def _shown(form: str, value: float) -> str:
     return text if float(text) else form.format(0.0)
 
 
-def step_line(metrics: Metrics, remaining: float | None = None) -> str:
-    """The metrics in one line, the most wanted first. ``remaining`` is in seconds."""
-    parts = [
-        f"loss {metrics['loss']:.4f}",
-        f"accuracy {metrics['rewards/accuracies']:.3f}",
-        f"margin {metrics['rewards/margins']:+.4f}",
+def metric_parts(metrics: Metrics, remaining: float | None = None) -> tuple[Parts, Parts]:
+    """What a line has of the metrics, and what a wide one adds. ``remaining`` is in seconds."""
+    loss, margin = metrics["loss"], metrics["rewards/margins"]
+    first: Parts = [
+        (f"loss {loss:.4f}", "" if math.isfinite(loss) else "wrong"),
+        (f"accuracy {metrics['rewards/accuracies']:.3f}", ""),
+        # The rejected answers are preferred.
+        (f"margin {margin:+.4f}", "doubtful" if margin < 0 else ""),
+        *_pace(metrics, remaining),
     ]
-    if "throughput/pairs_per_second" in metrics:
-        pairs, tokens = metrics["throughput/pairs_per_second"], metrics["throughput/tokens_per_second"]
-        parts.append(f"{pairs:.1f} pairs/s {tokens:.0f} tokens/s")
-    if remaining is not None:
-        parts.append(f"ETA {datetime.timedelta(seconds=round(remaining))}")
-    parts += [
+    others = [
         f"rewards {metrics['rewards/chosen']:+.4f} {metrics['rewards/rejected']:+.4f}",
         f"logps {metrics['logps/chosen']:.1f} {metrics['logps/rejected']:.1f}",
     ]
-    parts += [f"{label} {metrics[name]:.3f}" for name, label in _EXTRAS.items() if name in metrics]
-    return " | ".join(parts)
+    if "throughput/tokens_per_second" in metrics:
+        others.insert(0, f"{metrics['throughput/tokens_per_second']:.0f} tokens/s")
+    others += [f"{label} {metrics[name]:.3f}" for name, label in _EXTRAS.items() if name in metrics]
+    return first, [(text, "") for text in others]
 
 
-def _fitting(line: str) -> str:
-    """In a terminal, as many of the line's parts as its width has room for; a log file takes them all."""
-    columns = width()
-    if columns is None or len(line) <= columns:
-        return line
-    return line[: columns + 1].rpartition(" |")[0] or line
+def _pace(metrics: Metrics, remaining: float | None) -> Parts:
+    """How fast it goes, and how long it will."""
+    parts = []
+    if "throughput/pairs_per_second" in metrics:
+        parts.append(f"{metrics['throughput/pairs_per_second']:.1f} pairs/s")
+    if remaining is not None:
+        parts.append(f"ETA {datetime.timedelta(seconds=round(remaining))}")
+    return [(text, "") for text in parts]
 
 
-def _print(message: str) -> None:
+def _print(message: Block) -> None:
     if is_last_rank():
         show(message)

@@ -56,7 +56,7 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
     if save:
         found.append(MetricsJsonl(Path(save)))
     found += [
-        ConsoleLines(progress.interval, Advisor(reads_reference)),
+        ConsoleLines(progress.interval, Advisor(reads_reference), wide=settings.output.log_wide),
         Answers(job.prompts, shape, setup.scoring.vocab_size, save, stop),
         Checksums(wanted=settings.checkpoints.checkpoint_checksums),
         *_deletion(setup),

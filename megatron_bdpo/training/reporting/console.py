@@ -2,6 +2,8 @@
 
 Megatron prints its 800 arguments and a few lines per step, which bury a run's own: the data report, the plan, a line
 per step. They are kept in ``megatron.log`` in the directory of ``--save``; ``--megatron-output terminal`` shows them.
+
+In a terminal a line with a bar stays under what is printed while steps are made; a file has lines only.
 """
 
 from __future__ import annotations
@@ -13,18 +15,58 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from megatron_bdpo import display
 from megatron_bdpo.errors import visible
 
+if TYPE_CHECKING:
+    from megatron_bdpo.display.status_line import StatusLine
+
 #: Where lines for people go while ``sys.stdout`` is Megatron's; None for ``sys.stdout`` itself.
 _terminal: TextIO | None = None
+
+#: Under what is printed by this rank, once it has told how far it is.
+_status: StatusLine | None = None
+
+#: Whether there may be one.
+_has_status = False
 
 
 def show(*blocks: display.Block) -> None:
     """Print for people, whoever has ``sys.stdout``."""
-    display.show(*blocks, stream=_terminal or sys.stdout)
+    stream = _terminal or sys.stdout
+    if _status:
+        _status.print_above(blocks)
+        return
+    if _has_status and display.is_terminal(stream):
+        stream.write("\r\x1b[K")  # where another rank's line may be
+    display.show(*blocks, stream=stream)
+
+
+@contextlib.contextmanager
+def status_line() -> Iterator[None]:
+    """Inside the block :func:`tell_status` draws, and what it has drawn is taken away at its end."""
+    global _status, _has_status
+    _has_status = True
+    try:
+        yield
+    finally:
+        if _status:
+            _status.close()
+        _status, _has_status = None, False
+
+
+def tell_status(done: int, of: int, what: str) -> None:
+    """Show how far the job is, in a terminal. One rank does."""
+    global _status
+    if not _has_status or _terminal is None or not display.is_terminal(_terminal):
+        return  # what Megatron prints between our lines would tear it
+    if _status is None:
+        from megatron_bdpo.display.status_line import StatusLine  # rich: see display
+
+        _status = StatusLine(_terminal)
+    _status.tell(done, of, what)
 
 
 def width() -> int | None:
