@@ -13,9 +13,10 @@ from megatron_bdpo.display import Block, Facts, Table, show
 
 @click.command("losses", epilog=example("megatron-bdpo losses bdpo"))
 @click.argument("name", required=False)
+@click.option("--loss-file", metavar="FILE", help="Try the loss in a Python file, and explain it.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--markdown", is_flag=True, help="A table for a document.")
-def losses(name: str | None, as_json: bool, markdown: bool) -> None:
+def losses(name: str | None, loss_file: str | None, as_json: bool, markdown: bool) -> None:
     """List the losses: what each reads, its options, its source.
 
     With NAME, that loss alone, with the meaning of its options.
@@ -24,6 +25,10 @@ def losses(name: str | None, as_json: bool, markdown: bool) -> None:
 
     if as_json and markdown:
         raise click.UsageError("--json and --markdown are two forms of one output. Give one.")
+    if loss_file and name:
+        raise click.UsageError("NAME and --loss-file each name a loss. Give one.")
+    if own := registry.use_file(loss_file):
+        name = own.spec.name
     specs = registry.all_specs() if name is None else (registry.get(name),)
     described = [description.describe(spec) for spec in specs]
     if as_json:

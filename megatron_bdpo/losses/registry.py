@@ -1,4 +1,4 @@
-"""The losses by name: the built-in ones, and those that installed packages offer.
+"""The losses by name: the built-in ones, those that installed packages offer, and one in a file of the user's.
 
 A package adds a loss through the entry-point group `megatron_bdpo.losses`. In its pyproject.toml:
 
@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import AnyLossSpec, LossSpec
+from megatron_bdpo.losses.loss_file import FLAG, LossFile, read_loss_file, try_loss
 from megatron_bdpo.losses.options import field_types, flag
 
 ENTRY_POINT_GROUP = "megatron_bdpo.losses"
 
 _registered: dict[str, AnyLossSpec] = {}
+
+_file: LossFile | None = None
 
 
 class _Plugin(NamedTuple):
@@ -37,8 +40,38 @@ def register(spec: AnyLossSpec) -> None:
     _registered[spec.name] = spec
 
 
+def use_file(path: str | None) -> LossFile | None:
+    """Make the loss of a file available in this process, in the place of that of an earlier one; None: of none.
+
+    Raises:
+        UserError: its name is taken, or it cannot be used; the message names the file.
+    """
+    global _file
+    _file = None
+    if path is None:
+        return None
+    file = read_loss_file(path)
+    try:
+        _check(file.spec)
+        if file.spec.name in names():
+            raise UserError(f"the loss name '{file.spec.name}' is taken. Choose another one")
+        try_loss(file)
+        _file = file
+        option_fields()  # one name of an option has one type in all losses
+    except (UserError, NameError) as error:  # NameError: of types that the file's annotations name
+        _file = None
+        told = str(error)
+        raise UserError(told if told.startswith(FLAG) else f"{FLAG} {path}: {told}.") from error
+    return file
+
+
+def file_of(name: str) -> LossFile | None:
+    """The file that a loss is from, if it is from one."""
+    return _file if _file and _file.spec.name == name else None
+
+
 def all_specs() -> tuple[AnyLossSpec, ...]:
-    """Every loss, built-in and third-party, by name. The first call loads the entry points.
+    """Every loss, built-in, third-party and of a file, by name. The first call loads the entry points.
 
     Raises:
         UserError: an entry point cannot be used, or its name is taken; the message names its distribution.
@@ -47,6 +80,8 @@ def all_specs() -> tuple[AnyLossSpec, ...]:
     for name in plugins.keys() & _registered.keys():
         raise UserError(f"{plugins[name].provider} offers a loss '{name}', but that name is taken: uninstall it")
     specs = _registered | {name: plugin.spec for name, plugin in plugins.items()}
+    if _file:
+        specs[_file.spec.name] = _file.spec
     return tuple(specs[name] for name in sorted(specs))
 
 

@@ -38,7 +38,7 @@ class RunIdentity:
     pairs_per_step: int
     seed: int
     loss: str
-    """Name and options."""
+    """Name and options; of one in a file also that file's digest."""
     settled: dict[str, Any] = field(default_factory=dict)
     """Options of the loss that the data decided at the start (see ``options_from_data``): a resumed run keeps them."""
     imbalance_edges: list[float] = field(default_factory=list)
@@ -68,7 +68,7 @@ def identity_of(settings: Settings, job: PairJob, lora: dict[str, Any]) -> RunId
         pairs=len(job.train.ids),
         pairs_per_step=job.plan.steps.shape[1],
         seed=settings.schedule.seed,
-        loss=f"{job.loss.spec.name} {job.loss.options}",
+        loss=" ".join(filter(None, (job.loss.spec.name, str(job.loss.options), settings.loss.digest))),
         lora=lora,
         frozen_routers=settings.model.moe_freeze_router,
     )

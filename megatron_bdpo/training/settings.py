@@ -342,14 +342,18 @@ class LossSettings:
 
     name: str
     options: Mapping[str, object]
+    digest: str = ""
+    """SHA-256 of the file that the loss is from; empty where it is from a package."""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
         """Those among all arguments."""
         values = {name: arguments[name] for name in registry.option_fields()}
+        file = registry.file_of(arguments["preference_loss"])
         return cls(
             arguments["preference_loss"],
             MappingProxyType({name: value for name, value in values.items() if value is not None}),
+            file.digest if file else "",
         )
 
     def build(self) -> tuple[registry.AnyLossSpec, Any]:

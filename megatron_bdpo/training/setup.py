@@ -122,7 +122,7 @@ def set_up(arguments: Arguments, *, trains: bool = True, keeps_status: bool = Fa
     Raises:
         UserError: on every rank, for anything that the user can put right.
     """
-    same_flags(arguments.recipe)
+    same_flags(arguments.recipe | {"loss-file": arguments.settings.loss.digest})  # of its content, too
     goes_on = go_on_in_used_directory(arguments) if trains else ""
     start_from_hugging_face(arguments)
     check_save_hf(arguments.settings)

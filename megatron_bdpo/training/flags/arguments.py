@@ -97,7 +97,10 @@ class Arguments:
 
         def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             parsers.append(parser)
+            own_loss = registry.use_file(recipe.look_up("loss-file", flags))  # its options become flags
             _extend(parser, defaults or {})
+            if own_loss:
+                parser.set_defaults(preference_loss=own_loss.spec.name)
             sys.argv = [program[0], *recipe.expand(parser, flags)]  # which is what Megatron's parser reads
             return parser
 
@@ -197,6 +200,9 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         help="flags in a YAML file, or in braces: '{lr: 1e-6}'. Later recipes win, the command line wins over all",
     )
     group.add_argument("--preference-loss", default="bdpo", help=f"one of: {', '.join(registry.names())}")
+    group.add_argument(
+        "--loss-file", metavar="FILE", help="a Python file with a loss of your own, SPEC, which is then the loss"
+    )
     for title, settings in FLAG_GROUPS.items():
         ArgumentGroupFactory(settings).build_group(parser, f"{title} (megatron_bdpo)")
     _add_loss_options(parser)

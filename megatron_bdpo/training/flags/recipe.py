@@ -71,6 +71,30 @@ def expand(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     return [*tokens, *rest]
 
 
+def look_up(key: str, argv: Sequence[str]) -> str | None:
+    """The value of one flag that takes one, before there is a parser that knows all flags.
+
+    Raises:
+        UserError: the flag stands without a value, or a recipe cannot be used.
+    """
+    sources, rest = _split(argv)
+    looking = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    looking.add_argument(f"--{key}", dest="value")
+    try:
+        value: str | None = looking.parse_known_args(rest)[0].value
+    except argparse.ArgumentError as error:
+        raise UserError(f"--{key} needs a value: {error}.") from error
+    if value is not None:
+        return value
+    found = [setting for source in sources for setting in _read(source) if setting.key == key]
+    if not found or found[-1].value is None:
+        return None
+    told = _expanded(found[-1]).value
+    if not isinstance(told, str):
+        raise UserError(f"{found[-1].where}: --{key} takes one value.")
+    return told
+
+
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The recipes of a command line, and what else stands there."""
     splitter = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

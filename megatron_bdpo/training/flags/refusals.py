@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses import registry
 
 #: Without these there is no run. What Megatron itself requires is named here too: it would say so much later.
 _REQUIRED = (
@@ -34,6 +35,10 @@ _REFUSALS = (
     _Refusal(
         lambda a: a.eval_pair_data and a.eval_share,
         "--eval-pair-data and --eval-share both name held-out pairs. Give one.",
+    ),
+    _Refusal(
+        lambda a: a.loss_file and not registry.file_of(a.preference_loss),
+        "--loss-file: --preference-loss names a loss that is not the file's. Give one of the two.",
     ),
     _Refusal(
         lambda a: a.eval_prompt_tokens is not None and (not a.eval_prompts or a.eval_prompt_tokens < 1),

@@ -74,7 +74,12 @@ WRONG = {
         (["--hf-model", "x", "--gpus", "8", "--tokens-per-pair", "inf"], "--tokens-per-pair"),
     ],
     "report": [(["./nowhere", "--text-only"], "nowhere"), (["x", "--pairs", "-1"], "--pairs"), (["--nonsense"], "")],
-    "losses": [(["nonsense"], "unknown loss"), (["--json", "--markdown"], "two forms of one output")],
+    "losses": [
+        (["nonsense"], "unknown loss"),
+        (["--json", "--markdown"], "two forms of one output"),
+        (["dpo", "--loss-file", "my_loss.py"], "each name a loss"),
+        (["--loss-file", "nowhere.py"], "nowhere.py cannot be read"),
+    ],
 }
 
 

@@ -27,7 +27,6 @@ from tests.unit.repository.test_docs import known_flags
 from tests.unit.training.test_dry_run import LLAMA_8B, LLAMA_70B, QWEN2_7B, SMOLLM2_135M
 
 EXAMPLES = "tests/unit/examples"
-EXAMPLES = "tests/unit/examples"
 OWN_LOSS = "tests/unit/repository/test_docs.py::test_example_of_an_own_loss"
 
 OWN_CALLBACK = "tests/unit/repository/test_docs.py::test_example_of_an_own_callback"
@@ -125,6 +124,7 @@ def make_files(directory: Path, chat_template: str) -> None:
         capture_output=True,
     )
     (directory / "ORIGINAL").symlink_to("MODEL")
+    (directory / "my_loss.py").symlink_to(ROOT / "examples" / "own_loss" / "own_loss" / "__init__.py")
     make_adapter(directory / "MODEL", directory / "PEFT_ADAPTERS")
     write_rows(directory / "pairs.jsonl", TEXTS, 200)
     write_rows(directory / "heldout.jsonl", TEXTS, 20)

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "user_files": set(),
     "display": {"display", "errors"},
     "comprehension": {"errors"},
-    "losses": {"losses", "comprehension", "errors"},
+    "losses": {"losses", "comprehension", "user_files", "errors"},
     "data": {"data", "display", "artifact", "hub", "json_shape", "user_files", "errors"},
     "logprobs": {"logprobs", "errors"},
     "model": {"model", "logprobs", "hub", "json_shape", "user_files", "errors"},

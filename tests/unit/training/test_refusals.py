@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.harness.jobs import TINY_JOB, TINY_MODEL
 
 ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
+
+OWN_LOSS = Path(__file__).parents[3] / "examples" / "own_loss" / "own_loss" / "__init__.py"
 
 # Flags -> how the reason begins that they are refused with.
 REFUSED = {
@@ -22,6 +26,7 @@ REFUSED = {
     "--async-save": "--async-save needs --use-persistent-ckpt-worker",
     "--async-save --use-persistent-ckpt-worker": "--async-save needs --use-persistent-ckpt-worker",
     f"{ASYNC} --optimizer-cpu-offload": "--async-save needs --use-persistent-ckpt-worker",
+    f"--loss-file {OWN_LOSS} --preference-loss dpo": "--loss-file: --preference-loss names",
     "--eval-prompt-tokens 9": "--eval-prompt-tokens: at least 1",
     "--eval-prompts ask.jsonl --eval-prompt-tokens 0": "--eval-prompt-tokens: at least 1",
     "--wandb-project p": "--wandb-project needs wandb",

@@ -1,0 +1,156 @@
+"""A loss in a plain Python file: the file is run, and its ``SPEC`` tried on two pairs before a job is built on it."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses.base import AnyLossSpec, LossSpec, PairLogProbs, PairLosses, Requirements
+from megatron_bdpo.user_files import read_regular
+
+FLAG = "--loss-file"
+
+#: What a file has to define.
+NAME = "SPEC"
+
+_MOST_BYTES = 10_000_000
+_MODULE = "megatron_bdpo_loss_file"
+
+
+@dataclass(frozen=True)
+class LossFile:
+    """A file that has been run."""
+
+    path: str
+    """As it was given."""
+    digest: str
+    """SHA-256 of its bytes. What it imports is not part of that."""
+    spec: AnyLossSpec
+
+
+def read_loss_file(path: str) -> LossFile:
+    """Run a file and take its ``SPEC``.
+
+    Raises:
+        UserError: it cannot be read or run, it has no ``SPEC``, or that is none; the message names file and line.
+    """
+    place = Path(path).expanduser()
+    try:
+        text = read_regular(place, _MOST_BYTES)
+    except OSError as error:
+        raise UserError(f"{FLAG} {path} cannot be read: {error.strerror or error}. Give a Python file.") from error
+    module = _run(place, text)
+    if not hasattr(module, NAME):
+        raise UserError(
+            f"{FLAG} {path} defines no {NAME}. Add `{NAME} = LossSpec(name=..., function=..., options=..., "
+            "requirements=..., summary=..., source=...)`: docs/own-loss.md has a whole file."
+        )
+    spec = getattr(module, NAME)
+    if not isinstance(spec, LossSpec):
+        raise UserError(f"{FLAG} {path}: {NAME} is a {type(spec).__name__}. Make it a LossSpec: see docs/own-loss.md.")
+    return LossFile(path, hashlib.sha256(text).hexdigest(), spec)
+
+
+def _run(path: Path, text: bytes) -> ModuleType:
+    """The file as a module: what has been read is what runs."""
+    module = ModuleType(_MODULE)
+    module.__file__ = str(path)
+    before = sys.modules.get(_MODULE)
+    sys.modules[_MODULE] = module  # where dataclasses look their types up
+    linecache.checkcache(str(path))
+    try:
+        exec(compile(text, str(path), "exec", dont_inherit=True), vars(module))
+    except Exception as error:  # it may raise anything
+        if before is None:
+            del sys.modules[_MODULE]
+        else:
+            sys.modules[_MODULE] = before
+        raise _failed(str(path), error, "cannot be run") from error
+    return module
+
+
+def try_loss(file: LossFile) -> None:
+    """Compute the loss of two pairs, with its default options, and look at what comes out.
+
+    Raises:
+        UserError: it is not what a step can use; the message names the file and what is wrong.
+    """
+    spec = file.spec
+    try:
+        options = spec.options()
+        needs = spec.requirements(options)
+        if not isinstance(needs, Requirements):
+            raise UserError(_wrong(file, f"requirements returns a {type(needs).__name__}", "Return Requirements(...)."))
+        pairs = _two_pairs(needs)
+        found = spec.function(pairs, options)
+    except UserError:
+        raise
+    except Exception as error:  # it may raise anything
+        advice = "Say in requirements what it reads beyond the policy's log-probs: the rest is None."
+        raise _failed(file.path, error, f"the loss '{spec.name}' cannot be computed", advice) from error
+    problem = _problem(found, pairs)
+    if problem:
+        raise UserError(_wrong(file, *problem))
+
+
+def _wrong(file: LossFile, what: str, advice: str) -> str:
+    return f"{FLAG} {file.path}: the loss '{file.spec.name}': {what}. {advice}"
+
+
+def _problem(found: Any, pairs: PairLogProbs) -> tuple[str, str] | None:
+    """What is wrong with the losses of two pairs, and what to do."""
+    if not isinstance(found, PairLosses):
+        return f"its function returns a {type(found).__name__}", "Return PairLosses(loss, chosen_reward, ...)."
+    values = {"loss": found.loss, "chosen_reward": found.chosen_reward, "rejected_reward": found.rejected_reward}
+    values |= {f"metrics['{name}']": value for name, value in found.metrics.items()}
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor) or value.shape != (len(pairs),):
+            shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            return f"{name} of two pairs is {shape}, not [2]", "Give a value per pair: the trainer averages."
+        if name != "loss" and value.requires_grad:
+            return f"{name} carries a gradient", "Detach it: it is only told."
+    if not found.loss.requires_grad:
+        return "its loss has no gradient", "Compute it from policy_chosen and policy_rejected, in torch."
+    return None
+
+
+def _two_pairs(needs: Requirements) -> PairLogProbs:
+    """Of a policy that is its reference, as at the first step; without what is not asked for."""
+
+    def column(*values: float) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32)
+
+    chosen, rejected = column(-12.0, -20.0), column(-15.0, -18.0)
+    reference = (chosen, rejected) if needs.reference else (None, None)
+    unconditional = (chosen - 2.0, rejected - 1.0) if needs.comprehension else (None, None)
+    labels = (torch.tensor([0, 1]), torch.tensor([1, 0])) if needs.safety else (None, None)
+    return PairLogProbs(
+        chosen.clone().requires_grad_(),
+        rejected.clone().requires_grad_(),
+        torch.tensor([6, 8]),
+        torch.tensor([5, 9]),
+        *reference,
+        *unconditional,
+        *labels,
+    )
+
+
+def _failed(path: str, error: Exception, what: str, advice: str = "") -> UserError:
+    """What the file's own code has raised, with its line in the file."""
+    if isinstance(error, SyntaxError):
+        line = error.lineno
+        told = error.msg
+    else:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line, told = (lines[-1] if lines else None), f"{type(error).__name__}: {error}"
+    where = f", line {line}" if line else ""
+    return UserError(f"{FLAG} {path}{where}: {what}: {told}. {advice or 'Mend the file.'}")
