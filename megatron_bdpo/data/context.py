@@ -39,9 +39,10 @@ ALONE = ContextRank()
 def context_part(pack: Pack, context: ContextRank) -> Pack:
     """What one rank holds of a pack: T / C positions in the pack's order, padding last.
 
-    Token, position, group, query and scored arrays are about these positions, ``scored_hidden`` counts them from 0.
-    ``key_index`` points into the keys of all ranks, gathered one rank after the other. ``answer_tokens`` and
-    ``scored_answer`` still number the whole pack's answers.
+    Token, position, group, query, scored and end arrays are about these positions, ``scored_hidden`` and ``ends`` count
+    them from 0.
+    ``key_index`` points into the keys of all ranks, gathered one rank after the other. ``answer_tokens``,
+    ``scored_answer`` and ``end_answer`` still number the whole pack's answers.
 
     Raises:
         ValueError: if the ranks cannot get equal shares.
@@ -54,7 +55,7 @@ def context_part(pack: Pack, context: ContextRank) -> Pack:
     gathered_place[held.reshape(-1)] = np.arange(len(pack.tokens))
     local_place = gathered_place - context.rank * len(own)  # of own positions
     query_lengths, keys = _runs_of(pack, own)
-    scored = np.isin(pack.scored_hidden, own)
+    scored, ends = np.isin(pack.scored_hidden, own), np.isin(pack.ends, own)
     return dataclasses.replace(
         pack,
         tokens=pack.tokens[own],
@@ -66,6 +67,8 @@ def context_part(pack: Pack, context: ContextRank) -> Pack:
         scored_hidden=local_place[pack.scored_hidden[scored]],
         scored_target=pack.scored_target[scored],
         scored_answer=pack.scored_answer[scored],
+        ends=local_place[pack.ends[ends]],
+        end_answer=pack.end_answer[ends],
     )
 
 

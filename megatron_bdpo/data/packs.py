@@ -10,7 +10,8 @@ P is encoded once for all its answers. The first token of each answer is predict
 is scored is a list (hidden index, target id, answer) and not a label row shifted by one. An answer of several turns may
 hold tokens of others: they take part in its branch and are not scored.
 
-Shapes: T pack length, R runs, K gathered keys, N scored positions, G groups, A answers of all groups.
+Shapes: T pack length, R runs, K gathered keys, N scored positions, G groups, A answers of all groups, E ends of
+answers.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Pack:
     scored_target: IntArray  # [N] token id
     scored_answer: IntArray  # [N] in [0, A), non-decreasing
     answer_tokens: IntArray  # [A] scored tokens of each answer
+    ends: IntArray  # [E] pack index of the last token of an answer that is not for padding: where rewards are read
+    end_answer: IntArray  # [E] in [0, A), ascending: all answers, of a part those whose end it holds
 
     @property
     def used(self) -> int:
@@ -93,7 +96,9 @@ def causal_squares(lengths: npt.NDArray[np.integer], *, share_prompts: bool) -> 
     return squares - (answers.shape[1] - 1) * prompt[:, 0] ** 2 if share_prompts else squares
 
 
-def lay_out(groups: Sequence[Group], length: int, *, share_prompts: bool = True) -> Pack:
+def lay_out(
+    groups: Sequence[Group], length: int, *, share_prompts: bool = True, padding_token: int | None = None
+) -> Pack:
     """Lay groups out in one pack of ``length`` positions.
 
     Args:
@@ -101,11 +106,12 @@ def lay_out(groups: Sequence[Group], length: int, *, share_prompts: bool = True)
         length: T. Positions after the last group are padding: token 0, position 0, attended by nothing.
         share_prompts: encode each prompt once; otherwise each answer gets its own copy (the plain layout, kept as the
             oracle and for measuring what sharing saves).
+        padding_token: an answer never ends with it: it ends with the last other token, of the prompt if need be.
 
     Raises:
         ValueError: if the groups do not fit.
     """
-    builder = _PackBuilder(length)
+    builder = _PackBuilder(length, padding_token)
     for number, group in enumerate(groups):
         builder.group = number
         answers = list(zip(group.answers, group.scored or itertools.repeat(None), strict=False))
@@ -150,7 +156,7 @@ _NO_TARGET = np.zeros(1, np.int32)
 
 
 class _PackBuilder:
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, padding_token: int | None = None) -> None:
         self.tokens = np.zeros(length, np.int64)
         self.positions = np.zeros(length, np.int64)
         self.groups = np.zeros(length, np.int64)
@@ -159,6 +165,8 @@ class _PackBuilder:
         self.query_lengths: list[int] = []
         self.keys: list[IntArray] = []
         self.scored: list[tuple[IntArray, TokenArray]] = []
+        self.padding_token = padding_token
+        self.ends: list[int] = []
 
     def add_segment(self, tokens: TokenArray, prefix: IntArray, first_position: int) -> IntArray:
         """Append tokens that attend to ``prefix`` and, causally, to themselves. Returns their pack indices."""
@@ -177,14 +185,21 @@ class _PackBuilder:
     def add_branch(self, answer: TokenArray, scored: BoolArray | None, prompt: IntArray) -> None:
         own = self.add_segment(answer, prefix=prompt, first_position=len(prompt))
         self._score(np.concatenate([prompt[-1:], own[:-1]]), answer, scored)
+        self._end(np.concatenate([prompt, own]))
 
     def add_sequence(self, prompt: TokenArray, answer: TokenArray, scored: BoolArray | None) -> None:
         own = self.add_segment(np.concatenate([prompt, answer]), prefix=_NOTHING, first_position=0)
         self._score(own[len(prompt) - 1 : -1], answer, scored)
+        self._end(own)
 
     def _score(self, hidden: IntArray, answer: TokenArray, scored: BoolArray | None) -> None:
         """An answer, each of whose tokens is predicted from the position beside it in ``hidden``."""
         self.scored.append((hidden, answer) if scored is None else (hidden[scored], answer[scored]))
+
+    def _end(self, sequence: IntArray) -> None:
+        """Of an answer and its prompt, as transformers' models for sequence classification look for it."""
+        is_token = np.flatnonzero(self.tokens[sequence] != self.padding_token)
+        self.ends.append(int(sequence[is_token[-1] if len(is_token) else 0]))
 
     def finish(self) -> Pack:
         answer_tokens = np.array([len(answer) for _, answer in self.scored], np.int64)
@@ -199,6 +214,8 @@ class _PackBuilder:
             scored_target=_concatenate([answer.astype(np.int64) for _, answer in self.scored]),
             scored_answer=np.repeat(np.arange(len(answer_tokens)), answer_tokens),
             answer_tokens=answer_tokens,
+            ends=np.array(self.ends, np.int64),
+            end_answer=np.arange(len(self.ends)),
         )
 
 

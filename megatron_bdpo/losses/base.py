@@ -112,15 +112,15 @@ def keep_all(labels: npt.NDArray[np.int8]) -> tuple[BoolArray, BoolArray]:
 
 
 @dataclass(frozen=True)
-class LossSpec[Options]:
-    """A preference loss as the registry holds it.
+class LossSpec[Options, Pairs]:
+    """A preference loss as the registry holds it: of `PairLogProbs`.
 
     `options` is a frozen dataclass type whose fields all have defaults and are float, int, bool, str or a `Literal` of
     strings; each becomes a command-line flag (see `option`). Equally named fields of two losses mean the same thing.
     """
 
     name: str
-    function: Callable[[PairLogProbs, Options], PairLosses]
+    function: Callable[[Pairs, Options], PairLosses]
     """Pure: no in-place writes, no collectives, no host synchronisation; results in the inputs' dtype.
 
     The check of the first step takes the loss to be convex in the log-probs: what rounding may do to it is judged at
@@ -142,7 +142,7 @@ class LossSpec[Options]:
     `Requirements.safety`: there a pair without labels ends the run). An answer takes its label with it."""
 
 
-AnyLossSpec = LossSpec[Any]
+AnyLossSpec = LossSpec[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -17,15 +17,17 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_bdpo.model.shards import own_slices, weight_shards
 
 
-def initialize_by_name(model: list[Any], seed: int) -> list[Any]:
+def initialize_by_name(model: list[Any], seed: int, only: Collection[str] | None = None) -> list[Any]:
     """Redraw every matrix from a generator seeded with its name and layer, by Megatron's own init methods.
 
     Vectors (norms, biases) already start at a constant.
 
     Args:
         model: this rank's chunks, before DDP.
+        only: names of those that are redrawn; None: all.
     """
-    matrices = (shard for shard in weight_shards(model) if shard.data is not None and shard.data.dim() >= 2)
+    shards = (shard for shard in weight_shards(model) if only is None or shard.key in only)
+    matrices = (shard for shard in shards if shard.data is not None and shard.data.dim() >= 2)
     fill_by_name(matrices, functools.partial(_init_method, config=model[0].config), seed)
     return model
 

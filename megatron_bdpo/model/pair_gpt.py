@@ -36,6 +36,7 @@ from megatron_bdpo.model.norm import (
     te_layers,
 )
 from megatron_bdpo.model.precision import forget_quantisation_state
+from megatron_bdpo.model.reward_head import RewardHead, name_head
 from megatron_bdpo.model.shards import WHOLE, is_adapter
 
 
@@ -51,6 +52,8 @@ class PairGPTModel(GPTModel):
     def sharded_state_dict(self, *args: Any, metadata: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, Any]:
         """What a checkpoint holds of it; all weights where the metadata ask for them (``shards.WHOLE``)."""
         state: dict[str, Any] = super().sharded_state_dict(*args, metadata=metadata, **kwargs)
+        if self.post_process and isinstance(self.output_layer, RewardHead):
+            name_head(state)
         if not self.keeps_adapters_only or (metadata or {}).get(WHOLE):
             return state
         return {key: value for key, value in state.items() if is_adapter(key)}
@@ -116,7 +119,9 @@ class PairGPTBuilder(GPTModelBuilder):
                 module.softcap = self._model_config.layers.attention_softcap
             if isinstance(module, ZeroCenteredRMSNorm) and self._model_config.fuse_local_layers:
                 module.compile(dynamic=True)
-        if model.post_process:
+        if model.post_process and self._model_config.rewards:
+            model.output_layer = RewardHead(model.config, model.tp_group)
+        elif model.post_process:
             model.output_layer.__class__ = ScoringOutputLayer
         return model
 
@@ -167,6 +172,9 @@ class PairGPTConfig(GPTModelConfig):
 
     freeze_routers: bool = False
     """Routers of experts have no gradients."""
+
+    rewards: bool = False
+    """A scalar head stands in the output layer's place; see ``reward_head``."""
 
     builder: ClassVar[str] = f"{__name__}.{PairGPTBuilder.__qualname__}"
 

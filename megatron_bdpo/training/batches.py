@@ -23,6 +23,7 @@ from megatron_bdpo.data.packs import IntArray, Pack, lay_out
 from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.logprobs import ScoredPositions
 from megatron_bdpo.model.attention import AttentionPlan
+from megatron_bdpo.model.reward_head import AnswerEnds
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class PackBatch:
     attention: AttentionPlan
     scored: ScoredPositions  # those of this rank
     answer_tokens: Tensor  # [A] tokens of each answer, scored here or on other ranks
+    ends: AnswerEnds
     pairs: PackPairs
     length: int  # of the whole pack
     unconditional: PackBatch | None = None
@@ -113,12 +115,14 @@ class PackMaker:
     Attributes:
         limit: greatest length of a pack, so no position is beyond it. Megatron keeps a rotary table for each length
             that it is asked for; all packs ask for this one.
+        padding_token: see ``lay_out``.
     """
 
     pool: PairPool
     limit: int
     share_prompts: bool = True
     with_unconditional: bool = False
+    padding_token: int | None = None
     context: ContextRank = ALONE
 
     def __call__(self, ids: IntArray, length: int) -> PackBatch:
@@ -131,7 +135,7 @@ class PackMaker:
     def mixed(self, ids: IntArray, unconditional: npt.NDArray[np.bool_], length: int) -> PackBatch:
         """A pack in which the answers of some pairs follow the empty prompt: those with True in ``unconditional``."""
         groups = [self.pool.group(pair, unconditional=empty) for pair, empty in zip(ids, unconditional, strict=True)]
-        pack = lay_out(groups, length, share_prompts=self.share_prompts)
+        pack = lay_out(groups, length, share_prompts=self.share_prompts, padding_token=self.padding_token)
         answers = torch.arange(2 * len(ids)).view(-1, 2)
         pairs = PackPairs(ids, answers, torch.from_numpy(self.pool.unsafe[ids].astype(np.int64)))
         return to_batch(context_part(pack, self.context), length, self.limit, pairs)
@@ -153,6 +157,8 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
             "answer": pack.scored_answer,
             "scored_tokens": scored_tokens,
             "answer_tokens": pack.answer_tokens,
+            "ends": pack.ends,
+            "end_answer": pack.end_answer,
             "pair_answers": pairs.answers,
             "unsafe": pairs.unsafe,
         }
@@ -181,6 +187,7 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
             longest=int(scored_tokens.max(initial=0)),
         ),
         answer_tokens=views["answer_tokens"],
+        ends=AnswerEnds(views["ends"], views["end_answer"], len(pack.answer_tokens)),
         pairs=PackPairs(pairs.ids, views["pair_answers"], views["unsafe"]),
         length=length,
     )

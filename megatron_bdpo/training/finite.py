@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_bdpo.errors import PassingError
 from megatron_bdpo.losses import PairLogProbs
+from megatron_bdpo.losses.bradley_terry import PairRewards
 from megatron_bdpo.training.distributed import gather
 
 #: More than these are counted, not named.
@@ -36,7 +37,9 @@ class NotFiniteError(PassingError):
     """The numbers are wrong, not the flags or the data's form."""
 
 
-def check_losses(losses: Tensor, pairs: PairLogProbs, ids: npt.NDArray[np.int64], describe: Describe) -> None:
+def check_losses(
+    losses: Tensor, pairs: PairLogProbs | PairRewards, ids: npt.NDArray[np.int64], describe: Describe
+) -> None:
     """Refuse a microbatch with a loss, [P], that is not finite.
 
     Raises:
@@ -45,9 +48,7 @@ def check_losses(losses: Tensor, pairs: PairLogProbs, ids: npt.NDArray[np.int64]
     if bool(torch.isfinite(losses).all()):
         return
     broken = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
-    named = [
-        f"{describe(int(ids[row]))}: loss {float(losses[row].detach())}, {_log_probs(pairs, row)}" for row in broken
-    ]
+    named = [f"{describe(int(ids[row]))}: loss {float(losses[row].detach())}, {_values(pairs, row)}" for row in broken]
     raise NotFiniteError(
         f"the loss of {_count(broken, 'pair')} is not finite:\n{_listed(named)}\nThe step was not taken, and the last "
         "checkpoint is good. The same command with --load tries once more; if it ends here again, look at these pairs, "
@@ -113,7 +114,10 @@ def reject_broken_weights(model: list[Any], directory: Path) -> None:
         )
 
 
-def _log_probs(pairs: PairLogProbs, row: int) -> str:
+def _values(pairs: PairLogProbs | PairRewards, row: int) -> str:
+    """What a pair's loss has been made of."""
+    if isinstance(pairs, PairRewards):
+        return f"rewards {float(pairs.chosen[row].detach()):.6g} / {float(pairs.rejected[row].detach()):.6g}"
     parts = {
         "policy": (pairs.policy_chosen, pairs.policy_rejected),
         "reference": (pairs.reference_chosen, pairs.reference_rejected),

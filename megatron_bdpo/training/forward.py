@@ -8,9 +8,10 @@ ranks and microbatches, so a step is the exact mean over its pairs however they 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -101,29 +102,33 @@ class PreferenceStep:
         report = pair_report(pairs, losses, self.imbalance_edges)
         if entropy is not None:
             report |= entropy_report(entropy[batch.pairs.answers], pairs)
-        # Megatron adds the counts of all data- and context-parallel ranks; those of one context have the same pairs.
-        pairs_counted_here = len(batch.pairs) if parallel_state.get_context_parallel_rank() == 0 else 0
-        count = torch.full((), pairs_counted_here, dtype=torch.int, device=loss_sum.device)
-        return loss_sum, count, report
+        return loss_sum, pairs_counted_here(batch, loss_sum.device), report
+
+
+def pairs_counted_here(batch: PackBatch, device: torch.device) -> Tensor:
+    """Of a batch's pairs. Megatron adds the counts of all data- and context-parallel ranks; those of one context have
+    the same pairs."""
+    count = len(batch.pairs) if parallel_state.get_context_parallel_rank() == 0 else 0
+    return torch.full((), count, dtype=torch.int, device=device)
 
 
 def pair_report(pairs: PairLogProbs, losses: PairLosses, imbalance_edges: Tensor | None = None) -> Report:
     """The metrics of a batch, with TRL's names where TRL has them; the main ones by quartile too, given its edges."""
-    margin = losses.chosen_reward - losses.rejected_reward
-    main = {"loss": losses.loss, "rewards/accuracies": _wins(margin), "rewards/margins": margin}
-    report = _sums(
-        {
-            **main,
-            "rewards/chosen": losses.chosen_reward,
-            "rewards/rejected": losses.rejected_reward,
-            "logps/chosen": pairs.policy_chosen,
-            "logps/rejected": pairs.policy_rejected,
-            **losses.metrics,
-        }
-    )
+    report = loss_report(losses, {"logps/chosen": pairs.policy_chosen, "logps/rejected": pairs.policy_rejected})
     if imbalance_edges is not None:
-        report |= quartile_report(main, losses.metrics[IMBALANCE], imbalance_edges)
+        report |= quartile_report(_main(losses), losses.metrics[IMBALANCE], imbalance_edges)
     return report
+
+
+def loss_report(losses: PairLosses, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Report:
+    """The metrics that the losses of a batch's pairs tell, and others of the pairs, [P] each."""
+    rewards = {"rewards/chosen": losses.chosen_reward, "rewards/rejected": losses.rejected_reward}
+    return _sums({**_main(losses), **rewards, **beside, **losses.metrics})
+
+
+def _main(losses: PairLosses) -> dict[str, Tensor]:
+    margin = losses.chosen_reward - losses.rejected_reward
+    return {"loss": losses.loss, "rewards/accuracies": _wins(margin), "rewards/margins": margin}
 
 
 def entropy_report(entropy: Tensor, pairs: PairLogProbs) -> Report:

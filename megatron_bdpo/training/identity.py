@@ -53,6 +53,8 @@ class RunIdentity:
     """With adapters: the digest of the weights that they stand beside."""
     frozen_routers: bool = False
     """``--moe-freeze-router``: the optimizer's state has nothing of routers."""
+    objective: str = "preference"
+    """``--objective``: whether the checkpoint holds a policy, with an output layer, or a reward model, with a head."""
     evaluation_is_due: bool = False
     """The run was stopped in the evaluation after the checkpoint's step: to be done again when it goes on."""
 
@@ -71,6 +73,7 @@ def identity_of(settings: Settings, job: PairJob, lora: dict[str, Any]) -> RunId
         loss=" ".join(filter(None, (job.loss.spec.name, str(job.loss.options), settings.loss.digest))),
         lora=lora,
         frozen_routers=settings.model.moe_freeze_router,
+        objective=settings.objective.objective,
     )
 
 
@@ -132,6 +135,38 @@ def _refuse_other_routers(found: RunIdentity, current: RunIdentity, directory: P
             f"--load {directory}: --moe-freeze-router: that run {there} its routers, and the optimizer's state is of "
             f"that. {way}, or start a new run from its weights with --finetune."
         )
+
+
+def refuse_other_objective(settings: Settings) -> None:
+    """Refuse to load a policy as a reward model, or the other way round. Collective.
+
+    Raises:
+        UserError: on every rank, with the way out.
+    """
+    directories, own = settings.directories, settings.objective.objective
+    roots = {"--load": directories.load, "--pretrained-checkpoint": directories.pretrained_checkpoint}
+    found = [(flag, directory) for flag, root in roots.items() if (directory := checkpoint_directory(root))]
+    with all_ranks_agree():
+        for flag, directory in found if is_rank_zero() else ():
+            there = _objective_in(directory)
+            if there != own:
+                way = (
+                    f"Start the reward model from a Hugging Face model (--hf-model); {_EXPORT} makes one of this."
+                    if settings.objective.is_reward
+                    else "Add --objective reward to go on with it."
+                )
+                raise UserError(f"{flag} {directory} is of --objective {there}, this run of --objective {own}. {way}")
+
+
+_EXPORT = "megatron-bdpo convert export"
+
+
+def _objective_in(directory: Path) -> str:
+    try:
+        stored = identity_in(stored_arguments(directory))
+    except UserError:  # told where it is loaded
+        stored = {}
+    return str(stored.get("objective", "preference"))
 
 
 def refuse_other_adapters(there: Mapping[str, Any], here: Mapping[str, Any], place: str) -> None:

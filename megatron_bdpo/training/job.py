@@ -18,6 +18,8 @@ from megatron_bdpo.data.step_plan import IntArray, PlanSettings, StepPlan, epoch
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import PairLossFunction
+from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
+from megatron_bdpo.model.hf.classifier import padding_token
 from megatron_bdpo.training.batches import PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero
 from megatron_bdpo.training.flags.arguments import Arguments
@@ -37,6 +39,7 @@ class PairJob:
         cache_dir: where tokens and reference values are kept.
         max_pack_length: the longest pack that the user allows; those of the plan may all be shorter.
         fixed_length: no pack is, also where the reference is scored.
+        padding_token: of a reward model, the token that no answer ends with; see ``data.packs.lay_out``.
         prompts: that the policy answers at every evaluation, if there are any.
     """
 
@@ -54,12 +57,15 @@ class PairJob:
     context_parallel: int
     max_pack_length: int
     fixed_length: bool
+    padding_token: int | None
     prompts: EvalPrompts | None
 
     def pack_maker(self, context: ContextRank) -> PackMaker:
         """Makes the packs of training and evaluation, as a context-parallel rank sees them."""
         unconditional = self.resident and self.loss.requirements.comprehension
-        return PackMaker(self.pool, self.max_pack_length, self.share_prompts, unconditional, context)
+        return PackMaker(
+            self.pool, self.max_pack_length, self.share_prompts, unconditional, self.padding_token, context
+        )
 
     def pairs_of_step(self, iteration: int) -> IntArray:
         """Ids of the pairs of a step; steps are counted from 1."""
@@ -133,7 +139,7 @@ def build_job(arguments: Arguments) -> PairJob:
     """
     settings = arguments.settings
     with all_ranks_agree():
-        loss = PairLossFunction(*settings.loss.build())
+        loss = settings.build_loss()
         if loss.requirements.all_pairs and settings.reference.is_resident:
             raise UserError(
                 "--reference resident knows no scores before the first step, and an option of the loss is to follow "
@@ -233,8 +239,16 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
         settings.layout.context,
         settings.schedule.seq_length,
         settings.steps.fixed_pack_length,
+        _padding_token(settings),
         prompts,
     )
+
+
+def _padding_token(settings: Settings) -> int | None:
+    """That of a reward model's ``config.json``."""
+    if not (settings.objective.is_reward and settings.model.hf_model):
+        return None
+    return padding_token(read_json(Path(settings.model.hf_model) / CONFIG))
 
 
 def plan_settings(settings: Settings) -> PlanSettings:

@@ -28,6 +28,8 @@ def model_config(arguments: Arguments) -> PairGPTConfig:
     config.fuse_local_layers = bool(settings.model.fuse_local_layers)
     config.freeze_routers = settings.model.moe_freeze_router
     config.separate_norms = settings.lora.is_wanted
+    if settings.objective.is_reward:
+        config.rewards, config.share_embeddings_and_output_weights = True, False
     build_output_layer_without_apex(settings.architecture.implementation == "transformer_engine")
     if settings.layers.geglu_tanh:
         if not settings.architecture.swiglu:

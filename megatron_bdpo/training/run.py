@@ -42,6 +42,7 @@ from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable,
 from megatron_bdpo.training.reference.provider import ReferenceProvider
 from megatron_bdpo.training.reporting.advice import about_data
 from megatron_bdpo.training.reporting.summary import summarize
+from megatron_bdpo.training.reward_step import RewardStep
 from megatron_bdpo.training.saves import RunSaves
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup, forget_global_state, set_up
@@ -93,7 +94,8 @@ class PreferenceRun:
         self.setup = setup = set_up(arguments, keeps_status=True)
         self.settings, self.job, self.config, self.scoring = setup.settings, setup.job, setup.config, setup.scoring
         schedule, job = self.settings.schedule, self.job
-        self.step = PreferenceStep(
+        step = RewardStep if self.settings.objective.is_reward else PreferenceStep
+        self.step = step(
             job.loss,
             NoReference(),
             replace(self.scoring, entropy=self.settings.log_probs.log_entropy),

@@ -21,7 +21,7 @@ from megatron_bdpo.data.messages import TEMPLATE_KWARGS, template_variables
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import KERNELS
-from megatron_bdpo.losses import registry
+from megatron_bdpo.losses import PairLossFunction, registry
 from megatron_bdpo.model.attention_backends import BACKENDS
 from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.lora.lora_config import KINDS, SCALINGS
@@ -35,6 +35,7 @@ from megatron_bdpo.training.megatron_settings import (
     ScheduleSettings,
     TokenizerSettings,
 )
+from megatron_bdpo.training.objective import ObjectiveSettings
 
 # Our flags ------------------------------------------------------------------------------------------------------------
 
@@ -321,6 +322,7 @@ class DryRunSettings:
 
 #: Title in the help text -> flags.
 FLAG_GROUPS: Mapping[str, type] = {
+    "objective": ObjectiveSettings,
     "preference pairs": PairSettings,
     "steps and packs": StepSettings,
     "policy": ModelSettings,
@@ -372,6 +374,7 @@ class LossSettings:
 class Settings:
     """Everything that a preference job is told."""
 
+    objective: ObjectiveSettings
     pairs: PairSettings
     steps: StepSettings
     model: ModelSettings
@@ -395,6 +398,14 @@ class Settings:
     schedule: ScheduleSettings
     given: Mapping[str, str]
     """Argument name -> flag, of what the command line and the recipes have."""
+
+    def build_loss(self) -> PairLossFunction:
+        """The loss of the objective.
+
+        Raises:
+            UserError: there is no such loss, or an option is not its own or out of range.
+        """
+        return self.objective.reward_loss() if self.objective.is_reward else PairLossFunction(*self.loss.build())
 
     @property
     def length_unit(self) -> int:

@@ -26,6 +26,7 @@ from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.flags.determinism import forget_determinism
 from megatron_bdpo.training.flags.fused_layers import fusion_arguments
 from megatron_bdpo.training.flags.layout_check import check_layout
+from megatron_bdpo.training.flags.objective_check import check_objective
 from megatron_bdpo.training.flags.precision_check import check_precision
 from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
 from megatron_bdpo.training.flags.validation import rehearse, validate
@@ -78,7 +79,9 @@ class RunSetup:
         elif self.settings.model.hf_model:
             self.config.transformer.perform_initialization = False
             stop = StopRequest.of(self.settings)
-            self.config.pre_wrap_hooks.append(weights_loader(self.settings.model.hf_model, stop))
+            head_seed = self.settings.schedule.seed if self.settings.objective.is_reward else None
+            loader = weights_loader(self.settings.model.hf_model, stop, head_seed=head_seed)
+            self.config.pre_wrap_hooks.append(loader)
         else:
             seed = self.settings.schedule.seed
             self.config.pre_wrap_hooks.append(functools.partial(initialize_by_name, seed=seed))
@@ -123,6 +126,8 @@ def set_up(arguments: Arguments, *, trains: bool = True, keeps_status: bool = Fa
         UserError: on every rank, for anything that the user can put right.
     """
     same_flags(arguments.recipe | {"loss-file": arguments.settings.loss.digest})  # of its content, too
+    with all_ranks_agree():
+        check_objective(arguments.settings)
     goes_on = go_on_in_used_directory(arguments) if trains else ""
     start_from_hugging_face(arguments)
     check_save_hf(arguments.settings)
@@ -142,6 +147,7 @@ def set_up(arguments: Arguments, *, trains: bool = True, keeps_status: bool = Fa
     if goes_on:
         say(goes_on)
     check_directories(arguments.settings, adapters)
+    identity.refuse_other_objective(arguments.settings)
     if keeps_status:
         keep_status_in(arguments.settings.directories.save)
     job = build_job(arguments)

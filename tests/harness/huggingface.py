@@ -59,7 +59,7 @@ def renamed(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     from megatron_bdpo.model.hf.export import split
     from megatron_bdpo.model.hf.tensors import place_of
 
-    weights = read_config(config).weights
+    weights = read_config(config, reward_models=True).weights
     mapped: Tensors = {}
     for key, value in tensors.items():
         stacked = value.ndim - weights.matrix_axes(place_of(key, ()).key)

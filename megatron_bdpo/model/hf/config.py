@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.checkpoint import HuggingFaceCheckpoint
+from megatron_bdpo.model.hf.classifier import classifier_of, classifier_rules, is_classifier, refuse_other_labels
 from megatron_bdpo.model.hf.experts import expert_arguments, expert_config, expert_sizes
 from megatron_bdpo.model.hf.families import FAMILIES, REFUSED
 from megatron_bdpo.model.hf.family import OUTPUT_LAYER, Config, Family
@@ -84,6 +85,8 @@ class Architecture:
     weights: WeightMap
     left_out: tuple[str, ...] = ()
     """How the names of tensors begin that files have beside the model's: of layers that predict further tokens."""
+    is_reward_model: bool = False
+    """It has a scalar head and no output layer."""
     remark: str = field(default="", compare=False)
     """A line for the user about keys of the configuration that are without effect; empty if there are none."""
 
@@ -97,13 +100,17 @@ class Architecture:
         return self.family.unpack(checkpoint, self.weights.sizes) if self.family.unpack else checkpoint
 
 
-def read_config(config: Config) -> Architecture:
+def read_config(config: Config, *, reward_models: bool = False) -> Architecture:
     """The architecture that a ``config.json`` describes.
+
+    Args:
+        reward_models: take these, too.
 
     Raises:
         UserError: a family, key or value that cannot be honoured, by name.
     """
-    family = _family(config)
+    is_reward_model = reward_models and is_classifier(config)
+    family = _family(config, is_reward_model=is_reward_model)
     refuse_quantised(config, family)
     refuse_own_code(config, family)
     unread = keys_without_effect(config, family)
@@ -124,6 +131,9 @@ def read_config(config: Config) -> Architecture:
     )
     tied = values["tie_word_embeddings"]
     rules = {key: rule for key, rule in family.rules_of(values).items() if not (tied and key == OUTPUT_LAYER)}
+    if is_reward_model:
+        refuse_other_labels(config)
+        rules = classifier_rules(rules)
     further = max(values.get(key) or 0 for key in _FURTHER)
     left_out = tuple(f"model.layers.{sizes.layers + number}." for number in range(further))
     dropped = ", ".join(key for key in DROPOUTS if config.get(key))
@@ -132,10 +142,11 @@ def read_config(config: Config) -> Architecture:
         _LEFT_OUT.format(further) if further else "",
         _NO_DROPOUT.format(dropped) if dropped else "",
     ]
-    return Architecture(family, arguments, WeightMap(rules, sizes), left_out, "\n".join(filter(None, remarks)))
+    remark = "\n".join(filter(None, remarks))
+    return Architecture(family, arguments, WeightMap(rules, sizes), left_out, is_reward_model, remark)
 
 
-def _family(config: Config) -> Family:
+def _family(config: Config, *, is_reward_model: bool) -> Family:
     name = str(config.get("model_type"))
     mapped = f"Families that can: {', '.join(sorted(FAMILIES))}."
     if name in REFUSED:
@@ -143,14 +154,14 @@ def _family(config: Config) -> Family:
     if name not in FAMILIES:
         raise UserError(f"models of the family {shown(name)} (model_type) cannot be trained here: not mapped. {mapped}")
     family = FAMILIES[name]
-    architectures = config.get("architectures") or [family.architecture]
+    expected = classifier_of(family) if is_reward_model else family.architecture
+    architectures = config.get("architectures") or [expected]
     # The first conversions of Llama write LLaMAForCausalLM, those of ERNIE Ernie4_5_ForCausalLM.
-    if not isinstance(architectures, list) or [_letters(each) for each in architectures] != [
-        _letters(family.architecture)
-    ]:
+    if not isinstance(architectures, list) or [_letters(each) for each in architectures] != [_letters(expected)]:
         raise UserError(
             f"config.json: architectures {shown(architectures)} is no language model of the family '{name}', which is "
             f"{family.architecture}."
+            + (" Reward models are trained with --objective reward." if is_classifier(config) else "")
         )
     return family
 

@@ -28,6 +28,8 @@ _OUTSIDE = {
 
 #: Where input and output embeddings are one, this tensor does not exist.
 OUTPUT_LAYER = "output_layer.weight"
+#: In the output layer's place in a reward model: its scalar head. See ``model.reward_head``.
+REWARD_HEAD = "reward_head.weight"
 _OUTPUT = {OUTPUT_LAYER: Rule({"lm_head.weight": "vocab"}, "hidden")}
 
 

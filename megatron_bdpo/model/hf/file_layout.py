@@ -25,7 +25,7 @@ from megatron_bdpo.model.hf.tensors import Place, WeightMap
 FILE_BYTES = 2 << 30
 
 #: In the order of a forward pass, so that exported files are read in order.
-_BEFORE_LAYERS, _AFTER_LAYERS = "embedding.", ("decoder.final_layernorm.", "output_layer.")
+_BEFORE_LAYERS, _AFTER_LAYERS = "embedding.", ("decoder.final_layernorm.", "output_layer.", "reward_head.")
 
 
 @dataclass(frozen=True)

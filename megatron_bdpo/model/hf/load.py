@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,7 +16,11 @@ from megatron_bdpo.model.shards import own_slices, weight_shards
 
 @torch.no_grad()
 def load_weights(
-    model: list[Any], checkpoint: HuggingFaceCheckpoint, weights: WeightMap, pause: Callable[[], None] = lambda: None
+    model: list[Any],
+    checkpoint: HuggingFaceCheckpoint,
+    weights: WeightMap,
+    pause: Callable[[], None] = lambda: None,
+    left: Collection[str] = (),
 ) -> None:
     """Fill the model's weights. Not collective: every rank reads for itself.
 
@@ -25,12 +29,15 @@ def load_weights(
     Args:
         model: this rank's chunks, unwrapped.
         pause: called before each weight; what it raises ends the reading.
+        left: names of weights that stay as they are.
 
     Raises:
         UserError: the model is not of the architecture that ``weights`` describes, or a file cannot be read.
     """
     for shard in weight_shards(model):
         pause()
+        if shard.key in left:
+            continue
         fill(shard, checkpoint, weights)
     checkpoint.close()
 

@@ -117,7 +117,8 @@ class ConsoleLines(Callback):
             return None
         before, after = self._evaluations[0], self._evaluations[-1]
         title = ["held-out pairs", *(f"step {int(metrics['iteration'])}" for metrics in (before, after))]
-        cells = [[label, _shown(form, before[name]), _shown(form, after[name])] for label, name, form in _ROWS]
+        rows = [row for row in _ROWS if row[1] in before]
+        cells = [[label, _shown(form, before[name]), _shown(form, after[name])] for label, name, form in rows]
         return Table(title, cells, gap=4)
 
 
@@ -137,10 +138,9 @@ def metric_parts(metrics: Metrics, remaining: float | None = None) -> tuple[Part
         (f"margin {margin:+.4f}", "doubtful" if margin < 0 else ""),
         *_pace(metrics, remaining),
     ]
-    others = [
-        f"rewards {metrics['rewards/chosen']:+.4f} {metrics['rewards/rejected']:+.4f}",
-        f"logps {metrics['logps/chosen']:.1f} {metrics['logps/rejected']:.1f}",
-    ]
+    others = [f"rewards {metrics['rewards/chosen']:+.4f} {metrics['rewards/rejected']:+.4f}"]
+    if "logps/chosen" in metrics:  # a reward model has none
+        others.append(f"logps {metrics['logps/chosen']:.1f} {metrics['logps/rejected']:.1f}")
     if "throughput/tokens_per_second" in metrics:
         others.insert(0, f"{metrics['throughput/tokens_per_second']:.0f} tokens/s")
     others += [f"{label} {metrics[name]:.3f}" for name, label in _EXTRAS.items() if name in metrics]

@@ -17,6 +17,7 @@ from megatron_bdpo.artifact import new_directory, partial_directory, write_whole
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.card import TrainingFacts, model_card
 from megatron_bdpo.model.hf.checkpoint import CONFIG, INDEX, read_json
+from megatron_bdpo.model.hf.classifier import classifier_config
 from megatron_bdpo.model.hf.config import Architecture, differences, read_config, write_config
 from megatron_bdpo.model.hf.export import (
     refuse_existing,
@@ -154,8 +155,15 @@ def save_live(
         else:
             merge(model)
             source = LiveWeights(unwrap_model(model), host_group())
-            write_model(source, target, read_json(original / CONFIG), original, facts, keep_record, pause)
-            say(f"policy written to {target}")
+            config = read_json(original / CONFIG)
+            is_reward = settings.objective.is_reward
+            write_model(source, target, _described(config, is_reward=is_reward), original, facts, keep_record, pause)
+            say(f"{'reward model' if is_reward else 'policy'} written to {target}")
+
+
+def _described(config: Mapping[str, Any], *, is_reward: bool) -> Mapping[str, Any]:
+    """The ``config.json`` of what a run has made of the model that this one describes."""
+    return classifier_config(config, read_config(config, reward_models=True).family) if is_reward else config
 
 
 def _keep_record(directories: DirectorySettings, name: str, target: Path, step: int | None, directory: Path) -> None:
@@ -184,7 +192,7 @@ def write_model(
         UserError: on every rank: ``target`` is there already or cannot be written, or tensors are missing. Nothing is
             left at ``target`` then.
     """
-    architecture = read_config(config)
+    architecture = read_config(config, reward_models=True)
     weights = architecture.weights
     files = lay_out(source.wholes, weights)
     with contextlib.ExitStack() as until_named:
@@ -265,7 +273,8 @@ def export_checkpoint(
     if compare_digests:
         refuse_damaged(directory)
     arguments = identity.stored_arguments(directory)
-    architecture = read_config(config)
+    config = _described(config, is_reward=identity.identity_in(arguments).get("objective") == "reward")
+    architecture = read_config(config, reward_models=True)
     check_architecture(architecture, arguments, directory)
     if identity.identity_in(arguments).get("lora"):
         if original is None:

@@ -11,9 +11,12 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
+from megatron_bdpo.model.hf.classifier import classifier_of
 from megatron_bdpo.model.hf.config import Architecture, differences, read_config
 from megatron_bdpo.model.hf.directory import model_directory
+from megatron_bdpo.model.hf.family import REWARD_HEAD
 from megatron_bdpo.model.hf.load import load_weights
+from megatron_bdpo.model.initialization import initialize_by_name
 from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.nodes import on_every_node
@@ -48,7 +51,9 @@ def start_from_hugging_face(arguments: Arguments) -> None:
     directory = Path(on_every_node("--hf-model", named, str(found), fetch))
     arguments.set(hf_model=str(directory))
     with all_ranks_agree():
-        architecture = architecture_of(directory)
+        architecture = architecture_of(directory, reward_models=settings.objective.is_reward)
+        if settings.objective.is_reward:
+            classifier_of(architecture.family)  # refuses families that transformers could not load again
         if architecture.remark:
             say(architecture.remark)
         if settings.lora.is_wanted and (why := architecture.family.no_adapters):
@@ -69,10 +74,10 @@ def refuse_revision_alone(settings: Settings) -> None:
         raise UserError("--hf-revision is a revision of --hf-model, which is not given. Leave it out, or name a model.")
 
 
-def architecture_of(directory: Path) -> Architecture:
-    """The architecture of a Hugging Face model on disk."""
+def architecture_of(directory: Path, *, reward_models: bool = False) -> Architecture:
+    """The architecture of a Hugging Face model on disk; ``reward_models`` as ``read_config`` has it."""
     try:
-        return read_config(read_json(directory / CONFIG))
+        return read_config(read_json(directory / CONFIG), reward_models=reward_models)
     except UserError as error:
         raise UserError(f"--hf-model {directory}: {error}") from error
 
@@ -118,15 +123,26 @@ def vocabulary_size(settings: Settings, tokenizer: Any) -> int:
     return own
 
 
-def weights_loader(directory: str | Path, stop: StopRequest) -> Callable[[list[Any]], list[Any]]:
-    """A pre-wrap hook that fills model chunks from a Hugging Face model; it may raise StopRequested. Collective."""
+def weights_loader(
+    directory: str | Path, stop: StopRequest, *, head_seed: int | None = None
+) -> Callable[[list[Any]], list[Any]]:
+    """A pre-wrap hook that fills model chunks from a Hugging Face model; it may raise StopRequested. Collective.
+
+    Args:
+        head_seed: of chunks with a scalar head. From a language model, which has none, it is drawn with this seed, the
+            same in every layout.
+    """
 
     def load(model: list[Any]) -> list[Any]:
         with phase("weights"):
             with all_ranks_agree(), stop.working_alone():
-                architecture = architecture_of(Path(directory))
+                architecture = architecture_of(Path(directory), reward_models=head_seed is not None)
                 opened = architecture.open_weights(Path(directory))
-                load_weights(model, opened, architecture.weights, stop.leave_alone_if_asked)
+                is_drawn = head_seed is not None and not architecture.is_reward_model
+                left = {REWARD_HEAD} if is_drawn else ()
+                load_weights(model, opened, architecture.weights, stop.leave_alone_if_asked, left)
+                if is_drawn:
+                    initialize_by_name(model, head_seed or 0, only={REWARD_HEAD})
             stop.leave_together()
         say(f"weights: {directory}, read into this layout")
         return model

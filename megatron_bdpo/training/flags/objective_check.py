@@ -1,0 +1,47 @@
+"""What makes no sense with ``--objective reward``: each flag of it is refused by name."""
+
+from __future__ import annotations
+
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.training.settings import Settings
+
+#: Why a reward model does not have it -> arguments.
+_WITHOUT = {
+    "its loss is Bradley-Terry": ("preference_loss",),
+    "it is measured against no reference": (
+        "reference", "reference_model", "reference_cache", "step_zero_check", "unconditional_prompt",
+    ),
+    "it has no output layer and no log-probs": (
+        "log_probs", "log_prob_chunk_size", "log_prob_kept_mib", "log_entropy", "eval_prompts", "eval_prompt_tokens",
+    ),
+    "all of its weights are trained: its head is none of the layers that adapters stand beside": (
+        "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_scaling", "lora_type", "lora_start",
+        "save_hf_merged",
+    ),
+}  # fmt: skip
+
+
+def check_objective(settings: Settings) -> None:
+    """Refuse flags of a policy beside ``--objective reward``, and those of a reward model without it.
+
+    Raises:
+        UserError: naming them, with the reason.
+    """
+    given = settings.given
+    if not settings.objective.is_reward:
+        if "center_rewards_coefficient" in given:
+            raise UserError(
+                f"{given['center_rewards_coefficient']} is of a reward model's loss. Add --objective reward, or leave "
+                "it out."
+            )
+        return
+    without = {**_WITHOUT, "the options of preference losses are not its own": tuple(settings.loss.options)}
+    problems = [
+        f"  {', '.join(given[name] for name in names if name in given)}: {why}"
+        for why, names in without.items()
+        if any(name in given for name in names)
+    ]
+    if problems:
+        raise UserError(
+            "\n".join(["--objective reward trains a reward model. Leave these out, or train a policy:", *problems])
+        )

@@ -1,0 +1,57 @@
+"""The forward step of a reward model, in the shape that ``forward.PreferenceStep`` has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_bdpo.losses.bradley_terry import PairRewards
+from megatron_bdpo.model.reward_head import RewardContext, reward_answers
+from megatron_bdpo.training.batches import PackBatch
+from megatron_bdpo.training.finite import check_losses
+from megatron_bdpo.training.forward import PreferenceStep, Report, loss_report, pairs_counted_here
+from megatron_bdpo.training.phases import beat
+
+
+def reward_pack(model: Any, batch: PackBatch) -> Tensor:
+    """Run one pipeline stage on a pack: on the last one rewards [A] float64 of its answers, else hidden states.
+
+    Context-parallel ranks each run their part of the pack and all get the rewards of all its answers.
+    """
+    return model(
+        input_ids=batch.tokens,
+        position_ids=batch.attention.positions[None],
+        attention_mask=None,
+        packed_seq_params=batch.attention,
+        output_processor=reward_answers,
+        output_processor_context=RewardContext(batch.ends, parallel_state.get_context_parallel_group()),
+    )
+
+
+def rewards_of(batch: PackBatch, rewards: Tensor) -> PairRewards:
+    """What the loss reads of a batch, from the rewards [A] of its answers."""
+    chosen, rejected = rewards[batch.pairs.answers].unbind(1)
+    return PairRewards(chosen, rejected)
+
+
+@dataclass
+class RewardStep(PreferenceStep):
+    """``forward_step`` of a reward model's run. It has no reference and scores no tokens."""
+
+    def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        beat()
+        batch = next(data_iterator).to_device()
+        return reward_pack(model, batch), partial(self._loss_func, batch)
+
+    def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
+        pairs = rewards_of(batch, scores)
+        losses = self.loss.spec.function(pairs, self.loss.options)
+        loss_sum = losses.loss.sum().float()
+        if self.check_nan:
+            check_losses(losses.loss, pairs, batch.pairs.ids, self.describe)
+        return loss_sum, pairs_counted_here(batch, loss_sum.device), loss_report(losses)
