@@ -7,7 +7,7 @@ from megatron_bdpo.training.settings import Settings
 
 #: Why a reward model does not have it -> arguments.
 _WITHOUT = {
-    "its loss is Bradley-Terry": ("preference_loss",),
+    "its loss is Bradley-Terry": ("preference_loss", "loss_file"),
     "it is measured against no reference": (
         "reference", "reference_model", "reference_cache", "step_zero_check", "unconditional_prompt",
     ),
