@@ -66,10 +66,12 @@ def _launch(ranks: int, flags: tuple[str, ...]) -> None:
 @common.passed_on
 @click.pass_context
 def score(context: click.Context, flags: tuple[str, ...]) -> None:
-    """Score all pairs of a job's data with its reference, ahead of training.
+    """Score all pairs of a job's data with its reference, ahead of training; or with a reward model.
 
     FLAGS are the training's, of which those about steps and optimizer may be left out; they follow below. On several
     ranks: torchrun --nproc-per-node N -m megatron_bdpo.score FLAGS
+
+    With --objective reward, --hf-model names a reward model, and --rewards the file for the rewards of all answers.
     """
     from megatron_bdpo.training import entry  # imports torch
 

@@ -100,6 +100,11 @@ class PairPool:
         store, row = self._locate(pair_id)
         return describe_row(store.sources[store.source[row]], int(store.row[row]))
 
+    def origin(self, pair_id: int) -> tuple[str, int]:
+        """The data set that a pair comes from, and its row there, counted from 1."""
+        store, row = self._locate(pair_id)
+        return store.sources[store.source[row]].path, int(store.row[row])
+
     def pools(self, index: int, ids: IntArray) -> list[tuple[IntArray, float]]:
         """Those of ``ids`` that belong to the store at ``index``, by data source, with the source's weight."""
         store = self.stores[index]

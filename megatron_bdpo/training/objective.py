@@ -21,6 +21,9 @@ class ObjectiveSettings:
     )
     """with --objective reward, weight of (r_w + r_l)^2, which keeps rewards around zero (default: 0)"""
 
+    rewards: str | None = field(default=None, metadata={"argparse_meta": {"metavar": "FILE"}})
+    """with --objective reward, where `megatron-bdpo score` writes the rewards of all pairs, as lines of JSON"""
+
     @property
     def is_reward(self) -> bool:
         return self.objective == "reward"

@@ -55,3 +55,15 @@ class RewardStep(PreferenceStep):
         if self.check_nan:
             check_losses(losses.loss, pairs, batch.pairs.ids, self.describe)
         return loss_sum, pairs_counted_here(batch, loss_sum.device), loss_report(losses)
+
+
+class RewardScoringStep:
+    """``forward_step`` of a pass that collects the rewards [P, 2] of each pack's pairs."""
+
+    def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(data_iterator).to_device()
+
+        def collect(rewards: Tensor, non_loss_data: bool = True) -> Tensor:
+            return rewards.detach()[batch.pairs.answers]
+
+        return reward_pack(model, batch), collect

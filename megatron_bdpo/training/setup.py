@@ -127,7 +127,7 @@ def set_up(arguments: Arguments, *, trains: bool = True, keeps_status: bool = Fa
     """
     same_flags(arguments.recipe | {"loss-file": arguments.settings.loss.digest})  # of its content, too
     with all_ranks_agree():
-        check_objective(arguments.settings)
+        check_objective(arguments.settings, trains=trains)
     goes_on = go_on_in_used_directory(arguments) if trains else ""
     start_from_hugging_face(arguments)
     check_save_hf(arguments.settings)

@@ -17,7 +17,7 @@ from megatron_bdpo.model.hf.classifier import WITHOUT, classifier_config, classi
 from megatron_bdpo.model.hf.families import FAMILIES
 from tests.distributed.test_bad_input import refusal
 from tests.harness.huggingface import renamed
-from tests.harness.jobs import SGD, last_stage, train
+from tests.harness.jobs import SGD, last_stage, score, train
 from tests.harness.recording import Recording, merge, train_and_record
 from tests.harness.reward_models import build_model, load_model, pairs_in, rewards, trl_step
 from tests.harness.tiny_models import make_model
@@ -241,3 +241,56 @@ def test_a_run_goes_on_from_its_checkpoint_and_its_checkpoint_is_exported(ranks,
     assert all(torch.equal(live[name], value) for name, value in stored.items())
     (other,) = ranks(1)(refusal, ["--hf-model", str(original), *kept, "--save-interval", "1"])
     assert "is of --objective reward, this run of --objective preference. Add --objective reward" in other
+
+
+# Scoring --------------------------------------------------------------------------------------------------------------
+
+SCORED = {"max_pairs": PAIRS, "pairs_per_step": None, "train_iters": None, "lr": None}
+
+
+@pytest.fixture(scope="module")
+def reward_model(original, tmp_path_factory):
+    """By transformers, with a head of its own."""
+    directory = tmp_path_factory.mktemp("model") / "reward"
+    torch.manual_seed(3)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(original, num_labels=1)
+    with torch.no_grad():
+        model.score.weight.normal_()
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(("size", "flags"), [(1, ""), (4, f"{TP2_SP} {PP2}"), (2, CP2), (2, "--no-pack-pairs")])
+def test_scoring_writes_transformers_rewards(ranks, reward_model, tmp_path, size, flags):
+    target, cache = tmp_path / "out" / "rewards.jsonl", tmp_path / "cache"
+    command = ["--objective", "reward", "--hf-model", str(reward_model), "--rewards", str(target), *flags.split()]
+    ranks(size)(score, command, pair_cache_dir=str(cache), **SCORED)
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(1, PAIRS + 1))
+    assert {Path(line["source"]).name for line in lines} == {"train.jsonl"}
+    found = np.array([[line["chosen"], line["rejected"]] for line in lines])
+    assert found == pytest.approx(rewards(load_model(reward_model), pairs_in(cache)), rel=1e-5, abs=1e-5)
+
+
+def refused_score(flags: list[str], **overrides: Any) -> str:
+    """The UserError that scoring on this rank ends with."""
+    from megatron_bdpo.errors import UserError
+
+    try:
+        score(flags, **overrides)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_what_cannot_be_scored_is_refused(ranks, original, reward_model, tmp_path):
+    there, cache = tmp_path / "there", str(tmp_path / "cache")
+    there.write_text("")
+    of = ["--objective", "reward", "--hf-model"]
+    for flags, expected in {
+        (*of, str(reward_model)): "name the file that scoring is to write with --rewards FILE",
+        (*of, str(original), "--rewards", str(tmp_path / "new")): "has no head to score with. Name a reward model",
+        (*of, str(reward_model), "--rewards", str(there)): "is there already. Remove it",
+    }.items():
+        (found,) = ranks(1)(refused_score, list(flags), pair_cache_dir=cache, **SCORED)
+        assert expected in found

@@ -21,20 +21,24 @@ _WITHOUT = {
 }  # fmt: skip
 
 
-def check_objective(settings: Settings) -> None:
+def check_objective(settings: Settings, *, trains: bool = True) -> None:
     """Refuse flags of a policy beside ``--objective reward``, and those of a reward model without it.
+
+    Args:
+        trains: the job is a training, and does not score.
 
     Raises:
         UserError: naming them, with the reason.
     """
     given = settings.given
     if not settings.objective.is_reward:
-        if "center_rewards_coefficient" in given:
-            raise UserError(
-                f"{given['center_rewards_coefficient']} is of a reward model's loss. Add --objective reward, or leave "
-                "it out."
-            )
+        if own := [given[name] for name in ("center_rewards_coefficient", "rewards") if name in given]:
+            raise UserError(f"{', '.join(own)}: only for reward models. Add --objective reward, or leave it out.")
         return
+    if trains and settings.objective.rewards:
+        raise UserError("--rewards is where megatron-bdpo score writes. Leave it out to train.")
+    if not trains and not settings.objective.rewards:
+        raise UserError("--objective reward: name the file that scoring is to write with --rewards FILE.")
     without = {**_WITHOUT, "the options of preference losses are not its own": tuple(settings.loss.options)}
     problems = [
         f"  {', '.join(given[name] for name in names if name in given)}: {why}"

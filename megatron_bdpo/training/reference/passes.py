@@ -163,6 +163,7 @@ class GroupScorer:
     """Scores groups with a frozen model, each once, packed as tightly as they go.
 
     Attributes:
+        step: a forward step that collects [P, 2] of each pack's pairs.
         make: makes packs of the pool's pairs; its limit is a multiple of ``unit``.
         unit: the packs' lengths are multiples of this.
         length: of packs, a multiple of ``unit``. With pipeline stages or ``fixed_length`` no group may be longer.
@@ -171,7 +172,7 @@ class GroupScorer:
     """
 
     model: list[Any]
-    scoring: TokenScoring
+    step: Callable[..., Any]
     make: PackMaker
     unit: int
     length: int
@@ -202,7 +203,7 @@ class GroupScorer:
         return Block(groups, packed, self.length if same_length else length, int(sizes.sum()))
 
     def __call__(self, blocks: Sequence[Block]) -> FloatArray:
-        """[n, 2] log-probs of chosen and rejected of all blocks' groups, in nats, on every rank. Collective."""
+        """[n, 2] of chosen and rejected of all blocks' groups, on every rank: log-probs in nats. Collective."""
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         starts = np.cumsum([0, *(len(block.groups) for block in blocks)])
         own = [
@@ -213,7 +214,7 @@ class GroupScorer:
         made = (self._pack(block.groups[pack], block.length) for block, pack, _ in own)
         made_once = list(itertools.tee(made, len(self.model)))
         with adapters_off(self.model):
-            scores = forward_only(self.model, ScoringStep(self.scoring), made_once, len(own), blocks[0].length)
+            scores = forward_only(self.model, self.step, made_once, len(own), blocks[0].length)
         result = np.zeros((int(starts[-1]), 2))
         if _is_one_of_each_replica():
             for (_, _, places), score in zip(own, scores, strict=True):

@@ -1,4 +1,4 @@
-"""Scoring as a job of its own: the reference alone, forward only, in any layout, without an optimizer's memory."""
+"""Scoring as a job of its own: reference or reward model alone, forward only, in any layout, without an optimizer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from megatron_bdpo.training.reference.options_from_data import decide_options
 from megatron_bdpo.training.reference.provider import ReferenceProvider
 from megatron_bdpo.training.reference.weights import build_reference, load_weights
 from megatron_bdpo.training.reporting.status import write_status
+from megatron_bdpo.training.reward_file import check_reward_model, write_rewards
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup, forget_global_state, set_up
 from megatron_bdpo.training.stopping import StopRequest, StopRequested, listening
 
 
 def score_pairs(arguments: Arguments) -> list[Path]:
-    """Score all pairs of a training's data, those first that its steps would use, as far as its loss reads them.
+    """Score all pairs of a training's data, those first that its steps would use, as far as its loss reads them; with
+    --objective reward write their rewards.
 
     Collective.
 
@@ -30,7 +32,7 @@ def score_pairs(arguments: Arguments) -> list[Path]:
         arguments: parsed, not validated yet. What only training needs may be missing.
 
     Returns:
-        The directory of each token store's log-probs.
+        The directory of each token store's log-probs; of rewards their file.
 
     Raises:
         UserError: on every rank; there is nothing to score, among other reasons.
@@ -56,6 +58,13 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
     arguments.set(**_without_training(arguments.settings))
     setup = set_up(arguments, trains=False)
     try:
+        if setup.settings.objective.is_reward:
+            check_reward_model(setup.settings)
+            initialize_megatron()
+            with phase("weights"):
+                reward_model = _starting_model(setup)
+            with phase("scoring"):
+                return [write_rewards(setup, reward_model, stop.leave_if_asked)]
         requirements = setup.job.loss.requirements
         with all_ranks_agree():
             if not (requirements.reference or requirements.comprehension):

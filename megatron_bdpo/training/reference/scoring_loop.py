@@ -28,9 +28,11 @@ from megatron_bdpo.platform.versions import installed_versions
 from megatron_bdpo.training.batches import IntArray, PackMaker
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.finite import check_reference
+from megatron_bdpo.training.forward import ScoringStep
 from megatron_bdpo.training.pack_iterators import context_rank
 from megatron_bdpo.training.reference.cache import KINDS, Arrays, ScoreCache
 from megatron_bdpo.training.reference.passes import FloatArray, Groups, GroupScorer
+from megatron_bdpo.training.reward_step import RewardScoringStep
 from megatron_bdpo.training.setup import RunSetup
 from megatron_bdpo.training.stopping import StopRequested
 
@@ -151,10 +153,13 @@ def make_scorer(setup: RunSetup, model: list[Any], pairs: IntArray) -> GroupScor
         length = min(length, round_up(_CPU_PACK, unit))
         if settings.layout.pipeline > 1:
             length = max(length, round_up(int(job.sizes[pairs].max()), unit))
+    make = PackMaker(
+        job.pool, job.max_pack_length, job.share_prompts, padding_token=job.padding_token, context=context_rank()
+    )
     return GroupScorer(
         model,
-        setup.scoring,
-        PackMaker(job.pool, job.max_pack_length, job.share_prompts, context=context_rank()),
+        RewardScoringStep() if settings.objective.is_reward else ScoringStep(setup.scoring),
+        make,
         unit,
         length,
         alone=not settings.steps.pack_pairs,

@@ -1,0 +1,92 @@
+"""Rewards of the answers of a job's pairs as lines of JSON: what the scoring program writes with --objective reward."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_bdpo.artifact import write_whole
+from megatron_bdpo.data.pool import PairPool
+from megatron_bdpo.errors import UserError
+from megatron_bdpo.training import identity
+from megatron_bdpo.training.batches import IntArray
+from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
+from megatron_bdpo.training.hf.start import architecture_of
+from megatron_bdpo.training.reference.passes import FloatArray, Groups
+from megatron_bdpo.training.reference.scoring_loop import make_scorer
+from megatron_bdpo.training.settings import Settings
+from megatron_bdpo.training.setup import RunSetup
+
+#: Blocks of packs in one call of the model; a stop is heard between calls. With pipeline stages it keeps them busy.
+_BLOCKS = 8
+
+
+def check_reward_model(settings: Settings) -> None:
+    """Refuse to score with a head that nobody has trained, or into a file that is there. Collective.
+
+    Raises:
+        UserError: on every rank, with the way out.
+    """
+    directories, named = settings.directories, settings.model.hf_model
+    kept = [identity.checkpoint_directory(root) for root in (directories.load, directories.pretrained_checkpoint)]
+    with all_ranks_agree():
+        is_trained = bool(named) and architecture_of(Path(named or ""), reward_models=True).is_reward_model
+        if not (is_trained or any(kept)):
+            raise UserError(
+                f"{f'--hf-model {named}' if named else 'the model'} has no head to score with. Name a reward model "
+                "with --hf-model, or a checkpoint of one with --load."
+            )
+        target = Path(settings.objective.rewards or "")
+        if is_rank_zero() and target.exists():
+            raise UserError(f"--rewards {target} is there already. Remove it, or name another file.")
+
+
+def write_rewards(setup: RunSetup, model: list[Any], pause: Callable[[], None]) -> Path:
+    """Score all pairs of the job's data, and write the file. Collective.
+
+    Args:
+        model: this rank's chunks.
+        pause: called between calls of the model, on all ranks; may raise to leave, and nothing is written then.
+
+    Raises:
+        UserError: on every rank; the file cannot be written.
+    """
+    job, target = setup.job, Path(setup.settings.objective.rewards or "")
+    ids = np.sort(np.concatenate([job.train.ids, job.held_out.ids]))
+    start = time.perf_counter()
+    rewards = _rewards(setup, model, ids, pause)
+    with all_ranks_agree():
+        if is_rank_zero():
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(target, _lines(job.pool, ids, rewards))
+            except OSError as error:
+                raise UserError(f"--rewards {target} cannot be written: {error.strerror or error}.") from error
+    wins = float(np.mean(rewards[:, 0] > rewards[:, 1]))
+    seconds = time.perf_counter() - start
+    say(f"rewards of {len(ids)} pairs written to {target} in {seconds:.1f} s: chosen above rejected in {wins:.1%}")
+    return target
+
+
+def _rewards(setup: RunSetup, model: list[Any], ids: IntArray, pause: Callable[[], None]) -> FloatArray:
+    """[P, 2] of chosen and rejected, on every rank."""
+    scorer = make_scorer(setup, model, ids)
+    found = []
+    for blocks in itertools.batched(scorer.blocks(Groups(ids, np.zeros(len(ids), bool))), _BLOCKS):
+        found.append(scorer(blocks))
+        pause()
+    return np.concatenate(found)
+
+
+def _lines(pool: PairPool, ids: IntArray, rewards: FloatArray) -> Iterator[str]:
+    """A line for each pair: its source and row, and the rewards of its answers."""
+    for pair, (chosen, rejected) in zip(ids.tolist(), rewards.tolist(), strict=True):
+        source, row = pool.origin(pair)
+        record = {"source": source, "row": row, "chosen": chosen, "rejected": rejected}
+        yield json.dumps(record, allow_nan=False) + "\n"
