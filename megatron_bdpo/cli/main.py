@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from megatron_bdpo.cli import convert, data, jobs, losses, plan, report
+from megatron_bdpo.cli import convert, data, jobs, losses, migrate, plan, report
 from megatron_bdpo.cli.common import example
 from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError, visible
@@ -48,6 +48,7 @@ for _subcommand in (
     jobs.train,
     convert.convert,
     plan.plan,
+    migrate.migrate,
     report.report,
     losses.losses,
 ):

@@ -298,6 +298,14 @@ def keep(directory: Path, settings: Mapping[str, Value], facts: Mapping[str, obj
     return path
 
 
+def check_reads_as(text: str, settings: Mapping[str, Value]) -> None:
+    """Raise UserError where a text is no recipe of just these settings."""
+    read = {setting.key: setting.value for setting in _parse(text, "the recipe", Path.cwd())}
+    if read != settings:
+        wrong = sorted(key for key in read.keys() | settings.keys() if read.get(key) != settings.get(key))
+        raise UserError(f"a recipe cannot hold these values: {', '.join(wrong)}. Give them as flags.")
+
+
 def kept(directory: Path) -> dict[str, Value] | None:
     """The settings of the last start that left some in a directory; None where there are none that can be read."""
     number = 1

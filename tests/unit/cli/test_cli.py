@@ -73,6 +73,11 @@ WRONG = {
         (["--hf-model", "x", "--gpus", "8", "--gpu-memory", "nan"], "not a number"),
         (["--hf-model", "x", "--gpus", "8", "--tokens-per-pair", "inf"], "--tokens-per-pair"),
     ],
+    "migrate": [
+        (["nowhere.yaml"], "cannot be read"),
+        ([str(ROOT / "recipes" / "tiny.yaml"), "--from", "nonsense"], "--from"),
+        ([str(ROOT / "mkdocs.yml")], "most of these keys are nobody's"),
+    ],
     "report": [(["./nowhere", "--text-only"], "nowhere"), (["x", "--pairs", "-1"], "--pairs"), (["--nonsense"], "")],
     "losses": [
         (["nonsense"], "unknown loss"),

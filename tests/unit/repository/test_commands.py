@@ -23,6 +23,7 @@ import pytest
 from tests.harness.documents import ROOT, Command, commands
 from tests.harness.lora import make_adapter
 from tests.unit.cli.test_cli import run
+from tests.unit.migrate import configurations
 from tests.unit.repository.test_docs import known_flags
 from tests.unit.training.test_dry_run import LLAMA_8B, LLAMA_70B, QWEN2_7B, SMOLLM2_135M
 
@@ -126,6 +127,7 @@ def make_files(directory: Path, chat_template: str) -> None:
     (directory / "ORIGINAL").symlink_to("MODEL")
     (directory / "my_loss.py").symlink_to(ROOT / "examples" / "own_loss" / "own_loss" / "__init__.py")
     make_adapter(directory / "MODEL", directory / "PEFT_ADAPTERS")
+    (directory / "dpo.yaml").write_text(configurations.TRL)
     write_rows(directory / "pairs.jsonl", TEXTS, 200)
     write_rows(directory / "heldout.jsonl", TEXTS, 20)
     for name in ("train", "heldout"):

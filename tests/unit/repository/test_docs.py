@@ -124,7 +124,7 @@ def test_trls_settings_are_trls():
     from trl.experimental.orpo import ORPOConfig
 
     text = (DOCS / "migrating.md").read_text("utf-8")
-    section = text[text.index("## TRL") : text.index("## ms-swift")]
+    section = text[text.index("### TRL") : text.index("### ms-swift")]
     known = {name for config in (DPOConfig, CPOConfig, ORPOConfig, LoraConfig) for name in config.__dataclass_fields__}
     arguments_of_the_trainer = {"model", "ref_model", "peft_config"}
     for theirs, _ in re.findall(r"^\| (.*) \| (.*) \|$", section, re.M):

@@ -1,0 +1,13 @@
+"""A table per trainer: what each of its keys is here. Data alone; ``translation`` reads them."""
+
+from megatron_bdpo.migrate.entries import Source
+from megatron_bdpo.migrate.tables.axolotl import AXOLOTL
+from megatron_bdpo.migrate.tables.llama_factory import LLAMA_FACTORY
+from megatron_bdpo.migrate.tables.nemo_rl import NEMO_RL
+from megatron_bdpo.migrate.tables.openrlhf import OPENRLHF
+from megatron_bdpo.migrate.tables.swift import MEGATRON_SWIFT, SWIFT
+from megatron_bdpo.migrate.tables.trl import TRL, TRL_CPO, TRL_ORPO
+
+SOURCES: tuple[Source, ...] = (
+    TRL, TRL_CPO, TRL_ORPO, SWIFT, MEGATRON_SWIFT, LLAMA_FACTORY, AXOLOTL, NEMO_RL, OPENRLHF,
+)  # fmt: skip
