@@ -86,7 +86,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_bdpo", "megatron_bdpo.*"]),
-    package_data={"megatron_bdpo": ["py.typed", "report/*.html"]},
+    package_data={"megatron_bdpo": ["training/flags/flag_table.json", "py.typed", "report/*.html"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["megatron-bdpo = megatron_bdpo.cli.main:main"]},

@@ -44,7 +44,7 @@ def mutual_information(conditional: Tensor, unconditional: Tensor, tokens: Tenso
 def balanced_weights(
     chosen_information: Tensor, rejected_information: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Balanced weights (w_w, w_l) = 2 softmax(-[I_w, I_l] / tau): positive, summing to 2.
+    """Balanced weights (w_w, w_l) = 2 softmax(-[I_w, I_l] / tau) = 2 sigmoid(-+(I_w - I_l) / tau), summing to 2.
 
     Args:
         chosen_information: I_w, [P].
@@ -54,9 +54,9 @@ def balanced_weights(
     Returns:
         (w_w, w_l), each [P]. Exactly 1.0 and 1.0, to the bit, where I_w equals I_l or tau is infinite.
     """
-    information = torch.stack([chosen_information, rejected_information])
-    w_w, w_l = (2 * torch.softmax(-information / temperature, dim=0)).unbind()
-    return w_w, w_l
+    # The softmax of two: of their difference, so that a quotient beyond the largest number is a weight of 0 or 2.
+    difference = (rejected_information - chosen_information) / temperature
+    return 2 * torch.sigmoid(difference), 2 * torch.sigmoid(-difference)
 
 
 #: The rule of :func:`automatic_temperature`: in this share of the pairs the larger weight is at most this many times

@@ -46,7 +46,7 @@ def passed_on(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def asks_for_help(flags: tuple[str, ...]) -> bool:
     """Whether a job's parser would print its help."""
-    return "--help" in flags or "-h" in flags
+    return not {"--help", "--help-all", "-h"}.isdisjoint(flags)
 
 
 def only_one(**given: object) -> None:
@@ -55,10 +55,3 @@ def only_one(**given: object) -> None:
     count = sum(value not in (None, (), "") for value in given.values())
     if count != 1:
         raise click.UsageError(f"{'one' if count == 0 else 'only one'} of {', '.join(flags)} is needed.")
-
-
-def prepare_platform() -> None:
-    """See ``platform.boot``: before anything that imports Megatron."""
-    from megatron_bdpo.platform import boot  # imports torch
-
-    boot.prepare_platform()

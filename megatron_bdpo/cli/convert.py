@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import click
 
-from megatron_bdpo.cli.common import PATH, example, only_one, prepare_platform
+from megatron_bdpo.cli.common import PATH, example, only_one
 from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.training.entry import prepare_platform
 
 
 @click.group("convert", epilog=example("megatron-bdpo convert export --checkpoint RUN --hf-model MODEL --output DIR"))
@@ -43,9 +45,7 @@ def export(
     Whatever layout it was trained in. One process; in memory are one file and one tensor.
     """
     only_one(hf_model=hf_model, family=family)
-    prepare_platform()
-    from megatron_bdpo.training.hf import conversion  # imports Megatron
-
+    conversion = _conversion()
     with _written(output):
         conversion.export_alone(checkpoint, output, hf_model, family, compare_digests=checkpoint_checksums)
     show(f"{output}: complete")
@@ -62,12 +62,17 @@ def merge(adapters: Path, hf_model: str, output: Path) -> None:
 
     One process; in memory are the adapters and one file of the model.
     """
-    prepare_platform()
-    from megatron_bdpo.training.hf import conversion  # imports Megatron
-
+    conversion = _conversion()
     with _written(output):
         conversion.merge_alone(adapters, hf_model, output)
     show(f"{output}: complete")
+
+
+def _conversion() -> ModuleType:
+    prepare_platform()
+    from megatron_bdpo.training.hf import conversion  # imports Megatron, for which the platform has to be prepared
+
+    return conversion
 
 
 @contextlib.contextmanager
@@ -91,9 +96,7 @@ def import_(hf_model: str, output: Path, dtype: str) -> None:
     --pretrained-checkpoint takes it in any layout. The whole model has to fit in memory; under torchrun, its ranks
     share it by tensor parallelism. Training does not need this: it reads --hf-model directly.
     """
-    prepare_platform()
-    from megatron_bdpo.training.hf import conversion  # imports Megatron
-
+    conversion = _conversion()
     with _written(output):
         is_first = conversion.import_on_all_ranks(hf_model, output, dtype)
     if is_first:

@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from megatron_bdpo import display
-from megatron_bdpo.cli import common
 from megatron_bdpo.cli.common import NOT_NEGATIVE, PATH, POSITIVE, example
 from megatron_bdpo.data.check import check_rows
 from megatron_bdpo.data.format_converters import PAIRS_FROM, PREFERENCES
@@ -25,6 +24,7 @@ from megatron_bdpo.data.sources import parse_sources
 from megatron_bdpo.data.statistics import PairStatistics
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError, visible
+from megatron_bdpo.training.entry import prepare_platform
 
 _SHARE = click.FloatRange(min=0, max=1)
 
@@ -160,7 +160,7 @@ def add_reference(scores: Path, output: Path) -> None:
     SCORES is a directory that a scoring job or a training has made, OUTPUT a new file of JSON lines: the rows with
     ref_chosen_logps and ref_rejected_logps, in nats, summed over the tokens of each answer.
     """
-    common.prepare_platform()
+    prepare_platform()
     from megatron_bdpo.training.reference.columns import add_columns  # imports Megatron
 
     written, left_out = add_columns(scores, output)
@@ -202,7 +202,7 @@ def _stores(options: dict[str, Any], held_out: Sequence[str] = ()) -> list[PairS
         if options[name] is not None:
             flags += [f"--{name.replace('_', '-')}", str(options[name])]
     with contextlib.redirect_stdout(sys.stderr):
-        common.prepare_platform()
+        prepare_platform()
     from megatron_bdpo.training.token_stores import tokenized_pairs  # imports Megatron
 
     return tokenized_pairs(flags, held_out)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-import signal
-
 import click
+from click.shell_completion import CompletionItem
 
 from megatron_bdpo.cli import common
+from megatron_bdpo.training import entry
+from megatron_bdpo.training.flags import first_look, flag_table
+
+
+class _Job(click.Command):
+    """A command whose flags are a job's: they are passed on, and a shell completes them."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names of the job's flags, and what click completes by itself."""
+        found = super().shell_complete(ctx, incomplete)
+        if not incomplete.startswith("-"):
+            return found
+        groups = flag_table.read().groups.values()
+        names = [name for flags in groups for flag in flags for name in flag.all_names if name.startswith(incomplete)]
+        return [*found, *(CompletionItem(name) for name in names)]
 
 
 @click.command(
     "train",
-    epilog=common.example(
-        "megatron-bdpo train --ranks 8 --hf-model MODEL --pair-data pairs.jsonl --seq-length 4096 "
-        "--pairs-per-step 64 --pair-epochs 1 --lr 5e-7 --bf16 --save RUN --save-interval 100"
-    ),
+    cls=_Job,
+    epilog=common.example(first_look.EXAMPLE.replace("train ", "train --ranks 8 ")),
     **common.PASS_THROUGH,
 )
 @click.option("--ranks", type=common.POSITIVE, default=1, show_default=True, help="Processes, as a rule one per GPU.")
@@ -29,35 +40,19 @@ def train(context: click.Context, ranks: int, flags: tuple[str, ...]) -> None:
     """
     if common.asks_for_help(flags):
         click.echo(context.get_help() + "\n")
-        ranks = 1
     if ranks > 1:
-        _launch(ranks, flags)
-    else:
-        from megatron_bdpo.training import entry  # imports torch
+        first_look.look_at(flags, "train")
+        from megatron_bdpo.cli import launch  # imports torch, which help and mistakes need not wait for
 
+        launch.launch(ranks, flags)
+    else:
         with entry.end_told():
             entry.train(flags)
 
 
-def _launch(ranks: int, flags: tuple[str, ...]) -> None:
-    from torch.distributed import run  # torch takes seconds, the help needs none of it
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    # Of the ranks that it ends when one has failed; which one that is, stands in the error.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    try:
-        run.run(run.parse_args(["--nproc-per-node", str(ranks), "-m", "megatron_bdpo.train", *flags]))
-    except ChildFailedError as error:
-        # 2 is ours: the ranks have said what is wrong, and what torchrun adds is of no use. Those that are slower to
-        # leave than the first have been sent SIGTERM by then.
-        if {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM} == {2}:
-            raise SystemExit(2) from None
-        click.echo(str(error), err=True)
-        raise SystemExit(1) from None
-
-
 @click.command(
     "score",
+    cls=_Job,
     epilog=common.example(
         "megatron-bdpo score --hf-model MODEL --pair-data pairs.jsonl --seq-length 4096 --bf16 --reference-cache SCORES"
     ),
@@ -73,8 +68,6 @@ def score(context: click.Context, flags: tuple[str, ...]) -> None:
 
     With --objective reward, --hf-model names a reward model, and --rewards the file for the rewards of all answers.
     """
-    from megatron_bdpo.training import entry  # imports torch
-
     if common.asks_for_help(flags):
         click.echo(context.get_help() + "\n")
     with entry.end_told():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
@@ -10,24 +11,52 @@ from typing import Any
 
 import click
 
-from megatron_bdpo.cli import convert, data, jobs, losses, migrate, plan, report
 from megatron_bdpo.cli.common import example
+from megatron_bdpo.cli.completion import PROGRAM
+from megatron_bdpo.cli.version_table import versions
 from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError, visible
+from megatron_bdpo.training import entry
 
-_DEBUG = "MEGATRON_BDPO_DEBUG"  # as in training.entry, which takes seconds to import
+_DEBUG = entry.DEBUG
 
 
 def _print_versions(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from megatron_bdpo.cli.version_table import versions  # imports torch
-
         show(versions())
         context.exit()
 
 
+#: Sub-command -> the module of this package that has it under its name.
+_SUB_COMMANDS = {
+    "completion": "completion",
+    "convert": "convert",
+    "data": "data",
+    "losses": "losses",
+    "migrate": "migrate",
+    "plan": "plan",
+    "report": "report",
+    "score": "jobs",
+    "train": "jobs",
+}
+
+
+class _Lazy(click.Group):
+    """Loads the sub-command that is asked for, and no other."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all."""
+        return sorted(_SUB_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """None where there is none of that name."""
+        module = _SUB_COMMANDS.get(cmd_name)
+        return getattr(importlib.import_module(f"megatron_bdpo.cli.{module}"), cmd_name) if module else None
+
+
 @click.group(
     "megatron-bdpo",
+    cls=_Lazy,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=example("megatron-bdpo data check pairs.jsonl"),
 )
@@ -42,19 +71,6 @@ def cli(debug: bool) -> None:
     """
 
 
-for _subcommand in (
-    data.data,
-    jobs.score,
-    jobs.train,
-    convert.convert,
-    plan.plan,
-    migrate.migrate,
-    report.report,
-    losses.losses,
-):
-    cli.add_command(_subcommand)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command. Returns the exit code: 2 for what the user can put right, with a line of cause and one of
     advice, 1 for what is a fault, with one line. Tracebacks only with ``--debug``.
@@ -65,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if debug:
         os.environ[_DEBUG] = "1"  # for ranks, which are processes of their own
     try:
-        code: Any = cli.main(arguments, prog_name="megatron-bdpo", standalone_mode=False)
+        code: Any = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except Exception as error:
         if debug:
@@ -98,7 +114,7 @@ def _explain(error: Exception, arguments: list[str], debug: bool) -> int:
             click.echo("stopped", err=True)
             return 130
         case click.ClickException():
-            asked = UserError(error.format_message().rstrip())
+            asked = UserError(" ".join(error.format_message().split()))
             click.echo(asked.as_text(otherwise=f"{help_of} has its options and an example."), err=True)
         case UserError():
             if not error.shown:
@@ -114,10 +130,13 @@ def _explain(error: Exception, arguments: list[str], debug: bool) -> int:
 
 def _command_of(arguments: list[str]) -> str:
     """``megatron-bdpo data check``, as far as the arguments name commands."""
-    words, command = ["megatron-bdpo"], cli
+    words: list[str] = [PROGRAM]
+    command: click.Command = cli
+    context = click.Context(cli)
     for word in arguments:
-        if isinstance(command, click.Group) and word in command.commands:
-            command = command.commands[word]  # type: ignore[assignment]
+        inner = command.get_command(context, word) if isinstance(command, click.Group) else None
+        if inner is not None:
+            command = inner
             words.append(word)
     return " ".join(words)
 

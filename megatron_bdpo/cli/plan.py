@@ -19,6 +19,7 @@ from megatron_bdpo.planning.layout import Layout
 from megatron_bdpo.planning.memory import GB, JobShape
 from megatron_bdpo.planning.model import ModelShape, Split
 from megatron_bdpo.planning.search import Question, answer
+from megatron_bdpo.training.entry import prepare_platform
 
 _FIXED = {
     "tensor": "--tensor-model-parallel-size",
@@ -94,7 +95,7 @@ def plan(**options: Any) -> None:
 
 def _questions(options: dict[str, Any]) -> list[Question]:
     if options["recipe"]:
-        common.prepare_platform()
+        prepare_platform()
         from megatron_bdpo.training.job_memory import of_recipe  # imports Megatron
 
         model, told = of_recipe(options["recipe"])

@@ -109,10 +109,13 @@ def lay_out(
         padding_token: an answer never ends with it: it ends with the last other token, of the prompt if need be.
 
     Raises:
-        ValueError: if the groups do not fit.
+        ValueError: if the groups do not fit, or a prompt is empty: the first token of its answers would be predicted
+            from nothing.
     """
     builder = _PackBuilder(length, padding_token)
     for number, group in enumerate(groups):
+        if not len(group.prompt):
+            raise ValueError(f"group {number} has an empty prompt: give it a start token at least")
         builder.group = number
         answers = list(zip(group.answers, group.scored or itertools.repeat(None), strict=False))
         if share_prompts:

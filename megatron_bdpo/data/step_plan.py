@@ -200,6 +200,8 @@ def _draw_steps(
     sizes: IntArray, settings: PlanSettings, num_steps: int, pools: Sequence[tuple[IntArray, float]]
 ) -> IntArray:
     per_step, per_epoch = settings.pairs_per_step, epoch_pairs(pools)
+    if not per_epoch:
+        raise UserError("there is no pair to train on. Give --pair-data with rows that can be used.")
     if per_epoch < per_step:
         raise UserError(
             f"--pairs-per-step {per_step} is more than the {per_epoch} usable pairs of an epoch. "

@@ -120,7 +120,8 @@ class PairTokenizer:
         self._end = end
         # More than one token only where the library itself puts more than one in front.
         tokens = self._encoder.before or ([] if bos is None else [bos])
-        self._start = StartTokens(tokens, end, self.template.knows_bos)
+        self.start = StartTokens(tokens, end, self.template.knows_bos)
+        """What prompts begin with."""
 
     def encode(self, record: PreferenceRecord) -> PairTokens:
         """Token ids of a record, not truncated.
@@ -134,7 +135,7 @@ class PairTokenizer:
         mark = self._encoder.last_mark(self.template.opening) if is_chat else None
         texts = [prompt_text, *(each.text for each in rendered)]
         prompt, *joint = (
-            self._start.strip(ids, is_chat) for ids in self._encoder.encode_after(texts, prompt_text, mark)
+            self.start.strip(ids, is_chat) for ids in self._encoder.encode_after(texts, prompt_text, mark)
         )
         end = [self._end] if not is_chat or self.template.leaves_turn_open else []
         responses: list[TokenArray] = []
@@ -150,14 +151,14 @@ class PairTokenizer:
         chosen, rejected = responses
         if np.array_equal(chosen, rejected):
             raise RowProblem(ProblemKind.IDENTICAL_TOKENS, "chosen and rejected give the same tokens")
-        return PairTokens(_int32(self._start.put(prompt, is_chat)), chosen, rejected, *scored)
+        return PairTokens(_int32(self.start.put(prompt, is_chat)), chosen, rejected, *scored)
 
     def spelled_out(self, record: PreferenceRecord) -> set[str]:
         """Control tokens that the record's own texts spell out, which become real ones."""
         return self._encoder.spelled_out([record.prompt, record.chosen, record.rejected])
 
     def _prompt(self, text: str, *, chat: bool) -> TokenArray:
-        return _int32(self._start.put(self._start.strip(self._encoder.encode(text), chat), chat))
+        return _int32(self.start.put(self.start.strip(self._encoder.encode(text), chat), chat))
 
     def encode_prompt(self, prompt: str | list[Message], variables: Mapping[str, Any] | None = None) -> TokenArray:
         """Token ids of a prompt alone, int32 [length >= 1]: those that :meth:`encode` gives it before a response.
@@ -179,8 +180,8 @@ class PairTokenizer:
         ends = [[self._end]]
         if chat:
             text, after = self.template.short_conversation
-            before = self._start.strip(self._encoder.encode(text[: len(text) - len(after)]), chat=True)
-            whole = self._start.strip(self._encoder.encode(text.rstrip()), chat=True)
+            before = self.start.strip(self._encoder.encode(text[: len(text) - len(after)]), chat=True)
+            whole = self.start.strip(self._encoder.encode(text.rstrip()), chat=True)
             if whole[: len(before)] == before:
                 ends.append(whole[len(before) :])
         return [end for index, end in enumerate(ends) if end and end not in ends[:index]]
@@ -191,36 +192,6 @@ class PairTokenizer:
         Entries that a model has beyond its tokenizer's have none.
         """
         return self._tokenizer.detokenize([token for token in ids if token < self._tokenizer.vocab_size])
-
-    def truncate(self, pair: PairTokens, max_prompt_tokens: int | None, max_response_tokens: int | None) -> PairTokens:
-        """Keep the prompt's end, with its start token, and the beginning of each response; None is no limit.
-
-        A response that is cut loses its end token: the model shall not learn to stop there.
-
-        Raises:
-            RowProblem: the responses are identical after the cut.
-        """
-        (prompt, chosen, rejected), scored = pair.parts, pair.scored
-        if max_prompt_tokens is not None and len(prompt) > max_prompt_tokens:
-            starts_so = prompt[: len(self._start.tokens)].tolist() == self._start.tokens
-            start = prompt[: min(len(self._start.tokens), max_prompt_tokens - 1)] if starts_so else prompt[:0]
-            prompt = np.concatenate([start, prompt[len(prompt) - (max_prompt_tokens - len(start)) :]])
-        if max_response_tokens is not None:
-            chosen, rejected = chosen[:max_response_tokens], rejected[:max_response_tokens]
-            first, second = (None if each is None else each[:max_response_tokens] for each in scored)
-            scored = first, second
-            if np.array_equal(chosen, rejected):
-                raise RowProblem(
-                    ProblemKind.IDENTICAL_AFTER_TRUNCATION,
-                    f"the first {max_response_tokens} tokens of chosen and rejected are the same",
-                )
-            for name, each in zip(("chosen", "rejected"), scored, strict=True):
-                if each is not None and not each.any():
-                    raise RowProblem(
-                        ProblemKind.EMPTY_RESPONSE,
-                        f"none of the first {max_response_tokens} tokens of {name} is the assistant's",
-                    )
-        return PairTokens(prompt, chosen, rejected, *scored)
 
     def empty_prompt(self, chat: bool) -> TokenArray:
         """The prompt that says nothing, int32 [length >= 1]: what the unconditional log-probability is conditioned on.
@@ -273,7 +244,7 @@ class PairTokenizer:
         rules = {
             "rules_version": RULES_VERSION,
             "library": self._library,
-            "start": self._start.tokens,
+            "start": self.start.tokens,
             "end": self._end,
             "added": [self._encoder.before, self._encoder.after],
         }

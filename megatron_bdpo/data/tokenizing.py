@@ -30,6 +30,7 @@ from megatron_bdpo.data.row_reader import RowReader, pair_rows
 from megatron_bdpo.data.sources import RawRow, Row, SourceSpec, count_rows, describe_row, parse_raw, read_raw_rows
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.data.tokenized_rows import Outcome, RowsBuilder, TokenizedRows, join
+from megatron_bdpo.data.truncation import truncate
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.user_files import read_regular
 
@@ -88,7 +89,7 @@ class RowTokenizer:
             raise row
         record = parse_row(row)
         whole = self.tokenizer.encode(record)
-        pair = self.tokenizer.truncate(whole, self.max_prompt_tokens, self.max_response_tokens)
+        pair = truncate(whole, self.max_prompt_tokens, self.max_response_tokens, self.tokenizer.start.tokens)
         parts = zip(pair.parts, whole.parts, strict=True)
         prompt_cut, *responses_cut = (len(after) < len(before) for after, before in parts)
         has_context = any(mask is not None for mask in pair.scored)

@@ -135,6 +135,8 @@ class LossSpec[Options, Pairs]:
     settle: Callable[[PairLogProbs, Options], tuple[Options, str]] | None = None
     """Looks at the reference's log-probs of all pairs that the run trains on, where they are known before the first
     step: settles the options that follow from them, and describes what it has seen. The policy is the reference."""
+    elsewhere: tuple[str, ...] = ()
+    """What other trainers call it, to tell those who come from there: TRL's ``sigmoid`` is DPO."""
     select: Callable[[npt.NDArray[np.int8]], tuple[BoolArray, BoolArray]] = keep_all
     """Which pairs the loss trains on, and which of them with chosen and rejected swapped: (keep [P], swap [P]).
 

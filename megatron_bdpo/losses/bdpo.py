@@ -40,7 +40,7 @@ from megatron_bdpo.comprehension import (
 )
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, Requirements
-from megatron_bdpo.losses.options import POSITIVE_OR_INF, LossOptions, beta, nll_weight, option
+from megatron_bdpo.losses.options import COLDEST, TEMPERATURE, LossOptions, beta, nll_weight, option
 from megatron_bdpo.losses.terms import add_nll, log_ratios, required, rewarded
 
 
@@ -51,7 +51,7 @@ class BdpoOptions(LossOptions):
         1.0,
         "temperature of the balanced weights, in the comprehension's unit; inf balances nothing; auto: from the "
         "training pairs, so that nine of ten have weights between 1/2 and 3/2",
-        POSITIVE_OR_INF,
+        TEMPERATURE,
     )
     bdpo_weights: bool = option(True, "apply the balanced weights (BW)")
     bdpo_scale: bool = option(True, "apply the scaling factor that keeps the gradient's size (SF)")
@@ -77,17 +77,25 @@ def settle(pairs: PairLogProbs, options: BdpoOptions) -> tuple[BdpoOptions, str]
     if not requirements(options).comprehension:
         return options, ""
     i_w, i_l = comprehension(pairs, options)
-    if options.bdpo_temperature == "auto":
+    is_automatic = options.bdpo_temperature == "auto"
+    if is_automatic:
         options = replace(options, bdpo_temperature=_automatic(i_w, i_l))
-    return options, _distribution(i_w, i_l, options)
+    described = _distribution(i_w, i_l, options)
+    if is_automatic and len(i_w) < _FEW:
+        described = (
+            f"WARNING: --bdpo-temperature auto takes its quantile from {len(i_w)} training pairs, fewer than {_FEW}: "
+            f"another few would give another one. Give it a number: 1 is the default.\n{described}"
+        )
+    return options, described
 
 
-_ROUNDING = 1e-4  # nats: an imbalance as small as this is the log-probs' rounding
+#: Pairs below which the quantile that auto takes is a matter of a few of them.
+_FEW = 30
 
 
 def _automatic(i_w: Tensor, i_l: Tensor) -> float:
     tau = automatic_temperature(i_w, i_l)
-    if not tau > _ROUNDING:  # NaN too
+    if not tau > COLDEST:  # NaN too
         raise UserError(
             f"--bdpo-temperature auto: the reference comprehends both responses alike in at least "
             f"{AUTOMATIC_SHARE:.0%} of the {len(i_w)} training pairs, so there is nothing to balance (temperature "

@@ -43,4 +43,5 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True),
     summary="Direct Preference Optimization; with label smoothing, cDPO",
     source="arXiv 2305.18290, eq. 7",
+    elsewhere=("sigmoid", "cdpo"),
 )

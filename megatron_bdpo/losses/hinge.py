@@ -38,4 +38,5 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True),
     summary="SLiC's hinge loss on DPO's log-ratios",
     source="arXiv 2305.10425, arXiv 2309.06657",
+    elsewhere=("slic", "slic_hf"),
 )

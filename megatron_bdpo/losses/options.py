@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import UnionType
@@ -18,9 +17,14 @@ class Range(NamedTuple):
     contains: Callable[[Any], bool]
 
 
-POSITIVE = Range("finite and > 0", lambda value: 0 < value < math.inf)
-POSITIVE_OR_INF = Range("> 0 (inf is allowed)", lambda value: value > 0)
-NON_NEGATIVE = Range("finite and >= 0", lambda value: 0 <= value < math.inf)
+#: Far beyond what anybody means, and far enough from where fp32 overflows: loss and gradient are proportional to them.
+LARGEST = 10_000
+#: Nats: comprehension is no more exact than this, so a lower temperature would balance rounding.
+COLDEST = 1e-4
+
+POSITIVE = Range(f"above 0 and at most {LARGEST:,}", lambda value: 0 < value <= LARGEST)
+NON_NEGATIVE = Range(f"at least 0 and at most {LARGEST:,}", lambda value: 0 <= value <= LARGEST)
+TEMPERATURE = Range(f"at least {COLDEST:g} (inf is allowed)", lambda value: value >= COLDEST)
 BELOW_HALF = Range(">= 0 and < 0.5", lambda value: 0 <= value < 0.5)
 
 
@@ -95,7 +99,7 @@ class LossOptions:
         for f in fields(self):
             problem = _problem(getattr(self, f.name), types[f.name], f.metadata.get("within"))
             if problem:
-                raise UserError(f"{flag(f.name)} {problem}, got {getattr(self, f.name)!r}")
+                raise UserError(f"{flag(f.name)} {problem}, got {getattr(self, f.name)!r}. The default is {f.default}.")
 
 
 def _problem(value: object, wanted: FieldType, within: Range | None) -> str | None:

@@ -94,6 +94,9 @@ def get(name: str) -> AnyLossSpec:
     """The loss of that name. Raises UserError with the known names if there is none."""
     specs = {spec.name: spec for spec in all_specs()}
     if name not in specs:
+        for spec in specs.values():
+            if name in spec.elsewhere:
+                raise UserError(f"unknown loss '{name}'. What other trainers call {name} is '{spec.name}' here.")
         raise UserError(f"unknown loss '{name}'{_did_you_mean(name, specs)} Known losses: {', '.join(specs)}")
     return specs[name]
 

@@ -43,4 +43,5 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True),
     summary="rDPO: DPO made unbiased under a known rate of swapped labels",
     source="arXiv 2403.00409",
+    elsewhere=("rdpo", "robust_dpo"),
 )

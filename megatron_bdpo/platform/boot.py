@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from megatron_bdpo.platform import cpu, safe_pickles, versions
+from megatron_bdpo.platform import cpu, installation, safe_pickles
 
 
 def prepare_platform() -> None:
@@ -20,7 +20,7 @@ def prepare_platform() -> None:
     """
     has_gpu = torch.cuda.is_available()
     _leave_out_known_warnings(has_gpu)
-    versions.check_environment()
+    installation.check_environment()
     safe_pickles.restrict_pickles()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it with tensor parallelism
     if not has_gpu and not cpu.is_active():

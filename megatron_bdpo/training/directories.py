@@ -10,7 +10,8 @@ from typing import Any
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.platform.versions import installed_versions, libraries
+from megatron_bdpo.platform.installation import libraries
+from megatron_bdpo.platform.versions import installed_versions
 from megatron_bdpo.training.checkpoints import choose_intact_checkpoints
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_rank_zero, say
 from megatron_bdpo.training.flags import recipe

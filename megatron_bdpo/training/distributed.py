@@ -18,6 +18,7 @@ from torch import distributed
 
 from megatron_bdpo.display import Block
 from megatron_bdpo.errors import PassingError, UserError
+from megatron_bdpo.training.failing import FAILURE, is_first_of_launcher, left_alone
 from megatron_bdpo.training.megatron_settings import ProcessSettings
 from megatron_bdpo.training.phases import IN_STEP, clock, start_clock, waiting
 from megatron_bdpo.training.reporting.console import show
@@ -29,9 +30,6 @@ _LEAVE_TOGETHER = timedelta(seconds=10)
 
 _host_group: Any = None
 _step_patience = _host_patience = _PATIENCE
-_cause = ""
-_failed_after_others = False
-_left_alone = False
 
 
 @contextlib.contextmanager
@@ -40,8 +38,8 @@ def process_groups(process: ProcessSettings) -> Iterator[None]:
 
     A process that is made up plays rank 0 of the others: collectives answer with its own values.
     """
-    global _host_group, _failed_after_others, _left_alone, _step_patience, _host_patience, _cause
-    _left_alone, _cause = False, ""
+    global _host_group, _step_patience, _host_patience
+    FAILURE.is_alone, FAILURE.cause = False, ""
     start_clock()
     backend, host_backend = process.backend, "gloo"
     kwargs: dict[str, Any] = {}
@@ -70,10 +68,10 @@ def process_groups(process: ProcessSettings) -> Iterator[None]:
         yield
     except UserError as error:
         _is_first_to_fail(error)
-        _left_alone = not _show_once(error)
+        FAILURE.is_alone = not _show_once(error)
         raise
     except Exception as error:
-        _failed_after_others = not _is_first_to_fail(error)
+        FAILURE.is_after_others = not _is_first_to_fail(error)
         raise
     finally:
         _host_group = None
@@ -83,24 +81,18 @@ def process_groups(process: ProcessSettings) -> Iterator[None]:
 
 def _is_first_to_fail(error: Exception) -> bool:
     """Whether no rank has failed before. Asks the store of the launcher, which a failing rank does not take with it."""
-    global _cause
     own = f"rank {distributed.get_rank()}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    _cause = own
+    FAILURE.cause = own
     try:
         store = distributed.distributed_c10d._get_default_store()
         is_first = bool(store.add("megatron_bdpo/failed", 1) == 1)
         if is_first:
             store.set("megatron_bdpo/cause", own)
         elif store.check(["megatron_bdpo/cause"]):
-            _cause = store.get("megatron_bdpo/cause").decode()
+            FAILURE.cause = store.get("megatron_bdpo/cause").decode()
         return is_first
     except RuntimeError:  # it is gone with its rank
         return False
-
-
-def first_cause() -> str:
-    """What has ended the job, where a rank has raised: the first one's error, as far as this one has heard of it."""
-    return _cause
 
 
 def is_raised(flag: str, *, here: bool) -> bool:
@@ -140,19 +132,6 @@ def other_notes(name: str, *, patience: timedelta = timedelta(0)) -> list[str] |
         return [store.get(key).decode() for key in keys] if store.check(keys) else None
     except RuntimeError:  # they are late, or it is gone with its rank
         return None
-
-
-def failed_after_others() -> bool:
-    """Whether this rank's failure follows from another's, which has told the cause."""
-    return _failed_after_others
-
-
-def left_alone() -> bool:
-    """Whether this rank, of several that a launcher has started, ends by an error that the others do not have.
-
-    They wait for it in a collective, and taking the groups down may wait for them: it has to end without.
-    """
-    return _left_alone and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _show_once(error: UserError) -> bool:
@@ -285,7 +264,7 @@ def is_rank_zero() -> bool:
     """Whether this is global rank 0; before the process groups exist, by the launcher's environment."""
     if distributed.is_initialized():
         return distributed.get_rank() == 0
-    return int(os.environ.get("RANK", "0")) == 0
+    return is_first_of_launcher()
 
 
 def is_last_rank() -> bool:

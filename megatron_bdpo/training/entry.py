@@ -1,4 +1,4 @@
-"""Starting a program: the platform first, then everything that imports Megatron."""
+"""Starting a program: a look at its flags, then the platform, then everything that imports Megatron."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from megatron_bdpo.errors import UserError, visible
-from megatron_bdpo.platform.boot import prepare_platform
-from megatron_bdpo.training.distributed import failed_after_others, first_cause, is_rank_zero, left_alone
+from megatron_bdpo.training.failing import FAILURE, is_first_of_launcher, left_alone
+from megatron_bdpo.training.flags.first_look import look_at
 from megatron_bdpo.training.phases import clock
 from megatron_bdpo.training.reporting.notify import notify
 from megatron_bdpo.training.reporting.status import end_of_job, forget_status, run_directory, write_status
@@ -39,6 +39,7 @@ def train(argv: Sequence[str] | None = None) -> PreferenceRun:
         SystemExit: when Megatron's loop ends early (``--exit-interval``, a signal, ...), after its checkpoint, and at
             the end of a ``--dry-run``.
     """
+    look_at(argv, "train")
     return _programs().train(argv)
 
 
@@ -55,6 +56,7 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
     Raises:
         UserError: on every rank, printed once, for anything the user can put right.
     """
+    look_at(argv, "score")
     return _programs().score(argv)
 
 
@@ -70,7 +72,15 @@ def tokenize(argv: Sequence[str] | None = None) -> list[Path]:
     Raises:
         UserError: on every rank, printed once, for anything the user can put right.
     """
+    look_at(argv, "tokenize")
     return _programs().tokenize(argv)
+
+
+def prepare_platform() -> None:
+    """See ``platform.boot``: before anything that imports Megatron."""
+    from megatron_bdpo.platform import boot  # imports torch, which a mistake in the flags need not wait for
+
+    boot.prepare_platform()
 
 
 def _programs() -> ModuleType:
@@ -112,7 +122,7 @@ def _program[Result](job: Callable[[Sequence[str] | None], Result], argv: Sequen
         _leave_if_alone()
         raise SystemExit(2) from None
     except Exception as error:
-        if not failed_after_others():
+        if not FAILURE.is_after_others:
             raise
         rank = os.environ.get("RANK", "0")
         print(f"rank {rank}: left after another rank ({_first_line(error)})", file=sys.stderr, flush=True)
@@ -149,7 +159,7 @@ def end_told() -> Iterator[None]:
         _tell_end("crashed" if leaving.code else "", f"exit code {leaving.code}")
         raise
     except Exception as error:
-        cause = first_cause() or _first_line(error)
+        cause = FAILURE.cause or _first_line(error)
         with contextlib.suppress(OSError):
             write_status("running", None, step=clock().step, of=clock().of, reason=cause)
         _tell_end("crashed", cause)
@@ -160,5 +170,5 @@ def end_told() -> Iterator[None]:
 def _tell_end(otherwise: str, cause: str) -> None:
     """From rank 0, by what it has written of its end, or else of an end that nobody has written of, if there is one."""
     state, reason = end_of_job() or (otherwise, cause)
-    if state and is_rank_zero():
+    if state and is_first_of_launcher():
         notify(state, step=clock().step, of=clock().of, cause=reason, run=run_directory())

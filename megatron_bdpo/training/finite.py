@@ -22,7 +22,7 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_bdpo.errors import PassingError
+from megatron_bdpo.errors import PassingError, UserError
 from megatron_bdpo.losses import PairLogProbs
 from megatron_bdpo.losses.bradley_terry import PairRewards
 from megatron_bdpo.training.distributed import gather
@@ -37,37 +37,69 @@ class NotFiniteError(PassingError):
     """The numbers are wrong, not the flags or the data's form."""
 
 
+class DivergedError(UserError):
+    """The numbers are wrong, and a flag is the likely cause: another try would end the same way."""
+
+
+def _not_finite(message: str, suspect: str) -> UserError:
+    """The error with its way out.
+
+    Args:
+        suspect: see ``suspects.likely_cause``; without one, chance is to blame, or what the message has named.
+    """
+    if suspect:
+        return DivergedError(f"{message} The likely cause is {suspect}")
+    return NotFiniteError(f"{message} The same command with --load tries once more.")
+
+
 def check_losses(
-    losses: Tensor, pairs: PairLogProbs | PairRewards, ids: npt.NDArray[np.int64], describe: Describe
+    losses: Tensor,
+    pairs: PairLogProbs | PairRewards,
+    ids: npt.NDArray[np.int64],
+    describe: Describe,
+    place: str = "",
+    suspect: str = "",
 ) -> None:
     """Refuse a microbatch with a loss, [P], that is not finite.
 
+    Args:
+        place: the step or evaluation.
+        suspect: the flag that is the likely cause; see ``suspects.likely_cause``.
+
     Raises:
-        NotFiniteError: on this rank; the others hear of it from the launcher.
+        NotFiniteError, DivergedError: on this rank; the others hear of it from the launcher.
     """
     if bool(torch.isfinite(losses).all()):
         return
     broken = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
     named = [f"{describe(int(ids[row]))}: loss {float(losses[row].detach())}, {_values(pairs, row)}" for row in broken]
-    raise NotFiniteError(
-        f"the loss of {_count(broken, 'pair')} is not finite:\n{_listed(named)}\nThe step was not taken, and the last "
-        "checkpoint is good. The same command with --load tries once more; if it ends here again, look at these pairs, "
-        "at the weights the run began with, and at --lr."
+    where = f"{place}: " if place else ""
+    raise _not_finite(
+        f"{where}the loss of {_count(broken, 'pair')} is not finite:\n{_listed(named)}\nThe step was not taken, and "
+        "the last checkpoint is good. Look at these pairs, at the weights the run began with, and at --lr.",
+        suspect,
     )
 
 
-def broken_gradient(what: str, iteration: int, ids: npt.NDArray[np.int64], describe: Describe) -> NotFiniteError:
-    """The error that ends a run whose gradients are not finite: of all pairs of a step, for no one of them is known."""
-    return NotFiniteError(
+def broken_gradient(
+    what: str, iteration: int, ids: npt.NDArray[np.int64], describe: Describe, suspect: str = ""
+) -> UserError:
+    """The error that ends a run whose gradients are not finite: of all pairs of a step, for no one of them is known.
+
+    Args:
+        suspect: see :func:`check_losses`.
+    """
+    return _not_finite(
         f"the gradient of step {iteration} is not finite, although every loss was: {what}. Its pairs:\n"
         f"{_listed([describe(int(each)) for each in ids])}\nNothing of this step is saved, and the last checkpoint "
-        "is good. The same command with --load tries once more."
+        "is good.",
+        suspect,
     )
 
 
 @contextlib.contextmanager
 def gradients_named(
-    iteration: int, pairs: Callable[[int], npt.NDArray[np.int64]], describe: Describe
+    iteration: int, pairs: Callable[[int], npt.NDArray[np.int64]], describe: Describe, suspect: str = ""
 ) -> Iterator[None]:
     """What Megatron's check of the gradients raises inside the block, on the rank that has them, as our error."""
     try:
@@ -75,7 +107,7 @@ def gradients_named(
     except RuntimeError as error:
         if "local grad norm" not in str(error):
             raise
-        raise broken_gradient(str(error), iteration, pairs(iteration), describe) from error
+        raise broken_gradient(str(error), iteration, pairs(iteration), describe, suspect) from error
 
 
 def check_reference(values: npt.NDArray[np.float64], needed: npt.NDArray[np.bool_], kind: str, names: Describe) -> None:

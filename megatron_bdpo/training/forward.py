@@ -80,6 +80,10 @@ class PreferenceStep:
     check_nan: bool = True
     describe: Callable[[int], str] = "pair {}".format
     """A pair's name for messages, by its id."""
+    suspect: str = ""
+    """The flag that is the likely cause of numbers that are not finite, for messages: ``suspects.likely_cause``."""
+    place: str = ""
+    """The step or evaluation that it is called in, for messages."""
     gate: StepZeroGate | None = None
     """During the first step: told how far each pair's loss is from its value at policy == reference."""
     imbalance_edges: Tensor | None = None
@@ -96,7 +100,7 @@ class PreferenceStep:
         losses = self.loss(pairs)
         loss_sum = losses.loss.sum().float()
         if self.check_nan:
-            check_losses(losses.loss, pairs, batch.pairs.ids, self.describe)
+            check_losses(losses.loss, pairs, batch.pairs.ids, self.describe, self.place, self.suspect)
         if self.gate is not None:
             self.gate.observe(pairs, self.loss)
         report = pair_report(pairs, losses, self.imbalance_edges)

@@ -173,6 +173,16 @@ def build_job(arguments: Arguments) -> PairJob:
         return _plan_job(settings, loss, PairPool(stores), prompts)
 
 
+def _refuse_no_pairs(train: Selection, usable: int, held_out: int) -> None:
+    if len(train.ids):
+        return
+    why = [*train.notes, *([f"{held_out} pairs held out"] if held_out else [])]
+    raise UserError(
+        f"none of the {usable} usable pairs of --pair-data is left to train on: {'; '.join(why)}. Raise --seq-length, "
+        "cut with --max-prompt-length and --max-response-length, hold fewer out, or choose a loss that keeps them."
+    )
+
+
 def _check_columns(pool: PairPool, ids: IntArray) -> None:
     """All pairs in use bring their reference's log-probs."""
     missing = np.isnan(pool.reference()[ids]).any(axis=1)
@@ -214,6 +224,7 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
     sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
+    _refuse_no_pairs(train, len(pool.store_ids(0)), len(held_out.ids))
     if settings.reference.is_in_columns:
         _check_columns(pool, np.concatenate([train.ids, held_out.ids]))
     sources = pool.pools(0, train.ids)

@@ -53,7 +53,7 @@ class RewardStep(PreferenceStep):
         losses = self.loss.spec.function(pairs, self.loss.options)
         loss_sum = losses.loss.sum().float()
         if self.check_nan:
-            check_losses(losses.loss, pairs, batch.pairs.ids, self.describe)
+            check_losses(losses.loss, pairs, batch.pairs.ids, self.describe, self.place, self.suspect)
         return loss_sum, pairs_counted_here(batch, loss_sum.device), loss_report(losses)
 
 

@@ -47,6 +47,7 @@ from megatron_bdpo.training.saves import RunSaves
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup, forget_global_state, set_up
 from megatron_bdpo.training.stopping import StopRequest, StopRequested, listening
+from megatron_bdpo.training.suspects import likely_cause
 
 
 class PreferenceRun:
@@ -101,6 +102,7 @@ class PreferenceRun:
             replace(self.scoring, entropy=self.settings.log_probs.log_entropy),
             check_nan=schedule.check_finite,
             describe=job.pool.describe,
+            suspect=likely_cause(self.settings, job.loss.options),
         )
         self.model = []
         self.stop = StopRequest.of(self.settings)
@@ -178,7 +180,10 @@ class PreferenceRun:
             # Megatron's own is that of the longest pack. Without pipeline stages nobody reads it; with them a step's
             # packs have one length, of which every stage knows what it sends and receives.
             seq_length = self.job.eval_length if forward_only else int(self.job.plan.lengths[self.iteration, 0])
-            with gradients_named(self.iteration + 1, self.job.pairs_of_step, self.job.pool.describe):
+            done = self.iteration
+            self.step.place = f"evaluation after step {done}" if forward_only else f"step {done + 1}"
+            pairs, describe = self.job.pairs_of_step, self.job.pool.describe
+            with gradients_named(done + 1, pairs, describe, self.step.suspect):
                 if forward_only:
                     microbatches = kwargs.pop("num_microbatches")
                     evaluate = functools.partial(inner, *args, seq_length=seq_length, forward_only=True, **kwargs)

@@ -87,8 +87,12 @@ FLAG_CASES = {
         ["--preference-loss", "dpo", "--simpo-gamma", "1"],
         "--simpo-gamma is not used by the loss 'dpo'",
     ),
-    "option out of range": (["--beta", "-1"], r"--beta must be finite and > 0"),
+    "option out of range": (["--beta", "-1"], r"--beta must be above 0 and at most 10,000"),
     "pair longer than a pack": (["--seq-length", "64"], r"do not fit a pack of --seq-length 64.*--long-pairs drop"),
+    "no pair that fits": (
+        ["--seq-length", "16", "--long-pairs", "drop"],
+        r"none of the 48 usable pairs.*48 pairs longer than --seq-length 16 dropped",
+    ),
     "fewer pairs than ranks": (["--pairs-per-step", "1"], "cannot be split over 2 data-parallel ranks"),
     "more pairs than there are": (["--pairs-per-step", "4096"], "4096 is more than the 48 usable pairs"),
     "ranks that fit no layout": (

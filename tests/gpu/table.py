@@ -41,7 +41,8 @@ def main(results: Path) -> int:
 
 
 def machine() -> dict[str, str]:
-    from megatron_bdpo.platform.versions import installed_versions, libraries
+    from megatron_bdpo.platform.installation import libraries
+    from megatron_bdpo.platform.versions import installed_versions
 
     return {**libraries(), **installed_versions()}
 

@@ -96,6 +96,7 @@ def broken_weights():
 
 #: Name -> the callbacks and the run that have it.
 FAULTS = {
+    "none": lambda: ([], None),
     "loss": broken_loss,
     "first gradient": lambda: broken_gradient(1, math.nan),
     "gradient": lambda: broken_gradient(2, math.inf),
@@ -122,6 +123,19 @@ def test_a_gradient_that_is_not_finite_is_not_applied(ranks, tmp_path, fault, st
     resumed = last_stage(ranks(2)(train, [*flags, "--load", str(tmp_path)]))
     assert [step["iteration"] for step in resumed.steps] == list(range(step, 4))
     assert all(math.isfinite(step["loss"]) for step in resumed.steps)
+
+
+@pytest.mark.parametrize(
+    ("flags", "blamed"), [("--lr 1e3", "--lr 1000. Lower it"), ("--lr 1e30", "--lr 1e+30. Lower it")]
+)
+def test_a_learning_rate_that_is_far_too_high_is_blamed(ranks, tmp_path, flags, blamed):
+    """Whether the numbers stay finite or not: the step is named, and no launcher tries once more."""
+    job = ["--num-layers", "1", "--train-iters", "4", "--save", str(tmp_path), "--save-interval", "4"]
+    ((message, is_final, tracker),) = ranks(1)(train_with, "none", [*job, *flags.split()])
+    assert re.search(r"step 2", message), message
+    assert f"The likely cause is {blamed}" in message
+    assert "once more" not in message
+    assert is_final and not tracker
 
 
 def test_weights_that_are_not_finite_are_not_written(ranks, tmp_path):

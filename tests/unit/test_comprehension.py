@@ -64,6 +64,12 @@ def test_equal_information_weighs_exactly_one(dtype, tau):
         assert torch.equal(weight, torch.ones_like(information))
 
 
+def test_a_quotient_beyond_the_largest_number_is_no_weight_or_all_of_it():
+    """Where the softmax of -[I_w, I_l] / tau would be inf - inf."""
+    w_w, w_l = balanced_weights(torch.tensor([1e36, 2e36]), torch.tensor([2e36, 1e36]), 1e-4)
+    assert (w_w.tolist(), w_l.tolist()) == ([2.0, 0.0], [0.0, 2.0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinite_temperature_weighs_exactly_one(dtype):
     i_w, i_l = torch.randn(2, 1001, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 100

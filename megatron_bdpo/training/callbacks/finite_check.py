@@ -15,13 +15,14 @@ from megatron_bdpo.training.finite import Describe, broken_gradient, reject_brok
 class FiniteCheck(Callback):
     """Looks at the gradients' norm after each update, and at the weights before each checkpoint."""
 
-    def __init__(self, pairs: Callable[[int], IntArray], describe: Describe) -> None:
+    def __init__(self, pairs: Callable[[int], IntArray], describe: Describe, suspect: str) -> None:
         """
         Args:
             pairs: ids of a step's pairs.
             describe: a pair's name for messages.
+            suspect: see ``suspects.likely_cause``.
         """
-        self._pairs, self._describe = pairs, describe
+        self._pairs, self._describe, self._suspect = pairs, describe, suspect
         self._model: list[Any] = []
 
     def after_load(self, start: Start) -> None:
@@ -30,10 +31,11 @@ class FiniteCheck(Callback):
     def after_update(self, grad_norm: float, iteration: int) -> None:
         """
         Raises:
-            NotFiniteError: with the step's pairs.
+            NotFiniteError, DivergedError: with the step's pairs.
         """
         if not math.isfinite(grad_norm):
-            raise broken_gradient(f"norm {grad_norm}", iteration, self._pairs(iteration), self._describe)
+            pairs = self._pairs(iteration)
+            raise broken_gradient(f"norm {grad_norm}", iteration, pairs, self._describe, self._suspect)
 
     def saving(self, directory: Path) -> None:
         """Collective.

@@ -11,6 +11,7 @@ from megatron_bdpo.training.callbacks.answers import Answers
 from megatron_bdpo.training.callbacks.callback import Callback
 from megatron_bdpo.training.callbacks.checksums import Checksums
 from megatron_bdpo.training.callbacks.console_lines import ConsoleLines
+from megatron_bdpo.training.callbacks.divergence import Divergence
 from megatron_bdpo.training.callbacks.entry_points import callbacks_of_packages
 from megatron_bdpo.training.callbacks.export_at_end import ExportAtEnd
 from megatron_bdpo.training.callbacks.finite_check import FiniteCheck
@@ -48,7 +49,8 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
     found: list[Callback] = []
     if settings.reference.step_zero_check and reads_reference and _starts_as_its_reference(settings):
         found.append(StepZeroCheck(step, settings.precision))
-    found.append(FiniteCheck(job.pairs_of_step, job.pool.describe))
+    suspect = step.suspect
+    found += [FiniteCheck(job.pairs_of_step, job.pool.describe, suspect), Divergence(suspect)]
     if save:
         pairs = {"train": len(job.train.ids), "heldout": len(job.held_out.ids)}
         found.append(RunRecord(Path(save), pairs, functools.partial(provenance, setup.arguments, job)))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import functools
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args
@@ -20,6 +19,7 @@ from megatron_bdpo.losses import registry
 from megatron_bdpo.platform import cpu
 from megatron_bdpo.training.flags import recipe
 from megatron_bdpo.training.flags.secrets import refuse_secrets
+from megatron_bdpo.training.flags.unknown import refuse
 from megatron_bdpo.training.settings import FLAG_GROUPS, Settings, read_settings
 
 #: What Megatron's local (non-TE) layers need; chosen for the user where Transformer Engine is not installed.
@@ -151,8 +151,8 @@ class Arguments:
 def _extend(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
     """Megatron's parser with our flags, our defaults and our way to refuse."""
     add_preference_arguments(parser)
-    parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
-    _mend_help(parser)
+    parser.error = functools.partial(refuse, parser)  # type: ignore[method-assign]
+    mend_help(parser)
     known = {action.dest for action in parser._actions}
     for group in _default_groups(defaults):
         if unknown := group.keys() - known:
@@ -160,18 +160,7 @@ def _extend(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> Non
         parser.set_defaults(**group)
 
 
-def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """In place of argparse's own way out, which is to print 700 lines of usage on every rank."""
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    words = [word.strip(":,") for word in message.split()]
-    unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in flags]
-    near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], flags, n=1)]
-    raise UserError(
-        f"{message}." + (f" Did you mean {', '.join(near)}?" if near else "") + " (--help lists all flags.)"
-    )
-
-
-def _mend_help(parser: argparse.ArgumentParser) -> None:
+def mend_help(parser: argparse.ArgumentParser) -> None:
     """A help text of Megatron's holds a bare per cent sign, on which argparse fails: --help would be a traceback."""
     formatter = parser._get_formatter()
     for action in parser._actions:
@@ -203,6 +192,8 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--loss-file", metavar="FILE", help="a Python file with a loss of your own, SPEC, which is then the loss"
     )
+    group.add_argument("--help-all", action="store_true", help="show all flags, Megatron's too")
+    group.add_argument("--print-config", action="store_true", help="print the settings that result, as a recipe")
     for title, settings in FLAG_GROUPS.items():
         ArgumentGroupFactory(settings).build_group(parser, f"{title} (megatron_bdpo)")
     _add_loss_options(parser)

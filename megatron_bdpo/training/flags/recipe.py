@@ -16,7 +16,6 @@ Of several recipes the later ones win, and the command line wins over all. In va
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +26,11 @@ import yaml
 
 from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.training.flags.unknown import meaning
 
 FLAG = "--recipe"
+#: Of a command line alone.
+_ASKING = ("--help", "--help-all", "--print-config")
 
 #: A value as YAML has it: numbers stay text, which the flag's own type reads (YAML takes 5e-7 for a string).
 Value = bool | str | list[str] | None
@@ -172,10 +174,9 @@ def _text(node: yaml.Node, where: str) -> str:
 def _action(parser: argparse.ArgumentParser, setting: Setting) -> argparse.Action:
     flags = parser._option_string_actions
     action = flags.get(f"--{setting.key}")
-    if action is None or f"--{setting.key}" in (FLAG, "--help"):
-        near = difflib.get_close_matches(f"--{setting.key.lstrip('-').replace('_', '-')}", flags, n=1)
-        advice = f" Did you mean {near[0].lstrip('-')}?" if near else ""
-        raise UserError(f"{setting.where}: no flag of that name can stand in a recipe.{advice}")
+    if action is None or f"--{setting.key}" in (FLAG, *_ASKING):
+        told = meaning(setting.key, flags).replace("Did you mean --", "Did you mean ")
+        raise UserError(" ".join([f"{setting.where}: no flag of that name can stand in a recipe.", told]).strip())
     return action
 
 

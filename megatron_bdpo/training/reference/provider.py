@@ -93,7 +93,7 @@ class ReferenceProvider:
             say(f"reference: the weights of {source}")
             return replace(identity, reference=self._identify(self._named), reference_weights=source)
         own = self._identify(policy, identity.base_weights)
-        return replace(identity, reference=own, reference_weights=self._pretrained())
+        return replace(identity, reference=own, reference_weights=_pretrained(self.setup))
 
     def recall(self, identity: RunIdentity) -> RunIdentity:
         """The identity of a resumed run. A reference that is named once more, from another place, has to be the same.
@@ -139,16 +139,6 @@ class ReferenceProvider:
         weights = digest or weights_digest(unwrap_model(model), self.setup.scoring.vocab_size)
         return reference_identity(self.setup.config, weights, self.setup.scoring)
 
-    def _pretrained(self) -> str:
-        """The checkpoint the policy has just been loaded from, as far as it can serve as the reference later."""
-        directories = self.setup.settings.directories
-        roots = (None if self.setup.lora else directories.load, directories.pretrained_checkpoint)
-        for root in roots:
-            directory = checkpoint_directory(root)
-            if directory is not None:
-                return str(directory.resolve())
-        return self.setup.settings.model.hf_model or ""
-
     # Resident ------------------------------------------------------------------------------------------------------
 
     def _resident(
@@ -180,7 +170,7 @@ class ReferenceProvider:
             return self._load_original(identity)
         # Wherever they were read: the weights that the adapters stand beside have been compared.
         found = self._identify(policy, identity.base_weights)
-        self._check_original("the model without its adapters", identity.reference, found)
+        _check_original("the model without its adapters", identity.reference, found)
         return policy
 
     def _load_original(self, identity: RunIdentity) -> list[Any]:
@@ -194,19 +184,8 @@ class ReferenceProvider:
         else:
             reference = build_reference(self.setup.config)
             self._load(reference, source)
-        self._check_original(source, identity.reference, self._identify(reference))
+        _check_original(source, identity.reference, self._identify(reference))
         return reference
-
-    def _check_original(self, source: str, kept: dict[str, Any], found: dict[str, Any]) -> None:
-        if not is_of_this_version(kept):
-            kept, found = of_every_version(kept), of_every_version(found)
-            say("reference: an earlier version began this run: the model's settings are not compared, its weights are")
-        if found != kept:
-            differing = "\n".join(f"  {line}" for line in differences(kept, found))
-            raise UserError(
-                f"{source} and this run's settings do not make the reference of the resumed "
-                f"checkpoint:\n{differing}\nRestore the weights, or resume with that run's settings."
-            )
 
     def _load(self, reference: list[Any], source: str) -> None:
         if is_model_directory(Path(source)):
@@ -214,3 +193,26 @@ class ReferenceProvider:
         else:
             with all_ranks_agree():
                 load_weights(reference, Path(source))
+
+
+def _pretrained(setup: RunSetup) -> str:
+    """The checkpoint the policy has just been loaded from, as far as it can serve as the reference later."""
+    directories = setup.settings.directories
+    roots = (None if setup.lora else directories.load, directories.pretrained_checkpoint)
+    for root in roots:
+        directory = checkpoint_directory(root)
+        if directory is not None:
+            return str(directory.resolve())
+    return setup.settings.model.hf_model or ""
+
+
+def _check_original(source: str, kept: dict[str, Any], found: dict[str, Any]) -> None:
+    if not is_of_this_version(kept):
+        kept, found = of_every_version(kept), of_every_version(found)
+        say("reference: an earlier version began this run: the model's settings are not compared, its weights are")
+    if found != kept:
+        differing = "\n".join(f"  {line}" for line in differences(kept, found))
+        raise UserError(
+            f"{source} and this run's settings do not make the reference of the resumed "
+            f"checkpoint:\n{differing}\nRestore the weights, or resume with that run's settings."
+        )

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from megatron_bdpo.platform.versions import installed_versions, libraries
+from megatron_bdpo.platform.installation import libraries
+from megatron_bdpo.platform.versions import installed_versions
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.identity import RunIdentity
 from megatron_bdpo.training.job import PairJob

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_bdpo.artifact import write_whole
-from megatron_bdpo.training.distributed import is_rank_zero
+from megatron_bdpo.training.failing import is_first_of_launcher
 from megatron_bdpo.training.phases import clock
 
 #: Names another file, also for what goes wrong before the flags are understood.
@@ -73,7 +73,7 @@ def write_status(
         step: the last optimizer step done; ``of`` so many.
         by_any_rank: also from another rank than the first.
     """
-    if not (by_any_rank or is_rank_zero()):
+    if not (by_any_rank or is_first_of_launcher()):
         return
     with _one_at_a_time:
         if state != "running":

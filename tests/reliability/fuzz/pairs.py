@@ -150,6 +150,7 @@ def tokens() -> Check:
     from megatron_bdpo.data.problems import RowProblem
     from megatron_bdpo.data.records import PreferenceRecord
     from megatron_bdpo.data.tokenization import PairTokenizer
+    from megatron_bdpo.data.truncation import truncate
     from tests.harness.jobs import DATA
 
     class Tokenizer:
@@ -174,7 +175,7 @@ def tokens() -> Check:
         limits = [draw.pick((None, 1, 2, 5)) for _ in range(2)]
         try:
             whole = pairs.encode(PreferenceRecord(*texts))
-            cut = pairs.truncate(whole, *limits)
+            cut = truncate(whole, *limits, pairs.start.tokens)
         except RowProblem:
             return False
         start = whole.prompt[:1].tolist()

@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -24,9 +26,19 @@ TOKENIZER = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", 
 def commands(group: click.Group, *names: str) -> list[tuple[str, ...]]:
     """All sub-commands, as their words."""
     found: list[tuple[str, ...]] = []
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         found += commands(command, *names, name) if isinstance(command, click.Group) else [(*names, name)]
     return found
+
+
+def command_of(names: tuple[str, ...]) -> click.Command:
+    """A sub-command by its words."""
+    command: click.Command = cli
+    for name in names:
+        command = command.get_command(click.Context(command), name)  # type: ignore[attr-defined]
+    return command
 
 
 ALL = commands(cli)
@@ -60,7 +72,8 @@ WRONG = {
     "train": [
         (["--no-such-flag"], "--no-such-flag"),
         (["--ranks", "0"], "--ranks"),
-        ([], "missing"),
+        ([], "nothing is given"),
+        (["--hf-model", "x"], "missing: --pair-data, --pairs-per-step, --seq-length, --lr, --pair-epochs."),
         ([*TINY, "--train-iters", "-3"], "--train-iters must be"),
     ],
     "convert export": [(["--checkpoint", "x", "--output", "y"], "--family"), ([], "--checkpoint")],
@@ -85,6 +98,7 @@ WRONG = {
         (["dpo", "--loss-file", "my_loss.py"], "each name a loss"),
         (["--loss-file", "nowhere.py"], "nowhere.py cannot be read"),
     ],
+    "completion": [(["tcsh"], "'tcsh' is not one of"), ([], "{bash|zsh|fish}")],
 }
 
 
@@ -137,9 +151,7 @@ def test_a_fault_is_one_line_too(monkeypatch, capsys):
 
 @pytest.mark.parametrize("names", [(), *ALL])
 def test_help_has_an_example_of_its_own(names):
-    command: click.Command = cli
-    for name in names:
-        command = command.commands[name]  # type: ignore[attr-defined]
+    command = command_of(names)
     assert command.help and f"megatron-bdpo {' '.join(names)}".rstrip() in (command.epilog or "")
 
 
@@ -149,12 +161,18 @@ def test_help_of_a_command_without_arguments(capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "score"])
-def test_help_of_the_training(ranks, command):
-    """Ours, and the whole of the parser that the flags are passed on to."""
-    ((code, output, errors),) = ranks(1)(run, command, "--help")
-    assert code == 0, errors
-    for words in (f"Usage: megatron-bdpo {command}", "Example:", "--preference-loss", "--tensor-model-parallel-size"):
-        assert words in output
+def test_help_of_the_training(capsys, command):
+    """The flags of most jobs by task; all of them, Megatron's too, with another flag."""
+    assert _help(command, "--help", capsys).count("\n") <= 150
+    every = _help(command, "--help-all", capsys)
+    for words in (f"Usage: megatron-bdpo {command}", "Example:", "--preference-loss", "--moe-router-topk"):
+        assert words in every
+
+
+def _help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, flag])
+    return capsys.readouterr().out
 
 
 def test_flags_pass_through_untouched(monkeypatch):
@@ -186,12 +204,96 @@ def test_completion():
     assert ended.stdout.strip() == "plain,data", ended.stderr
 
 
-def test_what_a_shell_waits_for_is_light():
-    """Completion and help start a Python per key: neither torch nor Megatron may load."""
-    heavy = "('torch', 'megatron', 'datasets', 'matplotlib', 'rich')"
-    script = f"import sys, megatron_bdpo.cli.main; print([m for m in {heavy} if m in sys.modules])"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert ended.stdout.strip() == "[]", ended.stderr
+def test_flags_of_a_job_are_completed():
+    found = command_of(("train",)).shell_complete(click.Context(command_of(("train",))), "--pairs-per")
+    assert [item.value for item in found] == ["--pairs-per-step"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script(capsys, shell):
+    assert main(["completion", shell]) == 0
+    assert f"_MEGATRON_BDPO_COMPLETE={shell}_complete" in capsys.readouterr().out
+
+
+HEAVY = {"torch", "megatron", "datasets", "matplotlib", "rich", "transformers"}
+
+
+@dataclass
+class Ended:
+    """A program that has ended."""
+
+    code: int
+    output: str
+    errors: str
+    seconds: float
+    """Of the processor."""
+    heavy: set[str]
+    """What it has imported of what takes seconds."""
+
+
+def program(*words: str, module: str = "megatron_bdpo.cli.main") -> Ended:
+    """Run a program in a process of its own, as a shell does."""
+    script = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]; code = 0\n"
+        "try:\n runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as ended:\n code = ended.code or 0\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print('\\nUSED', code, used.ru_utime + used.ru_stime, *sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", script, module, *words]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    errors, _, used = ended.stderr.rpartition("\nUSED ")
+    code, seconds, *modules = used.split()
+    return Ended(int(code), ended.stdout, errors, float(seconds), HEAVY & set(modules))
+
+
+#: Command line -> seconds of the processor that it may take, and what it says; without torch or Megatron.
+QUICK = {
+    "--version": (0.5, "megatron-core"),
+    "--help": (0.5, "Commands:"),
+    "train --help": (1.0, "--pairs-per-step N"),
+    "train --help-all": (1.0, "--moe-router-topk"),
+    "score --help": (1.0, "--reference-cache DIR"),
+    "completion bash": (0.5, "complete -o nosort"),
+    f"data check {DATA / 'train.jsonl'}": (0.5, "pairs: 396 kept"),
+    f"train --recipe {ROOT / 'recipes' / 'tiny.yaml'} --lr 3e-3 --print-config": (1.0, "lr: 3e-3"),
+    "train --pairs-per-stp 8": (1.0, "Did you mean --pairs-per-step?"),
+    "train --per_device_train_batch_size 8": (
+        1.0,
+        "What other trainers call per_device_train_batch_size is --pairs-per",
+    ),
+    "train --loss_type sigmoid": (1.0, "What other trainers call loss_type is --preference-loss"),
+    "train --preference-loss sigmoid": (1.0, "What other trainers call sigmoid is --preference-loss dpo."),
+    "train --preference-loss bdop": (1.0, "Did you mean bdpo?"),
+    "train --preference-loss dpo --simpo-gamma 1": (1.0, "--simpo-gamma is not used by the loss 'dpo'"),
+    "train --lr fast": (1.0, "invalid float value: 'fast'"),
+    "train --recipe '{learning_rate: 1e-6}'": (1.0, "What other trainers call learning_rate is --lr."),
+    "train --recipe nowhere.yaml": (1.0, "--recipe nowhere.yaml cannot be read"),
+    "train --ranks 2 --nonsense": (1.0, "unrecognized arguments: --nonsense"),
+    "train": (1.0, "needs the model (--hf-model), the pairs (--pair-data) and the steps"),
+}
+
+
+@pytest.mark.parametrize("words", QUICK)
+def test_what_flags_show_is_quick(words):
+    seconds, expected = QUICK[words]
+    ended = program(*shlex.split(words))
+    assert expected in ended.output + ended.errors
+    assert ended.code == (0 if ended.output else 2)
+    assert not ended.heavy
+    assert ended.seconds <= seconds
+
+
+def test_torchrun_shows_it_once(monkeypatch):
+    """Each rank of a launcher that has given them these numbers."""
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        helped = program("--help", module="megatron_bdpo.train")
+        assert (helped.code, bool(helped.output)) == (0, rank == "0")
+        refused = program("--pairs-per-stp", "8", module="megatron_bdpo.train")
+        assert (refused.code, "--pairs-per-step" in refused.errors) == (2, rank == "0")
+        assert not refused.heavy
 
 
 # losses

@@ -39,6 +39,12 @@ def group_lists(draw) -> list[Group]:
     return [group(prompt, *answers, first_token=1 + 40 * i) for i, (prompt, answers) in enumerate(lengths)]
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_an_empty_prompt_is_refused(share):
+    with pytest.raises(ValueError, match="group 1 has an empty prompt"):
+        lay_out([group(1, 2, 2), group(0, 2, 2)], 16, share_prompts=share)
+
+
 def token_count(groups: list[Group], share: bool) -> int:
     lengths = [np.array([[len(each.prompt), *map(len, each.answers)]]) for each in groups]
     return sum(int(group_tokens(each, share_prompts=share).sum()) for each in lengths)

@@ -13,6 +13,7 @@ import pytest
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.tokenization import PairTokenizer, PairTokens
+from megatron_bdpo.data.truncation import truncate
 from megatron_bdpo.errors import UserError
 from tests.unit.conftest import CHATML_TEMPLATE, LLAMA_TEMPLATE, OPEN_TEMPLATE, train_hugging_face, train_sentencepiece
 
@@ -238,17 +239,18 @@ def test_truncation_keeps_the_prompts_end_and_the_responses_start(any_tokenizer:
     whole = tokenizer.encode(STRINGS)
     prompt, chosen, rejected = ids(whole)
 
-    assert ids(tokenizer.truncate(whole, None, None)) == (prompt, chosen, rejected)
-    assert ids(tokenizer.truncate(whole, len(prompt), 10_000)) == (prompt, chosen, rejected)
-    assert ids(tokenizer.truncate(whole, 5, 4)) == (start + prompt[-5 + len(start) :], chosen[:4], rejected[:4])
-    assert tokenizer.truncate(whole, 1, None).prompt.tolist() == prompt[-1:]
+    own = tokenizer.start.tokens
+    assert ids(truncate(whole, None, None, own)) == (prompt, chosen, rejected)
+    assert ids(truncate(whole, len(prompt), 10_000, own)) == (prompt, chosen, rejected)
+    assert ids(truncate(whole, 5, 4, own)) == (start + prompt[-5 + len(start) :], chosen[:4], rejected[:4])
+    assert truncate(whole, 1, None, own).prompt.tolist() == prompt[-1:]
 
 
 def test_identical_after_truncation(llama: PairTokenizer) -> None:
     pair = llama.encode(PreferenceRecord("Human:", " Paris is nice", " Paris is the capital"))
 
     with pytest.raises(RowProblem) as caught:
-        llama.truncate(pair, None, 1)
+        truncate(pair, None, 1, llama.start.tokens)
 
     assert caught.value.kind is ProblemKind.IDENTICAL_AFTER_TRUNCATION
 

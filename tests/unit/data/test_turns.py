@@ -19,6 +19,7 @@ from megatron_bdpo.data.sources import SourceSpec
 from megatron_bdpo.data.text_encoder import TextEncoder
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.data.tokenizing import RowTokenizer
+from megatron_bdpo.data.truncation import truncate
 from tests.unit.conftest import CHATML_TEMPLATE, LLAMA_TEMPLATE
 
 Build = Callable[..., PairTokenizer]
@@ -181,10 +182,10 @@ def test_plain_dialogues(build: Build) -> None:
 def test_a_cut_that_leaves_nothing_of_the_assistants(build: Build) -> None:
     tokenizer = build(CHATML_TEMPLATE, train_on="last")
     pair = tokenizer.encode(RECORD)
-    cut = tokenizer.truncate(pair, None, len(pair.chosen) - 2)
+    cut = truncate(pair, None, len(pair.chosen) - 2, tokenizer.start.tokens)
     assert cut.chosen_scored is not None and len(cut.chosen_scored) == len(cut.chosen)
     with pytest.raises(RowProblem, match="none of the first 3 tokens of chosen") as caught:
-        tokenizer.truncate(pair, None, 3)
+        truncate(pair, None, 3, tokenizer.start.tokens)
     assert caught.value.kind is ProblemKind.EMPTY_RESPONSE
 
 

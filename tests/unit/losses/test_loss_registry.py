@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from megatron_bdpo import losses
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import LossOptions, LossSpec, PairLogProbs, Requirements, option, registry
+from megatron_bdpo.losses.options import field_types, flag
 from tests.unit.losses.test_losses import ORACLES, PAIRS, Pair, evaluate, inputs, random_pairs
 
 # --- what each loss says about itself ---
@@ -71,21 +73,24 @@ def test_options_and_defaults():
 @pytest.mark.parametrize(
     ("name", "key", "value", "expected_message"),
     [
-        ("dpo", "beta", 0.0, "--beta must be finite and > 0, got 0.0"),
-        ("dpo", "beta", math.inf, "--beta must be finite"),
-        ("dpo", "beta", math.nan, "--beta must be finite"),
+        ("dpo", "beta", 0.0, "--beta must be above 0 and at most 10,000, got 0.0"),
+        ("dpo", "beta", math.inf, "--beta must be above 0"),
+        ("dpo", "beta", math.nan, "--beta must be above 0"),
         ("dpo", "beta", "0.1", "--beta must be of type float, got '0.1'"),
         ("dpo", "beta", True, "--beta must be of type float"),
         ("dpo", "label_smoothing", -0.1, "--label-smoothing must be >= 0 and < 0.5"),
         ("dpo", "label_smoothing", 0.5, "--label-smoothing must be >= 0 and < 0.5"),
         ("robust", "label_smoothing", 0.5, "--label-smoothing must be >= 0 and < 0.5"),
-        ("bdpo", "bdpo_temperature", 0.0, "--bdpo-temperature must be > 0"),
-        ("bdpo", "bdpo_temperature", math.nan, "--bdpo-temperature must be > 0"),
+        ("bdpo", "bdpo_temperature", 0.0, "--bdpo-temperature must be at least 0.0001 (inf is allowed)"),
+        ("bdpo", "bdpo_temperature", 9e-5, "--bdpo-temperature must be at least 0.0001"),
+        ("bdpo", "bdpo_temperature", math.nan, "--bdpo-temperature must be at least 0.0001"),
+        ("dpo", "beta", 10_001.0, "at most 10,000, got 10001.0. The default is 0.1."),
+        ("dpo", "nll_weight", 1e30, "--nll-weight must be at least 0 and at most 10,000"),
         ("bdpo", "bdpo_comprehension", "mean", "--bdpo-comprehension must be one of per-token, sum, got 'mean'"),
         ("bdpo", "bdpo_scale", "no", "--bdpo-scale must be of type bool"),
-        ("orpo", "orpo_weight", -0.1, "--orpo-weight must be finite and >= 0"),
-        ("safedpo", "safedpo_delta", -1.0, "--safedpo-delta must be finite and >= 0"),
-        ("simpo", "simpo_gamma", -1.0, "--simpo-gamma must be finite and >= 0"),
+        ("orpo", "orpo_weight", -0.1, "--orpo-weight must be at least 0 and at most 10,000"),
+        ("safedpo", "safedpo_delta", -1.0, "--safedpo-delta must be at least 0 and at most 10,000"),
+        ("simpo", "simpo_gamma", -1.0, "--simpo-gamma must be at least 0 and at most 10,000"),
         *[(name, "beta", -1.0, "--beta must be") for name in sorted(ORACLES) if name != "orpo"],
         *[(name, "nll_weight", -1.0, "--nll-weight must be") for name in sorted(ORACLES) if name != "orpo"],
     ],
@@ -110,6 +115,24 @@ def test_an_open_temperature_is_settled_by_the_pairs():
     metrics = registry.get("bdpo").function(pairs, settled).metrics
     larger = torch.maximum(metrics["weights/chosen"], metrics["weights/rejected"])
     assert (larger <= 1.5 + 1e-12).double().mean().item() == pytest.approx(0.9, abs=1 / 200)
+
+
+@pytest.mark.parametrize(("pairs", "warns"), [(29, True), (30, False)])
+def test_a_temperature_from_few_pairs_warns(pairs, warns):
+    options = registry.build_options("bdpo", {"bdpo_temperature": "auto"})
+    _, described = registry.get("bdpo").settle(inputs(random_pairs(pairs), torch.float64), options)
+    assert ("WARNING: --bdpo-temperature auto takes its quantile from 29 training pairs" in described) is warns
+
+
+def test_every_number_of_every_loss_has_a_range():
+    """The largest that is let through is far from where fp32 overflows."""
+    for name in ORACLES:
+        kinds = field_types(registry.get(name).options)
+        for each in fields(registry.get(name).options):
+            if kinds[each.name].type in (int, float):
+                assert each.metadata["within"] is not None, (name, each.name)
+                with pytest.raises(UserError, match=re.escape(flag(each.name))):
+                    registry.build_options(name, {each.name: -1e30})
 
 
 def test_nothing_to_balance_leaves_the_temperature_open_to_nothing():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.platform import cpu, versions
+from megatron_bdpo.platform import cpu, installation
 
 needs_emulation = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so nothing is emulated")
 
@@ -43,14 +43,14 @@ def installed(monkeypatch):
 @pytest.mark.parametrize("version", ["0.19.2", "0.19.3", "0.19.10", "0.19.2.post1", "0.19.2+cu130"])
 def test_supported_versions(installed, version):
     installed(megatron=version)
-    versions.check_environment()
+    installation.check_environment()
 
 
 @pytest.mark.parametrize("version", ["0.16.1", "0.19.1", "0.19.2rc1", "0.20.0", "0.20", "1.0"])
 def test_other_versions_are_refused_with_what_to_install(installed, version):
     installed(megatron=version)
     with pytest.raises(UserError, match=r"written for >=0\.19\.2,<0\.20") as refusal:
-        versions.check_environment()
+        installation.check_environment()
     assert f"megatron-core {version} is installed" in str(refusal.value)
     assert "pip install 'megatron-core>=0.19.2,<0.20'" in str(refusal.value)
 
@@ -58,33 +58,33 @@ def test_other_versions_are_refused_with_what_to_install(installed, version):
 def test_missing_megatron_is_refused_with_what_to_install(installed):
     installed(megatron=None)
     with pytest.raises(UserError, match=r"megatron-core is not installed. Install it with: pip install 'megatron-core"):
-        versions.check_environment()
+        installation.check_environment()
 
 
 @pytest.mark.parametrize("version", ["2.8.0", "2.8.0a0+34c6371d24.nv25.08", "2.11.0+cu130", "2.15.0+cpu", "3.0"])
 def test_supported_torch(installed, version):
     installed(pytorch=version)
-    versions.check_environment()
+    installation.check_environment()
 
 
 @pytest.mark.parametrize("version", ["2.6.0", "2.7.1+cu128", "2.7.0a0+79aa17489c.nv25.04"])
 def test_an_older_torch_is_refused_with_what_to_install(installed, version):
     installed(pytorch=version)
     with pytest.raises(UserError, match=r"needs 2\.8\.0 or newer.*pip install 'torch>=2\.8\.0'") as refusal:
-        versions.check_environment()
+        installation.check_environment()
     assert f"torch {version} is installed" in str(refusal.value)
 
 
 def test_apex_that_is_not_nvidias_is_refused(installed):
     installed(modules=("apex", "apex.optimizers"))
-    versions.check_environment()
+    installation.check_environment()
     installed(modules=("apex",))
     with pytest.raises(UserError, match="pip uninstall apex"):
-        versions.check_environment()
+        installation.check_environment()
 
 
 def test_this_environment_passes():
-    versions.check_environment()
+    installation.check_environment()
 
 
 # Emulation

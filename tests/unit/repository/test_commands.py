@@ -45,7 +45,7 @@ ELSEWHERE = {
     "megatron-bdpo losses exponential": OWN_LOSS,
     "megatron-bdpo train --preference-loss exponential": OWN_LOSS,
     "megatron-bdpo --debug": "tests/unit/cli/test_cli.py::test_traceback_on_request_only",
-    "eval $(_MEGATRON_BDPO_COMPLETE": "tests/unit/cli/test_cli.py::test_completion",
+    "eval $(megatron-bdpo completion bash)": "tests/unit/cli/test_cli.py::test_completion_script",
 }
 
 #: Beginning of a command -> why nobody runs it.
@@ -187,7 +187,7 @@ def place(stage, tmp_path) -> Path:
 def of_ours(command: Command, ranks, place: Path) -> None:
     """`megatron-bdpo ...`: run; a training, unless the stage has run it, as a dry run."""
     words = filled_in(command.words[1:])
-    if words[0] == "train" and not is_trained_here(command) and "--help" not in words:
+    if words[0] == "train" and not is_trained_here(command) and ASKING.isdisjoint(words):
         dry_run(command, words[1:], ranks, place)
     elif " ".join(words) not in NAMED:
         ((code, output, errors),) = ranks(1)(in_directory, place, run, *words)
@@ -195,8 +195,11 @@ def of_ours(command: Command, ranks, place: Path) -> None:
         assert output
 
 
+#: Flags of a training that trains nothing.
+ASKING = {"--help", "--help-all", "--print-config"}
+
 #: Sub-commands that a sentence names, without their arguments.
-NAMED = ("report", "data stats")
+NAMED = ("report", "data stats", "migrate")
 
 
 def dry_run(command: Command, words: list[str], ranks, place: Path) -> None:

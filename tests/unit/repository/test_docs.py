@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bdpo.cli.main import cli, main
+from megatron_bdpo.cli.main import main
 from megatron_bdpo.data import formats
 from megatron_bdpo.losses import registry
-from tests.unit.cli.test_cli import ALL
+from tests.unit.cli.test_cli import ALL, command_of
 from tools import docstrings, pages
 
 ROOT = Path(__file__).parents[3]
@@ -67,17 +67,14 @@ def known_flags() -> set[str]:
     """On a rank: all of a training's flags."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     return set(re.findall(r"--[a-z0-9][a-z0-9_-]*", output.getvalue()))
 
 
 def own_flags() -> set[str]:
     found = {"--debug", "--version"}
     for names in ALL:
-        command = cli
-        for name in names:
-            command = command.commands[name]  # type: ignore[assignment, attr-defined]
-        found |= {flag for option in command.params for flag in option.opts}
+        found |= {flag for option in command_of(names).params for flag in option.opts}
     return found
 
 
