@@ -22,7 +22,7 @@ type Messages = list[dict[str, Any]]
 #: What every row may bring for its chat template.
 FOR_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
 #: What a row may say of its two answers, where it says which one is chosen.
-OF_ANSWERS = ("chosen_safe", "rejected_safe", "ref_chosen_logps", "ref_rejected_logps")
+OF_ANSWERS = ("chosen_safe", "rejected_safe", "ref_chosen_logps", "ref_rejected_logps", "margin")
 
 PAIRS_FROM = ("best-worst", "all", "adjacent")
 PREFERENCES = ("better", "safer")

@@ -54,6 +54,12 @@ class PairPool:
         values[self.swapped] = values[self.swapped][:, ::-1]
         return values
 
+    def margins(self) -> npt.NDArray[np.float64]:
+        """[P] margins of rewards that the rows ask for; NaN: none."""
+        return np.concatenate(
+            [np.full(len(each), np.nan) if each.margin is None else each.margin for each in self.stores]
+        )
+
     def store_ids(self, index: int) -> IntArray:
         """Pair ids of the store at ``index``, in the store's order."""
         return np.arange(self.offsets[index], self.offsets[index + 1])

@@ -14,7 +14,8 @@ implicit messages     absent                   whole conversations with a common
 Everything that both answers begin with belongs to the prompt; what follows is the answer, of one turn or of several.
 For what messages may hold, and the columns that go with them, see ``messages``. Optional columns ``chosen_safe`` and
 ``rejected_safe`` (true/false or 1/0; absent or null means unknown) carry safety labels, and ``ref_chosen_logps`` and
-``ref_rejected_logps``, as TRL writes them, the log-probs of a reference.
+``ref_rejected_logps``, as TRL writes them, the log-probs of a reference; ``margin``, as TRL reads it, is by how much a
+reward model should tell the answers apart.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class PreferenceRecord:
     """Safety label of ``rejected``; None when unknown."""
     reference: tuple[float, float] | None = None
     """Log-probs of ``chosen`` and ``rejected`` by a reference, in nats; None when unknown."""
+    margin: float | None = None
+    """Of the rewards of ``chosen`` and ``rejected``, that a reward model should have at least; None: not asked for."""
     is_dialogue: bool = False
     """Strings that may hold further turns, which HH-RLHF's markers tell apart."""
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -93,6 +96,7 @@ def parse_row(row: dict[str, Any]) -> PreferenceRecord:
         chosen_safe=_label(row, "chosen_safe"),
         rejected_safe=_label(row, "rejected_safe"),
         reference=_reference(row),
+        margin=_margin(row),
         is_dialogue=prompt is None and any(USER_MARKER in response for response in parts[1:]),
         variables={} if isinstance(parts[0], str) else template_variables(row),
     )
@@ -214,6 +218,19 @@ def _label(row: dict[str, Any], column: str) -> bool | None:
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
     raise RowProblem(ProblemKind.WRONG_TYPE, f"column '{column}' is {value!r}; true, false, 1, 0 or null is needed")
+
+
+MARGIN_COLUMN = "margin"
+
+
+def _margin(row: dict[str, Any]) -> float | None:
+    """A finite number; None when the column is absent or null."""
+    value = row.get(MARGIN_COLUMN)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowProblem(ProblemKind.WRONG_TYPE, f"column '{MARGIN_COLUMN}' is {value!r}; a finite number is needed")
+    return float(value)
 
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")

@@ -9,6 +9,7 @@ A store is a directory, written once and never changed:
     row.bin          int64  [P]     its row there, counted from 1
     unsafe.bin       int8   [P, 2]  safety of chosen, rejected: 0 safe, 1 unsafe, -1 unknown
     reference.bin    fp64   [P, 2]  log-probs of chosen, rejected that the rows bring, NaN: none; empty if none does
+    margin.bin       fp64   [P]     margin of rewards that the rows ask for, NaN: none; empty if none does
     context.bin      int64  [S, 2]  stretches of tokens.bin that belong to responses and are not scored, in order
     prompt_of.bin    int32  [P]     index of the pair's own unconditional prompt; -1: the one in meta.json
     own_prompts.bin  int32  [E]     those prompts, one after the other
@@ -44,7 +45,7 @@ from megatron_bdpo.json_shape import is_count, is_number, parse_json, schema_err
 from megatron_bdpo.user_files import open_regular, read_regular
 
 FORMAT_NAME = "megatron_bdpo pair store"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 _META = "meta.json"
 _TOKENS = "tokens"
@@ -57,13 +58,16 @@ _ARRAYS: dict[str, tuple[str, int | None]] = {
     "row": ("<i8", None),
     "unsafe": ("<i1", 2),
     "reference": ("<f8", 2),
+    "margin": ("<f8", None),
     "context": ("<i8", 2),
     "prompt_of": ("<i4", None),
     "own_prompts": ("<i4", None),
     "own_lengths": ("<i4", None),
 }
 _VERIFIED_AT_ONCE = 2**24  # tokens
-_MAY_BE_EMPTY = frozenset({"reference", "context", "own_prompts", "own_lengths"})
+_MAY_BE_EMPTY = frozenset({"reference", "margin", "context", "own_prompts", "own_lengths"})
+#: Those that have a row for each pair, or none where no pair has any.
+_OPTIONAL = ("reference", "margin")
 #: Those that have a row for each pair.
 _BY_PAIR = ("starts", "lengths", "source", "row", "unsafe", "prompt_of")
 
@@ -98,6 +102,7 @@ class PairStore:
         row: int64 [P], row or line in that source, counted from 1.
         unsafe: int8 [P, 2], safety of chosen and rejected: 0 safe, 1 unsafe, -1 unknown.
         reference: float64 [P, 2], log-probs of chosen and rejected that the rows bring; NaN: none. None: no row does.
+        margin: float64 [P], margin of rewards that the rows ask for; NaN: none. None: no row does.
         scored: int32 [P, 2], tokens of chosen and rejected that are scored: all but the turns of others in them.
         empty_prompt: int32 [length], the prompt of the unconditional log-probability of pairs without one of their own.
         unconditional: int32 [P], tokens of each pair's unconditional prompt.
@@ -118,6 +123,7 @@ class PairStore:
         self.row: npt.NDArray[np.int64] = arrays["row"]
         self.unsafe: npt.NDArray[np.int8] = arrays["unsafe"]
         self.reference: npt.NDArray[np.float64] | None = arrays["reference"] if len(arrays["reference"]) else None
+        self.margin: npt.NDArray[np.float64] | None = arrays["margin"] if len(arrays["margin"]) else None
         self._tokens: TokenArray = arrays[_TOKENS]
         self._starts: npt.NDArray[np.int64] = arrays["starts"]
         self._context: npt.NDArray[np.int64] = arrays["context"]
@@ -222,7 +228,7 @@ class PairStore:
 
 
 class PairStoreWriter:
-    """Writes a new store; tokens go to disk as they come, 35 bytes per pair stay in memory.
+    """Writes a new store; tokens go to disk as they come, 43 bytes per pair stay in memory.
 
     A context manager that closes the file; `finish` makes the store complete. Without it there is no meta.json, and
     nothing that `PairStore.open` would take for a store.
@@ -269,6 +275,7 @@ class PairStoreWriter:
             "row": rows.row,
             "unsafe": rows.unsafe,
             "reference": rows.reference,
+            "margin": rows.margin,
             "context": rows.context + self._written,
             "prompt_of": np.where(rows.prompt_of < 0, -1, rows.prompt_of + self._own_prompts),
             "own_prompts": rows.own_prompts,
@@ -284,8 +291,9 @@ class PairStoreWriter:
         self._tokens.flush()
         os.fsync(self._tokens.fileno())
         arrays = {_TOKENS: {"rows": self._written, "crc32": self._crc32}}
-        if all(np.isnan(part).all() for part in self._columns["reference"]):
-            self._columns["reference"] = []
+        for optional in _OPTIONAL:
+            if all(np.isnan(part).all() for part in self._columns[optional]):
+                self._columns[optional] = []
         for name, columns in self._columns.items():
             data = b"".join(column.tobytes() for column in columns)
             write_whole(_array_path(self._directory, name), data)
@@ -369,7 +377,9 @@ def _open_array(directory: Path, name: str, described: dict[str, int]) -> npt.ND
 def _check_consistency(directory: Path, info: StoreInfo, arrays: dict[str, npt.NDArray[Any]]) -> None:
     """The arrays fit each other: one row per pair, and the lengths add up to the tokens. And they fit the sources."""
     pairs = len(arrays["lengths"])
-    if any(len(arrays[name]) != pairs for name in _BY_PAIR) or len(arrays["reference"]) not in (0, pairs):
+    if any(len(arrays[name]) != pairs for name in _BY_PAIR) or any(
+        len(arrays[name]) not in (0, pairs) for name in _OPTIONAL
+    ):
         raise _damaged(directory, "its arrays are of different numbers of pairs")
     if int(arrays["lengths"].sum(dtype=np.int64)) != len(arrays[_TOKENS]):
         raise _damaged(directory, "the lengths do not add up to the number of tokens")

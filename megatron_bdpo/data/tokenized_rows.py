@@ -111,6 +111,8 @@ class TokenizedRows:
     """int8 [P, 2] safety of chosen, rejected: 0 safe, 1 unsafe, -1 unknown"""
     reference: npt.NDArray[np.float64]
     """float64 [P, 2] log-probs of chosen, rejected that the rows bring, in nats; NaN: none"""
+    margin: npt.NDArray[np.float64]
+    """float64 [P] margin of rewards that the rows ask for; NaN: none"""
     context: npt.NDArray[np.int64]
     """int64 [S, 2] stretches of responses that are not scored, from and to an index of ``tokens``, in order"""
     prompt_of: npt.NDArray[np.int32]
@@ -160,6 +162,7 @@ class RowsBuilder:
         self._rows: list[int] = []
         self._unsafe: list[tuple[int, int]] = []
         self._reference: list[tuple[float, float]] = []
+        self._margin: list[float] = []
         self._context: list[tuple[int, int]] = []
         self._prompt_of: list[int] = []
         self._own: dict[bytes, int] = {}
@@ -171,7 +174,7 @@ class RowsBuilder:
     def append(
         self, pair: PairTokens, row: int, record: PreferenceRecord, own_prompt: TokenArray | None = None
     ) -> None:
-        """Add one pair; of the record only the safety labels and the reference's log-probs are kept.
+        """Add one pair; of the record only safety labels, the reference's log-probs and the margin are kept.
 
         Args:
             own_prompt: the pair's unconditional prompt, where it is not the one that all share.
@@ -188,6 +191,7 @@ class RowsBuilder:
         self._rows.append(row)
         self._unsafe.append((_label(record.chosen_safe), _label(record.rejected_safe)))
         self._reference.append(record.reference or (math.nan, math.nan))
+        self._margin.append(math.nan if record.margin is None else record.margin)
         known = -1 if own_prompt is None else self._own.setdefault(own_prompt.tobytes(), len(self._own))
         self._prompt_of.append(known)
         self.outcome.forms.setdefault(CHATS if record.is_chat else STRINGS, row)
@@ -205,6 +209,7 @@ class RowsBuilder:
             row=np.array(self._rows, np.int64),
             unsafe=np.array(self._unsafe, np.int8).reshape(-1, 2),
             reference=np.array(self._reference, np.float64).reshape(-1, 2),
+            margin=np.array(self._margin, np.float64),
             context=np.array(self._context, np.int64).reshape(-1, 2),
             prompt_of=np.array(self._prompt_of, np.int32),
             own_prompts=_joined(own),

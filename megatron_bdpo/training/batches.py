@@ -7,6 +7,7 @@ so nothing is broadcast and no pipeline stage waits for another's data.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -33,12 +34,14 @@ class PackPairs:
     ids: IntArray  # [P], on the host
     answers: Tensor  # [P, 2] numbers of the chosen and the rejected answer
     unsafe: Tensor  # [P, 2] safety labels: 1 unsafe, 0 safe, -1 unknown
+    margin: Tensor  # [P] float64, of rewards; 0 where the row asks for none
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-NO_PAIRS = PackPairs(np.zeros(0, np.int64), *torch.zeros(2, 0, 2, dtype=torch.int64))
+_NONE = torch.zeros(0, 2, dtype=torch.int64)
+NO_PAIRS = PackPairs(np.zeros(0, np.int64), _NONE, _NONE, torch.zeros(0, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,10 @@ class PackMaker:
     padding_token: int | None = None
     context: ContextRank = ALONE
 
+    @functools.cached_property
+    def _margins(self) -> npt.NDArray[np.float64]:
+        return self.pool.margins()
+
     def __call__(self, ids: IntArray, length: int) -> PackBatch:
         """The pack of these pairs, of ``length`` positions."""
         batch = self.mixed(ids, np.zeros(len(ids), bool), length)
@@ -137,7 +144,8 @@ class PackMaker:
         groups = [self.pool.group(pair, unconditional=empty) for pair, empty in zip(ids, unconditional, strict=True)]
         pack = lay_out(groups, length, share_prompts=self.share_prompts, padding_token=self.padding_token)
         answers = torch.arange(2 * len(ids)).view(-1, 2)
-        pairs = PackPairs(ids, answers, torch.from_numpy(self.pool.unsafe[ids].astype(np.int64)))
+        unsafe, margin = self.pool.unsafe[ids].astype(np.int64), np.nan_to_num(self._margins[ids])
+        pairs = PackPairs(ids, answers, torch.from_numpy(unsafe), torch.from_numpy(margin))
         return to_batch(context_part(pack, self.context), length, self.limit, pairs)
 
 
@@ -161,6 +169,7 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
             "end_answer": pack.end_answer,
             "pair_answers": pairs.answers,
             "unsafe": pairs.unsafe,
+            "margin": pairs.margin,
         }
     )
     return PackBatch(
@@ -188,7 +197,7 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
         ),
         answer_tokens=views["answer_tokens"],
         ends=AnswerEnds(views["ends"], views["end_answer"], len(pack.answer_tokens)),
-        pairs=PackPairs(pairs.ids, views["pair_answers"], views["unsafe"]),
+        pairs=PackPairs(pairs.ids, views["pair_answers"], views["unsafe"], views["margin"]),
         length=length,
     )
 

@@ -225,6 +225,8 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
     _refuse_no_pairs(train, len(pool.store_ids(0)), len(held_out.ids))
+    if not settings.objective.is_reward and (asked := int(np.isfinite(pool.margins()[train.ids]).sum())):
+        train.notes.append(f"margins of {asked} not read: they are for --objective reward")
     if settings.reference.is_in_columns:
         _check_columns(pool, np.concatenate([train.ids, held_out.ids]))
     sources = pool.pools(0, train.ids)

@@ -36,7 +36,7 @@ def reward_pack(model: Any, batch: PackBatch) -> Tensor:
 def rewards_of(batch: PackBatch, rewards: Tensor) -> PairRewards:
     """What the loss reads of a batch, from the rewards [A] of its answers."""
     chosen, rejected = rewards[batch.pairs.answers].unbind(1)
-    return PairRewards(chosen, rejected)
+    return PairRewards(chosen, rejected, batch.pairs.margin)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from megatron_bdpo.model.hf.classifier import WITHOUT, classifier_config, classi
 from megatron_bdpo.model.hf.families import FAMILIES
 from tests.distributed.test_bad_input import refusal
 from tests.harness.huggingface import renamed
-from tests.harness.jobs import SGD, last_stage, score, train
+from tests.harness.jobs import DATA, SGD, last_stage, score, train
 from tests.harness.recording import Recording, merge, train_and_record
 from tests.harness.reward_models import build_model, load_model, pairs_in, rewards, trl_step
 from tests.harness.tiny_models import make_model
@@ -113,6 +113,23 @@ def test_loss_rewards_and_gradients_are_trls(alone, original, recorded, tmp_path
     }.items():
         assert step.metrics[name] == pytest.approx(expected.metrics[theirs], rel=ALLOWED, abs=1e-6), name
     assert 0 < expected.metrics["accuracy"] < 1, "some margins shall be positive and some negative"
+    assert deviation(gradients(step, original), expected.gradients) <= ALLOWED
+
+
+def test_margins_of_rows_are_trls(ranks, original, tmp_path):
+    """Of four rows; the others ask for none. Two ranks, so that they travel with their pairs."""
+    pytest.importorskip("trl", reason="the oracle is TRL's RewardTrainer")
+    margins = [0.5, 3.0, None, 1.25, -1.0, None]
+    lines = (DATA / "train.jsonl").read_text().splitlines()[:PAIRS]
+    rows = [json.loads(line) | {"margin": margin} for line, margin in zip(lines, margins, strict=True)]
+    data, cache = tmp_path / "pairs.jsonl", tmp_path / "cache"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = JOB | {"pair_data": [str(data)], "pair_cache_dir": str(cache)}
+    step = merge(ranks(2)(train_and_record, ["--hf-model", str(original)], **overrides)).steps[0]
+    model = build_model(config_of(original), step.weights)
+    asked = [margin or 0.0 for margin in margins]
+    expected = trl_step(model, pairs_in(cache), tmp_path, asked, center_rewards_coefficient=CENTERING)
+    assert step.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=ALLOWED)
     assert deviation(gradients(step, original), expected.gradients) <= ALLOWED
 
 

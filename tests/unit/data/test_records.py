@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -267,3 +268,12 @@ def test_report_stays_short_and_survives_json() -> None:
     assert report.prompt_token_share == 40 / 60
     assert dataclasses.astuple(report.tokens["prompt"]) == (20.0, 20.0, 29.0, 30)
     assert DataReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_margin() -> None:
+    row = {"prompt": "Q: ", "chosen": "yes", "rejected": "no"}
+    assert parse_row(row | {"margin": 2}).margin == 2.0
+    assert parse_row(row | {"margin": None}).margin is None
+    for wrong in ("2", True, math.nan, math.inf, [1.0]):
+        with pytest.raises(RowProblem, match="column 'margin' is .*; a finite number is needed"):
+            parse_row(row | {"margin": wrong})
