@@ -294,7 +294,6 @@ FORMATS = (
         partial(_has, ("input", *_PAIR)),
         converters.openrlhf,
         reads=("input", *_PAIR, *FOR_TEMPLATE, *OF_ANSWERS),
-        ignores=_RATED("margin"),
     ),
 )
 

@@ -176,7 +176,7 @@ EXPECTED: dict[str, list[list[dict[str, Any]]]] = {
         ],
         [pair([user("Is nine prime?")], "No, it is three times three.", "Yes.")],
     ],
-    "openrlhf": [[{"prompt": "User: Name a metal.\nAssistant: ", "chosen": "Iron.", "rejected": "Wood."}]],
+    "openrlhf": [[{"prompt": "User: Name a metal.\nAssistant: ", "chosen": "Iron.", "rejected": "Wood.", "margin": 1}]],
 }
 
 EVERY_ROW = [
@@ -231,7 +231,7 @@ def test_the_rows_are_records(name, index):
 def test_a_column_that_is_missing_is_named(name):
     """Whatever column of those without which the example gives another pair."""
     row = example(name)
-    optional = {"system", "history", "input", "tools"} if name != "openrlhf" else set()
+    optional = {"system", "history", "input", "tools"} if name != "openrlhf" else {"margin"}
     needed = [column for column in formats.named(name).reads if column in row and column not in optional]
     needed = [column for column in needed if not column.startswith(("is_response", "safer"))]
     assert len(needed) >= 2

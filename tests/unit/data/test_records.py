@@ -275,5 +275,5 @@ def test_margin() -> None:
     assert parse_row(row | {"margin": 2}).margin == 2.0
     assert parse_row(row | {"margin": None}).margin is None
     for wrong in ("2", True, math.nan, math.inf, [1.0]):
-        with pytest.raises(RowProblem, match="column 'margin' is .*; a finite number is needed"):
+        with pytest.raises(RowProblem, match=r"column 'margin' is .*; a finite number is needed"):
             parse_row(row | {"margin": wrong})
