@@ -3,6 +3,8 @@
     python tools/pages.py             writes it anew (`make pages`)
     python tools/pages.py --check     says which pages are not current; a test does the same
 
+and, beside them, the table of all flags that stands in for the parsers (`tools/flag_table.py`).
+
 A page marks a place, whose content is everything up to the end:
 
     <!-- made: KIND ARGUMENT -->
@@ -24,6 +26,7 @@ import ast
 import contextlib
 import io
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +171,8 @@ def main() -> int:
         if old:
             print(f"not as the source says: {names}. `make pages` writes them anew.", file=sys.stderr)
         return int(bool(old))
+    # In a process of its own: it prepares the platform for Megatron.
+    subprocess.run([sys.executable, ROOT / "tools" / "flag_table.py"], check=True, stdout=subprocess.DEVNULL)
     for page in old:
         page.write_text(filled(page.read_text("utf-8")), "utf-8")
     print(f"written: {names}" if old else "all pages are current")
