@@ -32,13 +32,21 @@ def convert() -> None:
 @click.option("--family", help="For a model that never was one of Hugging Face's: llama, qwen2, ...")
 @click.option("--output", type=PATH, required=True, metavar="DIR", help="Must not be there yet.")
 @click.option(
+    "--push-to-hub", metavar="NAME", help="Send it to this repository too, made private; HF_TOKEN is the token."
+)
+@click.option(
     "--checkpoint-checksums/--no-checkpoint-checksums",
     default=True,
     show_default=True,
     help="Compare all of its files with its integrity.json first, the optimizer's too.",
 )
 def export(
-    checkpoint: Path, hf_model: str | None, family: str | None, output: Path, checkpoint_checksums: bool
+    checkpoint: Path,
+    hf_model: str | None,
+    family: str | None,
+    output: Path,
+    push_to_hub: str | None,
+    checkpoint_checksums: bool,
 ) -> None:
     """Write a torch_dist checkpoint as a Hugging Face model.
 
@@ -47,8 +55,10 @@ def export(
     only_one(hf_model=hf_model, family=family)
     conversion = _conversion()
     with _written(output):
-        conversion.export_alone(checkpoint, output, hf_model, family, compare_digests=checkpoint_checksums)
-    show(f"{output}: complete")
+        pushed = conversion.export_alone(
+            checkpoint, output, hf_model, family, compare_digests=checkpoint_checksums, push_to_hub=push_to_hub
+        )
+    show(f"{output}: complete", *([f"pushed to {pushed}"] if pushed else []))
 
 
 @convert.command("merge", epilog=example("megatron-bdpo convert merge --adapters DIR --hf-model MODEL --output MERGED"))

@@ -185,8 +185,9 @@ _OF_A_START = frozenset(
         "use-persistent-ckpt-worker", "eval-interval", "eval-every", "eval-every-minutes", "save-every-minutes",
         "log-interval", "num-workers", "recipe", "dry-run", "gpus-per-node", "gpu-memory", "gpu-tflops",
         "assumed-mfu", "override-opt_param-scheduler", "use-checkpoint-opt_param-scheduler",
-        "checkpoint-checksums", "no-checkpoint-checksums", "megatron-output", "tensorboard-dir",
+        "checkpoint-checksums", "no-checkpoint-checksums", "megatron-output", "log-wide", "tensorboard-dir",
         "wandb-project", "wandb-exp-name", "wandb-save-dir", "phase-limit", "distributed-timeout-minutes",
+        "push-to-hub",
     }
 )  # fmt: skip
 

@@ -156,6 +156,9 @@ class ModelSettings:
     (default: its newest)"""
     save_hf: str | None = _flag(metavar="DIR")
     """at the end of training, write the policy as a Hugging Face model"""
+    push_to_hub: str | None = _flag(metavar="NAME")
+    """send what --save-hf has written to this repository on the Hugging Face hub, made private; the token is the
+    environment's HF_TOKEN"""
     pair_attention: str = _flag("auto", choices=("auto", *BACKENDS))
     """what computes attention; auto: on a GPU in half precision varlen, te where torch has none; else sdpa"""
     fuse_local_layers: bool | None = _switch("fuse-local-layers", None)

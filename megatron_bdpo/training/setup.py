@@ -32,6 +32,7 @@ from megatron_bdpo.training.flags.refusals import refuse_what_cannot_be_honoured
 from megatron_bdpo.training.flags.validation import rehearse, validate
 from megatron_bdpo.training.hf.adapter_files import adapters_loader, check_targets, expected_base
 from megatron_bdpo.training.hf.exporting import check_save_hf
+from megatron_bdpo.training.hf.pushing import check_push
 from megatron_bdpo.training.hf.start import start_from_hugging_face, weights_loader
 from megatron_bdpo.training.identity import RunIdentity
 from megatron_bdpo.training.job import PairJob, build_job
@@ -153,6 +154,8 @@ def set_up(arguments: Arguments, *, trains: bool = True, keeps_status: bool = Fa
     job = build_job(arguments)
     _check_evaluation(arguments.settings, job)
     check_save_hf(arguments.settings, last_step=len(job.plan.steps))
+    if trains:
+        check_push(arguments.settings)
     fuse_rotary_embedding(bool(arguments.settings.model.fuse_local_layers))
     with _forgotten_on_error():
         config = validate(arguments, job)

@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.model.hf.card import name_on_hub
 from tests.harness.jobs import SGD, last_stage, train
 from tests.harness.ranks import RankFailure
 from tests.harness.tiny_models import load_model, make_model
@@ -192,13 +193,39 @@ def test_model_card_says_what_was_done(trained):
     original, saved, _, _ = trained
     card = (saved / "README.md").read_text()
     for said in (
-        f'base_model: "{original}"',
+        f"Trained from `{original}`",
         "Loss: bdpo BdpoOptions(beta=0.1",
         "train.jsonl",
         "| pairs_per_step | 4 |",
+        "| steps done | 2 |",
+        "## Flags as given",
+        "save-interval: 2",
     ):
         assert said in card, said
     assert "| rewards/accuracies | " in card, "the last evaluation"
+    assert "base_model:" not in card, "the hub takes no path there"
+
+
+def test_a_checkpoints_card_has_its_own_steps(ranks, trained, tmp_path):
+    original, _, checkpoint, _ = trained
+    output = tmp_path / "exported"
+    converted(ranks, "export", "--checkpoint", checkpoint, "--hf-model", original, "--output", output)
+    card = (output / "README.md").read_text()
+    assert "| steps done | 2 |" in card and "save-interval: 2" in card
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("/cache/models--org--name/snapshots/abc", "org/name"),
+        ("org/name-1.5", "org/name-1.5"),
+        ("/data/models/name", ""),
+        ("./name", ""),
+        ("", ""),
+    ],
+)
+def test_what_the_hub_calls_a_model(model, expected):
+    assert name_on_hub(model) == expected
 
 
 def test_export_without_an_original(ranks, trained, tmp_path):

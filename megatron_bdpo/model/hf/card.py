@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -18,6 +20,8 @@ class TrainingFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Of the held-out pairs, at the end."""
+    flags: str = ""
+    """As they were given, as a recipe."""
 
 
 def model_card(facts: TrainingFacts, library: str = "transformers") -> str:
@@ -27,8 +31,8 @@ def model_card(facts: TrainingFacts, library: str = "transformers") -> str:
         library: that loads the model: of adapters peft.
     """
     header = ["---", f"library_name: {library}", "tags: [preference-optimization, megatron_bdpo]"]
-    if facts.base_model:
-        header.append(f"base_model: {json.dumps(facts.base_model)}")
+    if base := name_on_hub(facts.base_model):
+        header.append(f"base_model: {json.dumps(base)}")
     start = f"from `{facts.base_model}` " if facts.base_model else ""
     lines = [
         *header,
@@ -42,8 +46,18 @@ def model_card(facts: TrainingFacts, library: str = "transformers") -> str:
         *_table("Data", facts.data),
         *_table("Settings", facts.settings),
         *_table("Held-out pairs at the end", facts.metrics),
+        *(["", "## Flags as given", "", "```yaml", facts.flags.rstrip(), "```"] if facts.flags else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def name_on_hub(model: str) -> str:
+    """What the hub calls a model that is from it; empty of any other one: the hub refuses a path in a header."""
+    found = re.search(r"models--([^/]+)--([^/]+)/snapshots/", model)
+    if found:
+        return "/".join(found.groups())
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) and not Path(model).exists()
+    return model if is_name else ""
 
 
 def _table(title: str, values: Mapping[str, Any]) -> list[str]:

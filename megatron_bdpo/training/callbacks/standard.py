@@ -26,6 +26,7 @@ from megatron_bdpo.training.callbacks.timetable import Interval, Timetable
 from megatron_bdpo.training.forward import PreferenceStep
 from megatron_bdpo.training.generation.decoding import PackShape
 from megatron_bdpo.training.hf.exporting import export_places, save_live
+from megatron_bdpo.training.hf.pushing import push_export
 from megatron_bdpo.training.reporting.advice import Advisor
 from megatron_bdpo.training.reporting.provenance import provenance
 from megatron_bdpo.training.settings import Settings
@@ -66,7 +67,8 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
         *callbacks_of_packages(settings, job),
     ]
     if export_places(settings):
-        found.append(ExportAtEnd(functools.partial(save_live, setup.arguments, setup.lora, pause=stop.leave_if_asked)))
+        export = functools.partial(save_live, setup.arguments, setup.lora, pause=stop.leave_if_asked)
+        found.append(ExportAtEnd(export, functools.partial(push_export, settings)))
     # Last: a run that is said to be finished has all that it leaves.
     return [*found, StatusFile(save, len(job.plan.steps))]
 

@@ -41,6 +41,10 @@ _REFUSALS = (
         "--loss-file: --preference-loss names a loss that is not the file's. Give one of the two.",
     ),
     _Refusal(
+        lambda a: a.push_to_hub and not a.save_hf,
+        "--push-to-hub sends what --save-hf has written, which is not given. Give both.",
+    ),
+    _Refusal(
         lambda a: a.eval_prompt_tokens is not None and (not a.eval_prompts or a.eval_prompt_tokens < 1),
         "--eval-prompt-tokens: at least 1, the longest answer to the prompts of --eval-prompts. Give both.",
     ),

@@ -14,6 +14,7 @@ from megatron_bdpo.model.hf.card import TrainingFacts, model_card
 from megatron_bdpo.model.hf.checkpoint import CONFIG, INDEX, HuggingFaceCheckpoint, read_json
 from megatron_bdpo.model.hf.directory import model_directory
 from megatron_bdpo.model.hf.export import refuse_existing, write_companions, write_file
+from megatron_bdpo.model.hf.push import make_repository, push_directory
 from megatron_bdpo.model.lora import peft_format
 from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.model.lora.merging import merged
@@ -22,7 +23,7 @@ from megatron_bdpo.training.checkpoints import refuse_damaged
 from megatron_bdpo.training.distributed import process_groups
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.hf.adapter_files import say_other_base, stored_adapters
-from megatron_bdpo.training.hf.exporting import config_of, export_checkpoint, training_facts
+from megatron_bdpo.training.hf.exporting import config_of, export_checkpoint, stored_facts
 from megatron_bdpo.training.hf.importing import import_model
 from megatron_bdpo.training.hf.start import architecture_of
 from megatron_bdpo.training.megatron_settings import ProcessSettings
@@ -31,9 +32,20 @@ _ONE_PROCESS = ProcessSettings(rank=0, local_rank=0, ranks=1, backend="gloo", ti
 
 
 def export_alone(
-    checkpoint: Path, output: Path, hf_model: str | None, family: str | None, *, compare_digests: bool
-) -> None:
-    """Write a torch_dist checkpoint as a Hugging Face model, as one of ``hf_model``'s kind or of a ``family``."""
+    checkpoint: Path,
+    output: Path,
+    hf_model: str | None,
+    family: str | None,
+    *,
+    compare_digests: bool,
+    push_to_hub: str | None = None,
+) -> str:
+    """Write a torch_dist checkpoint as a Hugging Face model, as one of ``hf_model``'s kind or of a ``family``.
+
+    Returns:
+        Where it has been pushed to; empty where to nowhere.
+    """
+    repository = make_repository(push_to_hub) if push_to_hub else ""
     with process_groups(_ONE_PROCESS):
         if hf_model:
             original = model_directory(hf_model)
@@ -41,6 +53,7 @@ def export_alone(
         else:
             original, config = None, config_of(checkpoint, family or "")
         export_checkpoint(checkpoint, output, config, original, compare_digests=compare_digests)
+    return push_directory(output, repository) if repository else ""
 
 
 def merge_alone(adapters: Path, hf_model: str, output: Path) -> None:
@@ -88,7 +101,7 @@ def _adapters_in(directory: Path, original: Path) -> tuple[LoraConfig, Mapping[s
         raise UserError(f"the checkpoint {checkpoint} holds a model. megatron-bdpo convert export writes it.")
     refuse_damaged(checkpoint)
     config, tensors = stored_adapters(checkpoint, str(original), arguments)
-    return config, tensors, training_facts(arguments, {})
+    return config, tensors, stored_facts(checkpoint)
 
 
 def import_on_all_ranks(hf_model: str, output: Path, dtype: str) -> bool:

@@ -36,6 +36,7 @@ from megatron_bdpo.training import identity
 from megatron_bdpo.training.checkpoints import refuse_damaged
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, host_group, is_rank_zero, say
 from megatron_bdpo.training.flags.arguments import Arguments
+from megatron_bdpo.training.flags.recipe import Value, kept, to_yaml
 from megatron_bdpo.training.hf.adapter_files import export_adapters, save_adapters
 from megatron_bdpo.training.hf.packing import pack
 from megatron_bdpo.training.megatron_settings import DirectorySettings
@@ -144,7 +145,7 @@ def save_live(
     original = Path(settings.model.hf_model or "")
     known = [each for each in gather(dict(metrics)) if each]
     done = {**vars(arguments.megatron), "iteration": last_step}  # Megatron leaves there where the run began
-    facts = training_facts(done, known[0] if known else {})
+    facts = training_facts(done, known[0] if known else {}, arguments.recipe)
     for name, target in export_places(settings).items():
         keep_record = functools.partial(_keep_record, directories, name, target, last_step)
         if broadcast(is_rank_zero() and _is_own_export(directories, name, target, last_step)):
@@ -272,17 +273,16 @@ def export_checkpoint(
     directory = identity.checkpoint_directory(str(checkpoint)) or checkpoint
     if compare_digests:
         refuse_damaged(directory)
-    arguments = identity.stored_arguments(directory)
+    arguments, facts = identity.stored_arguments(directory), stored_facts(directory)
     config = _described(config, is_reward=identity.identity_in(arguments).get("objective") == "reward")
     architecture = read_config(config, reward_models=True)
     check_architecture(architecture, arguments, directory)
     if identity.identity_in(arguments).get("lora"):
         if original is None:
             raise UserError("the checkpoint holds adapters, which stand beside a model: give --hf-model.")
-        card = model_card(training_facts(arguments, {}), library="peft")
-        return export_adapters(directory, target, str(original), arguments, card)
+        return export_adapters(directory, target, str(original), arguments, model_card(facts, library="peft"))
     source = StoredWeights(directory, architecture.weights)
-    write_model(source, target, config, original, training_facts(arguments, {}))
+    write_model(source, target, config, original, facts)
 
 
 def config_of(checkpoint: Path, family: str) -> dict[str, Any]:
@@ -301,8 +301,25 @@ def check_architecture(architecture: Architecture, arguments: Mapping[str, Any],
         raise UserError(f"the checkpoint {directory} is of another architecture: {'; '.join(differing)}.")
 
 
-def training_facts(arguments: Mapping[str, Any], metrics: Mapping[str, float]) -> TrainingFacts:
-    """What a run's arguments, its identity among them, say about it."""
+def stored_facts(checkpoint: Path) -> TrainingFacts:
+    """What a checkpoint, and the recipe beside it, say about its run.
+
+    Args:
+        checkpoint: the directory of one iteration.
+    """
+    state = identity.stored_state(checkpoint)
+    done = {**vars(state["args"]), "iteration": state.get("iteration")}  # the arguments' is where the run began
+    return training_facts(done, {}, kept(checkpoint.parent) or {})
+
+
+def training_facts(
+    arguments: Mapping[str, Any], metrics: Mapping[str, float], given: Mapping[str, Value]
+) -> TrainingFacts:
+    """What a run's arguments, its identity among them, say about it.
+
+    Args:
+        given: what the user has said, as a recipe has it.
+    """
     run = identity.identity_in(arguments)
     return TrainingFacts(
         base_model=str(
@@ -321,4 +338,5 @@ def training_facts(arguments: Mapping[str, Any], metrics: Mapping[str, float]) -
             **{name: arguments[name] for name in _SETTINGS if arguments.get(name) is not None},
         },
         metrics=metrics,
+        flags=to_yaml(given) if given else "",
     )

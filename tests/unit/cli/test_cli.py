@@ -76,7 +76,11 @@ WRONG = {
         (["--hf-model", "x"], "missing: --pair-data, --pairs-per-step, --seq-length, --lr, --pair-epochs."),
         ([*TINY, "--train-iters", "-3"], "--train-iters must be"),
     ],
-    "convert export": [(["--checkpoint", "x", "--output", "y"], "--family"), ([], "--checkpoint")],
+    "convert export": [
+        (["--checkpoint", "x", "--output", "y"], "--family"),
+        ([], "--checkpoint"),
+        (["--checkpoint", "x", "--output", "y", "--family", "llama", "--push-to-hub", "a/b/c"], "--push-to-hub a/b/c"),
+    ],
     "convert import": [(["--hf-model", "./nowhere", "--output", "y"], "nowhere"), (["--dtype", "fp8"], "--dtype")],
     "plan": [
         (["--hf-model", "./nowhere", "--gpus", "8"], "nowhere"),
