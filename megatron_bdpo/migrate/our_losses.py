@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 _USUAL = frozenset({"beta", "nll_weight"})
 
@@ -22,8 +23,6 @@ def options_of(name: str) -> frozenset[str] | None:
     """The options of a loss by name; None where there is no such loss."""
     if name in OPTIONS:
         return OPTIONS[name]
-    from dataclasses import fields
-
     from megatron_bdpo.losses import registry  # imports torch
 
     specs = {spec.name: spec for spec in registry.all_specs()}

@@ -32,6 +32,21 @@ class Translation:
     refused: dict[str, str] = field(default_factory=dict)
     """Key -> what is wrong with it, and what to do."""
 
+    def set(self, flag: str, value: bool | str | list[str], given: Given) -> None:
+        """Make it the flag's value, unless another key has made it another one: that is refused."""
+        before = self.settings.get(flag)
+        if before is not None and before != value:
+            other = f"{self.origins[flag]} makes it {_short(str(before))}"
+            self.refuse(given, f"makes --{flag} {_short(str(value))}, and {other}. Keep one.")
+            return
+        origin = given.where if given.is_default else given.key
+        before_it = self.origins.get(flag)
+        self.settings[flag] = value
+        self.origins[flag] = origin if before_it in (None, origin) else f"{before_it}, {origin}"
+
+    def refuse(self, given: Given, why: str) -> None:
+        self.refused[given.key] = f"{given.where}: {why}"
+
 
 def recognise(keys: Iterable[str], sources: Iterable[Source]) -> Source:
     """The trainer that knows most of the keys, and at least half; of a trainer and its variants, the first.
@@ -76,14 +91,13 @@ class _Translator:
             if isinstance(line := source.entry(given.key), entries.To) and not _is_off(given, line.off)
             for name in line.replaces
         }
-        for given in sorted(self.all.values(), key=lambda each: not isinstance(self._line(each), entries.Loss)):
+        for given in sorted(
+            self.all.values(), key=lambda each: not isinstance(self.source.entry(each.key), entries.Loss)
+        ):
             self._one(given)
         for key in found.keys() - {given.key for given in self.all.values() if not given.is_default}:
             self.result.unneeded[key] = "not set"
         self._products()
-
-    def _line(self, given: Given) -> entries.Entry | None:
-        return self.source.entry(given.key)
 
     def _defaults(self, found: Mapping[str, Given]) -> dict[str, Given]:
         there = {key for key, given in found.items() if not _is_off(given, ("false",))}
@@ -91,18 +105,13 @@ class _Translator:
         for key, default in self.source.defaults.items():
             if not (key in found and found[key].is_set) and not there.intersection(default.unless):
                 where = f"{self.source.title}'s default of {key}"
-                made[key] = Given(key, self._default(default, found), where, is_default=True)
+                made[key] = Given(key, _value_of(default, found), where, is_default=True)
         return made
 
-    @staticmethod
-    def _default(default: Default, found: Mapping[str, Given]) -> Any:
-        same = found.get(default.same_as)
-        return same.value if same is not None and same.is_set else default.value
-
     def _one(self, given: Given) -> None:
-        key, line = given.key, self._line(given)
+        key, line = given.key, self.source.entry(given.key)
         if line is None:
-            self._refuse(given, f"{self.source.title} has no such key that this program knows. Take it out.")
+            self.result.refuse(given, f"{self.source.title} has no such key that this program knows. Take it out.")
         elif not given.is_set:
             self.result.unneeded[key] = "not set"
         elif (shut := self._shut_gate(key)) is not None:
@@ -139,14 +148,14 @@ class _Translator:
             case entries.Each():
                 values = _items(given)
                 if len(values) != len(line.flags) or not all(map(_is_number, values)):
-                    self._refuse(given, f"{given.text!r} is not {len(line.flags)} numbers. Mend it.")
+                    self.result.refuse(given, f"{given.text!r} is not {len(line.flags)} numbers. Mend it.")
                 for flag, value in zip(line.flags, values, strict=False):
-                    self._set(flag, value, given)
+                    self.result.set(flag, value, given)
             case entries.ShareOrCount():
                 if not _is_number(given.text):
-                    self._refuse(given, f"{given.text!r} is no number. Mend it.")
+                    self.result.refuse(given, f"{given.text!r} is no number. Mend it.")
                 elif (number := float(given.text)) != 0:
-                    self._set(line.share if number < 1 else line.count, given.text, given)
+                    self.result.set(line.share if number < 1 else line.count, given.text, given)
                 else:
                     self.result.unneeded[given.key] = "0 asks for nothing"
             case entries.Joined():
@@ -161,7 +170,7 @@ class _Translator:
                 if _is_off(given, line.off):
                     self.result.unneeded[given.key] = f"{given.text} asks for nothing"
                 else:
-                    self._refuse(given, f"{_short(given.text)} cannot be had here. {line.advice}")
+                    self.result.refuse(given, f"{_short(given.text)} cannot be had here. {line.advice}")
 
     def _to(self, line: entries.To, given: Given) -> None:
         if _is_off(given, line.off):
@@ -169,64 +178,66 @@ class _Translator:
             return
         items = [line.words.get(item, item) for item in _items(given)]
         if isinstance(given.value, bool) or (line.kind not in ("list", "commas") and len(items) > 1):
-            self._refuse(given, f"{_short(given.text)} is not the one value that --{line.flag} takes. Mend it.")
+            self.result.refuse(given, f"{_short(given.text)} is not the one value that --{line.flag} takes. Mend it.")
             return
         if (line.kind == "whole" and not re.fullmatch(r"[+-]?\d+(\.0+)?", items[0])) or (
             line.kind == "number" and not _is_number(items[0])
         ):
-            self._refuse(given, f"{_short(items[0])} is no {'whole ' * (line.kind == 'whole')}number. Mend it.")
+            self.result.refuse(given, f"{_short(items[0])} is no {'whole ' * (line.kind == 'whole')}number. Mend it.")
             return
         for part, advice in line.without.items():
             if any(part in item for item in items):
-                self._refuse(given, f"{_short(given.text)} cannot be had here. {advice}")
+                self.result.refuse(given, f"{_short(given.text)} cannot be had here. {advice}")
                 return
         whole = str(int(float(items[0])) * line.times) if line.kind == "whole" else items[0]
         value = {"list": items if len(items) > 1 else items[0], "commas": ",".join(items)}.get(line.kind, whole)
-        self._set(line.flag, value, given)
+        self.result.set(line.flag, value, given)
         for flag, text in line.beside.items():
-            self._set(flag, text.format(value), given)
+            self.result.set(flag, text.format(value), given)
         for flag, share in line.shares.items():
-            self._set(flag, f"{float(items[0]) * share:g}", given)
+            self.result.set(flag, f"{float(items[0]) * share:g}", given)
 
     def _switch(self, line: entries.Switch, given: Given) -> None:
         value = {"true": True, "false": False, "auto": True}.get(given.text.lower())
         if value is None:
-            self._refuse(given, f"{_short(given.text)} is neither true nor false. Mend it.")
+            self.result.refuse(given, f"{_short(given.text)} is neither true nor false. Mend it.")
         else:
-            self._set(line.flag, value, given)
+            self.result.set(line.flag, value, given)
 
     def _choice(self, line: entries.Choice, given: Given) -> None:
         values = {word.lower(): meaning for word, meaning in line.values.items()}
         meaning = values.get(given.text.lower())
         if meaning is None:
-            self._refuse(given, f"{_short(given.text)} cannot be had here. {line.otherwise}")
+            self.result.refuse(given, f"{_short(given.text)} cannot be had here. {line.otherwise}")
         elif isinstance(meaning, str):
             if not given.is_default:
                 self.result.unneeded[given.key] = f"{given.text}: {meaning}"
         else:
             for flag, value in meaning.items():
-                self._set(flag, value, given)
+                self.result.set(flag, value, given)
 
     def _joined(self, line: entries.Joined, given: Given) -> None:
         names = re.findall(r"\{([\w.]+)\}", line.text)
         lacking = [name for name in names if name not in self.all or not self.all[name].is_set]
         if lacking:
-            self._refuse(given, f"goes together with {', '.join(lacking)}, which is not there. Give both.")
+            self.result.refuse(given, f"goes together with {', '.join(lacking)}, which is not there. Give both.")
         else:
             text = re.sub(r"\{([\w.]+)\}", lambda found: self.all[found[1]].text, line.text)
-            self._set(line.flag, text, given)
+            self.result.set(line.flag, text, given)
 
     def _loss(self, line: entries.Loss, given: Given) -> None:
         if len(_items(given)) > 1:
-            self._refuse(given, f"a mix of losses ({_short(given.text)}) cannot be had here. Keep one of them.")
+            self.result.refuse(given, f"a mix of losses ({_short(given.text)}) cannot be had here. Keep one of them.")
             return
         theirs = given.text
         ours = line.names.get(theirs.lower(), theirs.lower())
         if options_of(ours) is None:
-            self._refuse(given, f"there is no loss {_short(theirs)} here. `megatron-bdpo losses` lists what there is.")
+            self.result.refuse(
+                given, f"there is no loss {_short(theirs)} here. `megatron-bdpo losses` lists what there is."
+            )
         else:
             self.loss = ours
-            self._set("preference-loss", ours, given)
+            self.result.set("preference-loss", ours, given)
 
     def _loss_option(self, line: entries.LossOption, given: Given) -> None:
         if _is_off(given, line.off):
@@ -236,21 +247,21 @@ class _Translator:
         name = line.by_loss.get(self.loss or "", line.name)
         if self.loss is not None and name not in (options_of(self.loss) or ()):
             if not given.is_default:
-                self._refuse(given, f"the loss {self.loss} does not use it here. Take it out.")
+                self.result.refuse(given, f"the loss {self.loss} does not use it here. Take it out.")
         elif not _is_number(given.text):
-            self._refuse(given, f"{_short(given.text)} is no number. Mend it.")
+            self.result.refuse(given, f"{_short(given.text)} is no number. Mend it.")
         else:
-            self._set(name.replace("_", "-"), given.text, given)
+            self.result.set(name.replace("_", "-"), given.text, given)
 
     def _products(self) -> None:
         for flag, parts in self.factors.items():
             product = 1
             for given in parts:
                 if not re.fullmatch(r"\d+", given.text) or int(given.text) < 1:
-                    self._refuse(given, f"{_short(given.text)} is no whole number above 0. Mend it.")
+                    self.result.refuse(given, f"{_short(given.text)} is no whole number above 0. Mend it.")
                     continue
                 product *= int(given.text)
-            lines = [self._line(given) for given in parts]
+            lines = [self.source.entry(given.key) for given in parts]
             if any(isinstance(line, entries.Factor) and line.of_each_process for line in lines):
                 if self.processes is None:
                     keys, values = (" x ".join(each) for each in zip(*((g.key, g.text) for g in parts), strict=True))
@@ -262,23 +273,12 @@ class _Translator:
                 product *= self.processes
             for given in parts:
                 if given.key not in self.result.refused:
-                    self._set(flag, str(product), given)
+                    self.result.set(flag, str(product), given)
 
-    # What comes of it
 
-    def _set(self, flag: str, value: bool | str | list[str], given: Given) -> None:
-        before = self.result.settings.get(flag)
-        if before is not None and before != value:
-            other = f"{self.result.origins[flag]} makes it {_short(str(before))}"
-            self._refuse(given, f"makes --{flag} {_short(str(value))}, and {other}. Keep one.")
-            return
-        origin = given.where if given.is_default else given.key
-        before_it = self.result.origins.get(flag)
-        self.result.settings[flag] = value
-        self.result.origins[flag] = origin if before_it in (None, origin) else f"{before_it}, {origin}"
-
-    def _refuse(self, given: Given, why: str) -> None:
-        self.result.refused[given.key] = f"{given.where}: {why}"
+def _value_of(default: Default, found: Mapping[str, Given]) -> Any:
+    same = found.get(default.same_as)
+    return same.value if same is not None and same.is_set else default.value
 
 
 def _items(given: Given) -> list[str]:
