@@ -89,10 +89,8 @@ def select_scored(hidden_states: Tensor, scored: ScoredPositions, *, tp_group: A
         [N, H].
     """
     if sequence_parallel:
-        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # absent in plain torch
-
         # Each rank's logits depend on all positions: the backward of this gather sums the ranks' partial gradients.
-        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+        hidden_states = _tensor_parallel().gather_from_sequence_parallel_region(hidden_states, group=tp_group)
     return hidden_states.squeeze(1).index_select(0, scored.hidden)
 
 
@@ -115,9 +113,14 @@ def answer_log_probs(token_log_probs: Tensor, scored: ScoredPositions, context_g
     sums = _own_sums(token_log_probs, scored)
     if context_group is None or context_group.size() == 1:
         return sums
-    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region  # absent in plain torch
+    return _tensor_parallel().reduce_from_tensor_model_parallel_region(sums, group=context_group)
 
-    return reduce_from_tensor_model_parallel_region(sums, group=context_group)
+
+def _tensor_parallel() -> Any:
+    """Megatron's collectives with gradients; where one rank has all, they and Megatron may be absent."""
+    from megatron.core import tensor_parallel
+
+    return tensor_parallel
 
 
 def _own_sums(token_log_probs: Tensor, scored: ScoredPositions) -> Tensor:

@@ -49,14 +49,19 @@ def emulate_cuda_on_cpu() -> None:
         raise RuntimeError("the CPU emulation must not be installed where a GPU is usable")
     _leave_out_gpu_packages()
     _patch_torch_cuda()
-    from megatron_bdpo.platform import megatron_on_cpu  # imports Megatron, which binds torch.cuda's functions
-
-    megatron_on_cpu.patch(checkpoint_writer=_write_checkpoints)
+    _megatron().patch(checkpoint_writer=_write_checkpoints)
     # Megatron warms up torch.compile'd functions at start. On a CPU that takes a C++ compiler and minutes, and our
     # defaults use none of them.
     torch._dynamo.config.disable = True
     _active = _CudaNamesCpu()
     _active.__enter__()  # stays: the mode lasts as long as the process
+
+
+def _megatron() -> Any:
+    """What is replaced in Megatron: importing it has Megatron bind the functions of torch.cuda that there are."""
+    from megatron_bdpo.platform import megatron_on_cpu
+
+    return megatron_on_cpu
 
 
 def _leave_out_gpu_packages() -> None:
@@ -159,6 +164,4 @@ def _patch_torch_cuda() -> None:
 def _write_checkpoints(*args: Any) -> None:
     """The process that writes for --async-save: it counts devices, and starts without the emulation."""
     emulate_cuda_on_cpu()
-    from megatron_bdpo.platform import megatron_on_cpu  # as above
-
-    megatron_on_cpu.write_checkpoints(*args)
+    _megatron().write_checkpoints(*args)
