@@ -137,6 +137,7 @@ def test_what_the_run_needs_on_its_disk(dry_run):
         ("llama3_70b_lora.yaml", LLAMA_70B, 8, "4 tensor x 2 pipeline x 8 virtual stages"),
         ("llama3_8b.yaml", LLAMA_8B, 8, "2 tensor x 4 data"),
         ("qwen2_7b.yaml", QWEN2_7B, 8, "2 tensor x 4 data"),
+        ("reward_8b.yaml", LLAMA_8B, 8, "2 tensor x 4 data"),
         ("tiny.yaml", None, 1, "one rank"),
     ],
 )
