@@ -190,14 +190,15 @@ COVER = _cover()
 TABLE_HEAD = """\
 # Parity of layouts
 
-Every layout below trains as one process does. Each row is the worst of {runs} runs of three optimizer steps: {losses},
-each with the {optimizers} optimizer, fp32, tiny models, real gloo ranks. Compared with one process: the log-probs of
-every sequence (policy, reference, and without the prompt), the loss of every step, every gradient of every step and
-every weight after the last, gathered as whole tensors. Deviations are relative: log-probs to the largest, losses each
-to itself, gradients and weights to the largest element of their tensor.
+This page shows that a parallel layout does not change what a model learns: every layout below is compared with one
+process. Each row is the worst of {runs} runs of three optimizer steps: {losses}, each with the {optimizers} optimizer,
+fp32, tiny models, real gloo ranks. The comparison covers the log-probs (log-probabilities) of every sequence (policy,
+reference, and without the prompt), the loss of every step, every gradient of every step and every weight after the last
+one, gathered as whole tensors. Deviations are relative: log-probs to the largest, each loss to itself, gradients and
+weights to the largest element of their tensor.
 
-`make parity` runs the comparison and writes this file. That each comparison can fail is tested too
-(`tests/parity/test_mutations.py`).
+`make parity` runs the comparison and writes this file. `tests/parity/test_mutations.py` tests that each comparison can
+fail.
 """
 
 
@@ -207,7 +208,7 @@ def render(deviations: dict[Case, dict[str, float]]) -> str:
         runs=len(LOSSES) * len(OPTIMIZERS), losses=", ".join(LOSSES), optimizers=" and the ".join(OPTIMIZERS)
     )
     allowed = ", ".join(f"{name} {value:.0e}" for name, value in ALLOWED.items())
-    adapters = f"of adapters, of which B begins at zero, weights {ALLOWED_ADAPTERS['weights']:.0e}"
+    adapters = f"for adapters, whose B begins at zero, weights {ALLOWED_ADAPTERS['weights']:.0e}"
     lines = [head, f"Allowed: {allowed}; {adapters}.", ""]
     lines += [f"| model | layout | ranks | {' | '.join(ALLOWED)} |", "|---" * (3 + len(ALLOWED)) + "|"]
     for name, model in MODELS.items():
