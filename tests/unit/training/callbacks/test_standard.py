@@ -29,10 +29,10 @@ def callbacks(flags: list[str], **overrides: Any) -> str:
 
 #: Before a step's line: what may end the run. Before the status: what a finished run leaves.
 ALL = (
-    "Own StepZeroCheck FiniteCheck RunRecord Progress Scalars MetricsJsonl ConsoleLines Answers Checksums Deletion "
-    "Timetable StatusFile"
+    "Own StepZeroCheck FiniteCheck Divergence RunRecord Progress Scalars MetricsJsonl ConsoleLines Answers Checksums "
+    "Deletion Timetable StatusFile"
 )
-BARE = "Own FiniteCheck Progress Scalars ConsoleLines Answers Checksums Timetable StatusFile"
+BARE = "Own FiniteCheck Divergence Progress Scalars ConsoleLines Answers Checksums Timetable StatusFile"
 
 
 def test_they_are_those_that_the_flags_ask_for(ranks, tmp_path):
