@@ -10,7 +10,7 @@ from megatron_bdpo.errors import UserError
 def after_norms(norms: list[float]) -> list[str]:
     from megatron_bdpo.training.callbacks.finite_check import FiniteCheck
 
-    check = FiniteCheck(lambda iteration: [iteration, 7], "pair {}".format)
+    check = FiniteCheck(lambda iteration: [iteration, 7], "pair {}".format, suspect="")
     said = []
     for iteration, norm in enumerate(norms, 1):
         try:
