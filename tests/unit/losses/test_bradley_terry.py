@@ -48,5 +48,5 @@ def test_what_is_reported_has_no_gradient():
 
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
 def test_a_coefficient_out_of_range(value):
-    with pytest.raises(UserError, match="--center-rewards-coefficient must be finite and >= 0"):
+    with pytest.raises(UserError, match="--center-rewards-coefficient must be at least 0 and at most 10,000, got"):
         BradleyTerryOptions(value)

@@ -32,6 +32,8 @@ OWN_LOSS = "tests/unit/repository/test_docs.py::test_example_of_an_own_loss"
 
 OWN_CALLBACK = "tests/unit/repository/test_docs.py::test_example_of_an_own_callback"
 
+REWARDS = "tests/hf/test_reward_models.py::test_scoring_writes_transformers_rewards"
+
 #: Beginning of a command -> the test that runs it.
 ELSEWHERE = {
     "python examples/plain_torch.py": f"{EXAMPLES}/test_plain_torch.py::test_the_example_learns",
@@ -42,6 +44,7 @@ ELSEWHERE = {
     "touch RUN_DIR/STOP": "tests/slurm/test_launch.py::test_kill_switch",
     "pip install --no-deps --no-build-isolation examples/own_loss": OWN_LOSS,
     "pip install --no-deps --no-build-isolation examples/own_callback": OWN_CALLBACK,
+    "torchrun --nproc-per-node 8 -m megatron_bdpo.score --objective reward": REWARDS,
     "megatron-bdpo losses exponential": OWN_LOSS,
     "megatron-bdpo train --preference-loss exponential": OWN_LOSS,
     "megatron-bdpo --debug": "tests/unit/cli/test_cli.py::test_traceback_on_request_only",
