@@ -29,6 +29,25 @@ def weights_at_rest(model: list[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def weights_gathered(model: list[Any]) -> Iterator[None]:
+    """Right after a step: the weights are all there. Collective.
+
+    With ``--overlap-param-gather`` each data-parallel rank has updated a part of them, and the next step's forward pass
+    would gather the rest.
+    """
+    gathering = [
+        chunk for chunk in model if isinstance(chunk, DistributedDataParallel) and chunk.remove_forward_pre_hook_handles
+    ]
+    for chunk in gathering:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in gathering:
+            chunk.enable_forward_pre_hook()
+
+
+@contextlib.contextmanager
 def evaluating(model: list[Any]) -> Iterator[None]:
     """Evaluation mode inside the block, the former mode afterwards."""
     modes = [chunk.training for chunk in model]

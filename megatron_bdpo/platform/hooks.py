@@ -23,6 +23,9 @@ class SaveHooks(Protocol):
     wants_digests: bool
     """Whether files are to be hashed while they are written."""
 
+    def more_state(self) -> dict[str, Any]:
+        """What a checkpoint is to hold beside Megatron's state."""
+
     def saving(self, directory: Path) -> contextlib.AbstractContextManager[None]:
         """Around the writing of a checkpoint's files, or with ``--async-save`` the start of it."""
 

@@ -18,7 +18,8 @@ and restored afterwards. Nothing is copied: each wrapper calls Megatron's own fu
 | `training_log`                      | Megatron's line leaves out negative values (log-probs), and knows no pairs     |
 | `evaluate`                          | the same for evaluation, and the before/after table                            |
 | `get_signal_handler`                | a stop file asks for what a signal asks for: a checkpoint, then the end        |
-| `dist_checkpointing.save`           | a checkpoint is complete, with digests, before Megatron's tracker names it     |
+| `dist_checkpointing.save`           | a checkpoint is complete, with digests, before Megatron's tracker names it; it |
+|                                     | holds a reference that moves, too                                              |
 | `FileSystemWriterAsync`, its reader | see ``writing``: digests while files are written, errors that pass, true ones  |
 """
 
@@ -273,7 +274,7 @@ def _save(original: Callable[..., Any], hooks: SaveHooks) -> Callable[..., Any]:
             replace_dead_writer()
         writing = contextlib.nullcontext() if in_background else written_by_this_process()
         with hooks.saving(Path(directory)), writing:
-            request = original(state, directory, *args, **kwargs)
+            request = original({**state, **hooks.more_state()}, directory, *args, **kwargs)
             if request is None:
                 hooks.after_files(Path(directory))
             else:  # --async-save: run by every rank once all have written

@@ -205,6 +205,9 @@ class ChecksummedSave:
 
     wants_digests = True
 
+    def more_state(self) -> dict[str, Any]:
+        return {}
+
     def saving(self, directory: Path) -> contextlib.AbstractContextManager[None]:
         return failures_to_save(directory)
 

@@ -56,6 +56,8 @@ def needs(arguments: Arguments, job: PairJob) -> list[Need]:
     save = settings.directories.save
     if save:
         size = checkpoint_bytes(model, shape, optimizer=not arguments.megatron.no_save_optim)
+        if settings.reference.sync_reference_every:
+            size += parameters(model, shape) * shape.weight_bytes
         found.append(_checkpoints(settings, Path(save), size, len(job.plan.steps)))
     for name, place in export_places(settings).items():
         if not place.exists() and not (settings.lora.is_wanted and name == "save_hf"):

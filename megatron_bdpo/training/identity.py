@@ -55,6 +55,8 @@ class RunIdentity:
     """``--moe-freeze-router``: the optimizer's state has nothing of routers."""
     objective: str = "preference"
     """``--objective``: whether the checkpoint holds a policy, with an output layer, or a reward model, with a head."""
+    moving_reference: bool = False
+    """``--sync-reference-every``: the checkpoint holds the reference's weights, which are no longer its start's."""
     evaluation_is_due: bool = False
     """The run was stopped in the evaluation after the checkpoint's step: to be done again when it goes on."""
 
@@ -73,6 +75,7 @@ def identity_of(settings: Settings, job: PairJob, lora: dict[str, Any]) -> RunId
         loss=" ".join(filter(None, (job.loss.spec.name, str(job.loss.options), settings.loss.digest))),
         lora=lora,
         frozen_routers=settings.model.moe_freeze_router,
+        moving_reference=settings.reference.sync_reference_every is not None,
         objective=settings.objective.objective,
     )
 
@@ -121,6 +124,7 @@ def resumed_identity(directories: DirectorySettings, current: RunIdentity) -> Ru
     with all_ranks_agree():
         _check_position(found, current, directory)
         _refuse_other_routers(found, current, directory)
+        _refuse_other_reference(found, current, directory)
         refuse_other_adapters(found.lora, current.lora, f"--load {directory}")
     if found.loss != current.loss:
         say(f"WARNING: the resumed run used the loss {found.loss}, this one uses {current.loss}")
@@ -134,6 +138,15 @@ def _refuse_other_routers(found: RunIdentity, current: RunIdentity, directory: P
         raise UserError(
             f"--load {directory}: --moe-freeze-router: that run {there} its routers, and the optimizer's state is of "
             f"that. {way}, or start a new run from its weights with --finetune."
+        )
+
+
+def _refuse_other_reference(found: RunIdentity, current: RunIdentity, directory: Path) -> None:
+    if found.moving_reference != current.moving_reference:
+        there, way = ("moved", "Add it") if found.moving_reference else ("did not move", "Leave it out")
+        raise UserError(
+            f"--load {directory}: --sync-reference-every: that run {there} its reference. {way}, or start a new run "
+            "from its weights with --finetune."
         )
 
 

@@ -157,6 +157,11 @@ def build_job(arguments: Arguments) -> PairJob:
                 f"--unconditional-prompt is for unconditional log-probs; --preference-loss {settings.loss.name} reads "
                 "none. Leave it out."
             )
+        if settings.reference.sync_reference_every and not reads_reference:
+            raise UserError(
+                f"--sync-reference-every moves a reference, and --preference-loss {settings.loss.name} reads none. "
+                "Leave it out."
+            )
         if settings.reference.reference_model and (settings.reference.is_in_columns or not reads_reference):
             raise UserError(
                 "--reference-model names a reference that nobody reads: "

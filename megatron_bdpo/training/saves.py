@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_bdpo.training.callbacks.callback import Callback
 from megatron_bdpo.training.checkpoints import failures_to_save
@@ -16,6 +17,10 @@ class RunSaves:
     def __init__(self, callbacks: Sequence[Callback], *, wants_digests: bool) -> None:
         self.callbacks = callbacks
         self.wants_digests = wants_digests
+
+    def more_state(self) -> dict[str, Any]:
+        """See ``Callback.checkpoint_state``."""
+        return {name: value for each in self.callbacks for name, value in each.checkpoint_state().items()}
 
     @contextlib.contextmanager
     def saving(self, directory: Path) -> Iterator[None]:

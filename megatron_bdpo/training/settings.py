@@ -210,6 +210,10 @@ class ReferenceSettings:
     hub name) or a torch_dist checkpoint, of the policy's architecture"""
     reference_cache: str | None = _flag(metavar="DIR")
     """where the reference scores of this data and model are kept"""
+    sync_reference_every: int | None = _flag(metavar="STEPS")
+    """after every so many steps, move a resident reference towards the policy (TR-DPO)"""
+    sync_reference_mix: float | None = _flag(type=_finite, metavar="ALPHA")
+    """how far: the reference becomes ALPHA parts policy and 1 - ALPHA parts of itself (default: 1, the policy)"""
     step_zero_check: bool = _switch("step-zero-check", True)
     """check at the first step that the policy equals its reference"""
 

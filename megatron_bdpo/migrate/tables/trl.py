@@ -76,11 +76,15 @@ _KEYS: dict[str, Entry] = {
     **unneeded(shared.PACKED, "padding_free pad_to_multiple_of pad_token padding_value label_pad_token_id"),
     **unneeded("counts with its f_divergence_type only", "f_alpha_divergence_coef"),
     **unneeded("counts with the loss discopop only", "discopop_tau"),
-    **unneeded("counts with sync_ref_model only", "ref_model_mixup_alpha ref_model_sync_steps"),
+    "sync_ref_model": Choice(
+        {"true": {"reference": "resident"}, "false": "the reference stays"}, "Take true or false."
+    ),
+    "ref_model_sync_steps": To("sync-reference-every", "whole"),
+    "ref_model_mixup_alpha": To("sync-reference-mix", "number"),
     **unneeded("models here have a decoder alone", "is_encoder_decoder"),
     "generate_during_eval": Refused("Take it out; --eval-prompts FILE has answers at every evaluation."),
     "f_divergence_type": Refused("The divergence is reverse_kl: take it out.", ("reverse_kl",)),
-    **refused("Take it out.", "ld_alpha use_weighting sync_ref_model reference_free", ("false", "none")),
+    **refused("Take it out.", "ld_alpha use_weighting reference_free", ("false", "none")),
     "ref_model_name_or_path": To("reference-model"),
 }
 
@@ -95,6 +99,8 @@ _DEFAULTS = {
     "lora_r": Default("16"),
     "lora_alpha": Default("32"),
     "lora_dropout": Default("0.05"),
+    "ref_model_sync_steps": Default("512"),
+    "ref_model_mixup_alpha": Default("0.6"),
 }
 
 TRL = Source(
@@ -106,6 +112,7 @@ TRL = Source(
         *shared.GATES,
         Gate("eval_strategy", ("steps", "epoch"), ("dataset_test_split",), default="no"),
         Gate("use_peft", ("true",), _LORA),
+        Gate("sync_ref_model", ("true",), ("ref_model_sync_steps", "ref_model_mixup_alpha")),
     ),
     program=r"trl dpo|\S*\bdpo\.py",
 )

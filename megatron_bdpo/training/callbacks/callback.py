@@ -101,6 +101,10 @@ class Callback:
     def saving(self, directory: Path) -> contextlib.AbstractContextManager[None] | None:
         """A checkpoint is about to be written. A context manager is entered around the writing of its files."""
 
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What checkpoints hold of it, beside Megatron's state: sharded tensors, under names that are its own."""
+        return {}
+
     def after_files(self, directory: Path) -> None:
         """The files of a checkpoint are written; Megatron's tracker does not name it yet."""
 

@@ -16,6 +16,7 @@ from megatron_bdpo.training.callbacks.entry_points import callbacks_of_packages
 from megatron_bdpo.training.callbacks.export_at_end import ExportAtEnd
 from megatron_bdpo.training.callbacks.finite_check import FiniteCheck
 from megatron_bdpo.training.callbacks.metrics_jsonl import MetricsJsonl
+from megatron_bdpo.training.callbacks.moving_reference import MovingReference
 from megatron_bdpo.training.callbacks.progress import Progress
 from megatron_bdpo.training.callbacks.record import RunRecord
 from megatron_bdpo.training.callbacks.retention import Deletion, Retention
@@ -50,6 +51,9 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
     found: list[Callback] = []
     if settings.reference.step_zero_check and reads_reference and _starts_as_its_reference(settings):
         found.append(StepZeroCheck(step, settings.precision))
+    if every := settings.reference.sync_reference_every:
+        mix = settings.reference.sync_reference_mix
+        found.append(MovingReference(step, every, 1.0 if mix is None else mix))
     suspect = step.suspect
     found += [FiniteCheck(job.pairs_of_step, job.pool.describe, suspect), Divergence(suspect)]
     if save:

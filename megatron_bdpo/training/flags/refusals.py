@@ -54,6 +54,19 @@ _REFUSALS = (
         "Leave it out.",
     ),
     _Refusal(
+        lambda a: (
+            (a.sync_reference_every is not None or a.sync_reference_mix is not None)
+            and (
+                (a.sync_reference_every or 0) < 1
+                or not 0 < (1 if a.sync_reference_mix is None else a.sync_reference_mix) <= 1
+                or a.reference != "resident"
+                or _has_adapters(a)
+            )
+        ),
+        "--sync-reference-every STEPS, --sync-reference-mix ALPHA: a step or more, and above 0 and at most 1. A copy "
+        "beside the policy moves: add --reference resident. Not with adapters, which stand beside a frozen model.",
+    ),
+    _Refusal(
         lambda a: bool(a.save) != (a.save_interval is not None or a.save_every_minutes is not None),
         "--save DIR goes together with --save-interval STEPS or --save-every TIME, or both: where a checkpoint is "
         "written, and how often.",

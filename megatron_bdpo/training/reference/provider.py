@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.utils import unwrap_model
+from megatron.training.checkpointing import get_checkpoint_name
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.digest import weights_digest
@@ -30,6 +31,7 @@ from megatron_bdpo.training.reference.weights import (
     WEIGHTS_DIR,
     build_reference,
     copy_policy,
+    load_moved,
     load_weights,
     save_weights,
 )
@@ -144,6 +146,8 @@ class ReferenceProvider:
     def _resident(
         self, policy: list[Any], identity: RunIdentity, *, resumed: bool
     ) -> tuple[ResidentReference, RunIdentity]:
+        if resumed and identity.moving_reference:
+            return _moved(self.setup), identity
         if self._named:
             reference = self._named
         elif self.setup.lora:
@@ -156,7 +160,7 @@ class ReferenceProvider:
             reference = build_reference(self.setup.config)
             copy_policy(policy, reference)
             save = self.setup.settings.directories.save
-            if not identity.reference_weights and save:
+            if not identity.reference_weights and save and not identity.moving_reference:
                 directory = (Path(save) / WEIGHTS_DIR).resolve()
                 if not broadcast(directory.exists()):
                     save_weights(reference, directory)
@@ -193,6 +197,16 @@ class ReferenceProvider:
         else:
             with all_ranks_agree():
                 load_weights(reference, Path(source))
+
+
+def _moved(setup: RunSetup) -> ResidentReference:
+    """The reference as the checkpoint holds it that the policy has just been loaded from."""
+    root, iteration = str(setup.settings.directories.load), setup.arguments.iteration
+    reference = build_reference(setup.config)
+    with all_ranks_agree():
+        load_moved(reference, Path(get_checkpoint_name(root, iteration, return_base_dir=True)))
+    say(f"reference: resident, as it had moved to by step {iteration}")
+    return ResidentReference(reference, setup.job.loss.requirements, setup.scoring)
 
 
 def _pretrained(setup: RunSetup) -> str:

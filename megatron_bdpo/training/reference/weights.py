@@ -1,8 +1,8 @@
 """Weights of the reference: model chunks that hold them, copied from the policy, saved, loaded.
 
-The reference is a second set of model chunks in the policy's own layout, without gradients, DDP or optimizer, so it is
-never in the policy's checkpoint. Its weights are the policy's at the first start; a resumed run loads them from where
-they were kept, never from the resumed policy.
+The reference is a second set of model chunks in the policy's own layout, without gradients, DDP or optimizer. Its
+weights are the policy's at the first start; a resumed run loads them from where they were kept, never from the resumed
+policy. Only one that moves is in the run's checkpoints, under names of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
@@ -63,6 +64,23 @@ def copy_policy(policy: list[Any], reference: list[Any]) -> None:
                 own.copy_(weight)
 
 
+@torch.no_grad()
+def move_towards(policy: list[Any], reference: list[Any], mix: float) -> None:
+    """``mix`` parts of the policy's weights and ``1 - mix`` of the reference's, element by element.
+
+    Computed in fp32, and rounded once to the precision in which the reference is held. Both have the same layout, so
+    nothing is communicated. What is no number of floating point is the policy's.
+    """
+    for source, target in zip(unwrap_model(policy), unwrap_model(reference), strict=True):
+        weights = source.state_dict()
+        for name, own in target.state_dict(keep_vars=True).items():
+            if not isinstance(own, torch.Tensor) or _EXTRA in name:
+                continue
+            weight = weights[name]
+            own.copy_(mix * weight.float() + (1 - mix) * own.float() if own.is_floating_point() else weight)
+        target.set_is_first_microbatch()  # Transformer Engine keeps weights in FP8 from one pass to the next
+
+
 def save_weights(model: list[Any], directory: Path) -> None:
     """Write the weights as a torch_dist checkpoint that any layout can load. Collective."""
     with contextlib.ExitStack() as until_named:
@@ -86,19 +104,38 @@ def checkpoint_loader(directory: Path) -> Callable[[list[Any]], list[Any]]:
     return load
 
 
+def reference_state(reference: list[Any]) -> dict[str, Any]:
+    """A reference's weights for a checkpoint that holds a policy's too: any layout can load them."""
+    state = {f"{_MOVED}{key}": value for key, value in _sharded_weights(reference).items()}
+    add_prefix_for_sharding(state, _MOVED)
+    return state
+
+
+def load_moved(reference: list[Any], directory: Path) -> None:
+    """Load what a checkpoint holds as :func:`reference_state`. Collective.
+
+    Raises:
+        UserError: it holds none.
+    """
+    _load(reference, directory, reference_state(reference), _MOVED)
+
+
 def load_weights(model: list[Any], directory: Path) -> None:
     """Load weights written by :func:`save_weights`, or the model part of a Megatron checkpoint. Collective.
 
     Raises:
         UserError: if the directory holds no such checkpoint, naming it.
     """
-    state = _sharded_weights(model)
+    _load(model, directory, _sharded_weights(model), "")
+
+
+def _load(model: list[Any], directory: Path, state: dict[str, Any], prefix: str) -> None:
     try:
         loaded = dist_checkpointing.load(state, str(directory))
     except (Exception, CheckpointException) as error:  # many kinds, and one that is no Exception
         raise UserError(f"the weights in {directory} cannot be loaded: {type(error).__name__}: {error}") from error
     for key, chunk in _keys(unwrap_model(model)):
-        differing = chunk.load_state_dict(loaded[key], strict=False)
+        differing = chunk.load_state_dict(loaded[f"{prefix}{key}"], strict=False)
         if missing := [name for name in differing.missing_keys if _EXTRA not in name]:
             raise UserError(f"the weights in {directory} lack {', '.join(missing[:8])}.")
 
@@ -115,6 +152,9 @@ def _base_state(chunk: Any) -> dict[str, Any]:
 
 
 _EXTRA = "_extra_state"
+
+#: What the names of a moving reference's weights begin with, beside the policy's.
+_MOVED = "reference."
 
 
 def _keys(chunks: list[Any]) -> list[tuple[str, Any]]:

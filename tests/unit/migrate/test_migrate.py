@@ -237,7 +237,12 @@ def test_trls_own_settings_are_all_there():
         known = {each.name: each for config in configs for each in fields(config)}
         assert [key for key in known if BY_NAME[name].entry(key) is None] == []
         for key, default in BY_NAME[name].defaults.items():
-            if key not in ("bf16", "eval_steps", "loss_type", "save_steps"):  # made in __post_init__, or the trainer's
+            if key in known and key not in (
+                "bf16",
+                "eval_steps",
+                "loss_type",
+                "save_steps",
+            ):  # made in __post_init__, or the trainer's
                 assert float(default.value) == known[key].default if _number(default.value) else True, (name, key)
 
 
@@ -295,6 +300,13 @@ def test_what_counts_only_with_another_key(tmp_path):
     assert both.settings["train-iters"] == "5" and "pair-epochs" not in both.settings
     assert both.unneeded["num_train_epochs"] == "max_steps goes before it"
     assert translated(tmp_path, "trl", "max_steps: -1\nnum_train_epochs: 2").settings["pair-epochs"] == "2"
+
+
+def test_a_reference_that_moves(tmp_path):
+    moves = {"reference": "resident", "sync-reference-every": "512", "sync-reference-mix": "0.6"}
+    assert moves.items() <= translated(tmp_path, "trl", "sync_ref_model: true").settings.items()
+    both = translated(tmp_path, "trl", "sync_ref_model: true\nprecompute_ref_log_probs: true")
+    assert "Keep one." in both.refused["precompute_ref_log_probs"] + both.refused.get("sync_ref_model", "")
 
 
 def test_orpo_and_cpo_are_losses_of_their_own(tmp_path):
