@@ -13,7 +13,14 @@ from tools import pages
 ROOT = Path(__file__).parents[2]
 
 DOCUMENTS = (
-    *("README.md", "CONTRIBUTING.md", "slurm/README.md", "examples/paper/README.md", "examples/data/README.md"),
+    *(
+        "README.md",
+        "CONTRIBUTING.md",
+        "slurm/README.md",
+        "examples/paper/README.md",
+        "examples/data/README.md",
+        "examples/iterative/README.md",
+    ),
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")),
 )
 

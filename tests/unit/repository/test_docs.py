@@ -92,7 +92,14 @@ def test_flags_in_documents_exist(ranks):
         assert written - flags - own_flags() - FOREIGN == set(), page
 
 
-LINKED = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "slurm/README.md", "examples/paper/README.md"]
+LINKED = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "slurm/README.md",
+    "examples/paper/README.md",
+    "examples/iterative/README.md",
+]
 
 
 @pytest.mark.parametrize("document", [*LINKED, *(f"docs/{page.name}" for page in sorted(DOCS.glob("*.md")))])
