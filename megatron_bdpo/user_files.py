@@ -6,6 +6,7 @@ no end fills the memory.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import stat
@@ -74,6 +75,19 @@ def why_not_read(path: Path, directory: Path, most: int) -> str:
     if status.st_size > most:
         return f"has {status.st_size:,} bytes, more than the {most:,} that such a file may have"
     return ""
+
+
+def near(path: Path) -> str:
+    """A sentence on what there is in the place of a path that is not there; empty where nothing is like it."""
+    missing = path
+    while missing.parent != missing and not missing.parent.exists():
+        missing = missing.parent
+    try:
+        names = sorted(each.name for each in missing.parent.iterdir())
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.7)
+    return f"Did you mean {missing.parent / found[0]}?" if found else ""
 
 
 def _own_places(directory: Path) -> Iterable[Path]:

@@ -19,6 +19,7 @@ from megatron_bdpo.data.formats import AUTO, NAMES
 from megatron_bdpo.data.prepare import excess
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.quality import DataQuality
+from megatron_bdpo.data.repeats import Repeats
 from megatron_bdpo.data.row_reader import FormatSettings, RowReader
 from megatron_bdpo.data.sources import parse_sources
 from megatron_bdpo.data.statistics import PairStatistics
@@ -37,11 +38,9 @@ def data() -> None:
     """
 
 
-def _pairs(function: Any) -> Any:
-    """The arguments of all three: sources, the form of their rows, and how much may be wrong with them."""
+def _form(function: Any) -> Any:
+    """The form of rows."""
     for add in (
-        click.option("--max-dropped-share", type=_SHARE, default=0.5, show_default=True, help="Unusable rows allowed."),
-        click.option("--max-malformed-share", type=_SHARE, default=0.0, show_default=True, help="Broken rows allowed."),
         click.option("--pair-preference", type=click.Choice(PREFERENCES), help="PKU-SafeRLHF: which answer is chosen."),
         click.option("--pairs-from", type=click.Choice(PAIRS_FROM), help="Pairs of rows with ranked answers."),
         click.option("--pair-columns", metavar="OURS=THEIRS,...", help="E.g. prompt=question,chosen=answer_a."),
@@ -51,6 +50,17 @@ def _pairs(function: Any) -> Any:
             metavar="NAME",
             help="Form of the rows; auto (default): that of each source's first.",
         ),
+    ):
+        function = add(function)
+    return function
+
+
+def _pairs(function: Any) -> Any:
+    """Sources, the form of their rows, and how much may be wrong with them."""
+    for add in (
+        click.option("--max-dropped-share", type=_SHARE, default=0.5, show_default=True, help="Unusable rows allowed."),
+        click.option("--max-malformed-share", type=_SHARE, default=0.0, show_default=True, help="Broken rows allowed."),
+        _form,
         click.option("--json", "as_json", is_flag=True, help="For programs."),
         click.argument("pairs", nargs=-1, required=True, metavar="PAIRS..."),
     ):
@@ -75,7 +85,7 @@ def check(
 
     Without a tokenizer, so what only tokens show is for `data prepare`. Exit code 2 where a training would stop.
     """
-    left = show
+    left, repeats = show, Repeats()
 
     def show_problem(where: str, problem: RowProblem) -> None:
         nonlocal left
@@ -88,25 +98,22 @@ def check(
             click.echo(visible(reader.known_from))
 
     given = FormatSettings.parse(**{name: value for name, value in form.items() if value is not None})
-    report = check_rows(parse_sources(pairs), show_problem, max_rows, given, show_format)
+    report = check_rows(parse_sources(pairs), show_problem, max_rows, given, show_format, repeats.see)
     if as_json:
-        print(json.dumps(report.to_json(), indent=1))
+        print(json.dumps({**report.to_json(), "repeats": repeats.to_json()}, indent=1))
     else:
-        display.show(*report.blocks())
+        display.show(*report.blocks(), *repeats.lines())
     problem = excess(report, max_malformed_share, max_dropped_share)
     if problem:
         raise UserError(f"{problem} Correct these rows, or allow them here and in the training with that flag.")
 
 
-def _tokenized(function: Any) -> Any:
+def _encoding(function: Any) -> Any:
     """Where the tokenizer comes from, and the limits that decide the tokens. The names are the training's."""
     for add in (
-        click.option("--tokenizer-workers", type=POSITIVE, metavar="N", help="Processes (one for each core)."),
         click.option("--unconditional-prompt", type=click.Choice(("empty", "context")), help="B-DPO's, in chats."),
         click.option("--train-on", type=click.Choice(("all-assistant", "last")), help="In answers of several turns."),
         click.option("--chat-template-kwargs", metavar="JSON", help="What the chat template reads beside messages."),
-        click.option("--pair-cache-dir", type=PATH, metavar="DIR", help="Where tokens are kept (./runs/cache)."),
-        click.option("--max-pairs", type=POSITIVE, metavar="N", help="Only the first N usable pairs."),
         click.option("--max-response-length", type=POSITIVE, metavar="N", help="Cut responses to so many tokens."),
         click.option("--max-prompt-length", type=POSITIVE, metavar="N", help="Cut prompts to their last N tokens."),
         click.option("--recipe", multiple=True, metavar="FILE", help="Tokenizer and limits of a training's recipe."),
@@ -116,7 +123,39 @@ def _tokenized(function: Any) -> Any:
         click.option("--hf-model", metavar="PATH_OR_NAME", help="The model whose tokenizer it is; no weights needed."),
     ):
         function = add(function)
-    return _pairs(function)
+    return function
+
+
+def _tokenized(function: Any) -> Any:
+    """All that decides a store of tokens, and where it is."""
+    for add in (
+        click.option("--tokenizer-workers", type=POSITIVE, metavar="N", help="Processes (one for each core)."),
+        click.option("--control-tokens", type=click.Choice(("count", "refuse")), help="Spelled out in texts."),
+        click.option("--pair-cache-dir", type=PATH, metavar="DIR", help="Where tokens are kept (./runs/cache)."),
+        click.option("--max-pairs", type=POSITIVE, metavar="N", help="Only the first N usable pairs."),
+        _encoding,
+        _pairs,
+    ):
+        function = add(function)
+    return function
+
+
+@data.command("show", epilog=example("megatron-bdpo data show pairs.jsonl --row 17 --hf-model MODEL"))
+@click.option("--row", type=POSITIVE, required=True, metavar="N", help="Its number, as messages name it.")
+@_encoding
+@_form
+@click.argument("pairs", nargs=1, metavar="FILE")
+def show(row: int, pairs: str, **options: Any) -> None:
+    """Show a row as a training sees it.
+
+    The rendered prompt and answers with | between their tokens, what of them is scored, and how long they are.
+    """
+    flags = _flags({**options, "pairs": (pairs,)})
+    with contextlib.redirect_stdout(sys.stderr):
+        prepare_platform()
+    from megatron_bdpo.training.token_stores import shown_row  # imports Megatron
+
+    display.show("\n".join(shown_row(flags, row)))
 
 
 @data.command("prepare", epilog=example("megatron-bdpo data prepare pairs.jsonl --hf-model MODEL --pair-cache-dir DIR"))
@@ -186,11 +225,22 @@ _FLAGS = (
     "pair_preference",
     "max_malformed_share",
     "max_dropped_share",
+    "control_tokens",
 )
 
 
 def _stores(options: dict[str, Any], held_out: Sequence[str] = ()) -> list[PairStore]:
     """The tokenized pairs, and after them the held-out ones, through the training's own parser and reader."""
+    flags = _flags(options)
+    with contextlib.redirect_stdout(sys.stderr):
+        prepare_platform()
+    from megatron_bdpo.training.token_stores import tokenized_pairs  # imports Megatron
+
+    return tokenized_pairs(flags, held_out)
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    """Those of a training that say the same."""
     if not (options["hf_model"] or options["tokenizer_type"] or options["recipe"]):
         raise UserError(
             "no tokenizer is given. Name one with --hf-model, with --tokenizer-type and --tokenizer-model, or by a "
@@ -199,10 +249,6 @@ def _stores(options: dict[str, Any], held_out: Sequence[str] = ()) -> list[PairS
     flags = [word for recipe in options["recipe"] for word in ("--recipe", recipe)]
     flags += ["--pair-data", *options["pairs"]]
     for name in _FLAGS:
-        if options[name] is not None:
+        if options.get(name) is not None:
             flags += [f"--{name.replace('_', '-')}", str(options[name])]
-    with contextlib.redirect_stdout(sys.stderr):
-        prepare_platform()
-    from megatron_bdpo.training.token_stores import tokenized_pairs  # imports Megatron
-
-    return tokenized_pairs(flags, held_out)
+    return flags

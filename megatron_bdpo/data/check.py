@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 from megatron_bdpo.data.problems import RowProblem
-from megatron_bdpo.data.records import parse_row
+from megatron_bdpo.data.records import PreferenceRecord, parse_row
 from megatron_bdpo.data.row_reader import RECOGNISED, FormatSettings, RowReader, pair_rows, refuse_unused, row_readers
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec, describe_row, read_rows
@@ -20,6 +20,7 @@ def check_rows(
     max_rows: int | None = None,
     form: FormatSettings = RECOGNISED,
     on_reader: Callable[[RowReader], None] = lambda reader: None,
+    on_pair: Callable[[str, PreferenceRecord], None] = lambda where, record: None,
 ) -> DataReport:
     """Read every row as a training would, up to its tokens.
 
@@ -29,6 +30,7 @@ def check_rows(
         max_rows: of each source, only the first so many.
         form: of the rows.
         on_reader: told of each source how its rows are read, before any row.
+        on_pair: told of each pair, as it comes: where it is.
 
     Returns:
         The report, without lengths. What only tokens show (responses that are cut to the same, tokens that merge
@@ -52,7 +54,9 @@ def check_rows(
                 try:
                     if isinstance(record, RowProblem):
                         raise record
-                    forms.setdefault(parse_row(record).is_chat, where)
+                    pair = parse_row(record)
+                    forms.setdefault(pair.is_chat, where)
+                    on_pair(where, pair)
                     pairs += 1
                 except RowProblem as problem:
                     outcome.add_problem(number, problem.kind, problem.detail)

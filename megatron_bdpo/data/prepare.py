@@ -59,6 +59,8 @@ class PairDataSettings:
     """Processes that tokenize; None: one for each core."""
     form: FormatSettings = RECOGNISED
     """Of the rows."""
+    refuse_control_tokens: bool = False
+    """Rows whose texts spell out a control token give no pair; else it becomes a real one, and is counted."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -139,6 +141,7 @@ def _decisive_settings(
         "max_prompt_length": settings.max_prompt_tokens,
         "max_response_length": settings.max_response_tokens,
         **settings.form.decisive(),
+        **({"control_tokens": "refuse"} if settings.refuse_control_tokens else {}),
     }
 
 
@@ -201,7 +204,7 @@ def _tokenizing(
 ) -> Tokenizing:
     readers = row_readers(settings.sources, settings.form)
     limits = settings.max_prompt_tokens, settings.max_response_tokens
-    work = RowTokenizer(tokenizer, readers, *limits, settings.sources)
+    work = RowTokenizer(tokenizer, readers, *limits, settings.sources, settings.refuse_control_tokens)
     shards, judge = Shards(_shards_of(directory)), functools.partial(_check_malformed, settings)
     return Tokenizing(settings.sources, work, shards, settings.workers, progress, pause, judge)
 

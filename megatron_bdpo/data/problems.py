@@ -24,6 +24,7 @@ class ProblemKind(enum.Enum):
     BOUNDARY_MERGE = "tokens merge across the prompt boundary"
     TEMPLATE_MISMATCH = "chat template does not keep the prompt as a prefix"
     TEMPLATE_REFUSED = "chat template refuses the conversation"
+    CONTROL_TOKENS = "texts spell out control tokens"
     NOT_ENCODABLE = "tokenizer cannot encode the text"
 
     @property

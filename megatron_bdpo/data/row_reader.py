@@ -164,6 +164,21 @@ def pair_rows(row: Row | RowProblem, reader: RowReader) -> Sequence[Row | RowPro
         return [problem]
 
 
+def row_records(source: SourceSpec, reader: RowReader, wanted: int) -> Sequence[Row | RowProblem]:
+    """One row of a source by its number, as :func:`pair_rows` gives it.
+
+    Raises:
+        UserError: the source has no such row.
+    """
+    number = 0
+    for number, row in read_rows(source):
+        if number == wanted:
+            return pair_rows(row, reader)
+        if number > wanted:
+            raise UserError(f"{describe_row(source, wanted)} is blank. The next row is {number}: --row {number}.")
+    raise UserError(f"{describe_row(source, wanted)} is not there. The last one is {number}: --row {number}.")
+
+
 def refuse_unused(settings: FormatSettings, readers: Iterable[RowReader]) -> None:
     """Raise UserError for an option that makes no difference to any source."""
     used = {name for reader in readers for name in reader.format.uses}

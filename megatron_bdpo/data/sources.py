@@ -23,6 +23,7 @@ from typing import Any
 from megatron_bdpo import hub
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.user_files import near
 
 type Row = dict[str, Any]
 
@@ -229,7 +230,8 @@ def _locate_any(spec: SourceSpec) -> _Location:
     if path.is_file():
         raise UserError(f"{spec.path}: a split can be named for a hub data set or a saved directory, not for a file.")
     if not _HUB_NAME.fullmatch(name) or _ending(path) is not None:
-        raise UserError(f"{spec.path}: there is no such file or directory (looked in {Path.cwd()}).")
+        told = near(path) or "Name an existing one, or a Hugging Face data set."
+        raise UserError(f"{spec.path}: there is no such file or directory (looked in {Path.cwd()}). {told}")
     return _Location(spec.path, hub_name=name, split=split or "train")
 
 
@@ -307,6 +309,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
                     "one object per line, or leave the line out."
                 )
             if number == 1:
+                _refuse_other_encodings(path, line)
                 line = line.removeprefix(codecs.BOM_UTF8)  # some editors put it there
                 if line.lstrip().startswith(b"["):
                     raise UserError(
@@ -314,6 +317,19 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
                         f"`jq -c '.[]' {path.name} > rows.jsonl`."
                     )
             yield number, line if line.strip() else None
+
+
+def _refuse_other_encodings(path: Path, line: bytes) -> None:
+    """Of a file's first line: text of two or four bytes a character would be a malformed row in every line."""
+    marks = {"UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+    name = next((each for each, begins in marks.items() if line.startswith(begins)), "")
+    if not name and b"\0" not in line[:100]:
+        return
+    plain = path.name.removesuffix(".gz")
+    raise UserError(
+        f"{path} is {name or 'UTF-16, or no text at all'}; rows are text in UTF-8. Convert it: "
+        f"`iconv -f {name or 'UTF-16'} -t UTF-8 {plain} > utf8.jsonl`."
+    )
 
 
 def _parse_line(line: bytes) -> Row | RowProblem:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from megatron_bdpo.artifact import tell_completed, write_whole
 from megatron_bdpo.data.messages import VARIABLES
-from megatron_bdpo.data.problems import RowProblem
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import PreferenceRecord, parse_row
 from megatron_bdpo.data.row_reader import RowReader, pair_rows
 from megatron_bdpo.data.sources import RawRow, Row, SourceSpec, count_rows, describe_row, parse_raw, read_raw_rows
@@ -58,6 +58,8 @@ class RowTokenizer:
     max_response_tokens: int | None = None
     sources: Sequence[SourceSpec] = ()
     """For messages."""
+    refuse_control_tokens: bool = False
+    """See ``PairDataSettings``."""
 
     def __call__(self, source: int, rows: RawRows, most_pairs: int | None = None) -> TokenizedRows:
         """What becomes of rows of a source, given with their numbers; of no more than give ``most_pairs`` pairs.
@@ -88,6 +90,9 @@ class RowTokenizer:
         if isinstance(row, RowProblem):
             raise row
         record = parse_row(row)
+        spelled_out = sorted(self.tokenizer.spelled_out(record))
+        if spelled_out and self.refuse_control_tokens:
+            raise RowProblem(ProblemKind.CONTROL_TOKENS, f"they hold {', '.join(spelled_out)}")
         whole = self.tokenizer.encode(record)
         pair = truncate(whole, self.max_prompt_tokens, self.max_response_tokens, self.tokenizer.start.tokens)
         parts = zip(pair.parts, whole.parts, strict=True)
@@ -98,7 +103,7 @@ class RowTokenizer:
         builder.append(pair, number, record, self.tokenizer.own_unconditional_prompt(record))
         builder.outcome.truncated_prompts += prompt_cut
         builder.outcome.truncated_responses += sum(responses_cut)
-        for token in sorted(self.tokenizer.spelled_out(record)):
+        for token in spelled_out:
             builder.outcome.add_spelled_out(token, 1, [number])
         return record
 

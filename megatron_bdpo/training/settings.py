@@ -103,6 +103,9 @@ class PairSettings:
     row's system messages and tools"""
     tokenizer_workers: int | None = _flag(metavar="N")
     """processes that tokenize on each node (default: one for each core, at most 32)"""
+    control_tokens: Literal["count", "refuse"] = "count"
+    """texts of rows that spell out a control token, as <|im_start|>, which Hugging Face tokenizers take for a real one:
+    count them, or leave these rows out"""
     long_pairs: Literal["error", "drop"] = "error"
     """pairs that do not fit a pack of --seq-length"""
     max_malformed_share: float = 0.0

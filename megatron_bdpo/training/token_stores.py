@@ -11,11 +11,15 @@ from typing import Any
 
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build_megatron_tokenizer
 
+from megatron_bdpo.data.pair_view import pair_view
 from megatron_bdpo.data.prepare import PairDataSettings, make_part, prepare_pairs
+from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.quality import leak
-from megatron_bdpo.data.row_reader import FormatSettings, refuse_unused, row_readers
-from megatron_bdpo.data.sources import check_sources, parse_sources
+from megatron_bdpo.data.records import parse_row
+from megatron_bdpo.data.row_reader import FormatSettings, refuse_unused, row_readers, row_records
+from megatron_bdpo.data.sources import check_sources, describe_row, parse_sources
 from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.data.token_pieces import TokenPieces
 from megatron_bdpo.data.tokenization import PairTokenizer
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.directory import model_directory, tokenizer_directory
@@ -123,9 +127,13 @@ def pair_tokenizer(arguments: Arguments) -> PairTokenizer:
     Raises:
         UserError: it cannot be built.
     """
-    pairs = arguments.settings.pairs
+    return make_pair_tokenizer(build_tokenizer(arguments), arguments.settings.pairs)
+
+
+def make_pair_tokenizer(library: Any, pairs: PairSettings) -> PairTokenizer:
+    """The same around a tokenizer of Megatron's."""
     return PairTokenizer(
-        build_tokenizer(arguments),
+        library,
         pairs.template_variables,
         pairs.train_on,
         unconditional_context=pairs.unconditional_prompt == "context",
@@ -142,6 +150,7 @@ def _data_settings(pairs: PairSettings, paths: list[str], limit: int | None, cac
         max_malformed_share=pairs.max_malformed_share,
         max_dropped_share=pairs.max_dropped_share,
         workers=pairs.tokenizer_workers,
+        refuse_control_tokens=pairs.control_tokens == "refuse",
         form=FormatSettings.parse(pairs.pair_format, pairs.pair_columns, pairs.pairs_from, pairs.pair_preference),
     )
 
@@ -199,12 +208,49 @@ def tokenized_pairs(flags: Sequence[str], held_out: Sequence[str] = ()) -> list[
             return tokenize(arguments, report=False)
 
 
-def tokenize(arguments: Arguments, *, report: bool = True) -> list[PairStore]:
-    """:func:`open_stores` without the rest of the job: ``--hf-model`` gives the tokenizer. Collective."""
+def shown_row(flags: Sequence[str], number: int) -> list[str]:
+    """A row of a job's training data as the job sees it, in lines. Flags of pairs and tokenizer are enough.
+
+    Raises:
+        UserError: for anything wrong with flags, tokenizer or data; there is no such row, or it gives no pair.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        logging.getLogger("megatron").setLevel(logging.WARNING)
+        arguments = Arguments.parse(flags)
+        _name_tokenizer(arguments)
+        pairs = arguments.settings.pairs
+        settings = _data_settings(pairs, pairs.pair_data or [], None, cache_directory(arguments.settings))
+        (source,), (reader,) = settings.sources, row_readers(settings.sources, settings.form)
+        library = build_tokenizer(arguments)
+        tokenizer, pieces = make_pair_tokenizer(library, pairs), TokenPieces(library)
+    where, records = describe_row(source, number), row_records(source, reader, number)
+    lines = [f"{where}: {reader.format.name}"]
+    try:
+        for place, record in enumerate(records):
+            if len(records) > 1:
+                lines += ["", f"pair {place + 1} of {len(records)}"]
+            if isinstance(record, RowProblem):
+                raise record
+            parsed = parse_row(record)
+            if spelled_out := sorted(tokenizer.spelled_out(parsed)):
+                lines.append(f"control tokens in texts, taken as such: {', '.join(spelled_out)}")
+            lines += pair_view(parsed, tokenizer, pieces, settings.max_prompt_tokens, settings.max_response_tokens)
+    except RowProblem as problem:
+        raise UserError(f"{where} gives no pair: {problem}. `megatron-bdpo data check` counts such rows.") from problem
+    return lines
+
+
+def _name_tokenizer(arguments: Arguments) -> None:
+    """Of ``--hf-model``, whose tokenizer it is. Its weights are not needed."""
     settings = arguments.settings
     if settings.model.hf_model:
-        with all_ranks_agree():
-            named, revision = settings.model.hf_model, settings.model.hf_revision
-            model = settings.tokenizer.model or str(model_directory(named, revision, weights=False))
+        named, revision = settings.model.hf_model, settings.model.hf_revision
+        model = settings.tokenizer.model or str(model_directory(named, revision, weights=False))
         arguments.set(tokenizer_type=settings.tokenizer.type or "HuggingFaceTokenizer", tokenizer_model=model)
+
+
+def tokenize(arguments: Arguments, *, report: bool = True) -> list[PairStore]:
+    """:func:`open_stores` without the rest of the job: ``--hf-model`` gives the tokenizer. Collective."""
+    with all_ranks_agree():
+        _name_tokenizer(arguments)
     return open_stores(arguments, report=report)

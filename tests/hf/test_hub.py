@@ -84,6 +84,10 @@ def test_what_can_be_no_name(name):
 
 
 def test_a_tokenizers_directory_needs_no_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds no tokenizer: none of tokenizer.json, .* \(it holds config.json\)"):
+        tokenizer_directory(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
     assert tokenizer_directory(str(tmp_path)) == tmp_path.resolve()
 
 

@@ -8,11 +8,14 @@ import huggingface_hub
 
 from megatron_bdpo import hub
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.user_files import MOST_SIDE_FILE_BYTES
+from megatron_bdpo.user_files import MOST_SIDE_FILE_BYTES, near
 
 #: Weights, configuration, tokenizer. Not the copies of the weights in other formats that many repositories hold.
 _WEIGHTS = ["*.safetensors"]
 _DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+
+#: One of these has the tokens themselves.
+_TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tokenizer*.py")
 
 
 def is_model_directory(path: Path) -> bool:
@@ -54,11 +57,15 @@ def tokenizer_directory(path_or_name: str, revision: str | None = None) -> Path:
         UserError: there is no such tokenizer.
     """
     path = Path(path_or_name)
-    return (
-        _described(path.resolve())
-        if path.is_dir()
-        else _fetched("--tokenizer-model", path_or_name, _DESCRIPTION, revision)
-    )
+    if not path.is_dir():
+        return _fetched("--tokenizer-model", path_or_name, _DESCRIPTION, revision)
+    if not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
+        held = ", ".join(sorted(each.name for each in path.iterdir())[:6]) or "nothing"
+        raise UserError(
+            f"{path} holds no tokenizer: none of {', '.join(_TOKENIZERS)} (it holds {held}). Copy the model's "
+            "there, or name the tokenizer's directory with --tokenizer-model."
+        )
+    return _described(path.resolve())
 
 
 def _described(directory: Path) -> Path:
@@ -77,7 +84,8 @@ def _described(directory: Path) -> Path:
 
 def _fetched(flag: str, name: str, patterns: list[str], revision: str | None, least_slashes: int = 0) -> Path:
     if Path(name).exists() or not least_slashes <= name.count("/") <= 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{flag}: there is no directory {name}, nor can this be a name on the hub.")
+        told = near(Path(name).expanduser()) or "Name a directory that holds the model, or ORGANISATION/NAME."
+        raise UserError(f"{flag}: there is no directory {name}, nor can this be a name on the hub. {told}")
     reachable = hub.is_reachable()
     try:
         found = huggingface_hub.snapshot_download(

@@ -60,6 +60,13 @@ WRONG = {
         ([str(DATA / "train.jsonl"), "--pairs-from", "all"], "--pairs-from all makes no difference"),
     ],
     "data prepare": [([str(DATA / "train.jsonl")], "no tokenizer"), (["nowhere.jsonl", *TOKENIZER], "no such file")],
+    "data show": [
+        ([str(DATA / "train.jsonl"), "--row", "3"], "no tokenizer"),
+        ([str(DATA / "train.jsonl"), *TOKENIZER], "--row"),
+        ([str(DATA / "train.jsonl"), "--row", "3000", *TOKENIZER], "line 3000 is not there"),
+        ([str(DATA / "trian.jsonl"), "--row", "3", *TOKENIZER], "no such file"),
+        ([str(DATA / "train.jsonl"), "--row", "3", "--hf-model", str(DATA)], "no config.json"),
+    ],
     "data add-reference": [(["nowhere", "rows.jsonl"], "holds no reference scores")],
     "data stats": [
         ([str(DATA / "train.jsonl"), "--tokenizer-type", "Nonsense"], "tokenizer-type"),
@@ -335,6 +342,64 @@ def test_check(tmp_path, capsys):
     allowed = ["--max-malformed-share", "0.5", "--max-dropped-share", "0.7"]
     assert main(["data", "check", str(path), "--json", *allowed]) == 0
     assert json.loads(capsys.readouterr().out)["problems"][1]["rows"] == [2]
+
+
+def test_check_tells_of_copies_and_contradictions(tmp_path, capsys):
+    rows = [("a", "b", "c"), ("a", "c", "b"), ("a", "b", "c"), ("d", "b", "c")]
+    text = "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), row, strict=True))) + "\n" for row in rows)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(text)
+    assert main(["data", "check", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert f"1 copies of an earlier pair ({path}, line 3; see {path}, line 1)" in output
+    assert f"2 with the answers of an earlier pair exchanged: they contradict each other ({path}, line 2; see" in output
+    assert main(["data", "check", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["repeats"]["exchanged"]["count"] == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_another_encoding_is_named(tmp_path, capsys, encoding):
+    """With a mark at the beginning or without."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(BAD.encode(encoding))
+    assert main(["data", "check", str(path)]) == 2
+    cause, advice = capsys.readouterr().err.splitlines()
+    assert encoding[:6].upper() in cause and "rows are text in UTF-8" in cause
+    assert f"`iconv -f {encoding[:6].upper()} -t UTF-8 pairs.jsonl > utf8.jsonl`" in advice
+
+
+def test_a_path_that_is_nearly_right(tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text(BAD)
+    assert main(["data", "check", str(tmp_path / "piars.jsonl")]) == 2
+    assert f"advice: Did you mean {tmp_path / 'pairs.jsonl'}?" in capsys.readouterr().err
+
+
+def test_show(ranks):
+    """Every token is there, between bars; what the answers end with, too."""
+    ((code, output, errors),) = ranks(1)(run, "data", "show", str(DATA / "train.jsonl"), "--row", "3", *TOKENIZER)
+    assert code == 0, errors
+    lines = output.splitlines()
+    assert lines[:2] == [f"{DATA / 'train.jsonl'}, line 3: trl", "prompt: 42 tokens"]
+    assert lines[2].startswith("    <s>|User|:| I| am| not| sure|")
+    rejected = lines.index("rejected: 24 tokens, 24 of them scored")
+    assert "".join(line[4:] for line in lines[rejected + 1 : rejected + 3]).count("|") == 23
+    assert lines[rejected + 2].endswith("|</s>")
+    assert lines[-3:] == ["unconditional prompt (B-DPO): 1 token", "    <s>", "positions in a pack: 155"]
+
+
+def test_show_of_a_chat(ranks, qwen_like, tmp_path):
+    """Of an answer of several turns, what is scored is told apart; a limit cuts what is shown."""
+    turns = [("assistant", "Yes"), ("user", "Please"), ("assistant", "Paris")]
+    answer = [{"role": role, "content": text} for role, text in turns]
+    prompt = [{"role": "user", "content": "<|im_start|> is it?"}]
+    row = {"prompt": prompt, "chosen": answer, "rejected": [{"role": "assistant", "content": "No"}]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(qwen_like)]
+    ((code, output, errors),) = ranks(1)(run, "data", "show", str(tmp_path / "pairs.jsonl"), "--row", "1", *flags)
+    assert code == 0, errors
+    assert "control tokens in texts, taken as such: <|im_start|>" in output
+    assert "  context, not scored:" in output and "  scored:" in output
+    assert "    <|im_start|>|" in output
 
 
 def test_check_of_mixed_forms(tmp_path, capsys):

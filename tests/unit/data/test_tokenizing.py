@@ -303,3 +303,19 @@ def test_control_tokens_in_texts_are_counted(tmp_path: Path) -> None:
     assert DataReport.from_json(report.to_json()) == report
     before = {name: value for name, value in report.to_json().items() if name != "spelled_out"}
     assert DataReport.from_json(before).spelled_out == []
+
+
+def test_rows_that_spell_out_control_tokens_can_be_refused(data: PairDataSettings, of_megatron: Any) -> None:
+    """They are dropped and counted by that reason, in a store of its own."""
+
+    class Spelled(PairTokenizer):
+        def spelled_out(self, record: PreferenceRecord) -> set[str]:
+            return {"<|im|>"} if str(record.prompt).startswith("7 ") else set()
+
+    counted = prepare_pairs(data, Spelled(of_megatron))
+    refused = prepare_pairs(replace(data, refuse_control_tokens=True), Spelled(of_megatron))
+    assert counted.fingerprint != refused.fingerprint
+    (problem,) = [each for each in refused.report.problems if each.kind == "CONTROL_TOKENS"]
+    assert (problem.rows[0], problem.detail) == (8, "they hold <|im|>")
+    assert sum(refused.report.pairs_kept) == sum(counted.report.pairs_kept) - problem.count
+    assert not refused.report.spelled_out

@@ -1,0 +1,65 @@
+"""A pair as a training sees it: the rendered texts with the boundaries of their tokens, and what of them is scored."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from megatron_bdpo.data.records import PreferenceRecord
+from megatron_bdpo.data.token_pieces import TokenPieces
+from megatron_bdpo.data.tokenization import BoolArray, PairTokenizer, TokenArray
+from megatron_bdpo.data.truncation import truncate
+from megatron_bdpo.errors import visible
+
+_WIDTH = 96
+
+
+def pair_view(
+    record: PreferenceRecord,
+    tokenizer: PairTokenizer,
+    pieces: TokenPieces,
+    max_prompt_tokens: int | None = None,
+    max_response_tokens: int | None = None,
+) -> list[str]:
+    """Lines for a terminal: ``|`` stands between two tokens, ``\\n`` for a line feed.
+
+    Raises:
+        RowProblem: the record gives no pair.
+    """
+    whole = tokenizer.encode(record)
+    pair = truncate(whole, max_prompt_tokens, max_response_tokens, tokenizer.start.tokens)
+    own = tokenizer.own_unconditional_prompt(record)
+    unconditional = tokenizer.empty_prompt(record.is_chat) if own is None else own
+    lines = _part("prompt", pair.prompt, whole.prompt, pieces, "")
+    answers = zip(("chosen", "rejected"), pair.parts[1:], whole.parts[1:], pair.scored, strict=True)
+    for name, tokens, before, scored in answers:
+        count = len(tokens) if scored is None else int(scored.sum())
+        lines += _part(name, tokens, before, pieces, f", {count} of them scored", scored)
+    lines += _part("unconditional prompt (B-DPO)", unconditional, unconditional, pieces, "")
+    return [*lines, f"positions in a pack: {sum(map(len, pair.parts))}"]
+
+
+def _part(
+    name: str, tokens: TokenArray, whole: TokenArray, pieces: TokenPieces, told: str, scored: BoolArray | None = None
+) -> list[str]:
+    cut = f", cut from {len(whole)}" if len(tokens) < len(whole) else ""
+    head = f"{name}: {len(tokens)} token{'s' * (len(tokens) != 1)}{cut}{told}"
+    shown = pieces.of(tokens.tolist())
+    if scored is None:
+        return [head, *_wrapped(shown)]
+    lines = [head]
+    for is_scored, run in itertools.groupby(zip(scored.tolist(), shown, strict=True), key=lambda each: each[0]):
+        lines += [f"  {'scored' if is_scored else 'context, not scored'}:", *_wrapped([piece for _, piece in run])]
+    return lines
+
+
+def _wrapped(pieces: Sequence[str]) -> Iterator[str]:
+    """The pieces in lines, which break between tokens."""
+    line = ""
+    for place, piece in enumerate(pieces):
+        shown = visible(piece).replace("\n", "\\n") + "|" * (place < len(pieces) - 1)
+        if line and len(line) + len(shown) > _WIDTH:
+            yield f"    {line}"
+            line = ""
+        line += shown
+    yield f"    {line}"
