@@ -94,12 +94,8 @@ class PairPool:
         So every pack that holds some pairs also holds them after the empty prompt, which the resident reference needs.
         """
         lengths = self.lengths.copy()
-        np.maximum(lengths[:, 0], self.unconditional_lengths(), out=lengths[:, 0])
+        np.maximum(lengths[:, 0], unconditional_lengths(self), out=lengths[:, 0])
         return group_tokens(lengths, share_prompts=share_prompts)
-
-    def unconditional_lengths(self) -> npt.NDArray[np.int32]:
-        """[P] tokens of each pair's unconditional prompt."""
-        return np.concatenate([store.unconditional for store in self.stores])
 
     def describe(self, pair_id: int) -> str:
         """Where a pair comes from, for messages."""
@@ -111,17 +107,23 @@ class PairPool:
         store, row = self._locate(pair_id)
         return store.sources[store.source[row]].path, int(store.row[row])
 
-    def pools(self, index: int, ids: IntArray) -> list[tuple[IntArray, float]]:
-        """Those of ``ids`` that belong to the store at ``index``, by data source, with the source's weight."""
-        store = self.stores[index]
-        if len(store.sources) == 1:
-            return [(ids, store.sources[0].weight)]
-        source = store.source[ids - self.offsets[index]]
-        return [(ids[source == number], spec.weight) for number, spec in enumerate(store.sources)]
-
     def _locate(self, pair_id: int) -> tuple[PairStore, int]:
         index = int(np.searchsorted(self.offsets, pair_id, side="right")) - 1
         return self.stores[index], int(pair_id - self.offsets[index])
+
+
+def unconditional_lengths(pool: PairPool) -> npt.NDArray[np.int32]:
+    """[P] tokens of each pair's unconditional prompt."""
+    return np.concatenate([store.unconditional for store in pool.stores])
+
+
+def by_source(pool: PairPool, index: int, ids: IntArray) -> list[tuple[IntArray, float]]:
+    """Those of ``ids`` that belong to the store at ``index``, by data source, with the source's weight."""
+    store = pool.stores[index]
+    if len(store.sources) == 1:
+        return [(ids, store.sources[0].weight)]
+    source = store.source[ids - pool.offsets[index]]
+    return [(ids[source == number], spec.weight) for number, spec in enumerate(store.sources)]
 
 
 def _joined[Kind: np.generic](arrays: list[npt.NDArray[Kind]]) -> npt.NDArray[Kind]:

@@ -234,7 +234,7 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
         train.notes.append(f"margins of {asked} not read: they are for --objective reward")
     if settings.reference.is_in_columns:
         _check_columns(pool, np.concatenate([train.ids, held_out.ids]))
-    sources = pool.pools(0, train.ids)
+    sources = pools.by_source(pool, 0, train.ids)
     for_plan = plan_settings(settings)
     steps, epochs = settings.schedule.train_iters, settings.steps.pair_epochs
     if steps is None:

@@ -6,26 +6,20 @@ function takes ``Settings``, or the part of it that concerns it.
 
 # Field types are evaluated: Megatron makes flags of them. So no ``from __future__ import annotations`` here.
 
-import argparse
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import torch
 
-from megatron_bdpo.data.format_converters import PAIRS_FROM, PREFERENCES
-from megatron_bdpo.data.formats import AUTO, NAMES
-from megatron_bdpo.data.messages import TEMPLATE_KWARGS, template_variables
-from megatron_bdpo.data.problems import RowProblem
-from megatron_bdpo.errors import UserError
 from megatron_bdpo.logprobs import KERNELS
 from megatron_bdpo.losses import PairLossFunction, registry
 from megatron_bdpo.model.attention_backends import BACKENDS
 from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.lora.lora_config import KINDS, SCALINGS
 from megatron_bdpo.model.precision import Precision
+from megatron_bdpo.training.flag_fields import finite, flag, minutes, switch
 from megatron_bdpo.training.megatron_settings import (
     ArchitectureSettings,
     DirectorySettings,
@@ -36,99 +30,9 @@ from megatron_bdpo.training.megatron_settings import (
     TokenizerSettings,
 )
 from megatron_bdpo.training.objective import ObjectiveSettings
+from megatron_bdpo.training.pair_settings import PairSettings
 
 # Our flags ------------------------------------------------------------------------------------------------------------
-
-
-def _flag(default: Any = None, **keywords: Any) -> Any:
-    """A field whose flag is more than its type says: ``keywords`` are argparse's."""
-    return field(default=default, metadata={"argparse_meta": keywords})
-
-
-def _switch(name: str, default: bool | None) -> Any:
-    """A field with a flag and its --no-... form."""
-    return _flag(default, arg_names=[f"--{name}"], action=argparse.BooleanOptionalAction)
-
-
-def _minutes(text: str) -> float:
-    """Of ``90s``, ``20m``, ``1.5h`` or a number of minutes."""
-    unit = {"s": 1 / 60, "m": 1.0, "h": 60.0}.get(text[-1:])
-    number = float(text[:-1] if unit else text) * (unit or 1.0)
-    if not 0 <= number < math.inf:
-        raise ValueError
-    return number
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError
-    return number
-
-
-@dataclass(frozen=True)
-class PairSettings:
-    """Which pairs are trained on and held out, and how much of them may be wrong."""
-
-    pair_data: list[str] | None = _flag(metavar="[WEIGHT] PATH")
-    """training pairs: JSONL(.gz), Parquet, Arrow, Hugging Face data sets; each with an optional weight"""
-    eval_pair_data: list[str] | None = _flag(metavar="[WEIGHT] PATH")
-    """held-out pairs, evaluated every --eval-interval steps"""
-    eval_share: float = 0.0
-    """share of the training pairs to hold out instead of --eval-pair-data"""
-    pair_format: str = _flag(AUTO, choices=(AUTO, *NAMES))
-    """form of the rows; auto: of each source the one that its first readable row has"""
-    pair_columns: str | None = _flag(metavar="OURS=THEIRS,...")
-    """columns of the rows that stand for those of a format: prompt=question,chosen=answer_a"""
-    pairs_from: str | None = _flag(choices=PAIRS_FROM)
-    """of rows with more than two ranked answers, one pair of the best and the worst, all pairs, or all neighbours in
-    rank (default: best-worst)"""
-    pair_preference: str | None = _flag(choices=PREFERENCES)
-    """of PKU-SafeRLHF, the answer that is chosen (default: better)"""
-    pair_cache_dir: str | None = None
-    """where tokenised pairs and reference values are kept; every node must see it (default: beside --save, else
-    ./runs/cache)"""
-    max_prompt_length: int | None = None
-    """truncate prompts to this many tokens, keeping their end"""
-    max_response_length: int | None = None
-    """truncate responses to this many tokens, keeping their start"""
-    max_pairs: int | None = None
-    """use only the first N usable training pairs"""
-    train_on: Literal["all-assistant", "last"] = "all-assistant"
-    """which of the assistant's turns are scored in an answer of several: all, or the last one"""
-    chat_template_kwargs: str | None = _flag(metavar="JSON")
-    """variables that the chat template reads, as a JSON object, for example '{"enable_thinking": false}'; a row's own
-    column of that name goes before them"""
-    unconditional_prompt: Literal["empty", "context"] = "empty"
-    """what B-DPO's unconditional log-prob is conditioned on in chats: an empty turn of the user alone, or behind the
-    row's system messages and tools"""
-    tokenizer_workers: int | None = _flag(metavar="N")
-    """processes that tokenize on each node (default: one for each core, at most 32)"""
-    control_tokens: Literal["count", "refuse"] = "count"
-    """texts of rows that spell out a control token, as <|im_start|>, which Hugging Face tokenizers take for a real one:
-    count them, or leave these rows out"""
-    long_pairs: Literal["error", "drop"] = "error"
-    """pairs that do not fit a pack of --seq-length"""
-    max_malformed_share: float = 0.0
-    """share of unreadable rows above which the run stops"""
-    max_dropped_share: float = 0.5
-    """share of unusable rows above which the run stops"""
-
-    @property
-    def template_variables(self) -> dict[str, Any]:
-        """--chat-template-kwargs as an object.
-
-        Raises:
-            UserError: it is none.
-        """
-        if self.chat_template_kwargs is None:
-            return {}
-        try:
-            return template_variables({TEMPLATE_KWARGS: self.chat_template_kwargs})
-        except RowProblem as problem:
-            told = problem.detail.removeprefix(f"column '{TEMPLATE_KWARGS}' ")
-            raise UserError(
-                f"--chat-template-kwargs {told}. Give a JSON object: '{{\"enable_thinking\": false}}'."
-            ) from problem
 
 
 @dataclass(frozen=True)
@@ -137,13 +41,13 @@ class StepSettings:
 
     pairs_per_step: int | None = None
     """preference pairs per optimizer step, over all ranks; exact"""
-    pair_epochs: float | None = _flag(type=_finite)
+    pair_epochs: float | None = flag(type=finite)
     """train for this many passes over the pairs instead of --train-iters"""
-    pack_pairs: bool = _switch("pack-pairs", True)
+    pack_pairs: bool = switch("pack-pairs", True)
     """several pairs in one pack"""
     fixed_pack_length: bool = False
     """pad every pack to --seq-length, in scoring and evaluation too; --tp-comm-overlap needs it"""
-    share_prompts: bool = _switch("share-prompts", True)
+    share_prompts: bool = switch("share-prompts", True)
     """encode each prompt once for both answers"""
 
 
@@ -151,20 +55,20 @@ class StepSettings:
 class ModelSettings:
     """Where the policy comes from and goes to, and what computes its layers."""
 
-    hf_model: str | None = _flag(metavar="PATH_OR_NAME")
+    hf_model: str | None = flag(metavar="PATH_OR_NAME")
     """Hugging Face model (directory or hub name) that the policy starts from and the reference is: sets the model's
     arguments and the tokenizer, and is read into each rank's part directly"""
-    hf_revision: str | None = _flag(metavar="REVISION")
+    hf_revision: str | None = flag(metavar="REVISION")
     """branch, tag or commit of --hf-model, where that is a name on the hub: of weights, configuration and tokenizer
     (default: its newest)"""
-    save_hf: str | None = _flag(metavar="DIR")
+    save_hf: str | None = flag(metavar="DIR")
     """at the end of training, write the policy as a Hugging Face model"""
-    push_to_hub: str | None = _flag(metavar="NAME")
+    push_to_hub: str | None = flag(metavar="NAME")
     """send what --save-hf has written to this repository on the Hugging Face hub, made private; the token is the
     environment's HF_TOKEN"""
-    pair_attention: str = _flag("auto", choices=("auto", *BACKENDS))
+    pair_attention: str = flag("auto", choices=("auto", *BACKENDS))
     """what computes attention; auto: on a GPU in half precision varlen, te where torch has none; else sdpa"""
-    fuse_local_layers: bool | None = _switch("fuse-local-layers", None)
+    fuse_local_layers: bool | None = switch("fuse-local-layers", None)
     """torch.compile the small functions of layers that are not Transformer Engine's: rotary embedding, SwiGLU, dropout
     and residual. Default: on a GPU"""
     moe_freeze_router: bool = False
@@ -176,22 +80,22 @@ class LoraSettings:
     """Low-rank adapters in the place of the whole model's weights. All but --lora-rank and --lora-start need one of
     these."""
 
-    lora_rank: int | None = _flag(metavar="R")
+    lora_rank: int | None = flag(metavar="R")
     """train adapters of this rank beside the policy's linear layers; the base model is frozen, and the reference"""
-    lora_alpha: float | None = _flag(type=_finite, metavar="A")
+    lora_alpha: float | None = flag(type=finite, metavar="A")
     """adapters are scaled by A / R (default: 2 R)"""
-    lora_dropout: float | None = _flag(type=_finite, metavar="D")
+    lora_dropout: float | None = flag(type=finite, metavar="D")
     """dropout of the adapters' inputs (default: 0)"""
-    lora_targets: str | None = _flag(metavar="NAMES")
+    lora_targets: str | None = flag(metavar="NAMES")
     """projections with adapters, with commas between them: attention, mlp, all-linear, or q_proj, k_proj, v_proj,
     o_proj, gate_proj, up_proj, down_proj (default: all-linear)"""
-    lora_scaling: str | None = _flag(choices=SCALINGS)
+    lora_scaling: str | None = flag(choices=SCALINGS)
     """scale by A / R, or by A over the square root of R (rsLoRA) (default: rank)"""
-    lora_type: str | None = _flag(choices=KINDS)
+    lora_type: str | None = flag(choices=KINDS)
     """lora, or dora: the norms of the weights' rows learn apart from their directions (default: lora)"""
-    lora_start: str | None = _flag(metavar="DIR")
+    lora_start: str | None = flag(metavar="DIR")
     """adapters to start from, as PEFT writes them; rank, alpha and targets are theirs"""
-    save_hf_merged: str | None = _flag(metavar="DIR")
+    save_hf_merged: str | None = flag(metavar="DIR")
     """at the end of training, write the policy with its adapters merged in as a Hugging Face model; --save-hf then
     writes the adapters, as PEFT does"""
 
@@ -208,16 +112,16 @@ class ReferenceSettings:
     """score the reference once before training, keep a frozen copy beside the policy, or take the rows' own columns
     ref_chosen_logps and ref_rejected_logps; with --lora-rank, precomputed is also called base, and resident keeps no
     copy: the reference is the model without its adapters"""
-    reference_model: str | None = _flag(metavar="PATH_OR_NAME")
+    reference_model: str | None = flag(metavar="PATH_OR_NAME")
     """weights of the reference where they are not those that the policy starts from: a Hugging Face model (directory or
     hub name) or a torch_dist checkpoint, of the policy's architecture"""
-    reference_cache: str | None = _flag(metavar="DIR")
+    reference_cache: str | None = flag(metavar="DIR")
     """where the reference scores of this data and model are kept"""
-    sync_reference_every: int | None = _flag(metavar="STEPS")
+    sync_reference_every: int | None = flag(metavar="STEPS")
     """after every so many steps, move a resident reference towards the policy (TR-DPO)"""
-    sync_reference_mix: float | None = _flag(type=_finite, metavar="ALPHA")
+    sync_reference_mix: float | None = flag(type=finite, metavar="ALPHA")
     """how far: the reference becomes ALPHA parts policy and 1 - ALPHA parts of itself (default: 1, the policy)"""
-    step_zero_check: bool = _switch("step-zero-check", True)
+    step_zero_check: bool = switch("step-zero-check", True)
     """check at the first step that the policy equals its reference"""
 
     @property
@@ -233,12 +137,12 @@ class ReferenceSettings:
 class LogProbSettings:
     """How log-probs are computed."""
 
-    log_probs: str = _flag("fused", choices=tuple(KERNELS))
+    log_probs: str = flag("fused", choices=tuple(KERNELS))
     """fused: output layer and log-softmax in one, a chunk of the vocabulary at a time, so that the logits never exist
     as a whole; plain: make the logits of the scored positions, for Megatron's cross entropy"""
-    log_prob_chunk_size: int | None = _flag(metavar="N")
+    log_prob_chunk_size: int | None = flag(metavar="N")
     """vocabulary rows in a chunk of the fused log-probs (default: as many as fill 64 MiB of fp32 logits)"""
-    log_prob_kept_mib: int | None = _flag(metavar="N")
+    log_prob_kept_mib: int | None = flag(metavar="N")
     """most memory for the softmax of a pack's scored positions, in the model's precision, that the fused log-probs keep
     for the backward pass; where it is more, the logits are made a second time (default: 2560)"""
     log_entropy: bool = False
@@ -253,20 +157,20 @@ class LogProbSettings:
 class CheckpointSettings:
     """Checkpoints, beside Megatron's own settings, and when to stop."""
 
-    save_every_minutes: float | None = _flag(
-        type=_minutes, metavar="TIME", arg_names=["--save-every", "--save-every-minutes"]
+    save_every_minutes: float | None = flag(
+        type=minutes, metavar="TIME", arg_names=["--save-every", "--save-every-minutes"]
     )
     """save a checkpoint when the last one began this long ago (90s, 20m, 2h; a number alone is minutes): beside
     --save-interval, or in its place"""
-    keep_checkpoints: int | None = _flag(metavar="N")
+    keep_checkpoints: int | None = flag(metavar="N")
     """keep this many of the newest checkpoints and the multiples of --save-retain-interval, delete older ones (default:
     keep all; with --save-retain-interval: 1)"""
     overwrite: bool = False
     """begin again in a --save that holds a run. Without it and without --load, the same run goes on from its newest
     checkpoint there, and another one is refused"""
-    checkpoint_checksums: bool = _switch("checkpoint-checksums", True)
+    checkpoint_checksums: bool = switch("checkpoint-checksums", True)
     """write the digests of a checkpoint's files beside them, and compare them before a checkpoint is used"""
-    stop_file: list[str] | None = _flag(metavar="PATH")
+    stop_file: list[str] | None = flag(metavar="PATH")
     """when one of these files appears, save a checkpoint after the current step and end, as SIGTERM does"""
 
 
@@ -274,16 +178,16 @@ class CheckpointSettings:
 class EvaluationSettings:
     """Evaluations, beside Megatron's own settings."""
 
-    eval_every_minutes: float | None = _flag(
-        type=_minutes, metavar="TIME", arg_names=["--eval-every", "--eval-every-minutes"]
+    eval_every_minutes: float | None = flag(
+        type=minutes, metavar="TIME", arg_names=["--eval-every", "--eval-every-minutes"]
     )
     """evaluate when the last evaluation is this long ago (as --save-every): beside --eval-interval, or in its place"""
     eval_at_start: bool = False
     """evaluate the held-out pairs before the first step, too"""
-    eval_prompts: str | None = _flag(metavar="FILE")
+    eval_prompts: str | None = flag(metavar="FILE")
     """prompts (rows as in --pair-data, without answers) that the policy answers greedily at every evaluation; kept in
     generations.jsonl in the directory of --save"""
-    eval_prompt_tokens: int | None = _flag(metavar="N")
+    eval_prompt_tokens: int | None = flag(metavar="N")
     """longest answer to them, in tokens (default: 64)"""
 
 
@@ -303,7 +207,7 @@ class OutputSettings:
 class WatchSettings:
     """When a rank counts as hung."""
 
-    phase_limit: list[str] | None = _flag(metavar="[PHASE=]SECONDS")
+    phase_limit: list[str] | None = flag(metavar="[PHASE=]SECONDS")
     """end the job, to be started again, when a rank has not gone on for this long in a phase (set-up, tokenizing,
     weights, scoring, step, evaluation, save, export) or in any; off: never (default: 5 times the longest so far, at
     least minutes)"""
@@ -313,12 +217,12 @@ class WatchSettings:
 class DryRunSettings:
     """A dry run. All but --dry-run are refused without it."""
 
-    dry_run: int | None = _flag(nargs="?", type=int, const=0, metavar="RANKS")
+    dry_run: int | None = flag(nargs="?", type=int, const=0, metavar="RANKS")
     """check the whole job as one process on a CPU, for this many ranks (default: WORLD_SIZE), without weights: flags,
     layout, data, steps; and estimate time and memory"""
     gpus_per_node: int | None = None
     """for the report: which ranks share a node"""
-    gpu_memory: float | None = _flag(metavar="GB")
+    gpu_memory: float | None = flag(metavar="GB")
     """refuse a job that is estimated to need more"""
     gpu_tflops: float | None = None
     """peak of a GPU for the estimated time (default: 989, an H100)"""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_bdpo.data.bin_packing import cut_into_blocks, pack_evenly, round_up
 from megatron_bdpo.data.packs import group_tokens
+from megatron_bdpo.data.pool import unconditional_lengths
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import PairLogProbs, Requirements
 from megatron_bdpo.model.lora.attach import adapters_off
@@ -225,7 +226,7 @@ class GroupScorer:
         """[n] pack positions that each group takes."""
         pool = self.make.pool
         lengths = pool.lengths[groups.pairs]
-        lengths[:, 0] = np.where(groups.unconditional, pool.unconditional_lengths()[groups.pairs], lengths[:, 0])
+        lengths[:, 0] = np.where(groups.unconditional, unconditional_lengths(pool)[groups.pairs], lengths[:, 0])
         return group_tokens(lengths, share_prompts=self.make.share_prompts)
 
     def _pack(self, groups: Groups, length: int) -> PackBatch:

@@ -175,7 +175,7 @@ def _damaged(files: Mapping[Path, bytes], path: Path, content: bytes) -> Iterato
 def stores() -> Check:
     import numpy as np
 
-    from megatron_bdpo.data.pool import PairPool
+    from megatron_bdpo.data.pool import PairPool, by_source
     from megatron_bdpo.data.records import PreferenceRecord
     from megatron_bdpo.data.row_report import DataReport
     from megatron_bdpo.data.sources import SourceSpec
@@ -216,7 +216,7 @@ def stores() -> Check:
         store.report.format()
         assert len(store) == 2 and store.pair(1).rejected.tolist() == parts[2].tolist()
         pool.describe(1), pool.group(1, unconditional=True), pool.sizes(share_prompts=True)
-        assert store.report.malformed_share >= 0 and sum(len(ids) for ids, _ in pool.pools(0, np.arange(2))) == 2
+        assert store.report.malformed_share >= 0 and sum(len(ids) for ids, _ in by_source(pool, 0, np.arange(2))) == 2
         return True
 
     return check

@@ -97,5 +97,5 @@ def test_units(ranks):
 
 @pytest.mark.parametrize("text", ["-1m", "m", "20d", "nan", "infh"])
 def test_what_is_no_time(ranks, text):
-    with pytest.raises(RankFailure, match="argument --save-every/--save-every-minutes: invalid _minutes value"):
+    with pytest.raises(RankFailure, match="argument --save-every/--save-every-minutes: invalid minutes value"):
         ranks(1)(minutes, [text])
