@@ -187,7 +187,7 @@ _OF_A_START = frozenset(
         "assumed-mfu", "override-opt_param-scheduler", "use-checkpoint-opt_param-scheduler",
         "checkpoint-checksums", "no-checkpoint-checksums", "megatron-output", "log-wide", "tensorboard-dir",
         "wandb-project", "wandb-exp-name", "wandb-save-dir", "phase-limit", "distributed-timeout-minutes",
-        "push-to-hub",
+        "push-to-hub", "mlflow-experiment", "swanlab-project",
     }
 )  # fmt: skip
 

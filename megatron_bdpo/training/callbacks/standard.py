@@ -29,6 +29,8 @@ from megatron_bdpo.training.generation.decoding import PackShape
 from megatron_bdpo.training.hf.exporting import export_places, save_live
 from megatron_bdpo.training.hf.pushing import push_export
 from megatron_bdpo.training.reporting.advice import Advisor
+from megatron_bdpo.training.reporting.loggers.logger import LoggedRun, Logger
+from megatron_bdpo.training.reporting.loggers.opening import open_loggers
 from megatron_bdpo.training.reporting.provenance import provenance
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup
@@ -59,7 +61,7 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
     if save:
         pairs = {"train": len(job.train.ids), "heldout": len(job.held_out.ids)}
         found.append(RunRecord(Path(save), pairs, functools.partial(provenance, setup.arguments, job)))
-    found += [progress, Scalars()]
+    found += [progress, Scalars(functools.partial(_loggers, setup))]
     if save:
         found.append(MetricsJsonl(Path(save)))
     found += [
@@ -82,6 +84,13 @@ def _starts_as_its_reference(settings: Settings) -> bool:
     directories = settings.directories
     has_adapters = settings.lora.lora_start or (settings.lora.is_wanted and directories.finetune and directories.load)
     return not (settings.reference.reference_model or has_adapters)
+
+
+def _loggers(setup: RunSetup, resumed: bool) -> list[Logger]:
+    save = setup.settings.directories.save
+    directory = Path(save) if save else None
+    run = LoggedRun(directory.resolve().name if directory else "", setup.arguments.recipe, directory, resumed)
+    return open_loggers(setup.settings.output, run)
 
 
 def _deletion(setup: RunSetup) -> list[Callback]:

@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib.util
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ LOCAL_LAYER_DEFAULTS = {
     "bias_dropout_fusion": False,
     "apply_rope_fusion": False,
 }
+
+#: Where W&B keeps its files of a run without --save.
+_WANDB_FILES = "runs/wandb"
 
 CPU_DEFAULTS = {
     "distributed_backend": "gloo",
@@ -142,10 +146,19 @@ class Arguments:
         return copy.deepcopy(self)
 
     def log_to_wandb_too(self) -> None:
-        """Megatron writes metrics to W&B only beside TensorBoard's files: give those a place where the user has not."""
+        """What Megatron wants beside ``--wandb-project``, where the user has not said it: names and places of files.
+
+        It writes metrics to W&B only beside TensorBoard's files.
+        """
         told = self.megatron
-        if told.wandb_project and not told.tensorboard_dir:
-            self.set(tensorboard_dir=str(Path(told.save or told.wandb_save_dir) / "tensorboard"))
+        if not told.wandb_project:
+            return
+        place = Path(told.wandb_save_dir or told.save or _WANDB_FILES)
+        self.set(
+            wandb_exp_name=told.wandb_exp_name or Path(told.save or time.strftime("%Y-%m-%d %H:%M")).name,
+            wandb_save_dir=told.wandb_save_dir or (None if told.save else str(place)),
+            tensorboard_dir=told.tensorboard_dir or str(Path(told.save or place) / "tensorboard"),
+        )
 
 
 def _extend(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:

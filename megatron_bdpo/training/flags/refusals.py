@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import registry
+from megatron_bdpo.training.reporting.loggers.optional import is_installed
 
 #: Without these there is no run. What Megatron itself requires is named here too: it would say so much later.
 _REQUIRED = (
@@ -94,11 +95,15 @@ _REFUSALS = (
         "writer would share the state on the host with the next step.",
     ),
     _Refusal(
-        lambda a: (
-            a.wandb_project
-            and not (a.wandb_exp_name and (a.save or a.wandb_save_dir) and importlib.util.find_spec("wandb"))
-        ),
-        "--wandb-project needs wandb (pip install wandb), --wandb-exp-name, and --save or --wandb-save-dir.",
+        lambda a: a.wandb_project and not is_installed("wandb"), "--wandb-project needs wandb: pip install wandb."
+    ),
+    _Refusal(
+        lambda a: a.mlflow_experiment and not is_installed("mlflow"),
+        "--mlflow-experiment needs MLflow: pip install mlflow.",
+    ),
+    _Refusal(
+        lambda a: a.swanlab_project and not is_installed("swanlab"),
+        "--swanlab-project needs SwanLab: pip install swanlab.",
     ),
     _Refusal(
         lambda a: a.dry_run is None and any((a.gpus_per_node, a.gpu_memory, a.gpu_tflops, a.assumed_mfu)),

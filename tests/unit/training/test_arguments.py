@@ -12,20 +12,24 @@ from megatron_bdpo.training.flags.arguments import Arguments
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "tensorboard", "name", "place"),
     [
-        ({"wandb_project": "p", "save": "run"}, "run/tensorboard"),
-        ({"wandb_project": "p", "wandb_save_dir": "wb"}, "wb/tensorboard"),
-        ({"wandb_project": "p", "save": "run", "tensorboard_dir": "tb"}, "tb"),
-        ({"save": "run"}, None),
+        ({"wandb_project": "p", "save": "a/run"}, "a/run/tensorboard", "run", None),
+        ({"wandb_project": "p", "wandb_save_dir": "wb"}, "wb/tensorboard", None, "wb"),
+        ({"wandb_project": "p", "save": "run", "tensorboard_dir": "tb", "wandb_exp_name": "e"}, "tb", "e", None),
+        ({"wandb_project": "p"}, "runs/wandb/tensorboard", None, "runs/wandb"),
+        ({"save": "run"}, None, "", None),
     ],
+    ids=["saved", "place", "all-given", "alone", "not-wanted"],
 )
-def test_wandb_gets_metrics_without_a_tensorboard_directory(given, expected):
-    """Megatron logs to W&B only where it logs to TensorBoard."""
-    told = {"wandb_project": "", "save": None, "wandb_save_dir": None, "tensorboard_dir": None, "seq_length": None}
-    arguments = Arguments(Namespace(**told | given), {}, {})
+def test_a_project_of_wandb_is_enough(given, tensorboard, name, place):
+    """Megatron logs to W&B only where it logs to TensorBoard, and wants a name and a place. None: the time."""
+    told = {"wandb_project": "", "wandb_exp_name": "", "save": None, "wandb_save_dir": None, "tensorboard_dir": None}
+    arguments = Arguments(Namespace(**told | {"seq_length": None} | given), {}, {})
     arguments.log_to_wandb_too()
-    assert arguments.megatron.tensorboard_dir == expected
+    found = arguments.megatron
+    assert (found.tensorboard_dir, found.wandb_save_dir) == (tensorboard, place)
+    assert found.wandb_exp_name == name if name is not None else found.wandb_exp_name.startswith("20")
 
 
 @pytest.mark.parametrize(

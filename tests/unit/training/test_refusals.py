@@ -31,6 +31,8 @@ REFUSED = {
     "--eval-prompt-tokens 9": "--eval-prompt-tokens: at least 1",
     "--eval-prompts ask.jsonl --eval-prompt-tokens 0": "--eval-prompt-tokens: at least 1",
     "--wandb-project p": "--wandb-project needs wandb",
+    "--mlflow-experiment e": "--mlflow-experiment needs MLflow",
+    "--swanlab-project p": "--swanlab-project needs SwanLab",
     "--gpu-memory 80": "--gpus-per-node, --gpu-memory",
     "--fake-process-group": "--fake-process-group",
     "--micro-batch-size 2": "--micro-batch-size: a microbatch is one pack",
