@@ -201,9 +201,9 @@ class OutputSettings:
     log_wide: bool = False
     """show all metrics in the lines of steps and evaluations, however long that makes them: tokens/s, rewards,
     log-probs, and what the loss adds. They are in metrics.jsonl, TensorBoard and W&B in any case"""
-    mlflow_experiment: str | None = _flag(metavar="NAME")
+    mlflow_experiment: str | None = flag(metavar="NAME")
     """log all metrics to a run of this experiment of MLflow, where MLFLOW_TRACKING_URI says"""
-    swanlab_project: str | None = _flag(metavar="NAME")
+    swanlab_project: str | None = flag(metavar="NAME")
     """log all metrics to this project of SwanLab; SWANLAB_API_KEY and SWANLAB_MODE are SwanLab's own"""
 
 
