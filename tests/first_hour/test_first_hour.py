@@ -49,6 +49,7 @@ def test_what_the_wheel_holds(wheel):
     assert {name for name in names if name.startswith("megatron_bdpo/")} == expected | {
         "megatron_bdpo/py.typed",
         "megatron_bdpo/report/page.html",
+        "megatron_bdpo/training/flags/flag_table.json",
     }
     assert any(name.endswith("licenses/LICENSE") for name in names)
     metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("/METADATA"))).decode()
