@@ -6,13 +6,54 @@
 To add one: a file like `dpo.py` with a `SPEC`, and its line below; from another package, see `registry`.
 """
 
-from megatron_bdpo.losses import bdpo, cpo, dpo, hinge, ipo, orpo, robust, safedpo, simpo
+from megatron_bdpo.losses import (
+    alphapo,
+    apo,
+    bco_pair,
+    bdpo,
+    cpo,
+    discopop,
+    dpo,
+    dpop,
+    exo_pair,
+    hinge,
+    ipo,
+    nca_pair,
+    orpo,
+    robust,
+    safedpo,
+    sft,
+    sigmoid_norm,
+    simpo,
+    sppo_hard,
+)
 from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, PairLossFunction, Requirements
 from megatron_bdpo.losses.options import LossOptions, Range, option
 from megatron_bdpo.losses.registry import OptionField, all_specs, build_options, get, names, option_fields, register
 
-for _family in (bdpo, cpo, dpo, hinge, ipo, orpo, robust, safedpo, simpo):
-    register(_family.SPEC)
+for _spec in (
+    alphapo.SPEC,
+    apo.ZERO,
+    apo.DOWN,
+    bco_pair.SPEC,
+    bdpo.SPEC,
+    cpo.SPEC,
+    discopop.SPEC,
+    dpo.SPEC,
+    dpop.SPEC,
+    exo_pair.SPEC,
+    hinge.SPEC,
+    ipo.SPEC,
+    nca_pair.SPEC,
+    orpo.SPEC,
+    robust.SPEC,
+    safedpo.SPEC,
+    sft.SPEC,
+    sigmoid_norm.SPEC,
+    simpo.SPEC,
+    sppo_hard.SPEC,
+):
+    register(_spec)
 
 __all__ = [
     "LossOptions",

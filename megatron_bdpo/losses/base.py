@@ -123,8 +123,8 @@ class LossSpec[Options, Pairs]:
     function: Callable[[Pairs, Options], PairLosses]
     """Pure: no in-place writes, no collectives, no host synchronisation; results in the inputs' dtype.
 
-    The check of the first step takes the loss to be convex in the log-probs: what rounding may do to it is judged at
-    the corners of what rounding may do to them.
+    The check of the first step takes the loss to be convex or monotone in each log-prob near the reference's: what
+    rounding may do to it is judged at the corners of what rounding may do to them.
     """
     options: type[Options]
     requirements: Callable[[Options], Requirements]

@@ -25,6 +25,9 @@ COLDEST = 1e-4
 POSITIVE = Range(f"above 0 and at most {LARGEST:,}", lambda value: 0 < value <= LARGEST)
 NON_NEGATIVE = Range(f"at least 0 and at most {LARGEST:,}", lambda value: 0 <= value <= LARGEST)
 TEMPERATURE = Range(f"at least {COLDEST:g} (inf is allowed)", lambda value: value >= COLDEST)
+FINITE = Range("finite", math.isfinite)
+UP_TO_1 = Range("> 0 and <= 1", lambda value: 0 < value <= 1)
+BELOW_HALF_NOT_0 = Range("> 0 and < 0.5", lambda value: 0 < value < 0.5)
 BELOW_HALF = Range(">= 0 and < 0.5", lambda value: 0 <= value < 0.5)
 
 
@@ -34,7 +37,7 @@ def option(default: Any, help: str, within: Range | None = None) -> Any:
 
 
 def beta(default: float = 0.1) -> Any:
-    """The `beta` that every loss but ORPO has."""
+    """The `beta` that every loss but ORPO and SFT has."""
     return option(default, "strength of the preference term: scales the log-ratios (or log-probs)", POSITIVE)
 
 

@@ -100,7 +100,7 @@ class StepZeroGate:
         off = (policy - reference).abs()
         allowed = tolerance(self.precision) * tokens.to(off.dtype).sqrt()
         at_reference = losses(reference)
-        # All losses of the registry are convex in the log-probs: farthest up in a corner, and nowhere farther down.
+        # All losses are convex there, or rise or fall with each log-prob (`LossSpec.function`): farthest in a corner.
         corners = [
             losses(reference + allowed * allowed.new_tensor(signs)) for signs in itertools.product((1, -1), repeat=2)
         ]

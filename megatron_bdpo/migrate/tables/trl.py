@@ -75,12 +75,12 @@ _KEYS: dict[str, Entry] = {
     ),
     **unneeded(shared.PACKED, "padding_free pad_to_multiple_of pad_token padding_value label_pad_token_id"),
     **unneeded("counts with its f_divergence_type only", "f_alpha_divergence_coef"),
-    **unneeded("counts with the loss discopop only", "discopop_tau"),
     "sync_ref_model": Choice(
         {"true": {"reference": "resident"}, "false": "the reference stays"}, "Take true or false."
     ),
     "ref_model_sync_steps": To("sync-reference-every", "whole"),
     "ref_model_mixup_alpha": To("sync-reference-mix", "number"),
+    "discopop_tau": LossOption("discopop_tau", off=("0.05",)),
     **unneeded("models here have a decoder alone", "is_encoder_decoder"),
     "generate_during_eval": Refused("Take it out; --eval-prompts FILE has answers at every evaluation."),
     "f_divergence_type": Refused("The divergence is reverse_kl: take it out.", ("reverse_kl",)),
@@ -94,6 +94,7 @@ _DEFAULTS = {
     "bf16": Default("true", unless=("fp16",)),
     "max_length": Default("1024"),
     "loss_type": Default("sigmoid"),
+    "beta": Default("0.1"),
     "dataset_test_split": Default("test"),
     "eval_steps": Default("10", same_as="logging_steps"),
     "lora_r": Default("16"),
@@ -127,9 +128,9 @@ TRL_CPO = replace(
         "loss_type": Loss({"sigmoid": "cpo"}),
         "cpo_alpha": LossOption("nll_weight"),
         "simpo_gamma": LossOption("simpo_gamma"),
-        "alpha": Refused("AlphaPO's reward is not here. Take it out."),
+        "alpha": Refused("AlphaPO is --preference-loss alphapo --alphapo-alpha. Take it out, and set these."),
     },
-    defaults={**_DEFAULTS, "cpo_alpha": Default("1.0"), "beta": Default("0.1")},
+    defaults={**_DEFAULTS, "cpo_alpha": Default("1.0")},
     program=r"trl cpo|\S*\bcpo\.py",
 )
 

@@ -35,6 +35,11 @@ from tests.unit.losses.test_losses import ORACLES, PAIRS, Pair, evaluate, inputs
         ("simpo", {}, Requirements(length_normalised=True)),
         ("cpo", {}, Requirements()),
         ("orpo", {}, Requirements(length_normalised=True)),
+        ("alphapo", {}, Requirements(length_normalised=True)),
+        ("sft", {}, Requirements()),
+        ("sigmoid_norm", {}, Requirements(reference=True, length_normalised=True)),
+        *[(name, {}, Requirements(reference=True)) for name in ("apo_down", "apo_zero", "bco_pair", "discopop")],
+        *[(name, {}, Requirements(reference=True)) for name in ("dpop", "exo_pair", "nca_pair", "sppo_hard")],
     ],
 )
 def test_requirements_are_stated_and_suffice(name, given, expected_requirements):
@@ -49,7 +54,15 @@ def test_requirements_are_stated_and_suffice(name, given, expected_requirements)
 
 
 def test_options_and_defaults():
+    usual = {"beta": 0.1, "nll_weight": 0.0}
     expected_defaults = {
+        **dict.fromkeys(("apo_down", "apo_zero", "bco_pair", "nca_pair", "sppo_hard"), usual),
+        "alphapo": {"beta": 2.0, "simpo_gamma": 0.5, "alphapo_alpha": 0.25, "nll_weight": 0.0},
+        "discopop": {**usual, "discopop_tau": 0.05},
+        "dpop": {**usual, "dpop_lambda": 50.0},
+        "exo_pair": {**usual, "label_smoothing": 1e-3},
+        "sft": {},
+        "sigmoid_norm": {**usual, "beta": 5.0},
         "bdpo": {
             "beta": 0.1,
             "bdpo_temperature": 1.0,
@@ -88,11 +101,15 @@ def test_options_and_defaults():
         ("dpo", "nll_weight", 1e30, "--nll-weight must be at least 0 and at most 10,000"),
         ("bdpo", "bdpo_comprehension", "mean", "--bdpo-comprehension must be one of per-token, sum, got 'mean'"),
         ("bdpo", "bdpo_scale", "no", "--bdpo-scale must be of type bool"),
+        ("exo_pair", "label_smoothing", 0.0, "--label-smoothing must be > 0 and < 0.5"),
+        ("discopop", "discopop_tau", 1.5, "--discopop-tau must be > 0 and <= 1"),
+        ("dpop", "dpop_lambda", -1.0, "--dpop-lambda must be"),
+        ("alphapo", "alphapo_alpha", math.inf, "--alphapo-alpha must be finite"),
         ("orpo", "orpo_weight", -0.1, "--orpo-weight must be at least 0 and at most 10,000"),
         ("safedpo", "safedpo_delta", -1.0, "--safedpo-delta must be at least 0 and at most 10,000"),
         ("simpo", "simpo_gamma", -1.0, "--simpo-gamma must be at least 0 and at most 10,000"),
-        *[(name, "beta", -1.0, "--beta must be") for name in sorted(ORACLES) if name != "orpo"],
-        *[(name, "nll_weight", -1.0, "--nll-weight must be") for name in sorted(ORACLES) if name != "orpo"],
+        *[(name, "beta", -1.0, "--beta must be") for name in sorted(set(ORACLES) - {"orpo", "sft"})],
+        *[(name, "nll_weight", -1.0, "--nll-weight must be") for name in sorted(set(ORACLES) - {"orpo", "sft"})],
     ],
 )
 def test_values_out_of_range_are_refused(name, key, value, expected_message):
@@ -156,7 +173,7 @@ def test_an_option_the_loss_does_not_use_is_refused():
         losses.build_options("simpo", {"beta": 1.0, "label_smoothing": 0.1})
     expected_message = (
         "--label-smoothing is not used by the loss 'simpo', which uses: --beta, --simpo-gamma, --nll-weight. "
-        "It is an option of: dpo, robust."
+        "It is an option of: dpo, exo_pair, robust."
     )
     assert str(caught.value) == expected_message
 
@@ -167,7 +184,7 @@ def test_an_option_the_loss_does_not_use_is_refused():
 def test_an_unknown_loss_is_refused_with_a_suggestion():
     with pytest.raises(UserError, match=r"unknown loss 'bpdo'; did you mean 'bdpo'.*simpo"):
         losses.get("bpdo")
-    with pytest.raises(UserError, match=r"unknown loss 'xyz'\. Known losses: bdpo, cpo"):
+    with pytest.raises(UserError, match=r"unknown loss 'xyz'\. Known losses: alphapo, apo_down"):
         losses.get("xyz")
 
 
@@ -176,7 +193,7 @@ def test_option_fields_are_the_union_over_the_losses():
     assert set(union) == {f.name for spec in losses.all_specs() for f in fields(spec.options)}
     assert all(f.help for f in union.values())
 
-    assert union["label_smoothing"].defaults == {"dpo": 0.0, "robust": 0.1}
+    assert union["label_smoothing"].defaults == {"dpo": 0.0, "exo_pair": 1e-3, "robust": 0.1}
     assert union["beta"].defaults["simpo"] == 2.0
     assert union["bdpo_temperature"].flag == "--bdpo-temperature"
     assert union["bdpo_weights"].type is bool
@@ -225,7 +242,7 @@ class TestRegister:
 
     def test_one_option_name_with_two_types(self):
         losses.register(spec("mine", ClashingOptions))
-        with pytest.raises(UserError, match="--beta has other values for the loss 'bdpo' than for 'mine'"):
+        with pytest.raises(UserError, match="--beta has other values for the loss 'alphapo' than for 'mine'"):
             losses.option_fields()
 
 

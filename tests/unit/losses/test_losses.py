@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import NamedTuple
 
 import hypothesis
@@ -15,25 +15,8 @@ from hypothesis import strategies as st
 
 from megatron_bdpo import losses
 from megatron_bdpo.losses import PairLogProbs, PairLosses
-
-
-class Pair(NamedTuple):
-    """One pair as Python floats; the arguments of PairLogProbs, in its order."""
-
-    l_w: float  # policy
-    l_l: float
-    n_w: int  # tokens
-    n_l: int
-    r_w: float  # reference
-    r_l: float
-    u_w: float  # unconditional
-    u_l: float
-    h_w: int = 0  # unsafe
-    h_l: int = 0
-
-    @property
-    def margin(self) -> float:
-        return (self.l_w - self.r_w) - (self.l_l - self.r_l)
+from tests.harness import closed_forms
+from tests.harness.closed_forms import Expected, Pair, sigmoid, softplus
 
 
 def random_pairs(count: int, seed: int = 0) -> list[Pair]:
@@ -87,17 +70,6 @@ def evaluate(name: str, given: dict[str, object], pairs: PairLogProbs) -> tuple[
 
 
 # --- the oracle: (loss, dloss/dl_w, dloss/dl_l) of one pair, in Python floats ---
-
-Expected = tuple[float, float, float]
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def softplus(x: float) -> float:
-    """log(1 + e^x) = -log sigmoid(-x)"""
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 def expected_dpo(p: Pair, beta: float, label_smoothing: float) -> Expected:
@@ -164,6 +136,7 @@ def expected_safedpo(p: Pair, beta: float, safedpo_delta: float) -> Expected:
 
 
 ORACLES: dict[str, Callable[..., Expected]] = {
+    **closed_forms.CLOSED_FORMS,
     "bdpo": expected_bdpo,
     "cpo": expected_cpo,
     "dpo": expected_dpo,
@@ -187,6 +160,7 @@ def expected(name: str, given: dict[str, object], pairs: list[Pair]) -> Result:
 
 
 CASES: list[tuple[str, dict[str, object]]] = [
+    *closed_forms.CASES,
     ("dpo", {}),
     ("dpo", {"beta": 0.5, "label_smoothing": 0.2, "nll_weight": 0.3}),
     ("bdpo", {}),
@@ -223,11 +197,24 @@ TOLERANCE = {torch.float64: {"rtol": 2e-12, "atol": 2e-12}, torch.float32: {"rto
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @every_case
 def test_loss_and_gradient_match_the_closed_form(name, given, dtype):
-    actual, out = evaluate(name, given, inputs(PAIRS, dtype))
-    for got, want in zip(actual, expected(name, given, PAIRS), strict=True):
+    pairs = PAIRS[: -len(EXTREME)] if name == "alphapo" else PAIRS  # its reward overflows there
+    actual, out = evaluate(name, given, inputs(pairs, dtype))
+    for got, want in zip(actual, expected(name, given, pairs), strict=True):
         torch.testing.assert_close(got.double(), want, **TOLERANCE[dtype])
     for tensor in (*actual, out.chosen_reward, out.rejected_reward, *out.metrics.values()):
-        assert tensor.dtype == dtype and tensor.shape == (len(PAIRS),)
+        assert tensor.dtype == dtype and tensor.shape == (len(pairs),)
+
+
+@every_case
+def test_gradcheck(name, given):
+    """Where the pairs are not at a corner: hinge's, dpop's."""
+    full = inputs(random_pairs(6, seed=3), torch.float64)
+    function, options = losses.get(name).function, losses.build_options(name, given)
+
+    def loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        return function(replace(full, policy_chosen=chosen, policy_rejected=rejected), options).loss
+
+    assert torch.autograd.gradcheck(loss, (full.policy_chosen, full.policy_rejected))
 
 
 @every_case
@@ -354,6 +341,11 @@ def test_orpo_stays_finite_where_the_odds_do_not(dtype):
 @pytest.mark.parametrize(
     ("name", "expected_rewards"),
     [
+        *[(name, (0.1 * 1, 0.1 * -2)) for name in ("apo_down", "apo_zero", "bco_pair", "discopop", "dpop")],
+        *[(name, (0.1 * 1, 0.1 * -2)) for name in ("exo_pair", "nca_pair", "sppo_hard")],
+        ("alphapo", (8 * -math.expm1(5 / 8), 8 * -math.expm1(9 / 16))),
+        ("sft", (-5 / 2, -9 / 4)),
+        ("sigmoid_norm", (5.0 * 1 / 2, 5.0 * -2 / 4)),
         ("bdpo", (0.1 * 1, 0.1 * -2)),
         ("cpo", (0.1 * -5, 0.1 * -9)),
         ("dpo", (0.1 * 1, 0.1 * -2)),
@@ -373,9 +365,9 @@ def test_rewards(name, expected_rewards):
 @every_loss
 def test_the_nll_is_a_metric_exactly_where_it_is_in_the_loss(name):
     pairs = inputs(PAIRS, torch.float32)
-    on_by_default = name in ("cpo", "orpo")
+    on_by_default = name in ("cpo", "orpo", "sft")
     assert ("nll" in evaluate(name, {}, pairs)[1].metrics) == on_by_default
-    if name != "orpo":  # the NLL is not optional there
+    if name not in ("orpo", "sft"):  # the NLL is not optional there
         assert "nll" not in evaluate(name, {"nll_weight": 0.0}, pairs)[1].metrics
         nll = evaluate(name, {"nll_weight": 0.5}, pairs)[1].metrics["nll"]
         assert torch.equal(nll, -pairs.policy_chosen.detach() / pairs.chosen_tokens)

@@ -1,0 +1,154 @@
+"""Losses of one pair in plain Python floats, with gradients derived by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Expected = tuple[float, float, float]
+"""Loss, and its gradient in (log pi_theta(y_w|x), log pi_theta(y_l|x))."""
+
+
+class Pair(NamedTuple):
+    """One pair as Python floats; the arguments of PairLogProbs, in its order."""
+
+    l_w: float  # policy
+    l_l: float
+    n_w: int  # tokens
+    n_l: int
+    r_w: float  # reference
+    r_l: float
+    u_w: float  # unconditional
+    u_l: float
+    h_w: int = 0  # unsafe
+    h_l: int = 0
+
+    @property
+    def margin(self) -> float:
+        return (self.l_w - self.r_w) - (self.l_l - self.r_l)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def softplus(x: float) -> float:
+    """log(1 + e^x) = -log sigmoid(-x)"""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def rewards(p: Pair, beta: float) -> tuple[float, float]:
+    return beta * (p.l_w - p.r_w), beta * (p.l_l - p.r_l)
+
+
+def exo_pair(p: Pair, beta: float, label_smoothing: float) -> Expected:
+    z = beta * p.margin
+    log_odds = math.log((1 - label_smoothing) / label_smoothing)
+    # q_w log q_w + q_l log q_l = z q_w - log(1 + e^z)
+    loss = z * sigmoid(z) - softplus(z) - sigmoid(z) * math.log1p(-label_smoothing)
+    loss -= sigmoid(-z) * math.log(label_smoothing)
+    slope = beta * sigmoid(z) * sigmoid(-z) * (z - log_odds)
+    return loss, slope, -slope
+
+
+def nca_pair(p: Pair, beta: float) -> Expected:
+    r_w, r_l = rewards(p, beta)
+    loss = softplus(-r_w) + softplus(r_w) / 2 + softplus(r_l) / 2
+    return loss, beta * (1.5 * sigmoid(r_w) - 1), beta * sigmoid(r_l) / 2
+
+
+def bco_pair(p: Pair, beta: float) -> Expected:
+    r_w, r_l = rewards(p, beta)
+    return softplus(-r_w) + softplus(r_l), -beta * sigmoid(-r_w), beta * sigmoid(r_l)
+
+
+def sppo_hard(p: Pair, beta: float) -> Expected:
+    off_w, off_l = p.l_w - p.r_w - 0.5 / beta, p.l_l - p.r_l + 0.5 / beta
+    return off_w**2 + off_l**2, 2 * off_w, 2 * off_l
+
+
+def apo_zero(p: Pair, beta: float) -> Expected:
+    r_w, r_l = rewards(p, beta)
+    return sigmoid(-r_w) + sigmoid(r_l), -beta * sigmoid(r_w) * sigmoid(-r_w), beta * sigmoid(r_l) * sigmoid(-r_l)
+
+
+def apo_down(p: Pair, beta: float) -> Expected:
+    r_w, r_l = rewards(p, beta)
+    z = r_w - r_l
+    away = beta * sigmoid(z) * sigmoid(-z)
+    return sigmoid(r_w) + sigmoid(-z), beta * sigmoid(r_w) * sigmoid(-r_w) - away, away
+
+
+def discopop(p: Pair, beta: float, discopop_tau: float) -> Expected:
+    z = beta * p.margin
+    blend = sigmoid(z / discopop_tau)
+    exponential = math.exp(-z - softplus(-z / discopop_tau))
+    rest = sigmoid(-z / discopop_tau)
+    loss = rest * softplus(-z) + exponential
+    slope = -rest * blend / discopop_tau * softplus(-z) - rest * sigmoid(-z)
+    slope += exponential * (rest / discopop_tau - 1)
+    return loss, beta * slope, -beta * slope
+
+
+def sigmoid_norm(p: Pair, beta: float) -> Expected:
+    z = beta * ((p.l_w - p.r_w) / p.n_w - (p.l_l - p.r_l) / p.n_l)
+    return softplus(-z), -beta * sigmoid(-z) / p.n_w, beta * sigmoid(-z) / p.n_l
+
+
+def dpop(p: Pair, beta: float, dpop_lambda: float) -> Expected:
+    lost = max(0.0, p.r_w - p.l_w)
+    z = beta * (p.margin - dpop_lambda * lost)
+    return softplus(-z), -beta * sigmoid(-z) * (1 + dpop_lambda * (lost > 0)), beta * sigmoid(-z)
+
+
+def alphapo(p: Pair, beta: float, simpo_gamma: float, alphapo_alpha: float) -> Expected:
+    def reward(mean: float) -> float:
+        return beta * (1 - math.exp(mean) ** -alphapo_alpha) / alphapo_alpha if alphapo_alpha else beta * mean
+
+    m_w, m_l = p.l_w / p.n_w, p.l_l / p.n_l
+    z = reward(m_w) - reward(m_l) - simpo_gamma
+    slope = beta * sigmoid(-z)
+    return (
+        softplus(-z),
+        -slope * math.exp(-alphapo_alpha * m_w) / p.n_w,
+        slope * math.exp(-alphapo_alpha * m_l) / p.n_l,
+    )
+
+
+def sft(p: Pair) -> Expected:
+    return -p.l_w / p.n_w, -1 / p.n_w, 0.0
+
+
+CLOSED_FORMS: dict[str, Callable[..., Expected]] = {
+    each.__name__: each
+    for each in (
+        alphapo,
+        apo_down,
+        apo_zero,
+        bco_pair,
+        discopop,
+        dpop,
+        exo_pair,
+        nca_pair,
+        sft,
+        sigmoid_norm,
+        sppo_hard,
+    )
+}
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *[(name, {}) for name in sorted(CLOSED_FORMS)],
+    ("alphapo", {"alphapo_alpha": 0.0, "nll_weight": 0.5}),
+    ("alphapo", {"alphapo_alpha": -0.5, "beta": 10.0, "simpo_gamma": 3.0}),
+    ("apo_down", {"beta": 0.5, "nll_weight": 0.5}),
+    ("apo_zero", {"beta": 0.5, "nll_weight": 0.5}),
+    ("bco_pair", {"beta": 0.5, "nll_weight": 0.5}),
+    ("discopop", {"beta": 0.03, "discopop_tau": 1.0, "nll_weight": 0.5}),
+    ("dpop", {"dpop_lambda": 0.0}),
+    ("dpop", {"beta": 0.3, "dpop_lambda": 5.0, "nll_weight": 0.5}),
+    ("exo_pair", {"beta": 0.03, "label_smoothing": 0.2, "nll_weight": 0.5}),
+    ("nca_pair", {"beta": 0.01, "nll_weight": 0.5}),
+    ("sigmoid_norm", {"beta": 0.1, "nll_weight": 0.5}),
+    ("sppo_hard", {"beta": 0.5, "nll_weight": 0.5}),
+]

@@ -1,0 +1,140 @@
+"""The losses of TRL's trainers on log-probs of our choice: value and gradient of every loss that both have.
+
+TRL's own code computes them, from a model whose output is given. What the whole trainer does is in `test_trl.py`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_bdpo import losses
+from megatron_bdpo.losses import PairLogProbs
+
+trl_dpo = pytest.importorskip("trl.trainer.dpo_trainer", reason="the oracle is TRL's DPOTrainer")
+
+PAIRS = 16
+
+#: Ours, with its options; TRL's name, with its settings.
+CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "dpo": ({}, "sigmoid", {}),
+    "hinge": ({}, "hinge", {}),
+    "ipo": ({}, "ipo", {}),
+    "exo_pair": ({"label_smoothing": 0.1}, "exo_pair", {"label_smoothing": 0.1}),
+    "nca_pair": ({}, "nca_pair", {}),
+    "robust": ({"label_smoothing": 0.2}, "robust", {"label_smoothing": 0.2}),
+    "bco_pair": ({}, "bco_pair", {}),
+    "sppo_hard": ({}, "sppo_hard", {}),
+    "apo_zero": ({}, "apo_zero", {}),
+    "apo_down": ({}, "apo_down", {}),
+    "discopop": ({"discopop_tau": 0.5}, "discopop", {"discopop_tau": 0.5}),
+    "sft": ({}, "sft", {}),
+    "sigmoid_norm": ({}, "sigmoid_norm", {}),
+}
+
+BETA = 0.3
+
+
+def log_probs() -> list[torch.Tensor]:
+    """Of policy (chosen, rejected) and reference (likewise), per token, [PAIRS] each, float64."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = -8 * torch.rand(4, PAIRS, generator=generator, dtype=torch.float64)
+    return [each.requires_grad_(row < 2) for row, each in enumerate(drawn.unbind())]
+
+
+def theirs(name: str, settings: dict[str, Any], tokens: int, values: list[torch.Tensor]) -> torch.Tensor:
+    """TRL's loss, a mean over the pairs, each of whose completions is `tokens` alike tokens after a prompt of one."""
+    completion = torch.ones(2 * PAIRS, 1 + tokens, dtype=torch.int64)
+    completion[:, 0] = 0
+    per_token = (torch.cat(values[:2])[:, None]).expand(-1, tokens)
+    nothing = torch.zeros(2 * PAIRS, tokens, dtype=torch.float64)
+    output = SimpleNamespace(log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    model = mock.Mock(training=False, return_value=output)
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=mock.Mock(device="cpu", gather=lambda each: each, gather_for_metrics=lambda each: each),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[name],
+        loss_weights=[1.0],
+        beta=BETA,
+        use_weighting=False,
+        label_smoothing=settings.get("label_smoothing", 0.0),
+        args=SimpleNamespace(discopop_tau=settings.get("discopop_tau")),
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )
+    given = {
+        "input_ids": torch.zeros_like(completion),
+        "attention_mask": torch.ones_like(completion),
+        "completion_mask": completion,
+        "ref_chosen_logps": values[2] * tokens,
+        "ref_rejected_logps": values[3] * tokens,
+    }
+    loss: torch.Tensor = trl_dpo.DPOTrainer._compute_loss(trainer, model, given, return_outputs=False)
+    return loss
+
+
+def ours(name: str, options: dict[str, Any], tokens: int, values: list[torch.Tensor]) -> torch.Tensor:
+    known = {} if name == "sft" else {"beta": BETA}
+    length = torch.full((PAIRS,), tokens)
+    chosen, rejected, *reference = (each * tokens for each in values)
+    pairs = PairLogProbs(chosen, rejected, length, length, *reference)
+    return losses.get(name).function(pairs, losses.build_options(name, known | options)).loss.mean()
+
+
+#: Sums of float64 in another order; TRL keeps exo_pair's epsilon in float32.
+EXACT, SINGLE = 1e-13, 1e-7
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient(name, tokens):
+    options, their_name, settings = CASES[name]
+    allowed = SINGLE if name == "exo_pair" else EXACT
+    values, expected_values = log_probs(), log_probs()
+    loss, expected = ours(name, options, tokens, values), theirs(their_name, settings, tokens, expected_values)
+    torch.testing.assert_close(loss, expected, rtol=allowed, atol=allowed)
+    loss.backward()
+    expected.backward()
+    for own, one in zip(values[:2], expected_values[:2], strict=True):
+        assert own.grad is not None and one.grad is not None
+        torch.testing.assert_close(own.grad, one.grad, rtol=allowed, atol=allowed)
+
+
+def test_every_loss_of_trl_is_compared():
+    """But aot and aot_unpaired, which sort over the batch."""
+    import re
+    from pathlib import Path
+
+    source = Path(trl_dpo.__file__).read_text("utf-8")
+    known = set(re.findall(r'loss_type == "(\w+)"', source))
+    assert known - {"aot", "aot_unpaired"} == {name for _, name, _ in CASES.values()}
+
+
+@pytest.mark.parametrize("alpha", [0.25, -0.5])
+def test_alphapo(alpha):
+    cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer", reason="TRL's CPOTrainer has AlphaPO")
+    values, expected_values = log_probs(), log_probs()
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu"),
+        alpha=alpha,
+        beta=BETA,
+        label_smoothing=0.0,
+        loss_type="simpo",
+        simpo_gamma=0.4,
+    )
+    expected, *_ = cpo.CPOTrainer.cpo_loss(trainer, *expected_values[:2])
+    loss = ours("alphapo", {"simpo_gamma": 0.4, "alphapo_alpha": alpha}, 1, values)
+    torch.testing.assert_close(loss, expected.mean(), rtol=EXACT, atol=EXACT)
+    loss.backward()
+    expected.mean().backward()
+    for own, one in zip(values[:2], expected_values[:2], strict=True):
+        torch.testing.assert_close(own.grad, one.grad, rtol=EXACT, atol=EXACT)
