@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch.nn.functional import logsigmoid
 
 from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, Requirements
-from megatron_bdpo.losses.options import FINITE, NON_NEGATIVE, LossOptions, beta, nll_weight, option
+from megatron_bdpo.losses.options import BOUNDED, NON_NEGATIVE, LossOptions, beta, nll_weight, option
 from megatron_bdpo.losses.terms import add_nll, mean_log_probs, rewarded
 
 
@@ -26,7 +26,7 @@ from megatron_bdpo.losses.terms import add_nll, mean_log_probs, rewarded
 class AlphapoOptions(LossOptions):
     beta: float = beta(2.0)
     simpo_gamma: float = option(0.5, "SimPO's target reward margin", NON_NEGATIVE)
-    alphapo_alpha: float = option(0.25, "AlphaPO's power of the likelihood; 0 is SimPO", FINITE)
+    alphapo_alpha: float = option(0.25, "AlphaPO's power of the likelihood; 0 is SimPO", BOUNDED)
     nll_weight: float = nll_weight()
 
 

@@ -25,7 +25,7 @@ COLDEST = 1e-4
 POSITIVE = Range(f"above 0 and at most {LARGEST:,}", lambda value: 0 < value <= LARGEST)
 NON_NEGATIVE = Range(f"at least 0 and at most {LARGEST:,}", lambda value: 0 <= value <= LARGEST)
 TEMPERATURE = Range(f"at least {COLDEST:g} (inf is allowed)", lambda value: value >= COLDEST)
-FINITE = Range("finite", math.isfinite)
+BOUNDED = Range(f"between -{LARGEST:,} and {LARGEST:,}", lambda value: -LARGEST <= value <= LARGEST)
 UP_TO_1 = Range("> 0 and <= 1", lambda value: 0 < value <= 1)
 BELOW_HALF_NOT_0 = Range("> 0 and < 0.5", lambda value: 0 < value < 0.5)
 BELOW_HALF = Range(">= 0 and < 0.5", lambda value: 0 <= value < 0.5)

@@ -104,7 +104,7 @@ def test_options_and_defaults():
         ("exo_pair", "label_smoothing", 0.0, "--label-smoothing must be > 0 and < 0.5"),
         ("discopop", "discopop_tau", 1.5, "--discopop-tau must be > 0 and <= 1"),
         ("dpop", "dpop_lambda", -1.0, "--dpop-lambda must be"),
-        ("alphapo", "alphapo_alpha", math.inf, "--alphapo-alpha must be finite"),
+        ("alphapo", "alphapo_alpha", math.inf, "--alphapo-alpha must be between -10,000 and 10,000"),
         ("orpo", "orpo_weight", -0.1, "--orpo-weight must be at least 0 and at most 10,000"),
         ("safedpo", "safedpo_delta", -1.0, "--safedpo-delta must be at least 0 and at most 10,000"),
         ("simpo", "simpo_gamma", -1.0, "--simpo-gamma must be at least 0 and at most 10,000"),
