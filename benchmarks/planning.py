@@ -156,6 +156,7 @@ def write_store(directory: Path, pairs: int) -> None:
         "source": np.zeros(pairs, "<i2"),
         "row": np.arange(1, pairs + 1, dtype="<i8"),
         "unsafe": np.full((pairs, 2), -1, "<i1"),
+        "margin": np.zeros(0, "<f8"),
         "prompt_of": np.full(pairs, -1, "<i4"),
         **{name: np.zeros(0, "<i8") for name in ("reference", "context", "own_prompts", "own_lengths")},
     }
