@@ -90,7 +90,7 @@ def select_scored(hidden_states: Tensor, scored: ScoredPositions, *, tp_group: A
     """
     if sequence_parallel:
         # Each rank's logits depend on all positions: the backward of this gather sums the ranks' partial gradients.
-        hidden_states = _tensor_parallel().gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+        hidden_states = megatron_parallel().gather_from_sequence_parallel_region(hidden_states, group=tp_group)
     return hidden_states.squeeze(1).index_select(0, scored.hidden)
 
 
@@ -113,11 +113,11 @@ def answer_log_probs(token_log_probs: Tensor, scored: ScoredPositions, context_g
     sums = _own_sums(token_log_probs, scored)
     if context_group is None or context_group.size() == 1:
         return sums
-    return _tensor_parallel().reduce_from_tensor_model_parallel_region(sums, group=context_group)
+    return megatron_parallel().reduce_from_tensor_model_parallel_region(sums, group=context_group)
 
 
-def _tensor_parallel() -> Any:
-    """Megatron's collectives with gradients; where one rank has all, they and Megatron may be absent."""
+def megatron_parallel() -> Any:
+    """Megatron's layers and collectives with gradients. Where one rank has all, Megatron may be absent."""
     from megatron.core import tensor_parallel
 
     return tensor_parallel

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_bdpo.logprobs.logit_shape import LogitShape
-from megatron_bdpo.logprobs.scored import ScoredPositions, TokenScores, select_scored
+from megatron_bdpo.logprobs.scored import ScoredPositions, TokenScores, megatron_parallel, select_scored
 
 _AS_THEY_ARE = LogitShape()
 
@@ -52,12 +52,8 @@ def token_log_probs(
     Returns:
         Log-probs [N] float32, and the entropy [N] float32 or None.
     """
-    from megatron.core.tensor_parallel import (  # absent in plain torch
-        linear_with_grad_accumulation_and_async_allreduce,
-        vocab_parallel_cross_entropy,
-    )
-
-    logits = linear_with_grad_accumulation_and_async_allreduce(
+    parallel = megatron_parallel()
+    logits = parallel.linear_with_grad_accumulation_and_async_allreduce(
         select_scored(hidden_states, scored, tp_group=tp_group, sequence_parallel=sequence_parallel),
         weight,
         bias,
@@ -68,7 +64,7 @@ def token_log_probs(
     )
     logits = without_padding(shape(logits.float()), vocab_size, first_row=tp_group.rank() * weight.shape[0])
     entropies = _entropy(logits, tp_group) if entropy else None  # before the cross entropy overwrites the logits
-    return TokenScores(-vocab_parallel_cross_entropy(logits, scored.target, tp_group=tp_group), entropies)
+    return TokenScores(-parallel.vocab_parallel_cross_entropy(logits, scored.target, tp_group=tp_group), entropies)
 
 
 @functools.cache
