@@ -113,7 +113,7 @@ BETWEEN = " | "
 
 
 #: Characters of a cell's line in the plain form.
-_CELL = 46
+_CELL = 45
 
 
 def _wrapped(cell: str) -> list[str]:

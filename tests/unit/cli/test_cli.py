@@ -275,7 +275,7 @@ QUICK = {
     ),
     "train --loss_type sigmoid": (1.0, "What other trainers call loss_type is --preference-loss"),
     "train --preference-loss sigmoid": (1.0, "What other trainers call sigmoid is --preference-loss dpo."),
-    "train --preference-loss bdop": (1.0, "Did you mean bdpo?"),
+    "train --preference-loss bdppo": (1.0, "Did you mean bdpo?"),
     "train --preference-loss dpo --simpo-gamma 1": (1.0, "--simpo-gamma is not used by the loss 'dpo'"),
     "train --lr fast": (1.0, "invalid float value: 'fast'"),
     "train --recipe '{learning_rate: 1e-6}'": (1.0, "What other trainers call learning_rate is --lr."),

@@ -76,6 +76,8 @@ EVERY_LOSS = [
     {"loss": "hinge"},
     {"loss": "robust"},
     {"loss": "safedpo"},
+    *({"loss": name} for name in ("apo_down", "apo_zero", "bco_pair", "discopop", "dpop", "exo_pair", "nca_pair")),
+    *({"loss": name} for name in ("sigmoid_norm", "sppo_hard")),
 ]
 
 
@@ -94,7 +96,8 @@ def test_the_losss_tolerance_follows_its_slope(ranks):
     cases = [{"dtype": torch.bfloat16, "microbatches_by_rank": answers, **each} for each in EVERY_LOSS]
     for case, found in zip(EVERY_LOSS, ranks(1)(verdicts, cases)[0], strict=True):
         share = re.search(r"policy equals reference: .*; loss off by \S+, (\S+) times", found)
-        assert share and float(share[1]) == pytest.approx(0.9, abs=0.02), (case, found)
+        curved = case["loss"] in ("discopop", "dpop")  # their slopes change within a twentieth of a nat
+        assert share and float(share[1]) == pytest.approx(0.9, abs=0.08 if curved else 0.02), (case, found)
 
 
 def losses_with_a_reference() -> set[str]:
