@@ -5,8 +5,8 @@
     Delta_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), summed over the response; w chosen, l rejected
     lambda  = dpop_lambda; 0 is DPO
 
-The penalty has its corner at policy = reference, where a run begins. There the sign of rounding decides whether a pair's
-gradient in y_w is DPO's or 1 + lambda times that: the first step, and so the run, may differ between layouts.
+The penalty has its corner at policy = reference, where a run begins. There the sign of rounding decides whether a
+pair's gradient in y_w is DPO's or 1 + lambda times that: the first step, and so the run, may differ between layouts.
 
 Source: Smaug, arXiv 2402.13228, eq. 3. The default of 50 is the one known from the paper; not checked against it here.
 """

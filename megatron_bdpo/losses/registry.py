@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import AnyLossSpec, LossSpec
 from megatron_bdpo.losses.loss_file import FLAG, LossFile, read_loss_file, try_loss
+from megatron_bdpo.losses.mix import is_mix, mix
 from megatron_bdpo.losses.options import field_types, flag
 
 ENTRY_POINT_GROUP = "megatron_bdpo.losses"
@@ -91,7 +92,9 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> AnyLossSpec:
-    """The loss of that name. Raises UserError with the known names if there is none."""
+    """The loss of that name, or the mix (`losses.mix`). Raises UserError with the known names if there is none."""
+    if is_mix(name):
+        return mix(name, get)
     specs = {spec.name: spec for spec in all_specs()}
     if name not in specs:
         for spec in specs.values():

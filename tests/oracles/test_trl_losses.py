@@ -47,7 +47,9 @@ def log_probs() -> list[torch.Tensor]:
     return [each.requires_grad_(row < 2) for row, each in enumerate(drawn.unbind())]
 
 
-def theirs(name: str, settings: dict[str, Any], tokens: int, values: list[torch.Tensor]) -> torch.Tensor:
+def theirs(
+    name: str, settings: dict[str, Any], tokens: int, values: list[torch.Tensor], mixed: dict[str, float] | None = None
+) -> torch.Tensor:
     """TRL's loss, a mean over the pairs, each of whose completions is `tokens` alike tokens after a prompt of one."""
     completion = torch.ones(2 * PAIRS, 1 + tokens, dtype=torch.int64)
     completion[:, 0] = 0
@@ -62,8 +64,8 @@ def theirs(name: str, settings: dict[str, Any], tokens: int, values: list[torch.
         ld_alpha=None,
         precompute_ref_logps=True,
         f_divergence_type="reverse_kl",
-        loss_types=[name],
-        loss_weights=[1.0],
+        loss_types=[*(mixed or [name])],
+        loss_weights=[*(mixed or {name: 1.0}).values()],
         beta=BETA,
         use_weighting=False,
         label_smoothing=settings.get("label_smoothing", 0.0),
@@ -107,6 +109,18 @@ def test_value_and_gradient(name, tokens):
     for own, one in zip(values[:2], expected_values[:2], strict=True):
         assert own.grad is not None and one.grad is not None
         torch.testing.assert_close(own.grad, one.grad, rtol=allowed, atol=allowed)
+
+
+def test_mix():
+    """MPO's, which is TRL's own example of `loss_weights`."""
+    values, expected_values = log_probs(), log_probs()
+    loss = ours("dpo=0.8,bco_pair=0.2,sft=1.0", {}, 3, values)
+    expected = theirs("", {}, 3, expected_values, {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0})
+    torch.testing.assert_close(loss, expected, rtol=EXACT, atol=EXACT)
+    loss.backward()
+    expected.backward()
+    for own, one in zip(values[:2], expected_values[:2], strict=True):
+        torch.testing.assert_close(own.grad, one.grad, rtol=EXACT, atol=EXACT)
 
 
 def test_every_loss_of_trl_is_compared():

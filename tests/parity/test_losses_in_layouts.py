@@ -1,0 +1,35 @@
+"""Every loss takes the same steps in a layout as on one process: whatever it reads comes from the right rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_bdpo.losses import registry
+from tests.harness.parity import beyond, deviations
+from tests.parity.matrix import ALLOWED, CP2, MODELS, PP2, TP2
+
+LAYOUTS = {"TP2 PP2": f"{TP2} {PP2}", "TP2 CP2": f"{TP2} {CP2}", "PP2 CP2": f"{PP2} {CP2}"}
+
+#: The matrix has three; safedpo reads labels, which these pairs do not have; dpop's gradient jumps where the first step
+#: is, so that rounding decides (`losses.dpop`): its closed form is compared, its layouts cannot be.
+ELSEWHERE = {"bdpo", "dpo", "simpo", "safedpo", "dpop"}
+
+LOSSES = [*sorted(set(registry.names()) - ELSEWHERE), "bdpo=1.0,sft=0.2,bco_pair=0.5"]
+
+#: Where a loss as it is by default makes more of the log-probs' rounding than the matrix allows: gradients are 200
+#: times DPO's, so Adam's epsilon is too; or slopes change by 1 / tau.
+CONDITIONED: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "sppo_hard": ([], {"adam_eps": 2.0}),
+    "discopop": (["--discopop-tau", "1"], {}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_in_a_layout(run, one_process, loss, layout):
+    options, own = CONDITIONED.get(loss, ([], {}))
+    flags, overrides = ["--preference-loss", loss, *options], MODELS["dense"].overrides | own
+    found = run(4, [*LAYOUTS[layout].split(), *flags], overrides)
+    assert beyond(deviations(found, one_process(flags, overrides)), ALLOWED) == {}
