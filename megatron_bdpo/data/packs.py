@@ -188,21 +188,26 @@ class _PackBuilder:
     def add_branch(self, answer: TokenArray, scored: BoolArray | None, prompt: IntArray) -> None:
         own = self.add_segment(answer, prefix=prompt, first_position=len(prompt))
         self._score(np.concatenate([prompt[-1:], own[:-1]]), answer, scored)
-        self._end(np.concatenate([prompt, own]))
+        self._end(prompt, own)
 
     def add_sequence(self, prompt: TokenArray, answer: TokenArray, scored: BoolArray | None) -> None:
         own = self.add_segment(np.concatenate([prompt, answer]), prefix=_NOTHING, first_position=0)
         self._score(own[len(prompt) - 1 : -1], answer, scored)
-        self._end(own)
+        self._end(own[: len(prompt)], own[len(prompt) :])
 
     def _score(self, hidden: IntArray, answer: TokenArray, scored: BoolArray | None) -> None:
         """An answer, each of whose tokens is predicted from the position beside it in ``hidden``."""
         self.scored.append((hidden, answer) if scored is None else (hidden[scored], answer[scored]))
 
-    def _end(self, sequence: IntArray) -> None:
+    def _end(self, prompt: IntArray, own: IntArray) -> None:
         """Of an answer and its prompt, as transformers' models for sequence classification look for it."""
-        is_token = np.flatnonzero(self.tokens[sequence] != self.padding_token)
-        self.ends.append(int(sequence[is_token[-1] if len(is_token) else 0]))
+        sequence = np.concatenate([prompt, own]) if len(own) == 0 or self._is_padding(own[-1]) else own
+        while len(sequence) > 1 and self._is_padding(sequence[-1]):
+            sequence = sequence[:-1]
+        self.ends.append(int(sequence[-1]))
+
+    def _is_padding(self, place: np.int64) -> bool:
+        return self.padding_token is not None and self.tokens[place] == self.padding_token
 
     def finish(self) -> Pack:
         answer_tokens = np.array([len(answer) for _, answer in self.scored], np.int64)

@@ -85,9 +85,16 @@ class Joined:
 
 @dataclass(frozen=True)
 class Loss:
-    """Which loss it is: theirs -> ours. Other names are looked up in the registry as they are."""
+    """Which loss it is, or which they are: theirs -> ours. Other names are looked up as they are."""
 
     names: Mapping[str, str]
+    weights: str = ""
+    """The key with the weights of several."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of several losses."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,9 @@ class Refused:
     """Values that ask for nothing."""
 
 
-type Entry = To | Switch | Choice | Factor | Each | ShareOrCount | Joined | Loss | LossOption | Unneeded | Refused
+type Entry = (
+    To | Switch | Choice | Factor | Each | ShareOrCount | Joined | Loss | Weights | LossOption | Unneeded | Refused
+)
 
 
 @dataclass(frozen=True)

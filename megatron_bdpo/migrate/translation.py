@@ -14,8 +14,8 @@ from typing import Any
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.migrate import entries
 from megatron_bdpo.migrate.entries import Default, Source
-from megatron_bdpo.migrate.our_losses import options_of
 from megatron_bdpo.migrate.reading import Given
+from megatron_bdpo.training.flags import flag_table
 
 
 @dataclass
@@ -84,7 +84,7 @@ class _Translator:
         self.result = Translation(source)
         self.loss: str | None = None
         self.factors: dict[str, list[Given]] = {}
-        self.all = {**found, **self._defaults(found)}
+        self.all = {**found, **_defaults(source, found)}
         self.replaced = {
             name: given.key
             for given in self.all.values()
@@ -98,15 +98,6 @@ class _Translator:
         for key in found.keys() - {given.key for given in self.all.values() if not given.is_default}:
             self.result.unneeded[key] = "not set"
         self._products()
-
-    def _defaults(self, found: Mapping[str, Given]) -> dict[str, Given]:
-        there = {key for key, given in found.items() if not _is_off(given, ("false",))}
-        made = {}
-        for key, default in self.source.defaults.items():
-            if not (key in found and found[key].is_set) and not there.intersection(default.unless):
-                where = f"{self.source.title}'s default of {key}"
-                made[key] = Given(key, _value_of(default, found), where, is_default=True)
-        return made
 
     def _one(self, given: Given) -> None:
         key, line = given.key, self.source.entry(given.key)
@@ -162,6 +153,8 @@ class _Translator:
                 self._joined(line, given)
             case entries.Loss():
                 self._loss(line, given)
+            case entries.Weights():
+                self._weights(given)
             case entries.LossOption():
                 self._loss_option(line, given)
             case entries.Unneeded():
@@ -226,18 +219,30 @@ class _Translator:
             self.result.set(line.flag, text, given)
 
     def _loss(self, line: entries.Loss, given: Given) -> None:
-        if len(_items(given)) > 1:
-            self.result.refuse(given, f"a mix of losses ({_short(given.text)}) cannot be had here. Keep one of them.")
-            return
-        theirs = given.text
-        ours = line.names.get(theirs.lower(), theirs.lower())
-        if options_of(ours) is None:
-            self.result.refuse(
-                given, f"there is no loss {_short(theirs)} here. `megatron-bdpo losses` lists what there is."
-            )
+        theirs = _items(given)
+        ours = [line.names.get(name.lower(), name.lower()) for name in theirs]
+        missing = [name for name, own in zip(theirs, ours, strict=True) if own not in flag_table.read().losses]
+        weights = self.all.get(line.weights)
+        numbers = _items(weights) if weights is not None and weights.is_set else ["1"] * len(ours)
+        if missing:
+            what = _short(missing[0])
+            self.result.refuse(given, f"there is no loss {what} here. `megatron-bdpo losses` lists what there is.")
+        elif len(numbers) != len(ours) or not all(map(_is_number, numbers)):
+            self.result.refuse(given, f"{line.weights} are not {len(ours)} numbers, one for each loss. Mend them.")
         else:
-            self.loss = ours
-            self.result.set("preference-loss", ours, given)
+            mix = ",".join(f"{own}={number}" for own, number in zip(ours, numbers, strict=True))
+            self.loss = mix if len(ours) > 1 else ours[0]
+            self.result.set("preference-loss", self.loss, given)
+
+    def _weights(self, given: Given) -> None:
+        if self.loss is None:
+            self.result.refuse(given, "goes with the loss, which is refused.")
+        elif "=" in self.loss:
+            self.result.set("preference-loss", self.loss, given)
+        elif any(not _is_number(each) or float(each) != 1 for each in _items(given)):
+            self.result.refuse(given, "the loss is one: its weight scales the gradient alone. Take it out.")
+        else:
+            self.result.unneeded[given.key] = "the loss is one"
 
     def _loss_option(self, line: entries.LossOption, given: Given) -> None:
         if _is_off(given, line.off):
@@ -245,7 +250,7 @@ class _Translator:
                 self.result.unneeded[given.key] = f"{given.text} asks for nothing"
             return
         name = line.by_loss.get(self.loss or "", line.name)
-        if self.loss is not None and name not in (options_of(self.loss) or ()):
+        if self.loss is not None and name not in flag_table.read().options_of(self.loss):
             if not given.is_default:
                 self.result.refuse(given, f"the loss {self.loss} does not use it here. Take it out.")
         elif not _is_number(given.text):
@@ -274,6 +279,16 @@ class _Translator:
             for given in parts:
                 if given.key not in self.result.refused:
                     self.result.set(flag, str(product), given)
+
+
+def _defaults(source: Source, found: Mapping[str, Given]) -> dict[str, Given]:
+    there = {key for key, given in found.items() if not _is_off(given, ("false",))}
+    made = {}
+    for key, default in source.defaults.items():
+        if not (key in found and found[key].is_set) and not there.intersection(default.unless):
+            where = f"{source.title}'s default of {key}"
+            made[key] = Given(key, _value_of(default, found), where, is_default=True)
+    return made
 
 
 def _value_of(default: Default, found: Mapping[str, Given]) -> Any:

@@ -16,6 +16,7 @@ from megatron_bdpo.migrate.entries import (
     Source,
     To,
     Unneeded,
+    Weights,
     refused,
     unneeded,
 )
@@ -57,8 +58,8 @@ _KEYS: dict[str, Entry] = {
     "ignore_bias_buffers": Unneeded("Megatron has its own data parallelism"),
     "streaming": Unneeded("tokens are kept in files and memory-mapped"),
     # DPOConfig
-    "loss_type": Loss({"sigmoid": "dpo"}),
-    "loss_weights": Refused("One loss at a time: take it out.", ("1", "1.0")),
+    "loss_type": Loss({"sigmoid": "dpo"}, weights="loss_weights"),
+    "loss_weights": Weights(),
     "beta": LossOption("beta"),
     "label_smoothing": LossOption("label_smoothing", off=("0", "0.0")),
     "rpo_alpha": LossOption("nll_weight", off=("0", "0.0")),

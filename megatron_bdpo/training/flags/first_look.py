@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.flags import flag_help, flag_table, recipe, unknown
-from megatron_bdpo.training.flags.flag_table import FlagTable, Loss
+from megatron_bdpo.training.flags.flag_table import FlagTable, terms
 from megatron_bdpo.training.flags.secrets import refuse_secrets
 
 Program = Literal["train", "score", "tokenize"]
@@ -43,6 +43,11 @@ def look_at(argv: Sequence[str] | None, program: Program) -> None:
     _answer_help(flags, table)
     # The options of a loss that comes from elsewhere are flags that the table does not know.
     if not table.is_of_this_installation or recipe.look_up("loss-file", flags) is not None:
+        if "--print-config" in flags:
+            raise UserError(
+                f"--print-config knows the flags of megatron-core {table.megatron} and of the losses here, no others. "
+                "Leave it out: a run keeps its recipe.yaml in --save."
+            )
         return
     if not flags and program == "train":
         raise UserError(
@@ -78,24 +83,17 @@ def _print(text: str) -> None:
 
 def _check_loss(values: Mapping[str, Any], table: FlagTable) -> None:
     name, losses = values["preference_loss"], table.losses
-    options = {option for loss in losses.values() for option in loss.options}
-    for option in sorted(options - _options_of(name, losses)):
-        if values[option] is not None:
-            of = ", ".join(each for each, loss in losses.items() if option in loss.options)
-            raise UserError(f"--{option.replace('_', '-')} is not used by the loss '{name}'. It is an option of: {of}.")
-
-
-def _options_of(name: str, losses: Mapping[str, Loss]) -> set[str]:
-    """The options of a loss, or of a mix's terms (``losses.mix``, which needs torch, checks the weights)."""
-    terms = [term.partition("=")[0].strip() for term in name.split(",")]
-    for term in terms:
+    for term in terms(name):
         if term not in losses:
             told = unknown.loss_meaning(term, {each: loss.elsewhere for each, loss in losses.items()})
             raise UserError(
                 " ".join([f"unknown loss '{term}'.", *([told] if told else []), f"There are {', '.join(losses)}."])
             )
-    found = {option for term in terms for option in losses[term].options}
-    return found if [name] == terms else found - {"nll_weight"}
+    options = {option for loss in losses.values() for option in loss.options}
+    for option in sorted(options - table.options_of(name)):
+        if values[option] is not None:
+            of = ", ".join(each for each, loss in losses.items() if option in loss.options)
+            raise UserError(f"--{option.replace('_', '-')} is not used by the loss '{name}'. It is an option of: {of}.")
 
 
 def _check_needed(values: Mapping[str, Any]) -> None:
@@ -111,7 +109,7 @@ def _check_needed(values: Mapping[str, Any]) -> None:
 
 def _config(given: Mapping[str, recipe.Value], values: Mapping[str, Any], table: FlagTable) -> str:
     """What was given as a recipe, and behind it, as comments, the defaults of our other flags."""
-    used = _options_of(values["preference_loss"], table.losses)
+    used = table.options_of(values["preference_loss"])
     others = {option for loss in table.losses.values() for option in loss.options} - used
     own = [flag for title, flags in table.groups.items() if title.endswith(flag_help.OWN) for flag in flags]
     named = {key.removeprefix("no-") for key in given}

@@ -73,6 +73,11 @@ class Loss:
     """Its names in other trainers."""
 
 
+def terms(loss: str) -> list[str]:
+    """The losses that ``--preference-loss`` names: one, or those of a mix (``losses.mix`` checks their weights)."""
+    return [term.partition("=")[0].strip() for term in loss.split(",")]
+
+
 @dataclass(frozen=True)
 class FlagTable:
     """The contents of the file."""
@@ -91,6 +96,12 @@ class FlagTable:
         except importlib.metadata.PackageNotFoundError:
             return False
         return found == self.megatron and not importlib.metadata.entry_points(group="megatron_bdpo.losses")
+
+    def options_of(self, loss: str) -> set[str]:
+        """Argument names of the options of a loss that there is, or of a mix of such."""
+        names = terms(loss)
+        found = {option for name in names for option in self.losses[name].options}
+        return found if names == [loss] else found - {"nll_weight"}
 
     def flags(self) -> dict[str, Flag]:
         """By argument name, the first of each."""

@@ -12,9 +12,7 @@ import pytest
 
 from megatron_bdpo.cli.main import main
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses import registry
 from megatron_bdpo.migrate import entries, reading, translation
-from megatron_bdpo.migrate.our_losses import OPTIONS
 from megatron_bdpo.migrate.tables import SOURCES
 from tests.unit.migrate.configurations import ALL
 
@@ -250,11 +248,6 @@ def _number(text: str) -> bool:
     return text.replace(".", "").replace("e-", "").isdigit()
 
 
-def test_the_losses_are_the_registrys():
-    for name, options in OPTIONS.items():
-        assert options == {each.name for each in fields(registry.get(name).options)}
-
-
 # What is refused
 
 MISSING_LOSS = "there is no loss 'no_such_loss' here. `megatron-bdpo losses` lists what there is."
@@ -264,6 +257,14 @@ MISSING_LOSS = "there is no loss 'no_such_loss' here. `megatron-bdpo losses` lis
     ("text", "key", "reason"),
     [
         ("loss_type: no_such_loss", "loss_type", MISSING_LOSS),
+        ("loss_type: [sigmoid, no_such_loss]\nloss_weights: [1, 2]", "loss_type", MISSING_LOSS),
+        ("loss_type: [sigmoid, sft]\nloss_weights: [1]", "loss_type", "loss_weights are not 2 numbers"),
+        ("loss_type: [sigmoid, sft]\nrpo_alpha: 1", "rpo_alpha", "the loss dpo=1,sft=1 does not use it here"),
+        (
+            "loss_type: sigmoid\nloss_weights: 2",
+            "loss_weights",
+            "the loss is one: its weight scales the gradient",
+        ),
         ("loss_type: ipo\nlabel_smoothing: 0.1", "label_smoothing", "the loss ipo does not use it here. Take it out."),
         ("no_such_key: 1", "no_such_key", "TRL has no such key that this program knows. Take it out."),
         ("learning_rate: fast", "learning_rate", "'fast' is no number. Mend it."),
@@ -307,6 +308,16 @@ def test_a_reference_that_moves(tmp_path):
     assert moves.items() <= translated(tmp_path, "trl", "sync_ref_model: true").settings.items()
     both = translated(tmp_path, "trl", "sync_ref_model: true\nprecompute_ref_log_probs: true")
     assert "Keep one." in both.refused["precompute_ref_log_probs"] + both.refused.get("sync_ref_model", "")
+
+
+def test_a_mix_of_losses(tmp_path):
+    text = "loss_type: [sigmoid, bco_pair, sft]\nloss_weights: [0.8, 0.2, 1.0]\nbeta: 0.2"
+    found = translated(tmp_path, "trl", text)
+    assert {"preference-loss": "dpo=0.8,bco_pair=0.2,sft=1.0", "beta": "0.2"}.items() <= found.settings.items()
+    assert found.origins["preference-loss"] == "loss_type, loss_weights" and not found.refused
+    one = translated(tmp_path, "trl", "loss_type: sigmoid\nloss_weights: [1.0]")
+    assert one.settings["preference-loss"] == "dpo" and one.unneeded["loss_weights"] == "the loss is one"
+    assert translated(tmp_path, "trl", "loss_type: [ipo, sft]").settings["preference-loss"] == "ipo=1,sft=1"
 
 
 def test_orpo_and_cpo_are_losses_of_their_own(tmp_path):
