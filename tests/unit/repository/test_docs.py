@@ -123,13 +123,14 @@ def test_trls_settings_are_trls():
     """The left side of the table of TRL: what no line says is of older versions, its configurations or PEFT's have."""
     pytest.importorskip("trl")
     from peft import LoraConfig
-    from trl import DPOConfig
+    from trl import DPOConfig, RewardConfig
     from trl.experimental.cpo import CPOConfig
     from trl.experimental.orpo import ORPOConfig
 
     text = (DOCS / "migrating.md").read_text("utf-8")
     section = text[text.index("### TRL") : text.index("### ms-swift")]
-    known = {name for config in (DPOConfig, CPOConfig, ORPOConfig, LoraConfig) for name in config.__dataclass_fields__}
+    configurations = (DPOConfig, RewardConfig, CPOConfig, ORPOConfig, LoraConfig)
+    known = {name for each in configurations for name in each.__dataclass_fields__}
     arguments_of_the_trainer = {"model", "ref_model", "peft_config"}
     for theirs, _ in re.findall(r"^\| (.*) \| (.*) \|$", section, re.M):
         if "older versions" not in theirs:
