@@ -2,11 +2,12 @@
 
 # Field types are evaluated: Megatron makes flags of them. So no ``from __future__ import annotations`` here.
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_bdpo.losses.base import PairLossFunction
 from megatron_bdpo.losses.bradley_terry import SPEC, BradleyTerryOptions
+from megatron_bdpo.training.flag_fields import flag
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,9 @@ class ObjectiveSettings:
     objective: Literal["preference", "reward"] = "preference"
     """preference: a policy, by --preference-loss. reward: a reward model, with a scalar head for its output layer,
     by the Bradley-Terry loss"""
-    center_rewards_coefficient: float | None = field(
-        default=None, metadata={"argparse_meta": {"type": float, "metavar": "C"}}
-    )
+    center_rewards_coefficient: float | None = flag(type=float, metavar="C")
     """with --objective reward, weight of (r_w + r_l)^2, which keeps rewards around zero (default: 0)"""
-
-    rewards: str | None = field(default=None, metadata={"argparse_meta": {"metavar": "FILE"}})
+    rewards: str | None = flag(metavar="FILE")
     """with --objective reward, where `megatron-bdpo score` writes the rewards of all pairs, as lines of JSON"""
 
     @property
