@@ -236,7 +236,7 @@ class _Translator:
 
     def _weights(self, given: Given) -> None:
         if self.loss is None:
-            self.result.refuse(given, "goes with the loss, which is refused.")
+            self.result.unneeded[given.key] = "goes with the losses, which are refused"
         elif "=" in self.loss:
             self.result.set("preference-loss", self.loss, given)
         elif any(not _is_number(each) or float(each) != 1 for each in _items(given)):

@@ -275,7 +275,10 @@ MISSING_LOSS = "there is no loss 'no_such_loss' here. `megatron-bdpo losses` lis
         ("warmup_steps: 10\nwarmup_ratio: 0.1\nmax_steps: 3\nbf16: false\ndtype: bfloat16", "dtype", "Keep one."),
         ("eval_strategy: steps", "dataset_test_split", "goes together with dataset_name, which is not there."),
     ],
-    ids=["loss", "option", "unknown", "number", "whole", "switch", "choice", "refused", "conflict", "joined"],
+    ids=[
+        *("loss", "term", "weights", "option of none", "weight of one"),
+        *("option", "unknown", "number", "whole", "switch", "choice", "refused", "conflict", "joined"),
+    ],
 )
 def test_refusals(text, key, reason, tmp_path):
     refused = translated(tmp_path, "trl", text).refused
