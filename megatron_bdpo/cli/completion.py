@@ -11,14 +11,14 @@ PROGRAM = "megatron-bdpo"
 
 
 @click.command("completion", epilog=example('eval "$(megatron-bdpo completion bash)"'))
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("name", metavar="{bash|zsh|fish}", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
-def completion(context: click.Context, shell: str) -> None:
-    """Print the completion script of a SHELL.
+def completion(context: click.Context, name: str) -> None:
+    """Print the completion script of a shell.
 
     For every new shell: the line of the example in ~/.bashrc or ~/.zshrc; for fish, write the script to
     ~/.config/fish/completions/megatron-bdpo.fish.
     """
-    found = get_completion_class(shell)
+    found = get_completion_class(name)
     assert found is not None, "click has all three"
     click.echo(found(context.find_root().command, {}, PROGRAM, "_MEGATRON_BDPO_COMPLETE").source())

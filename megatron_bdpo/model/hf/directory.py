@@ -59,13 +59,21 @@ def tokenizer_directory(path_or_name: str, revision: str | None = None) -> Path:
     path = Path(path_or_name)
     if not path.is_dir():
         return _fetched("--tokenizer-model", path_or_name, _DESCRIPTION, revision)
-    if not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
+    directory = _described(path.resolve())
+    if not _holds_tokenizer(directory):
         held = ", ".join(sorted(each.name for each in path.iterdir())[:6]) or "nothing"
         raise UserError(
             f"{path} holds no tokenizer: none of {', '.join(_TOKENIZERS)} (it holds {held}). Copy the model's "
             "there, or name the tokenizer's directory with --tokenizer-model."
         )
-    return _described(path.resolve())
+    return directory
+
+
+def _holds_tokenizer(directory: Path) -> bool:
+    """Whether there is a file of one, or the name of one's own code."""
+    settings = directory / "tokenizer_config.json"
+    has_code = settings.is_file() and "auto_map" in settings.read_text("utf-8", errors="replace")
+    return has_code or any(file for pattern in _TOKENIZERS for file in directory.glob(pattern))
 
 
 def _described(directory: Path) -> Path:
