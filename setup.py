@@ -64,6 +64,7 @@ EXTRAS_REQUIRE = {
         "build",  # tests/first_hour builds the wheel,
         "setuptools>=77",  # with the environment's own backend
         "hypothesis",
+        "jsonschema",  # recipes are checked by their schema
         "mypy>=2.4,<3",
         "peft",
         "pytest>=8",

@@ -38,7 +38,7 @@ class Flag:
     dest: str
     kind: Kind
     help: str
-    nargs: str | None = None
+    nargs: str | int | None = None
     const: int | str | None = None
     """What stands for a value that is left out."""
     type: str | None = None

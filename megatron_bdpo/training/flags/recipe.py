@@ -30,7 +30,7 @@ from megatron_bdpo.training.flags.unknown import meaning
 
 FLAG = "--recipe"
 #: Of a command line alone.
-_ASKING = ("--help", "--help-all", "--print-config")
+NOT_IN_RECIPES = frozenset({FLAG, "--help", "--help-all", "--print-config"})
 
 #: A value as YAML has it: numbers stay text, which the flag's own type reads (YAML takes 5e-7 for a string).
 Value = bool | str | list[str] | None
@@ -174,7 +174,7 @@ def _text(node: yaml.Node, where: str) -> str:
 def _action(parser: argparse.ArgumentParser, setting: Setting) -> argparse.Action:
     flags = parser._option_string_actions
     action = flags.get(f"--{setting.key}")
-    if action is None or f"--{setting.key}" in (FLAG, *_ASKING):
+    if action is None or f"--{setting.key}" in NOT_IN_RECIPES:
         told = meaning(setting.key, flags).replace("Did you mean --", "Did you mean ")
         raise UserError(" ".join([f"{setting.where}: no flag of that name can stand in a recipe.", told]).strip())
     return action
