@@ -14,6 +14,7 @@ A page marks a place, whose content is everything up to the end:
     file PATH       a file of the repository, as code
     api MODULE ...  a module's public names: signatures, fields, docstrings; of a class alone, MODULE.CLASS
     losses          the table of `megatron-bdpo losses --markdown`
+    docstring NAME  of a module
     formulas        of each loss, the docstring of the module that computes it
     formats         the formats of rows
     errors          every message of a UserError, by part of the package
@@ -84,6 +85,10 @@ def _losses(_: str) -> str:
     return output.getvalue()
 
 
+def _docstring(module: str) -> str:
+    return f"```text\n{docstrings.of_module(ROOT, module)}\n```"
+
+
 def _formulas(_: str) -> str:
     from megatron_bdpo.losses import registry
 
@@ -92,8 +97,7 @@ def _formulas(_: str) -> str:
         modules.setdefault(registry.get(name).function.__module__, []).append(name)
     parts = []
     for module, names in modules.items():
-        text = docstrings.of_module(ROOT, module)
-        parts.append(f"### {', '.join(names)}\n\n```text\n{text}\n```")
+        parts.append(f"### {', '.join(names)}\n\n{_docstring(module)}")
     return "\n\n".join(parts)
 
 
@@ -157,6 +161,7 @@ _CONTENT: dict[str, Callable[[str], str]] = {
     "file": _file,
     "api": _api,
     "losses": _losses,
+    "docstring": _docstring,
     "formulas": _formulas,
     "formats": _formats,
     "errors": _errors,

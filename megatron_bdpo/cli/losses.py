@@ -55,12 +55,17 @@ def _reads(loss: dict[str, Any]) -> str:
     return ", ".join(loss["reads"]) or "nothing but the policy"
 
 
+def _own(loss: dict[str, Any]) -> list[dict[str, Any]]:
+    """The loss's options without those of many losses."""
+    return [option for option in loss["options"] if not option["modifier"]]
+
+
 def _table(described: list[dict[str, Any]]) -> Table:
     rows = [
         [
             loss["name"],
             f"{loss['summary']}\nreads {_reads(loss)}\n{loss['source']}",
-            "\n".join(map(_with_default, loss["options"])),
+            "\n".join(map(_with_default, _own(loss))),
         ]
         for loss in described
     ]
@@ -84,7 +89,22 @@ def _meaning(option: dict[str, Any]) -> str:
 def _markdown(described: list[dict[str, Any]]) -> list[str]:
     rows = [["name", "what it is", "reads", "options (defaults)", "source"], ["---"] * 5]
     for loss in described:
-        options = ", ".join(f"`{_with_default(option)}`" for option in loss["options"])
+        options = ", ".join(f"`{_with_default(option)}`" for option in _own(loss))
         reads = ", ".join(loss["reads"]) or "nothing"
         rows.append([f"`{loss['name']}`", loss["summary"], reads, options, loss["source"]])
+    return [*_lines(rows), "", *_lines(_modifiers(described))]
+
+
+def _modifiers(described: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows of the options that many losses have."""
+    options = {option["flag"]: option for loss in described for option in loss["options"] if option["modifier"]}
+    rows = [["option (default)", "meaning", "with"], ["---"] * 3]
+    for flag, option in options.items():
+        names = [loss["name"] for loss in described if flag in (each["flag"] for each in loss["options"])]
+        losses = "every loss" if len(names) == len(described) else ", ".join(f"`{name}`" for name in names)
+        rows.append([f"`{_with_default(option)}`", option["help"], losses])
+    return rows
+
+
+def _lines(rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]

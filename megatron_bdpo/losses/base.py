@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from megatron_bdpo.losses.options import told
+
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -41,6 +43,10 @@ class PairLogProbs:
     """h_w: 1 or True where the chosen response is unsafe"""
     rejected_unsafe: Tensor | None = None
     """h_l"""
+    chosen_score: Tensor | None = None
+    """What a loss of a difference compares in the place of Delta_w (`modifiers`); None: Delta_w"""
+    rejected_score: Tensor | None = None
+    """The same of y_l"""
 
     @classmethod
     def of_pairs(
@@ -142,6 +148,9 @@ class LossSpec[Options, Pairs]:
 
     Their safety labels [P, 2] decide, of chosen and rejected: 1 unsafe, 0 safe, -1 unknown (never with
     `Requirements.safety`: there a pair without labels ends the run). An answer takes its label with it."""
+    of_difference: bool = False
+    """It reads the reference through `terms.log_ratios` alone, and those in differences of chosen and rejected, so that
+    other scores may take their place: it gets the options of `modifiers.ScoreOptions`."""
 
 
 AnyLossSpec = LossSpec[Any, Any]
@@ -155,9 +164,8 @@ class PairLossFunction:
     options: Any
 
     def describe(self) -> str:
-        """Name and options in a line."""
-        options = (f"{field.name} {getattr(self.options, field.name)}" for field in fields(self.options))
-        return ", ".join([self.spec.name, *options])
+        """Name and options in a line; modifiers where they are set."""
+        return ", ".join([self.spec.name, *(f"{name} {value}" for name, value in told(self.options).items())])
 
     @property
     def requirements(self) -> Requirements:

@@ -18,6 +18,7 @@ def describe(spec: AnyLossSpec) -> dict[str, Any]:
             "default": field.defaults[spec.name],
             "choices": list(field.choices or field.words),
             "help": field.help,
+            "modifier": field.is_modifier,
         }
         for field in registry.option_fields().values()
         if spec.name in field.defaults

@@ -44,4 +44,5 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True),
     summary="DiscoPOP: logistic and exponential loss blended by the margin",
     source="arXiv 2406.08414, eq. 5",
+    of_difference=True,
 )

@@ -44,4 +44,5 @@ SPEC = LossSpec(
     summary="Direct Preference Optimization; with label smoothing, cDPO",
     source="arXiv 2305.18290, eq. 7",
     elsewhere=("sigmoid", "cdpo"),
+    of_difference=True,
 )

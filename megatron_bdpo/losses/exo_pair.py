@@ -47,4 +47,5 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True),
     summary="Efficient Exact Optimization: the reverse KL to smoothed labels",
     source="arXiv 2402.00856, eq. 16",
+    of_difference=True,
 )

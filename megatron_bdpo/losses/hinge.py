@@ -39,4 +39,5 @@ SPEC = LossSpec(
     summary="SLiC's hinge loss on DPO's log-ratios",
     source="arXiv 2305.10425, arXiv 2309.06657",
     elsewhere=("slic", "slic_hf"),
+    of_difference=True,
 )

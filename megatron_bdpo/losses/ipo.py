@@ -45,4 +45,5 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True, length_normalised=options.ipo_length_normalized),
     summary="Identity Preference Optimization: a squared loss on the margin",
     source="arXiv 2310.12036, eq. 17",
+    of_difference=True,
 )

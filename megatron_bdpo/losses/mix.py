@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import AnyLossSpec, LossSpec, PairLogProbs, PairLosses, Requirements, keep_all
-from megatron_bdpo.losses.options import LossOptions, field_types
+from megatron_bdpo.losses.options import LossOptions, field_types, shown
 
 #: In the place of a number: each term's own default.
 OWN = "own"
@@ -106,7 +106,13 @@ def _options(terms: list[Term]) -> type:
             elif each.name != "nll_weight":
                 known[each.name] = (hint, field(default=each.default, metadata=each.metadata))
     return make_dataclass(
-        "Mix", [(key, *value) for key, value in known.items()], bases=(LossOptions,), frozen=True, module=__name__
+        "Mix",
+        [(key, *value) for key, value in known.items()],
+        bases=(LossOptions,),
+        namespace={"__repr__": shown},
+        frozen=True,
+        repr=False,
+        module=__name__,
     )
 
 

@@ -27,6 +27,7 @@ NON_NEGATIVE = Range(f"at least 0 and at most {LARGEST:,}", lambda value: 0 <= v
 TEMPERATURE = Range(f"at least {COLDEST:g} (inf is allowed)", lambda value: value >= COLDEST)
 BOUNDED = Range(f"between -{LARGEST:,} and {LARGEST:,}", lambda value: -LARGEST <= value <= LARGEST)
 UP_TO_1 = Range("> 0 and <= 1", lambda value: 0 < value <= 1)
+SHARE = Range(">= 0 and <= 1", lambda value: 0 <= value <= 1)
 BELOW_HALF_NOT_0 = Range("> 0 and < 0.5", lambda value: 0 < value < 0.5)
 BELOW_HALF = Range(">= 0 and < 0.5", lambda value: 0 <= value < 0.5)
 
@@ -34,6 +35,16 @@ BELOW_HALF = Range(">= 0 and < 0.5", lambda value: 0 <= value < 0.5)
 def option(default: Any, help: str, within: Range | None = None) -> Any:
     """A dataclass field with its help text and range."""
     return field(default=default, metadata={"help": help, "within": within})
+
+
+def modifier(default: Any, help: str, within: Range | None = None, only_with: tuple[str, object] | None = None) -> Any:
+    """An option that many losses have (`modifiers`), told where it is not at its default.
+
+    Args:
+        only_with: another field and its value, without which this one would be ignored: then it is refused.
+    """
+    metadata = {"help": help, "within": within, "is_modifier": True, "only_with": only_with}
+    return field(default=default, metadata=metadata)
 
 
 def beta(default: float = 0.1) -> Any:
@@ -91,6 +102,23 @@ def open_options(options: Any) -> tuple[str, ...]:
     """Names of the options that a word leaves open, to be settled by the data."""
     types = field_types(type(options))
     return tuple(f.name for f in fields(options) if getattr(options, f.name) in types[f.name].words)
+
+
+def told(options: Any) -> dict[str, Any]:
+    """The options by name, without modifiers that are as they are by default."""
+    values = {each: getattr(options, each.name) for each in fields(options)}
+    return {
+        each.name: value
+        for each, value in values.items()
+        if not (each.metadata.get("is_modifier") and value == each.default)
+    }
+
+
+def shown(options: Any) -> str:
+    """As a dataclass shows itself, in the same words as before an option that is not set was added: checkpoints hold
+    them."""
+    values = ", ".join(f"{name}={value!r}" for name, value in told(options).items())
+    return f"{type(options).__qualname__}({values})"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The losses by name: the built-in ones, those that installed packages offer, and one in a file of the user's.
 
+Each has the options of `modifiers` that go with it.
+
 A package adds a loss through the entry-point group `megatron_bdpo.losses`. In its pyproject.toml:
 
     [project.entry-points."megatron_bdpo.losses"]
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import AnyLossSpec, LossSpec
 from megatron_bdpo.losses.loss_file import FLAG, LossFile, read_loss_file, try_loss
 from megatron_bdpo.losses.mix import is_mix, mix
+from megatron_bdpo.losses.modifiers import modified
 from megatron_bdpo.losses.options import field_types, flag
 
 ENTRY_POINT_GROUP = "megatron_bdpo.losses"
@@ -38,7 +41,7 @@ def register(spec: AnyLossSpec) -> None:
     _check(spec)
     if spec.name in _registered:
         raise UserError(f"the loss name '{spec.name}' is taken; choose another one")
-    _registered[spec.name] = spec
+    _registered[spec.name] = modified(spec)
 
 
 def use_file(path: str | None) -> LossFile | None:
@@ -57,7 +60,7 @@ def use_file(path: str | None) -> LossFile | None:
         if file.spec.name in names():
             raise UserError(f"the loss name '{file.spec.name}' is taken. Choose another one")
         try_loss(file)
-        _file = file
+        _file = file = replace(file, spec=modified(file.spec))
         option_fields()  # one name of an option has one type in all losses
     except (UserError, NameError) as error:  # NameError: of types that the file's annotations name
         _file = None
@@ -115,14 +118,20 @@ def build_options(name: str, given: Mapping[str, object]) -> Any:
         An instance of the loss's options dataclass.
 
     Raises:
-        UserError: the loss is unknown, does not use a given option, or a value is out of range.
+        UserError: the loss is unknown, does not use a given option (perhaps beside the others), or a value is out of
+            range.
     """
     spec = get(name)
     used = {f.name for f in fields(spec.options)}
     for key in given:
         if key not in used:
             raise UserError(_unused(key, spec))
-    return spec.options(**given)
+    options = spec.options(**given)
+    for f in fields(options):
+        other, value = f.metadata.get("only_with") or (f.name, getattr(options, f.name))
+        if getattr(options, f.name) != f.default and getattr(options, other) != value:
+            raise UserError(_ignored(f.name, other, value))
+    return options
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,8 @@ class OptionField:
     choices: tuple[str, ...] | None = None
     words: tuple[str, ...] = ()
     """What may stand in the place of a number."""
+    is_modifier: bool = False
+    """Of many losses alike: see `losses.modifiers`."""
 
     @property
     def flag(self) -> str:
@@ -155,7 +166,8 @@ def option_fields() -> dict[str, OptionField]:
         types = field_types(spec.options)
         for f in fields(spec.options):
             kind = types[f.name]
-            seen = union.setdefault(f.name, OptionField(f.name, kind.type, f.metadata.get("help", ""), {}, *kind[1:]))
+            help, is_modifier = f.metadata.get("help", ""), f.metadata.get("is_modifier", False)
+            seen = union.setdefault(f.name, OptionField(f.name, kind.type, help, {}, *kind[1:], is_modifier))
             if (seen.type, seen.choices, seen.words) != kind:
                 raise UserError(
                     f"{seen.flag} has other values for the loss '{next(iter(seen.defaults))}' than for '{spec.name}': "
@@ -183,12 +195,12 @@ def _load(point: EntryPoint) -> _Plugin:
         _check(spec)
         if spec.name != point.name:
             raise UserError(f"the loss calls itself '{spec.name}'; the two names have to agree")
+        return _Plugin(modified(spec), provider)
     except Exception as error:  # third-party code may raise anything at import
         raise UserError(
             f"{provider} offers the loss '{point.name}' ({point.value}, entry-point group '{ENTRY_POINT_GROUP}'), but "
             f"it cannot be used: {type(error).__name__}: {error}. Repair or uninstall it"
         ) from error
-    return _Plugin(spec, provider)
 
 
 def _check(spec: AnyLossSpec) -> None:
@@ -211,6 +223,15 @@ def _unused(key: str, spec: AnyLossSpec) -> str:
     else:
         where = f"No loss uses it{_did_you_mean(flag(key), map(flag, known))}"
     return f"{flag(key)} is not used by the loss '{spec.name}', which uses: {', '.join(map(flag, used))}. {where}"
+
+
+def _ignored(name: str, other: str, value: object) -> str:
+    """Of an option that counts only while another one has some value."""
+    return (
+        f"{flag(name)} would be ignored with {flag(other)}. Leave one out."
+        if value is False
+        else f"{flag(name)} would be ignored without {flag(other)} {value}. Add it, or leave {flag(name)} out."
+    )
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -44,4 +44,5 @@ SPEC = LossSpec(
     summary="rDPO: DPO made unbiased under a known rate of swapped labels",
     source="arXiv 2403.00409",
     elsewhere=("rdpo", "robust_dpo"),
+    of_difference=True,
 )

@@ -56,4 +56,5 @@ SPEC = LossSpec(
     summary="SafeDPO: DPO with a margin between safe and unsafe responses",
     source="arXiv 2505.20065",
     select=select,
+    of_difference=True,
 )

@@ -40,4 +40,5 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True, length_normalised=True),
     summary="Length-normalised DPO (Tulu 3, OLMo 2): log-ratios per token",
     source="arXiv 2411.15124",
+    of_difference=True,
 )

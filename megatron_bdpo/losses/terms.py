@@ -16,7 +16,9 @@ def required(tensor: Tensor | None, name: str) -> Tensor:
 
 
 def log_ratios(pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
-    """(Delta_w, Delta_l), Delta = log pi_theta(y|x) - log pi_ref(y|x), in nats."""
+    """(Delta_w, Delta_l), Delta = log pi_theta(y|x) - log pi_ref(y|x), in nats; or the scores in their place."""
+    if pairs.chosen_score is not None:
+        return pairs.chosen_score, required(pairs.rejected_score, "rejected_score")
     return (
         pairs.policy_chosen - required(pairs.reference_chosen, "reference_chosen"),
         pairs.policy_rejected - required(pairs.reference_rejected, "reference_rejected"),

@@ -120,6 +120,41 @@ def sft(p: Pair) -> Expected:
     return -p.l_w / p.n_w, -1 / p.n_w, 0.0
 
 
+def score(log_ratio: float, f_divergence: str, f_alpha_divergence_coef: float) -> tuple[float, float]:
+    """f'(t) of log t, and its slope in log t; t at least e^(-80 / a)."""
+    match f_divergence:
+        case "js_divergence":  # log(2t / (1 + t))
+            return math.log(2) - softplus(-log_ratio), sigmoid(-log_ratio)
+        case "forward_kl":
+            a = 1.0
+        case "alpha_divergence":
+            a = 1 - f_alpha_divergence_coef
+    if f_divergence == "reverse_kl" or a == 0:
+        return log_ratio, 1.0
+    power = math.exp(min(-a * log_ratio, 80.0))  # t^-a
+    return (1 - power) / a, power if -a * log_ratio < 80 else 0.0
+
+
+def with_scores(
+    oracle: Callable[..., Expected],
+    p: Pair,
+    f_divergence: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    reference_free: bool = False,
+    **options: Any,
+) -> Expected:
+    """A closed form of log-ratios at the scores that stand in their place, by the chain rule."""
+    if f_divergence == "reverse_kl" and not reference_free:
+        return oracle(p, **options)
+    scores = [(p.l_w, 1.0), (p.l_l, 1.0)]
+    if not reference_free:
+        ratios = p.l_w - p.r_w, p.l_l - p.r_l
+        scores = [score(each, f_divergence, f_alpha_divergence_coef) for each in ratios]
+    (s_w, slope_w), (s_l, slope_l) = scores
+    loss, grad_w, grad_l = oracle(p._replace(l_w=s_w, l_l=s_l, r_w=0.0, r_l=0.0), **options)
+    return loss, grad_w * slope_w, grad_l * slope_l
+
+
 CLOSED_FORMS: dict[str, Callable[..., Expected]] = {
     each.__name__: each
     for each in (
@@ -151,4 +186,20 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("nca_pair", {"beta": 0.01, "nll_weight": 0.5}),
     ("sigmoid_norm", {"beta": 0.1, "nll_weight": 0.5}),
     ("sppo_hard", {"beta": 0.5, "nll_weight": 0.5}),
+    ("dpo", {"f_divergence": "forward_kl", "nll_weight": 0.5}),
+    ("dpo", {"f_divergence": "js_divergence", "label_smoothing": 0.2}),
+    ("dpo", {"f_divergence": "alpha_divergence"}),
+    ("dpo", {"f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 0.0}),
+    ("dpo", {"f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 0.75, "beta": 0.3}),
+    ("dpo", {"f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 1.0}),
+    ("dpo", {"reference_free": True, "nll_weight": 0.5}),
+    ("hinge", {"f_divergence": "js_divergence", "beta": 2.0}),
+    ("ipo", {"f_divergence": "js_divergence"}),
+    ("ipo", {"reference_free": True}),
+    ("exo_pair", {"f_divergence": "js_divergence", "beta": 1.0}),
+    ("robust", {"f_divergence": "js_divergence"}),
+    ("discopop", {"f_divergence": "js_divergence", "discopop_tau": 1.0}),
+    ("safedpo", {"f_divergence": "js_divergence", "safedpo_delta": 3.0}),
+    ("sigmoid_norm", {"f_divergence": "js_divergence"}),
+    ("sigmoid_norm", {"reference_free": True}),
 ]

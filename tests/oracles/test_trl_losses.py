@@ -5,7 +5,10 @@ TRL's own code computes them, from a model whose output is given. What the whole
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -37,13 +40,24 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "sigmoid_norm": ({}, "sigmoid_norm", {}),
 }
 
+#: Losses that TRL takes another divergence with (``DPOConfig.f_divergence_type``), but SFT, which has no use for it.
+OF_DIFFERENCE = ("dpo", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
+
+DIVERGENCES: list[dict[str, Any]] = [
+    {"f_divergence": "forward_kl"},
+    {"f_divergence": "js_divergence"},
+    {"f_divergence": "alpha_divergence"},
+    {"f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 0.8},
+    {"f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+]
+
 BETA = 0.3
 
 
-def log_probs() -> list[torch.Tensor]:
-    """Of policy (chosen, rejected) and reference (likewise), per token, [PAIRS] each, float64."""
+def log_probs(dtype: torch.dtype = torch.float64, least: float = -8.0) -> list[torch.Tensor]:
+    """Of policy (chosen, rejected) and reference (likewise), per token, [PAIRS] each."""
     generator = torch.Generator().manual_seed(0)
-    drawn = -8 * torch.rand(4, PAIRS, generator=generator, dtype=torch.float64)
+    drawn = (least * torch.rand(4, PAIRS, generator=generator, dtype=torch.float64)).to(dtype)
     return [each.requires_grad_(row < 2) for row, each in enumerate(drawn.unbind())]
 
 
@@ -54,7 +68,7 @@ def theirs(
     completion = torch.ones(2 * PAIRS, 1 + tokens, dtype=torch.int64)
     completion[:, 0] = 0
     per_token = (torch.cat(values[:2])[:, None]).expand(-1, tokens)
-    nothing = torch.zeros(2 * PAIRS, tokens, dtype=torch.float64)
+    nothing = torch.zeros(2 * PAIRS, tokens, dtype=per_token.dtype)
     output = SimpleNamespace(log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
     model = mock.Mock(training=False, return_value=output)
     trainer = SimpleNamespace(
@@ -63,7 +77,8 @@ def theirs(
         aux_loss_enabled=False,
         ld_alpha=None,
         precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
+        f_divergence_type=settings.get("f_divergence", "reverse_kl"),
+        f_alpha_divergence_coef=settings.get("f_alpha_divergence_coef", 0.5),
         loss_types=[*(mixed or [name])],
         loss_weights=[*(mixed or {name: 1.0}).values()],
         beta=BETA,
@@ -94,6 +109,8 @@ def ours(name: str, options: dict[str, Any], tokens: int, values: list[torch.Ten
 
 #: Sums of float64 in another order; TRL keeps exo_pair's epsilon in float32.
 EXACT, SINGLE = 1e-13, 1e-7
+#: All in float32: some roundings of 6e-8.
+ROUNDED = 2e-6
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -111,6 +128,42 @@ def test_value_and_gradient(name, tokens):
         torch.testing.assert_close(own.grad, one.grad, rtol=allowed, atol=allowed)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("name", OF_DIFFERENCE)
+def test_divergence(name, divergence):
+    """In float32, which is all that TRL's alpha divergence takes; near the reference, where its DiscoPOP is finite."""
+    options, their_name, settings = CASES[name]
+    values, expected_values = log_probs(torch.float32, -2.0), log_probs(torch.float32, -2.0)
+    loss = ours(name, options | divergence, 1, values)
+    expected = theirs(their_name, settings | divergence, 1, expected_values)
+    torch.testing.assert_close(loss, expected, rtol=ROUNDED, atol=ROUNDED)
+    loss.backward()
+    expected.backward()
+    for own, one in zip(values[:2], expected_values[:2], strict=True):
+        torch.testing.assert_close(own.grad, one.grad, rtol=ROUNDED, atol=ROUNDED)
+
+
+def test_alpha_divergence_is_cut_where_trl_cuts_it():
+    given = {"f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 0.2}
+    values, expected_values = log_probs(torch.float32), log_probs(torch.float32)
+    assert (0.8 * 30 * (values[2] - values[0]) > 80).any() and (0.8 * 30 * (values[3] - values[1]) > 80).any()
+    loss, expected = ours("dpo", given, 30, values), theirs("sigmoid", given, 30, expected_values)
+    torch.testing.assert_close(loss, expected, rtol=3e-5, atol=0)  # exponents up to 80, with roundings of 5e-6 each
+    loss.backward()
+    expected.backward()
+    for own, one in zip(values[:2], expected_values[:2], strict=True):
+        torch.testing.assert_close(own.grad, one.grad, rtol=3e-5, atol=0)
+
+
+def test_which_losses_of_trl_take_a_divergence():
+    """Ours are those, and one more that TRL does not have."""
+    source = inspect.getsource(trl_dpo.DPOTrainer._compute_loss)
+    parts = re.split(r'loss_type == "(\w+)"', source)
+    theirs = {name for name, body in zip(parts[1::2], parts[2::2], strict=True) if re.search("_scores?\\b", body)}
+    assert theirs == {CASES[name][1] for name in OF_DIFFERENCE}
+    assert set(losses.option_fields()["f_divergence"].defaults) == {*OF_DIFFERENCE, "safedpo"}
+
+
 def test_mix():
     """MPO's, which is TRL's own example of `loss_weights`."""
     values, expected_values = log_probs(), log_probs()
@@ -125,9 +178,6 @@ def test_mix():
 
 def test_every_loss_of_trl_is_compared():
     """But aot and aot_unpaired, which sort over the batch."""
-    import re
-    from pathlib import Path
-
     source = Path(trl_dpo.__file__).read_text("utf-8")
     known = set(re.findall(r'loss_type == "(\w+)"', source))
     assert known - {"aot", "aot_unpaired"} == {name for _, name, _ in CASES.values()}

@@ -16,7 +16,13 @@ LAYOUTS = {"TP2 PP2": f"{TP2} {PP2}", "TP2 CP2": f"{TP2} {CP2}", "PP2 CP2": f"{P
 #: is, so that rounding decides (`losses.dpop`): its closed form is compared, its layouts cannot be.
 ELSEWHERE = {"bdpo", "dpo", "simpo", "safedpo", "dpop"}
 
-LOSSES = [*sorted(set(registry.names()) - ELSEWHERE), "bdpo=1.0,sft=0.2,bco_pair=0.5"]
+#: With options that many losses have.
+MODIFIED = {
+    "dpo, Jensen-Shannon": ["--preference-loss", "dpo", "--f-divergence", "js_divergence"],
+    "dpo, no reference": ["--preference-loss", "dpo", "--reference-free"],
+}
+
+LOSSES = [*sorted(set(registry.names()) - ELSEWHERE), "bdpo=1.0,sft=0.2,bco_pair=0.5", *MODIFIED]
 
 #: Where a loss as it is by default makes more of the log-probs' rounding than the matrix allows: gradients are 200
 #: times DPO's, so Adam's epsilon is too; or slopes change by 1 / tau.
@@ -30,6 +36,7 @@ CONDITIONED: dict[str, tuple[list[str], dict[str, Any]]] = {
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_in_a_layout(run, one_process, loss, layout):
     options, own = CONDITIONED.get(loss, ([], {}))
-    flags, overrides = ["--preference-loss", loss, *options], MODELS["dense"].overrides | own
+    flags = [*MODIFIED.get(loss, ["--preference-loss", loss]), *options]
+    overrides = MODELS["dense"].overrides | own
     found = run(4, [*LAYOUTS[layout].split(), *flags], overrides)
     assert beyond(deviations(found, one_process(flags, overrides)), ALLOWED) == {}

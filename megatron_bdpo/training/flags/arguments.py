@@ -218,6 +218,8 @@ def _add_loss_options(parser: argparse.ArgumentParser) -> None:
     )
     for option in registry.option_fields().values():
         defaults = ", ".join(f"{loss} {value}" for loss, value in option.defaults.items())
+        if option.is_modifier:
+            defaults = f"{next(iter(option.defaults.values()))}; with {', '.join(option.defaults)}"
         keywords: dict[str, Any] = {
             "dest": option.name,
             "default": None,

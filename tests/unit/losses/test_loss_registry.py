@@ -80,6 +80,9 @@ def test_options_and_defaults():
         "safedpo": {"beta": 0.1, "safedpo_delta": 10.0, "nll_weight": 0.0},
         "simpo": {"beta": 2.0, "simpo_gamma": 0.5, "nll_weight": 0.0},
     }
+    scores = {"f_divergence": "reverse_kl", "f_alpha_divergence_coef": 0.5, "reference_free": False}
+    for name in ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm"):
+        expected_defaults[name] = expected_defaults[name] | scores
     assert {name: asdict(losses.build_options(name, {})) for name in losses.names()} == expected_defaults
 
 
