@@ -25,7 +25,7 @@ from megatron_bdpo.losses import PairLogProbs, PairLosses, PairLossFunction
 from megatron_bdpo.model.attention import KeptKeys
 from megatron_bdpo.model.evaluation import evaluating, weights_at_rest
 from megatron_bdpo.model.pair_gpt import NextTokenContext, ScoringContext, next_tokens, score_answers
-from megatron_bdpo.training.batches import PackBatch
+from megatron_bdpo.training.batches import IntArray, PackBatch
 from megatron_bdpo.training.finite import check_losses
 from megatron_bdpo.training.phases import beat
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_report
@@ -84,6 +84,10 @@ class PreferenceStep:
     """The flag that is the likely cause of numbers that are not finite, for messages: ``suspects.likely_cause``."""
     place: str = ""
     """The step or evaluation that it is called in, for messages."""
+    evaluates: bool = False
+    """It is called in an evaluation."""
+    observe: Callable[[IntArray, PairLosses], None] | None = None
+    """Told the ids and losses of an evaluation's pairs, pack by pack, on the last pipeline stage."""
     gate: StepZeroGate | None = None
     """During the first step: told how far each pair's loss is from its value at policy == reference."""
     imbalance_edges: Tensor | None = None
@@ -103,6 +107,8 @@ class PreferenceStep:
             check_losses(losses.loss, pairs, batch.pairs.ids, self.describe, self.place, self.suspect)
         if self.gate is not None:
             self.gate.observe(pairs, self.loss)
+        if self.observe is not None and self.evaluates:
+            self.observe(batch.pairs.ids, losses)
         report = pair_report(pairs, losses, self.imbalance_edges)
         if entropy is not None:
             report |= entropy_report(entropy[batch.pairs.answers], pairs)

@@ -54,6 +54,8 @@ class RewardStep(PreferenceStep):
         loss_sum = losses.loss.sum().float()
         if self.check_nan:
             check_losses(losses.loss, pairs, batch.pairs.ids, self.describe, self.place, self.suspect)
+        if self.observe is not None and self.evaluates:
+            self.observe(batch.pairs.ids, losses)
         return loss_sum, pairs_counted_here(batch, loss_sum.device), loss_report(losses)
 
 

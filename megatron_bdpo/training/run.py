@@ -180,7 +180,7 @@ class PreferenceRun:
             # Megatron's own is that of the longest pack. Without pipeline stages nobody reads it; with them a step's
             # packs have one length, of which every stage knows what it sends and receives.
             seq_length = self.job.eval_length if forward_only else int(self.job.plan.lengths[self.iteration, 0])
-            done = self.iteration
+            done, self.step.evaluates = self.iteration, forward_only
             self.step.place = f"evaluation after step {done}" if forward_only else f"step {done + 1}"
             pairs, describe = self.job.pairs_of_step, self.job.pool.describe
             with gradients_named(done + 1, pairs, describe, self.step.suspect):

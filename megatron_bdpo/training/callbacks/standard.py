@@ -15,6 +15,7 @@ from megatron_bdpo.training.callbacks.divergence import Divergence
 from megatron_bdpo.training.callbacks.entry_points import callbacks_of_packages
 from megatron_bdpo.training.callbacks.export_at_end import ExportAtEnd
 from megatron_bdpo.training.callbacks.finite_check import FiniteCheck
+from megatron_bdpo.training.callbacks.heldout_pairs import HeldOutPairs
 from megatron_bdpo.training.callbacks.metrics_jsonl import MetricsJsonl
 from megatron_bdpo.training.callbacks.moving_reference import MovingReference
 from megatron_bdpo.training.callbacks.progress import Progress
@@ -64,6 +65,8 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
     found += [progress, Scalars(functools.partial(_loggers, setup))]
     if save:
         found.append(MetricsJsonl(Path(save)))
+        held_out = job.held_out.ids if settings.schedule.eval_iters else job.held_out.ids[:0]
+        found.append(HeldOutPairs(step, held_out, job.pool.scored[held_out], Path(save)))
     found += [
         ConsoleLines(progress.interval, Advisor(reads_reference), wide=settings.output.log_wide),
         Answers(job.prompts, shape, setup.scoring.vocab_size, save, stop),

@@ -217,7 +217,7 @@ class GroupScorer:
         with adapters_off(self.model):
             scores = forward_only(self.model, self.step, made_once, len(own), blocks[0].length)
         result = np.zeros((int(starts[-1]), 2))
-        if _is_one_of_each_replica():
+        if is_one_of_each_replica():
             for (_, _, places), score in zip(own, scores, strict=True):
                 result[places] = score.cpu().numpy()
         return sum_over_ranks(torch.from_numpy(result)).numpy()
@@ -233,7 +233,7 @@ class GroupScorer:
         return self.make.mixed(groups.pairs, groups.unconditional, length)
 
 
-def _is_one_of_each_replica() -> bool:
+def is_one_of_each_replica() -> bool:
     """Of the ranks that hold the same scores, exactly one counts them."""
     return (
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)

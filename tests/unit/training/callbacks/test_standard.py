@@ -29,8 +29,8 @@ def callbacks(flags: list[str], **overrides: Any) -> str:
 
 #: Before a step's line: what may end the run. Before the status: what a finished run leaves.
 ALL = (
-    "Own StepZeroCheck FiniteCheck Divergence RunRecord Progress Scalars MetricsJsonl ConsoleLines Answers Checksums "
-    "Deletion Timetable StatusFile"
+    "Own StepZeroCheck FiniteCheck Divergence RunRecord Progress Scalars MetricsJsonl HeldOutPairs ConsoleLines "
+    "Answers Checksums Deletion Timetable StatusFile"
 )
 BARE = "Own FiniteCheck Divergence Progress Scalars ConsoleLines Answers Checksums Timetable StatusFile"
 
