@@ -66,7 +66,7 @@ def test_a_resumed_run_drops_what_it_does_again(path):
 def test_a_damaged_line_is_named(path, changed):
     HeldOutFile(path, 0).add(evaluation(1))
     path.write_text(json.dumps(json.loads(path.read_text()) | changed) + "\n")
-    with pytest.raises(UserError, match="heldout_rewards.jsonl, line 1 holds no rewards of pairs"):
+    with pytest.raises(UserError, match="line 1 holds no rewards of pairs"):
         read_heldout(path)
 
 
