@@ -23,10 +23,10 @@ def test_what_it_says(tmp_path, edges, expected):
 
     begun = dataclasses.replace(start(), imbalance_edges=edges, log_probs={"train": tmp_path})
     RunRecord(tmp_path, {"train": 40, "heldout": 8}, provenance).after_load(begun)
-    assert asked == [begun.identity]
+    assert asked == [begun.identity] and begun.loss.options.beta == 0.1
     assert json.loads((tmp_path / "run.json").read_text()) == {
         "loss": "dpo",
-        "loss_options": {"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0},
+        "loss_options": dataclasses.asdict(begun.loss.options),
         "pairs": {"train": 40, "heldout": 8},
         "reference_scores": {"train": str(tmp_path)},
         "imbalance_quartiles": expected,
