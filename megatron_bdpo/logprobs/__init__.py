@@ -10,11 +10,12 @@ On one process this needs torch and NumPy only; Megatron is loaded where a vocab
 from megatron_bdpo.logprobs.fused_linear import token_log_probs as fused_log_probs
 from megatron_bdpo.logprobs.greedy import likeliest_tokens
 from megatron_bdpo.logprobs.logit_shape import LogitShape
-from megatron_bdpo.logprobs.scored import OneRank, ScoredPositions, TokenScores, answer_log_probs
+from megatron_bdpo.logprobs.scored import AnswerScores, OneRank, ScoredPositions, TokenScores, answer_log_probs
 from megatron_bdpo.logprobs.scoring import KERNELS, TokenScoring
 
 __all__ = [
     "KERNELS",
+    "AnswerScores",
     "LogitShape",
     "OneRank",
     "ScoredPositions",

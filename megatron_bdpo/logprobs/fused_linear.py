@@ -4,6 +4,7 @@
     lse_n       = log sum_v exp z_nv                    over the tokenizer's rows; padding rows take no part
     log pi(y_n) = z_n,y_n - lse_n
     entropy_n   = lse_n - sum_v exp(z_nv - lse_n) z_nv
+    collision entropy_n = 2 lse_n - log sum_v exp 2 z_nv
     d log pi(y_n) / d z_nv = [v = y_n] - exp(z_nv - lse_n)
 
 A chunk is some rows of the vocabulary, for all positions: its maximum m and its sums are combined with those of the
@@ -23,6 +24,7 @@ Shapes: N scored positions, V padded vocabulary, c of its rows in a chunk, H hid
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,14 +67,15 @@ def token_log_probs(
     sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
     entropy: bool = False,
+    collision_entropy: bool = False,
     chunk_size: int | None = None,
     kept_bytes: int = KEPT_BYTES,
     shape: LogitShape = _AS_THEY_ARE,
 ) -> TokenScores:
-    """log pi(target | prefix) of every scored position, in nats, and on request the entropy of the distribution.
+    """log pi(target | prefix) of every scored position, in nats, and on request entropies of the distribution.
 
     Collectives over ``tp_group``, whatever the number of chunks. Forward: two all-reduces, of [N] (maximum) and of
-    [2, N] (sum of exponentials, target's logit; [3, N] with the entropy). Backward: one all-reduce of [N, H], the
+    [2, N] (sum of exponentials, target's logit; a row more for each entropy). Backward: one all-reduce of [N, H], the
     hidden gradient. Under sequence parallelism an all-gather of the hidden states comes first and a reduce-scatter of
     their gradient takes the place of that all-reduce.
 
@@ -90,13 +93,13 @@ def token_log_probs(
         tp_group: process group of the vocabulary split; by default this process holds all of it. Of one rank, it is
             asked for ``rank()`` and ``size()`` only, and torch.distributed need not be initialised.
         gradient_accumulation_fusion: add the weight's gradient into its ``main_grad``, as Megatron's own layers do.
-        entropy: compute it, too; it carries no gradient.
+        entropy, collision_entropy: compute them, too; they carry no gradient.
         chunk_size: c, in vocabulary rows; from ``default_chunk_size`` when None.
         kept_bytes: largest softmax to keep for backward; 0 keeps none.
         shape: scale and cap of the logits. With a cap there is one more [N, c] in fp32 in backward.
 
     Returns:
-        Log-probs [N] float32, and the entropy [N] float32 or None.
+        Log-probs and entropies.
     """
     rows = weight.shape[0]
     first_row = tp_group.rank() * rows
@@ -108,6 +111,7 @@ def token_log_probs(
         reduce_hidden=tp_group.size() > 1 and not sequence_parallel,
         main_grad=getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None,
         entropy=entropy,
+        collision_entropy=collision_entropy,
         shape=shape,
     )
     selected = select_scored(hidden_states, scored, tp_group=tp_group, sequence_parallel=sequence_parallel)
@@ -128,6 +132,7 @@ class _Shard:
     reduce_hidden: bool
     main_grad: Tensor | None
     entropy: bool
+    collision_entropy: bool
     shape: LogitShape
 
     def chunks(self) -> Iterator[slice]:
@@ -137,6 +142,11 @@ class _Shard:
     def buffer(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, c] for one chunk after the other; fresh pages for each cost a CPU 6% more time."""
         return hidden.new_empty(len(hidden), _aligned(min(self.chunk_size, self.real_rows)), dtype=dtype)
+
+    def sums(self, rows: Tensor) -> ChunkSums:
+        """What is asked for, each in one of 4 rows."""
+        maximum, total, moment, square = rows
+        return ChunkSums(maximum, total, moment if self.entropy else None, square if self.collision_entropy else None)
 
     def targets(self, rows: slice, target: Tensor) -> Targets:
         return Targets(target, self.first_row + rows.start)
@@ -151,31 +161,33 @@ class _FusedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, shard: _Shard, keeps: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """[N, H], [V/tp, H], [V/tp], [N] -> [N] log-probs, [N] entropy or None."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[N, H], [V/tp, H], [V/tp], [N] -> [N] log-probs, [N] entropies or None."""
         passes, buffer = passes_for(hidden.device), shard.buffer(hidden, torch.float32)
         kept = hidden.new_empty(len(hidden), _aligned(shard.real_rows)) if keeps else None
         chunks = list(shard.chunks())
-        maxima, totals, moments = hidden.new_empty((3, len(chunks), len(hidden)), dtype=torch.float32)
+        every = shard.sums(hidden.new_empty((4, len(chunks), len(hidden)), dtype=torch.float32))
         target_logit = hidden.new_zeros(len(hidden), dtype=torch.float32)
         for index, rows in enumerate(chunks):
-            sums = ChunkSums(maxima[index], totals[index], moments[index] if shard.entropy else None)
+            sums = every.each(operator.itemgetter(index))
             own = None if kept is None else kept[:, rows]
             logits = _logits(hidden, weight, bias, rows, buffer, shard.shape)
             passes.exponentials(logits, shard.targets(rows, target), sums, target_logit, own)
-        maximum, sums_of_all = _over_chunks(maxima, totals, moments if shard.entropy else None)
-        log_sum_exp, target_logit, entropy = _over_ranks(maximum, sums_of_all, target_logit, shard)
+        sums, target_logit = _over_ranks(_over_chunks(every), target_logit, shard)
+        log_total = sums.total.log()
+        log_sum_exp = sums.maximum + log_total
+        entropy = None if sums.moment is None else log_total - sums.moment / sums.total
+        collision_entropy = None if sums.square is None else 2 * log_total - sums.square.log()
         log_probs = target_logit - log_sum_exp
         ctx.shard = shard
-        softmax = [] if kept is None else [kept, maxima]
+        softmax = [] if kept is None else [kept, every.maximum]
         ctx.save_for_backward(hidden, weight, bias, target, log_probs, log_sum_exp, *softmax)
-        if entropy is not None:
-            ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        ctx.mark_non_differentiable(*(each for each in (entropy, collision_entropy) if each is not None))
+        return log_probs, entropy, collision_entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, incoming: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, incoming: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         """[N] gradient of the log-probs -> gradients of hidden states, weight and bias, where they are wanted."""
         shard: _Shard = ctx.shard
         hidden, weight, bias = ctx.saved_tensors[:3]
@@ -219,38 +231,40 @@ def _logits(
     return shape.in_place(logits if bias is None else logits.add_(bias[rows]))
 
 
-def _over_chunks(maxima: Tensor, totals: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Chunks' sums, [chunks, N] each -> [N] maximum m of all of them; [1 or 2, N] their sums about it.
+def _over_chunks(sums: ChunkSums) -> ChunkSums:
+    """Of chunks, [chunks, N] each -> of all of them, [N] each.
 
     A rank that has only rows of padding has no chunks: nothing, about the lowest number there is.
     """
-    if not len(maxima):
-        empty = maxima.new_zeros((1 if moments is None else 2, maxima.shape[1]))
-        return torch.full_like(empty[0], torch.finfo(torch.float32).min), empty
-    maximum = maxima.amax(0)
-    return maximum, _shifted(torch.stack([totals] if moments is None else [totals, moments]), maxima - maximum).sum(1)
+    if not len(sums.maximum):
+        nothing = sums.maximum.new_zeros(sums.maximum.shape[1])
+        lowest = torch.full_like(nothing, torch.finfo(torch.float32).min)
+        return sums.each(lambda _: nothing)._replace(maximum=lowest)
+    maximum = sums.maximum.amax(0)
+    return _about(sums, maximum).each(lambda each: each.sum(0))._replace(maximum=maximum)
 
 
-def _shifted(sums: Tensor, shift: Tensor) -> Tensor:
-    """Sums of exp(z - m) and perhaps of exp(z - m) (z - m), [1 or 2, ...], about m - ``shift`` instead of m."""
-    total, *moment = sums
-    return torch.stack([total * shift.exp(), *((each + total * shift) * shift.exp() for each in moment)])
+def _about(sums: ChunkSums, maximum: Tensor) -> ChunkSums:
+    """Sums about their own maxima -> about a greater one; the maxima stay what they are."""
+    shift = sums.maximum - maximum
+    scale = shift.exp()
+    moment = None if sums.moment is None else (sums.moment + sums.total * shift) * scale
+    square = None if sums.square is None else sums.square * scale**2
+    return ChunkSums(sums.maximum, sums.total * scale, moment, square)
 
 
-def _over_ranks(
-    maximum: Tensor, sums: Tensor, target_logit: Tensor, shard: _Shard
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Combine what the ranks have found: log-sum-exps, targets' logits, entropy (or None), [N]. Two all-reduces."""
-    if shard.tp_group.size() > 1:
-        own_maximum, maximum = maximum, maximum.clone()
-        torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX, group=shard.tp_group)
-        combined = torch.cat([_shifted(sums, own_maximum - maximum), target_logit[None]])
-        torch.distributed.all_reduce(combined, group=shard.tp_group)
-        sums, target_logit = combined[:-1], combined[-1]
-    total, *moment = sums
-    log_total = total.log()
-    entropy = log_total - moment[0] / total if moment else None
-    return maximum + log_total, target_logit, entropy
+def _over_ranks(sums: ChunkSums, target_logit: Tensor, shard: _Shard) -> tuple[ChunkSums, Tensor]:
+    """Combine what the ranks have found, and the targets' logits, [N] each. Two all-reduces."""
+    if shard.tp_group.size() == 1:
+        return sums, target_logit
+    maximum = sums.maximum.clone()
+    torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX, group=shard.tp_group)
+    _, *own = _about(sums, maximum)
+    combined = torch.stack([*(each for each in own if each is not None), target_logit])
+    torch.distributed.all_reduce(combined, group=shard.tp_group)
+    total, *rows, target_logit = combined
+    moment, square = (None if each is None else rows.pop(0) for each in own[1:])
+    return ChunkSums(maximum, total, moment, square), target_logit
 
 
 # Backward ------------------------------------------------------------------------------------------------------------

@@ -74,6 +74,20 @@ class TokenScores(NamedTuple):
 
     log_probs: Tensor  # [N] float32, of the targets
     entropy: Tensor | None  # [N] float32, of the whole distribution, without gradient; None unless asked for
+    collision_entropy: Tensor | None = None  # [N] float32, its -log sum_v p_v^2, likewise
+
+
+class AnswerScores(NamedTuple):
+    """Sums of those over A answers, [A] float64 each."""
+
+    log_probs: Tensor
+    entropy: Tensor | None = None
+    collision_entropy: Tensor | None = None
+
+    def stacked(self) -> Tensor:
+        """[A], or [rows, A] where there is more than log-probs: pipeline schedules take one tensor."""
+        rows = [each for each in self if each is not None]
+        return rows[0] if len(rows) == 1 else torch.stack(rows)
 
 
 def select_scored(hidden_states: Tensor, scored: ScoredPositions, *, tp_group: Any, sequence_parallel: bool) -> Tensor:

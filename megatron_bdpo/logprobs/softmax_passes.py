@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,7 +35,14 @@ class ChunkSums(NamedTuple):
 
     maximum: Tensor  # m, of its logits
     total: Tensor  # sum of exp(z - m)
-    moment: Tensor | None  # sum of exp(z - m) (z - m), where the entropy is asked for
+    moment: Tensor | None = None  # sum of exp(z - m) (z - m), where the entropy is asked for
+    square: Tensor | None = None  # sum of exp(z - m)^2, where the collision entropy is
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> ChunkSums:
+        """All of them changed."""
+        moment = None if self.moment is None else change(self.moment)
+        square = None if self.square is None else change(self.square)
+        return ChunkSums(change(self.maximum), change(self.total), moment, square)
 
 
 class Passes(Protocol):
@@ -81,6 +89,8 @@ class TorchPasses:
         torch.sum(exponentials, 1, out=sums.total)
         if sums.moment is not None:
             sums.moment.copy_(torch.special.xlogy(exponentials, exponentials).sum(1))  # 0 log 0 = 0
+        if sums.square is not None:
+            sums.square.copy_(torch.linalg.vector_norm(exponentials, dim=1)).square_()
         if kept is not None:
             kept.copy_(exponentials)
 

@@ -26,10 +26,12 @@ def _exponentials(  # type: ignore[no-untyped-def]  # pointers, and numbers that
     maximum,
     total,
     moment,
+    square,
     target_logit,
     kept,
     kept_stride,
     HAS_MOMENT: tl.constexpr,
+    HAS_SQUARE: tl.constexpr,
     KEEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -43,6 +45,7 @@ def _exponentials(  # type: ignore[no-untyped-def]  # pointers, and numbers that
     m = tl.max(highest, axis=0)
     sums = tl.zeros([BLOCK], tl.float32)
     moments = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, columns, BLOCK):
         inside = start + place < columns
         z = tl.load(logits + start + place, mask=inside, other=float("-inf")) - m
@@ -50,12 +53,16 @@ def _exponentials(  # type: ignore[no-untyped-def]  # pointers, and numbers that
         sums += e
         if HAS_MOMENT:
             moments += tl.where(e > 0, e * z, 0.0)
+        if HAS_SQUARE:
+            squares += e * e
         if KEEPS:
             tl.store(kept + row * kept_stride + start + place, e.to(kept.dtype.element_ty), mask=inside)
     tl.store(maximum + row, m)
     tl.store(total + row, tl.sum(sums, axis=0))
     if HAS_MOMENT:
         tl.store(moment + row, tl.sum(moments, axis=0))
+    if HAS_SQUARE:
+        tl.store(square + row, tl.sum(squares, axis=0))
     column = tl.load(target + row) - first
     here = (column >= 0) & (column < columns)
     tl.store(target_logit + row, tl.load(logits + column, mask=here), mask=here)
@@ -114,10 +121,12 @@ class TritonPasses:
             sums.maximum,
             sums.total,
             unused if sums.moment is None else sums.moment,
+            unused if sums.square is None else sums.square,
             target_logit,
             unused if kept is None else kept,
             0 if kept is None else kept.stride(0),
             HAS_MOMENT=sums.moment is not None,
+            HAS_SQUARE=sums.square is not None,
             KEEPS=kept is not None,
             BLOCK=_block(columns),
             num_warps=_WARPS,

@@ -30,14 +30,15 @@ def token_log_probs(
     sequence_parallel: bool,
     gradient_accumulation_fusion: bool = False,
     entropy: bool = False,
+    collision_entropy: bool = False,
     shape: LogitShape = _AS_THEY_ARE,
 ) -> TokenScores:
-    """log pi(target | prefix) of every scored position, in nats, and on request the entropy of the distribution.
+    """log pi(target | prefix) of every scored position, in nats, and on request entropies of the distribution.
 
     Collectives over ``tp_group``: with sequence parallelism one all-gather forward and one reduce-scatter backward of
     the hidden states, otherwise one all-reduce of their gradient; three all-reduces of [N] in the cross entropy
-    (maximum, target, sum of exponentials), and two more for the entropy. Peak memory: two fp32 tensors [N, V/tp], two
-    more while the entropy is computed.
+    (maximum, target, sum of exponentials), and two more for entropies. Peak memory: two fp32 tensors [N, V/tp], two
+    more while those are computed.
 
     Args:
         hidden_states: [T, 1, H], or [T/tp, 1, H] under sequence parallelism.
@@ -46,11 +47,11 @@ def token_log_probs(
         tp_group: process group of the vocabulary split.
         gradient_accumulation_fusion: add the weight's gradient into its ``main_grad``, as Megatron's own layers do. It
             needs Apex; without, the gradient goes the way of all others, to the same ``main_grad`` in the end.
-        entropy: compute it, too; it carries no gradient.
+        entropy, collision_entropy: compute them, too; they carry no gradient.
         shape: scale and cap of the logits; a cap keeps one more [N, V/tp].
 
     Returns:
-        Log-probs [N] float32, and the entropy [N] float32 or None.
+        Log-probs and entropies.
     """
     parallel = megatron_parallel()
     logits = parallel.linear_with_grad_accumulation_and_async_allreduce(
@@ -63,8 +64,11 @@ def token_log_probs(
         tp_group=tp_group,
     )
     logits = without_padding(shape(logits.float()), vocab_size, first_row=tp_group.rank() * weight.shape[0])
-    entropies = _entropy(logits, tp_group) if entropy else None  # before the cross entropy overwrites the logits
-    return TokenScores(-parallel.vocab_parallel_cross_entropy(logits, scored.target, tp_group=tp_group), entropies)
+    entropies: tuple[Tensor | None, Tensor | None] = (None, None)
+    if entropy or collision_entropy:
+        found = _entropies(logits, tp_group)  # before the cross entropy overwrites the logits
+        entropies = found[0] if entropy else None, found[1] if collision_entropy else None
+    return TokenScores(-parallel.vocab_parallel_cross_entropy(logits, scored.target, tp_group=tp_group), *entropies)
 
 
 @functools.cache
@@ -74,14 +78,20 @@ def apex_accumulates() -> bool:
 
 
 @torch.no_grad()
-def _entropy(logits: Tensor, tp_group: Any) -> Tensor:
-    """[N, V/tp] -> [N]: -sum_v p log p = log sum_v e_v - sum_v e_v log e_v / sum_v e_v, with e = exp(logit - max)."""
+def _entropies(logits: Tensor, tp_group: Any) -> tuple[Tensor, Tensor]:
+    """[N, V/tp] -> [N] each, with e = exp(logit - max).
+
+    -sum_v p_v log p_v = log sum_v e_v - sum_v e_v log e_v / sum_v e_v
+    -log sum_v p_v^2   = 2 log sum_v e_v - log sum_v e_v^2
+    """
     maximum = logits.amax(-1)
     torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX, group=tp_group)
     exponentials = (logits - maximum[:, None]).exp_()
-    sums = torch.stack([exponentials.sum(-1), torch.special.xlogy(exponentials, exponentials).sum(-1)])
+    moments = torch.special.xlogy(exponentials, exponentials).sum(-1)
+    sums = torch.stack([exponentials.sum(-1), moments, exponentials.square_().sum(-1)])
     torch.distributed.all_reduce(sums, group=tp_group)
-    return sums[0].log() - sums[1] / sums[0]
+    total, moment, square = sums
+    return total.log() - moment / total, 2 * total.log() - square.log()
 
 
 def without_padding(logits: Tensor, vocab_size: int, first_row: int) -> Tensor:

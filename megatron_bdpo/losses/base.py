@@ -43,6 +43,10 @@ class PairLogProbs:
     """h_w: 1 or True where the chosen response is unsafe"""
     rejected_unsafe: Tensor | None = None
     """h_l"""
+    chosen_collision_entropy: Tensor | None = None
+    """Sum over y_w's tokens of -log sum_v pi_theta(v|x, before)^2, without gradient"""
+    rejected_collision_entropy: Tensor | None = None
+    """The same of y_l"""
     chosen_score: Tensor | None = None
     """What a loss of a difference compares in the place of Delta_w (`modifiers`); None: Delta_w"""
     rejected_score: Tensor | None = None
@@ -56,6 +60,7 @@ class PairLogProbs:
         reference: Tensor | None = None,
         unconditional: Tensor | None = None,
         unsafe: Tensor | None = None,
+        collision_entropy: Tensor | None = None,
     ) -> PairLogProbs:
         """From tables of pairs, [P, 2] of chosen and rejected: values [A] of answers, indexed with pairs [P, 2].
 
@@ -65,12 +70,14 @@ class PairLogProbs:
             reference: None where the loss does not read it.
             unconditional: the reference's after the empty prompt, or None.
             unsafe: labels, or None.
+            collision_entropy: the policy's, or None where the loss does not read it.
         """
 
         def columns(table: Tensor | None) -> tuple[Tensor | None, ...]:
             return (None, None) if table is None else table.unbind(1)
 
-        return cls(*policy.unbind(1), *tokens.unbind(1), *columns(reference), *columns(unconditional), *columns(unsafe))
+        others = (reference, unconditional, unsafe, collision_entropy)
+        return cls(*policy.unbind(1), *tokens.unbind(1), *(column for each in others for column in columns(each)))
 
     def __len__(self) -> int:
         """P."""
@@ -108,6 +115,8 @@ class Requirements:
     """The `*_unsafe` labels."""
     all_pairs: bool = False
     """The reference's log-probs of all pairs trained on before the first step: `LossSpec.settle` needs them."""
+    collision_entropy: bool = False
+    """The policy's `*_collision_entropy`."""
     length_normalised: bool = False
     """The preference term compares log-probs per token, not their sums."""
 

@@ -1,4 +1,4 @@
-"""What goes with many losses beside their own options: another divergence than DPO's, or no reference at all.
+"""What goes with many losses beside their own options: another divergence than DPO's, no reference, weights of pairs.
 
 A loss of a difference compares the two answers' scores. They are log-ratios, Delta_i = log t_i, unless the options say:
 
@@ -18,7 +18,16 @@ pushes no further. Rewards are beta times the scores; TRL logs beta Delta_i what
 Only losses that compare the scores of two answers have these options (`LossSpec.of_difference`): where a loss looks at
 each score by itself, as `nca_pair` does, a constant is not all the same.
 
-Source: f-DPO, arXiv 2309.16240, table 1; the names, and the coefficient as 1 - the paper's alpha, are TRL's.
+Every loss has
+
+    --use-weighting       L -> w_w w_l L,   w_i = exp(1/|y_i| sum_t log(pi_theta(y_i,t) / sum_v pi_theta(v)^2))
+
+w carries no gradient. It is large where the policy itself would give such an answer, so that pairs of other models are
+made to count as its own would. It takes one more sum over the vocabulary in the pass that makes the log-probs, and no
+other pass.
+
+Sources: f-DPO, arXiv 2309.16240, table 1; the names, and the coefficient as 1 - the paper's alpha, are TRL's. WPO,
+arXiv 2406.11827, its sampled alignment, as in TRL.
 """
 
 from __future__ import annotations
@@ -35,7 +44,7 @@ from torch.nn.functional import logsigmoid
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import AnyLossSpec, PairLogProbs, PairLosses, Requirements
 from megatron_bdpo.losses.options import SHARE, LossOptions, flag, modifier, shown
-from megatron_bdpo.losses.terms import log_ratios
+from megatron_bdpo.losses.terms import log_ratios, required
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,13 @@ class ScoreOptions(LossOptions):
         only_with=("f_divergence", "alpha_divergence"),
     )
     reference_free: bool = modifier(False, "compare the policy's own log-probs; no reference is scored")
+
+
+@dataclass(frozen=True)
+class WeightOptions(LossOptions):
+    """Of every loss: how much a pair counts."""
+
+    use_weighting: bool = modifier(False, "weigh each pair by how likely its answers are under the policy (WPO)")
 
 
 #: Where e^x is still far from the largest fp32.
@@ -76,33 +92,58 @@ def scored(pairs: PairLogProbs, options: ScoreOptions) -> PairLogProbs:
     return replace(pairs, chosen_score=chosen, rejected_score=rejected)
 
 
+def weighted(losses: PairLosses, pairs: PairLogProbs) -> PairLosses:
+    """The losses times w_w w_l, which is the metric `weighting`."""
+    chosen = pairs.policy_chosen + required(pairs.chosen_collision_entropy, "chosen_collision_entropy")
+    rejected = pairs.policy_rejected + required(pairs.rejected_collision_entropy, "rejected_collision_entropy")
+    weight = (chosen / pairs.chosen_tokens + rejected / pairs.rejected_tokens).detach().exp()
+    return replace(losses, loss=losses.loss * weight, metrics={**losses.metrics, "weighting": weight})
+
+
 def modified(spec: AnyLossSpec) -> AnyLossSpec:
     """The loss with the options of this module that go with it, behind its own.
 
     Raises:
         UserError: it has an option of such a name itself.
     """
-    if not spec.of_difference:
-        return spec
     own = spec.function
 
     @functools.wraps(own)
     def function(pairs: PairLogProbs, options: Any) -> PairLosses:
-        return own(scored(pairs, options), options)
+        losses = own(scored(pairs, options) if spec.of_difference else pairs, options)
+        return weighted(losses, pairs) if options.use_weighting else losses
 
     def requirements(options: Any) -> Requirements:
-        needs = spec.requirements(options)
-        return replace(needs, reference=needs.reference and not options.reference_free)
+        needs = replace(spec.requirements(options), collision_entropy=options.use_weighting)
+        return replace(needs, reference=False) if spec.of_difference and options.reference_free else needs
 
-    return replace(spec, function=function, options=_options(spec, ScoreOptions), requirements=requirements)
+    return replace(spec, function=function, options=_options(spec), requirements=requirements)
 
 
-def _options(spec: AnyLossSpec, added: type) -> type:
-    """A type that has the fields of the loss's own options, which it is a subclass of, and behind them the added."""
-    own = spec.options
-    if taken := {each.name for each in fields(own)} & {each.name for each in fields(added)}:
+def _options(spec: AnyLossSpec) -> type:
+    """A subclass of the loss's own options that has more fields, behind those."""
+    added = (WeightOptions, ScoreOptions) if spec.of_difference else (WeightOptions,)
+    if taken := {each.name for each in fields(spec.options)} & {each.name for some in added for each in fields(some)}:
         name = flag(min(taken))
-        raise UserError(f"the loss '{spec.name}' has an option {name}, which losses of its kind are given. Rename it")
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__repr__": shown}
-    made: type = dataclass(frozen=True, repr=False)(type(own.__name__, (added, own), names))
+        raise UserError(f"the loss '{spec.name}' has an option {name}, which losses are given anyway. Rename it")
+    own: Any = spec.options
+    made: type = _joined(own, added)
     return made
+
+
+@functools.cache
+def _joined(own: Any, added: tuple[Any, ...]) -> type:
+    """One type for the same types: its values are sent between ranks."""
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__repr__": shown}
+
+    def reduce(options: Any) -> tuple[Any, ...]:
+        return _restored, (own, added, {each.name: getattr(options, each.name) for each in fields(options)})
+
+    bases = (*added, own)
+    made: type = dataclass(frozen=True, repr=False)(type(own.__name__, bases, {**names, "__reduce__": reduce}))
+    return made
+
+
+def _restored(own: type, added: tuple[type, ...], values: dict[str, Any]) -> Any:
+    """Pickled options, which have no name that they could be found by."""
+    return _joined(own, added)(**values)

@@ -20,7 +20,7 @@ from megatron.training.models import GPTModelConfig
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
-from megatron_bdpo.logprobs import ScoredPositions, TokenScoring, answer_log_probs, likeliest_tokens
+from megatron_bdpo.logprobs import AnswerScores, ScoredPositions, TokenScoring, answer_log_probs, likeliest_tokens
 from megatron_bdpo.model.attention import AttentionPlan, PairAttention
 from megatron_bdpo.model.latent_attention import norm_with_epsilon, with_latent_attention
 from megatron_bdpo.model.layer import with_options
@@ -241,7 +241,7 @@ class ScoringOutputLayer(ColumnParallelLinear):
             weight: [V/tp, H] of the tied embedding; None for the layer's own.
 
         Returns:
-            [A] float64, in nats; with the entropy [2, A], its sums over each answer in the second row.
+            [A] float64, in nats; with entropies [rows, A] (see ``AnswerScores.stacked``).
         """
         tokens = context.scoring(
             hidden_states,
@@ -252,10 +252,12 @@ class ScoringOutputLayer(ColumnParallelLinear):
             sequence_parallel=self.config.sequence_parallel,
             gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
         )
-        sums = answer_log_probs(tokens.log_probs, context.scored, context.context_group)
-        if tokens.entropy is None:
-            return sums
-        return torch.stack([sums, answer_log_probs(tokens.entropy, context.scored, context.context_group)])
+
+        def over_answers(each: Tensor) -> Tensor:
+            return answer_log_probs(each, context.scored, context.context_group)
+
+        entropies = (None if each is None else over_answers(each) for each in tokens[1:])
+        return AnswerScores(over_answers(tokens.log_probs), *entropies).stacked()
 
 
 @dataclass(frozen=True)

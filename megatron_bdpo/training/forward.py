@@ -57,16 +57,28 @@ def score_pack(model: Any, batch: PackBatch, scoring: TokenScoring) -> Tensor:
     )
 
 
-def pairs_of(batch: PackBatch, policy: Tensor, reference: Tensor | None, unconditional: Tensor | None) -> PairLogProbs:
+def pairs_of(
+    batch: PackBatch,
+    policy: Tensor,
+    reference: Tensor | None,
+    unconditional: Tensor | None,
+    collision_entropy: Tensor | None = None,
+) -> PairLogProbs:
     """What the loss reads of a batch.
 
     Args:
         policy: [A] log-probs of the batch's answers.
         reference, unconditional: [P, 2] of its pairs, or None.
+        collision_entropy: [P, 2] the policy's, or None.
     """
     answers = batch.pairs.answers
     return PairLogProbs.of_pairs(
-        batch.answer_tokens[answers], policy[answers], reference, unconditional, batch.pairs.unsafe
+        batch.answer_tokens[answers],
+        policy[answers],
+        reference,
+        unconditional,
+        batch.pairs.unsafe,
+        collision_entropy,
     )
 
 
@@ -99,8 +111,10 @@ class PreferenceStep:
         return score_pack(model, batch, self.scoring), partial(self._loss_func, batch)
 
     def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
-        policy, entropy = scores if self.scoring.entropy else (scores, None)
-        pairs = pairs_of(batch, policy, *self.reference.lookup(batch))
+        policy, entropy, collision_entropy = self.scoring.apart(scores)
+        if collision_entropy is not None:
+            collision_entropy = collision_entropy.detach()[batch.pairs.answers]
+        pairs = pairs_of(batch, policy, *self.reference.lookup(batch), collision_entropy)
         losses = self.loss(pairs)
         loss_sum = losses.loss.sum().float()
         if self.check_nan:

@@ -99,7 +99,11 @@ class PreferenceRun:
         self.step = step(
             job.loss,
             NoReference(),
-            replace(self.scoring, entropy=self.settings.log_probs.log_entropy),
+            replace(
+                self.scoring,
+                entropy=self.settings.log_probs.log_entropy,
+                collision_entropy=job.loss.requirements.collision_entropy,
+            ),
             check_nan=schedule.check_finite,
             describe=job.pool.describe,
             suspect=likely_cause(self.settings, job.loss.options),

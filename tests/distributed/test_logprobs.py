@@ -70,9 +70,12 @@ def score(p: Problem, group: Any, sequence_parallel: bool, kernel: Any, dtype: t
     weight = torch.tensor(p.weight, dtype=dtype).chunk(tp)[rank].clone().requires_grad_()
     bias = None if p.bias is None else torch.tensor(p.bias, dtype=dtype).chunk(tp)[rank].clone().requires_grad_()
     scored = p.scored()
-    scoring = TokenScoring(p.vocab_size, **kernel, entropy=True, shape=LogitShape(p.scale, p.cap))
-    tokens, entropy = scoring(hidden, weight, bias, scored, tp_group=group, sequence_parallel=sequence_parallel)
-    assert not entropy.requires_grad
+    scoring = TokenScoring(
+        p.vocab_size, **kernel, entropy=True, collision_entropy=True, shape=LogitShape(p.scale, p.cap)
+    )
+    found = scoring(hidden, weight, bias, scored, tp_group=group, sequence_parallel=sequence_parallel)
+    tokens, entropy, collision_entropy = found
+    assert not entropy.requires_grad and not collision_entropy.requires_grad
     sequences = answer_log_probs(tokens, scored)
     if len(p.answer_tokens):
         incoming = [torch.tensor(p.token_gradient, dtype=torch.float32), torch.tensor(p.answer_gradient)]
@@ -80,6 +83,7 @@ def score(p: Problem, group: Any, sequence_parallel: bool, kernel: Any, dtype: t
     else:
         sequences.sum().backward()
     results = {"tokens": tokens, "sequences": sequences, "entropy": entropy}
+    results["collision entropy"] = collision_entropy
     results |= {"hidden gradient": hidden.grad[:, 0], "weight gradient": weight.grad}
     if bias is not None:
         results["bias gradient"] = bias.grad
@@ -94,7 +98,7 @@ def assert_solved(outcomes: dict[str, dict[str, Any]], p: Problem, tp: int, sequ
         rank, shard = outcome["rank"], PADDED_VOCABULARY // tp
         rows = slice(rank * shard, (rank + 1) * shard)
         own = slice(rank * POSITIONS // tp, (rank + 1) * POSITIONS // tp) if sequence_parallel else slice(None)
-        for name in ("tokens", "sequences", "entropy"):
+        for name in ("tokens", "sequences", "entropy", "collision entropy"):
             assert_close(outcome[name], expected[name], FP32, f"{kernel}: {name}")
         assert_close(outcome["hidden gradient"], expected["hidden gradient"][own], FP32, f"{kernel}: hidden gradient")
         assert ("bias gradient" in outcome) == (p.bias is not None)
@@ -133,6 +137,7 @@ def test_half_precision_keeps_its_types(ranks, name):
                 "tokens": "torch.float32",
                 "sequences": "torch.float64",
                 "entropy": "torch.float32",
+                "collision entropy": "torch.float32",
                 "hidden gradient": "torch.bfloat16",
                 "weight gradient": "torch.bfloat16",
                 "bias gradient": "torch.bfloat16",

@@ -23,6 +23,8 @@ class Pair(NamedTuple):
     u_l: float
     h_w: int = 0  # unsafe
     h_l: int = 0
+    c_w: float = 0.0  # sums of collision entropies
+    c_l: float = 0.0
 
     @property
     def margin(self) -> float:
@@ -135,24 +137,31 @@ def score(log_ratio: float, f_divergence: str, f_alpha_divergence_coef: float) -
     return (1 - power) / a, power if -a * log_ratio < 80 else 0.0
 
 
-def with_scores(
+def with_modifiers(
     oracle: Callable[..., Expected],
     p: Pair,
+    nll_weight: float = 0.0,
     f_divergence: str = "reverse_kl",
     f_alpha_divergence_coef: float = 0.5,
     reference_free: bool = False,
+    use_weighting: bool = False,
     **options: Any,
 ) -> Expected:
-    """A closed form of log-ratios at the scores that stand in their place, by the chain rule."""
-    if f_divergence == "reverse_kl" and not reference_free:
-        return oracle(p, **options)
-    scores = [(p.l_w, 1.0), (p.l_l, 1.0)]
-    if not reference_free:
-        ratios = p.l_w - p.r_w, p.l_l - p.r_l
-        scores = [score(each, f_divergence, f_alpha_divergence_coef) for each in ratios]
-    (s_w, slope_w), (s_l, slope_l) = scores
-    loss, grad_w, grad_l = oracle(p._replace(l_w=s_w, l_l=s_l, r_w=0.0, r_l=0.0), **options)
-    return loss, grad_w * slope_w, grad_l * slope_l
+    """A closed form at the scores that stand in the place of log-ratios, with an NLL, times WPO's weights."""
+    (s_w, slope_w), (s_l, slope_l) = (p.l_w, 1.0), (p.l_l, 1.0)
+    own = p
+    if f_divergence != "reverse_kl":
+        s_w, slope_w = score(p.l_w - p.r_w, f_divergence, f_alpha_divergence_coef)
+        s_l, slope_l = score(p.l_l - p.r_l, f_divergence, f_alpha_divergence_coef)
+    if f_divergence != "reverse_kl" or reference_free:
+        own = p._replace(l_w=s_w, l_l=s_l, r_w=0.0, r_l=0.0)
+    loss, grad_w, grad_l = oracle(own, **options)
+    loss -= nll_weight * p.l_w / p.n_w
+    grad_w = grad_w * slope_w - nll_weight / p.n_w
+    weight = 1.0
+    if use_weighting:
+        weight = math.exp((p.l_w + p.c_w) / p.n_w) * math.exp((p.l_l + p.c_l) / p.n_l)
+    return weight * loss, weight * grad_w, weight * grad_l * slope_l
 
 
 CLOSED_FORMS: dict[str, Callable[..., Expected]] = {
@@ -202,4 +211,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("safedpo", {"f_divergence": "js_divergence", "safedpo_delta": 3.0}),
     ("sigmoid_norm", {"f_divergence": "js_divergence"}),
     ("sigmoid_norm", {"reference_free": True}),
+    ("bdpo", {"use_weighting": True}),
+    ("dpo", {"use_weighting": True, "f_divergence": "js_divergence", "nll_weight": 0.5}),
+    ("sft", {"use_weighting": True}),
+    ("simpo", {"use_weighting": True}),
 ]

@@ -95,6 +95,7 @@ def dense(p: Problem) -> dict[str, np.ndarray]:
     sequences = sequences[: len(p.answer_tokens)]
     ((tokens * torch.tensor(p.token_gradient)).sum() + (sequences * torch.tensor(p.answer_gradient)).sum()).backward()
     results = {"tokens": tokens, "sequences": sequences, "entropy": -(distribution.exp() * distribution).sum(-1)}
+    results["collision entropy"] = -distribution.exp().square().sum(-1).log()
     results |= {f"{name} gradient": leaf.grad for name, leaf in leaves.items()}
     return {name: value.detach().numpy() for name, value in results.items()}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +63,12 @@ def log_probs(dtype: torch.dtype = torch.float64, least: float = -8.0) -> list[t
 
 
 def theirs(
-    name: str, settings: dict[str, Any], tokens: int, values: list[torch.Tensor], mixed: dict[str, float] | None = None
+    name: str,
+    settings: dict[str, Any],
+    tokens: int,
+    values: list[torch.Tensor],
+    mixed: dict[str, float] | None = None,
+    collision_entropies: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """TRL's loss, a mean over the pairs, each of whose completions is `tokens` alike tokens after a prompt of one."""
     completion = torch.ones(2 * PAIRS, 1 + tokens, dtype=torch.int64)
@@ -70,6 +76,8 @@ def theirs(
     per_token = (torch.cat(values[:2])[:, None]).expand(-1, tokens)
     nothing = torch.zeros(2 * PAIRS, tokens, dtype=per_token.dtype)
     output = SimpleNamespace(log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    if collision_entropies is not None:
+        output.log_sum_sq_probs = -collision_entropies.flatten()[:, None].expand(-1, tokens)
     model = mock.Mock(training=False, return_value=output)
     trainer = SimpleNamespace(
         model=model,
@@ -82,7 +90,7 @@ def theirs(
         loss_types=[*(mixed or [name])],
         loss_weights=[*(mixed or {name: 1.0}).values()],
         beta=BETA,
-        use_weighting=False,
+        use_weighting=collision_entropies is not None,
         label_smoothing=settings.get("label_smoothing", 0.0),
         args=SimpleNamespace(discopop_tau=settings.get("discopop_tau")),
         _metrics={"eval": defaultdict(list)},
@@ -99,11 +107,21 @@ def theirs(
     return loss
 
 
-def ours(name: str, options: dict[str, Any], tokens: int, values: list[torch.Tensor]) -> torch.Tensor:
-    known = {} if name == "sft" else {"beta": BETA}
+def ours(
+    name: str,
+    options: dict[str, Any],
+    tokens: int,
+    values: list[torch.Tensor],
+    collision_entropies: torch.Tensor | None = None,
+) -> torch.Tensor:
+    known: dict[str, Any] = {} if name == "sft" else {"beta": BETA}
     length = torch.full((PAIRS,), tokens)
     chosen, rejected, *reference = (each * tokens for each in values)
     pairs = PairLogProbs(chosen, rejected, length, length, *reference)
+    if collision_entropies is not None:
+        chosen, rejected = tokens * collision_entropies
+        pairs = replace(pairs, chosen_collision_entropy=chosen, rejected_collision_entropy=rejected)
+        known["use_weighting"] = True
     return losses.get(name).function(pairs, losses.build_options(name, known | options)).loss.mean()
 
 
@@ -125,6 +143,22 @@ def test_value_and_gradient(name, tokens):
     expected.backward()
     for own, one in zip(values[:2], expected_values[:2], strict=True):
         assert own.grad is not None and one.grad is not None
+        torch.testing.assert_close(own.grad, one.grad, rtol=allowed, atol=allowed)
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"sft", "hinge"}))
+def test_weighting(name):
+    """But SFT, where TRL weighs each pair's share of the mean over all; and hinge, on which its backward fails."""
+    options, their_name, settings = CASES[name]
+    allowed = SINGLE if name == "exo_pair" else EXACT
+    entropies = 4 * torch.rand(2, PAIRS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values, expected_values = log_probs(), log_probs()
+    loss = ours(name, options, 3, values, entropies)
+    expected = theirs(their_name, settings, 3, expected_values, collision_entropies=entropies)
+    torch.testing.assert_close(loss, expected, rtol=allowed, atol=allowed)
+    loss.backward()
+    expected.backward()
+    for own, one in zip(values[:2], expected_values[:2], strict=True):
         torch.testing.assert_close(own.grad, one.grad, rtol=allowed, atol=allowed)
 
 

@@ -19,6 +19,7 @@ ELSEWHERE = {"bdpo", "dpo", "simpo", "safedpo", "dpop"}
 #: With options that many losses have.
 MODIFIED = {
     "dpo, Jensen-Shannon": ["--preference-loss", "dpo", "--f-divergence", "js_divergence"],
+    "dpo, weighted": ["--preference-loss", "dpo", "--use-weighting"],
     "dpo, no reference": ["--preference-loss", "dpo", "--reference-free"],
 }
 

@@ -34,7 +34,7 @@ def test_interpreted():
         capture_output=True,
         text=True,
     )
-    assert ran.returncode == 0 and f"{10 * len(SIZES)} passed" in ran.stdout, ran.stdout[-4000:]
+    assert ran.returncode == 0 and f"{16 * len(SIZES)} passed" in ran.stdout, ran.stdout[-4000:]
 
 
 @pytest.fixture
@@ -58,12 +58,12 @@ def chunk(size: tuple[int, int, int], device: str) -> tuple[Tensor, Targets]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("asked", [(), ("moment",), ("square",), ("moment", "square")], ids=str)
 @pytest.mark.parametrize("kept", [None, torch.float32, torch.bfloat16], ids=str)
-def test_exponentials(triton_passes, device, size, entropy, kept):
+def test_exponentials(triton_passes, device, size, asked, kept):
     logits, targets = chunk(size, device)
     found, expected = (
-        run_exponentials(passes, logits.clone(), targets, entropy, kept) for passes in (triton_passes, TorchPasses())
+        run_exponentials(passes, logits.clone(), targets, asked, kept) for passes in (triton_passes, TorchPasses())
     )
     # A GPU's exp(z) is off by the rounding of z log2(e), 6e-8 of up to 90; what is kept is rounded to its type, too.
     for name, value in found.items():
@@ -72,15 +72,17 @@ def test_exponentials(triton_passes, device, size, entropy, kept):
 
 
 def run_exponentials(
-    passes: Passes, logits: Tensor, targets: Targets, entropy: bool, kept: torch.dtype | None
+    passes: Passes, logits: Tensor, targets: Targets, asked: tuple[str, ...], kept: torch.dtype | None
 ) -> dict[str, Tensor]:
     positions, columns = logits.shape
-    maximum, total, moment = logits.new_full((3, positions), 7.0)
+    maximum, total, *more = logits.new_full((4, positions), 7.0)
+    moments = dict(zip(("moment", "square"), more, strict=True))
+    sums = ChunkSums(maximum, total, **{name: each for name, each in moments.items() if name in asked})
     target_logit = logits.new_full((positions,), 5.0)  # stays where the target is elsewhere
     whole = None if kept is None else logits.new_zeros((positions, columns + 24), dtype=kept)
     own = None if whole is None else whole[:, 8 : 8 + columns]
-    passes.exponentials(logits, targets, ChunkSums(maximum, total, moment if entropy else None), target_logit, own)
-    results = {"maximum": maximum, "total": total, "target": target_logit, "moment": moment}
+    passes.exponentials(logits, targets, sums, target_logit, own)
+    results = {"maximum": maximum, "total": total, "target": target_logit, **moments}
     return results if whole is None else results | {"kept": whole}
 
 

@@ -37,6 +37,8 @@ from tests.unit.losses.test_losses import ORACLES, PAIRS, Pair, evaluate, inputs
         ("orpo", {}, Requirements(length_normalised=True)),
         ("alphapo", {}, Requirements(length_normalised=True)),
         ("sft", {}, Requirements()),
+        ("sft", {"use_weighting": True}, Requirements(collision_entropy=True)),
+        ("dpo", {"use_weighting": True}, Requirements(reference=True, collision_entropy=True)),
         ("sigmoid_norm", {}, Requirements(reference=True, length_normalised=True)),
         *[(name, {}, Requirements(reference=True)) for name in ("apo_down", "apo_zero", "bco_pair", "discopop")],
         *[(name, {}, Requirements(reference=True)) for name in ("dpop", "exo_pair", "nca_pair", "sppo_hard")],
@@ -47,6 +49,7 @@ def test_requirements_are_stated_and_suffice(name, given, expected_requirements)
     assert needs == expected_requirements
 
     asked = ["policy", "tokens"]
+    asked += ["collision"] * needs.collision_entropy
     asked += ["reference"] * needs.reference + ["unconditional"] * needs.comprehension + ["unsafe"] * needs.safety
     full = inputs(PAIRS, torch.float32)
     known = {f.name: getattr(full, f.name) for f in fields(full) if any(word in f.name for word in asked)}
@@ -83,6 +86,8 @@ def test_options_and_defaults():
     scores = {"f_divergence": "reverse_kl", "f_alpha_divergence_coef": 0.5, "reference_free": False}
     for name in ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm"):
         expected_defaults[name] = expected_defaults[name] | scores
+    for name in expected_defaults:
+        expected_defaults[name] = expected_defaults[name] | {"use_weighting": False}
     assert {name: asdict(losses.build_options(name, {})) for name in losses.names()} == expected_defaults
 
 
@@ -175,7 +180,8 @@ def test_an_option_the_loss_does_not_use_is_refused():
     with pytest.raises(UserError) as caught:
         losses.build_options("simpo", {"beta": 1.0, "label_smoothing": 0.1})
     expected_message = (
-        "--label-smoothing is not used by the loss 'simpo', which uses: --beta, --simpo-gamma, --nll-weight. "
+        "--label-smoothing is not used by the loss 'simpo', which uses: --beta, --simpo-gamma, --nll-weight, "
+        "--use-weighting. "
         "It is an option of: dpo, exo_pair, robust."
     )
     assert str(caught.value) == expected_message

@@ -6,6 +6,7 @@ Their values and gradients are compared with closed forms beside the losses' own
 from __future__ import annotations
 
 import importlib
+import pickle
 from dataclasses import dataclass, replace
 
 import pytest
@@ -33,6 +34,13 @@ def test_which_losses_have_them():
     for name in ("f_divergence", "f_alpha_divergence_coef", "reference_free"):
         assert tuple(fields[name].defaults) == OF_DIFFERENCE and fields[name].is_modifier
     assert [each.name for each in losses.all_specs() if each.of_difference] == list(OF_DIFFERENCE)
+    assert tuple(fields["use_weighting"].defaults) == losses.names() and fields["use_weighting"].is_modifier
+
+
+@pytest.mark.parametrize("name", losses.names())
+def test_options_are_sent_between_ranks(name):
+    options = losses.build_options(name, {"use_weighting": True})
+    assert pickle.loads(pickle.dumps(options)) == options
 
 
 @pytest.mark.parametrize("name", losses.names())
@@ -100,6 +108,24 @@ def test_nothing_overflows_where_the_policy_has_left_the_reference():
     for divergence in ("forward_kl", "js_divergence", "alpha_divergence"):
         found, _ = evaluate("dpo", {"f_divergence": divergence}, inputs(far, torch.float32))
         assert all(torch.isfinite(each).all() for each in found)
+
+
+def test_weights_are_of_the_policy_as_it_is():
+    """An answer as likely as the distribution is peaked, -log p = its collision entropy, weighs 1."""
+    pairs = [p._replace(c_w=-p.l_w, c_l=-p.l_l) for p in random_pairs(20)]
+    for name in losses.names():
+        found, out = evaluate(name, {"use_weighting": True}, inputs(pairs, torch.float64))
+        expected, _ = evaluate(name, {}, inputs(pairs, torch.float64))
+        assert all(torch.equal(own, one) for own, one in zip(found, expected, strict=True))
+        assert torch.equal(out.metrics["weighting"], torch.ones(20, dtype=torch.float64))
+
+
+def test_a_mix_weighs_its_sum():
+    name, given = "dpo=1.0,sft=0.5", {"use_weighting": True}
+    found, out = evaluate(name, given, inputs(PAIRS, torch.float64))
+    expected, _ = evaluate(name, {}, inputs(PAIRS, torch.float64))
+    torch.testing.assert_close(found.loss, expected.loss * out.metrics["weighting"], rtol=1e-13, atol=1e-13)
+    assert losses.get(name).requirements(losses.build_options(name, given)).collision_entropy
 
 
 @pytest.mark.parametrize(
