@@ -101,10 +101,10 @@ def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) 
         for rank in range(ranks):
             own, step = PairPool([PairStore.open(store_directory)]), len(job.plan.steps) // 2
             first = job.plan.packs(step, rank)[0]
-            lay_out([own.group(pair) for pair in first], int(job.plan.lengths[step, 0]))
+            lay_out([own.group(each).group for each in first], int(job.plan.lengths[step, 0]))
             del own
     with told("order the pairs by their first use"):
-        in_use = job.pairs_in_use(0)
+        in_use = job.groups_in_use(0)
     if with_scores:
         setup = RunSetup(arguments, arguments.settings, job, None, None, None, resumed=False)  # type: ignore[arg-type]
         log_probs = PrecomputedReference(setup, REFERENCE, in_use, no_model, pause=lambda: None)

@@ -152,6 +152,6 @@ def run(
 
 
 def _tokens(pool: Any, ids: np.ndarray[Any, Any]) -> Iterator[tuple[Any, ...]]:
-    for pair in ids:
-        group = pool.group(pair)
+    for each in ids:
+        group = pool.group(each).group
         yield tuple(part.tolist() for part in (group.prompt, *group.answers))

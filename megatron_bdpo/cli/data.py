@@ -14,7 +14,7 @@ import click
 from megatron_bdpo import display
 from megatron_bdpo.cli.common import NOT_NEGATIVE, PATH, POSITIVE, example
 from megatron_bdpo.data.check import check_rows
-from megatron_bdpo.data.format_converters import PAIRS_FROM, PREFERENCES
+from megatron_bdpo.data.format_options import PAIRS_FROM, PREFERENCES
 from megatron_bdpo.data.formats import AUTO, NAMES
 from megatron_bdpo.data.prepare import excess
 from megatron_bdpo.data.problems import RowProblem
@@ -42,7 +42,7 @@ def _form(function: Any) -> Any:
     """The form of rows."""
     for add in (
         click.option("--pair-preference", type=click.Choice(PREFERENCES), help="PKU-SafeRLHF: which answer is chosen."),
-        click.option("--pairs-from", type=click.Choice(PAIRS_FROM), help="Pairs of rows with ranked answers."),
+        click.option("--pairs-from", metavar="|".join(PAIRS_FROM), help="Pairs of rows with ranked answers."),
         click.option("--pair-columns", metavar="OURS=THEIRS,...", help="E.g. prompt=question,chosen=answer_a."),
         click.option(
             "--pair-format",

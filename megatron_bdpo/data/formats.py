@@ -5,21 +5,25 @@ The first that recognises a row wins. Those at the head are read as they are, by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from megatron_bdpo.data import format_converters as converters
-from megatron_bdpo.data.format_converters import FOR_TEMPLATE, OF_ANSWERS, FormatOptions, Row
-from megatron_bdpo.data.records import ASSISTANT_MARKER
+from megatron_bdpo.data import ranked_answers as ranked
+from megatron_bdpo.data.format_options import FormatOptions
+from megatron_bdpo.data.problems import RowProblem
+from megatron_bdpo.data.ranked_answers import OF_EACH_ANSWER
+from megatron_bdpo.data.records import ASSISTANT_MARKER, SCORE_COLUMNS
+from megatron_bdpo.data.row_parts import FOR_TEMPLATE, OF_ANSWERS, Row
 from megatron_bdpo.errors import UserError
 
 AUTO = "auto"
 
 _PAIR = ("chosen", "rejected")
 #: All that ``records.parse_row`` reads.
-_OURS = ("prompt", *_PAIR, *FOR_TEMPLATE, *OF_ANSWERS)
+_OURS = ("prompt", *_PAIR, *FOR_TEMPLATE, *OF_ANSWERS, *SCORE_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class RowFormat:
     recognises: Callable[[Row], bool]
     """Whether the row has this form."""
 
-    rows: Callable[[Row, FormatOptions], list[Row]]
-    """The row as one or several that ``records.parse_row`` reads; raises RowProblem."""
+    rows: Callable[[Row, FormatOptions], Sequence[Row | RowProblem]]
+    """The row as one or several that ``records.parse_row`` reads, or why a pair of it cannot be; raises RowProblem."""
 
     reads: tuple[str, ...] = _OURS
     """Columns that go into the pairs."""
@@ -193,10 +197,18 @@ FORMATS = (
         uses=("preference",),
     ),
     RowFormat(
+        "responses",
+        "Any number of answers: `prompt`, `responses`, with `scores`, the highest the best, or `ranks`, the lowest",
+        partial(_has, ("prompt", "responses")),
+        ranked.responses,
+        reads=("prompt", "responses", "scores", "ranks", *OF_EACH_ANSWER, *FOR_TEMPLATE),
+        uses=("pairs_from",),
+    ),
+    RowFormat(
         "nectar",
         "Nectar: `prompt` as a dialogue in text, `answers` with `rank`, 1 the best",
         partial(_has, ("prompt", "answers")),
-        converters.nectar,
+        ranked.nectar,
         reads=("prompt", "answers", *FOR_TEMPLATE),
         ignores={
             **_ORIGIN("source"),
@@ -220,7 +232,7 @@ FORMATS = (
         "nemo-rl",
         "NeMo-RL's rank form: `context`, `completions` with `rank`, the lowest the best",
         partial(_has, ("context", "completions")),
-        converters.nemo_rl,
+        ranked.nemo_rl,
         reads=("context", "completions", *FOR_TEMPLATE),
         ignores=_ORIGIN("task_name"),
         uses=("pairs_from",),
@@ -229,7 +241,7 @@ FORMATS = (
         "ultrafeedback",
         "UltraFeedback: `instruction`, `completions` with `fine-grained_score` or, where one has none, `overall_score`",
         partial(_has, ("instruction", "completions")),
-        converters.ultrafeedback,
+        ranked.ultrafeedback,
         reads=("instruction", "completions", *FOR_TEMPLATE),
         ignores={
             **_ORIGIN("source", "models"),

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -80,20 +80,47 @@ class Pack:
         return mask
 
 
+@dataclass(frozen=True)
+class GroupLengths:
+    """How long groups are, whatever the number of their answers: all that positions and attention depend on."""
+
+    prompt: IntArray  # [G] tokens of the prompt
+    answers: IntArray  # [G] number of answers
+    answer_tokens: IntArray  # [G] of all answers together
+    answer_squares: IntArray  # [G] sum of the squares of their tokens
+
+    @classmethod
+    def of_table(cls, lengths: npt.NDArray[np.integer]) -> GroupLengths:
+        """Of groups with equally many answers: ``lengths`` [G, 1 + k] are tokens of prompt and answers."""
+        prompt, answers = lengths[:, 0].astype(np.int64), lengths[:, 1:].astype(np.int64)
+        return cls(prompt, np.full(len(prompt), answers.shape[1]), answers.sum(axis=1), (answers**2).sum(axis=1))
+
+    @classmethod
+    def of_answers(cls, prompt: npt.NDArray[np.integer], group: IntArray, tokens: IntArray) -> GroupLengths:
+        """From the prompts' tokens [G], and of each answer its group and tokens, [A]."""
+
+        def sums(values: IntArray) -> IntArray:
+            return np.bincount(group, values, minlength=len(prompt)).astype(np.int64)
+
+        return cls(prompt.astype(np.int64), sums(np.ones_like(tokens)), sums(tokens), sums(tokens**2))
+
+    def with_prompts(self, prompt: npt.NDArray[np.integer]) -> GroupLengths:
+        """The same answers after prompts of other lengths, [G]."""
+        return replace(self, prompt=prompt.astype(np.int64))
+
+    def positions(self, *, share_prompts: bool) -> IntArray:
+        """[G] pack positions that each group takes."""
+        return self.prompt * (1 if share_prompts else self.answers) + self.answer_tokens
+
+    def squares(self, *, share_prompts: bool) -> IntArray:
+        """[G] attention: twice the keys that a group's queries see, which for a sequence of n tokens is n squared."""
+        prompts = self.prompt**2 * (1 if share_prompts else self.answers)
+        return prompts + 2 * self.prompt * self.answer_tokens + self.answer_squares
+
+
 def group_tokens(lengths: npt.NDArray[np.integer], *, share_prompts: bool) -> IntArray:
-    """Pack positions that each group takes. ``lengths`` [G, 1 + k] are tokens of prompt and answers; returns [G]."""
-    prompt_copies = 1 if share_prompts else lengths.shape[1] - 1
-    return lengths[:, 0].astype(np.int64) * prompt_copies + lengths[:, 1:].sum(axis=1, dtype=np.int64)
-
-
-def causal_squares(lengths: npt.NDArray[np.integer], *, share_prompts: bool) -> IntArray:
-    """Attention of each group: twice the keys that its queries see, which for a sequence of n tokens is n squared.
-
-    ``lengths`` as in :func:`group_tokens`; returns [G].
-    """
-    prompt, answers = lengths[:, :1].astype(np.int64), lengths[:, 1:]
-    squares: IntArray = ((prompt + answers) ** 2).sum(axis=1)
-    return squares - (answers.shape[1] - 1) * prompt[:, 0] ** 2 if share_prompts else squares
+    """[G] pack positions of groups with equally many answers; ``lengths`` as in ``GroupLengths.of_table``."""
+    return GroupLengths.of_table(lengths).positions(share_prompts=share_prompts)
 
 
 def lay_out(

@@ -1,16 +1,18 @@
-"""All pairs of a run under one numbering, and which of them are trained on, held out or left out."""
+"""All pairs and groups of a run under one numbering, and which of them are trained on, held out or left out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.data.packs import Group, group_tokens
+from megatron_bdpo.data.packs import Group, GroupLengths
 from megatron_bdpo.data.sources import describe_row
 from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.data.tokenization import TokenArray
 from megatron_bdpo.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
@@ -20,25 +22,43 @@ BoolArray = npt.NDArray[np.bool_]
 Choose = Callable[[npt.NDArray[np.int8]], tuple[BoolArray, BoolArray]]
 
 
+class ComparedGroup(NamedTuple):
+    """A group with its p pairs."""
+
+    group: Group
+    pairs: IntArray  # [p] ids
+    answers: IntArray  # [p, 2] which of its answers are chosen and rejected
+
+
 class PairPool:
-    """Token stores one after the other: pair ids are [0, P) over all of them.
+    """Token stores one after the other: pair ids are [0, P) over all of them, group ids [0, G).
+
+    A group is the pairs of one row with the same prompt (see ``store``). Groups are what is drawn, packed and scored;
+    pairs are what losses compare. Most rows give one pair, which is a group of its own.
 
     Attributes:
         lengths: [P, 3] tokens of prompt, chosen, rejected.
         unsafe: [P, 2] of chosen, rejected: 1 unsafe, 0 safe, -1 unknown.
         swapped: [P] pairs whose chosen and rejected change places, as the loss wants it; applies to everything but
-            ``store_ids``.
+            the stores' own numbers.
+        kept: [P] pairs that take part; the others of a group do not, nor do answers that none of its pairs is left of.
+        first_pair: [G + 1] the first pair of each group, and P.
     """
 
     def __init__(self, stores: Sequence[PairStore]) -> None:
         self.stores = tuple(stores)
         self.offsets = np.cumsum([0, *(len(store) for store in stores)])
         self.lengths = _joined([store.lengths for store in stores])
+        self._starts = _joined([store.starts for store in stores])  # in each store's tokens
         self.unsafe = _joined([store.unsafe for store in stores])
         self._scored = _joined([store.scored for store in stores]) if any(each.has_context for each in stores) else None
-        self.swapped = np.zeros(len(self.lengths), bool)
+        firsts = [first_pairs(store.starts) + offset for store, offset in zip(stores, self.offsets, strict=False)]
+        self.first_pair = np.concatenate([*firsts, self.offsets[-1:]])
+        self.group_offsets = np.cumsum([0, *map(len, firsts)])
+        self.swapped, self.kept = np.zeros(len(self.lengths), bool), np.ones(len(self.lengths), bool)
 
     def __len__(self) -> int:
+        """P."""
         return len(self.lengths)
 
     @property
@@ -60,9 +80,29 @@ class PairPool:
             [np.full(len(each), np.nan) if each.margin is None else each.margin for each in self.stores]
         )
 
-    def store_ids(self, index: int) -> IntArray:
-        """Pair ids of the store at ``index``, in the store's order."""
-        return np.arange(self.offsets[index], self.offsets[index + 1])
+    def groups_of_store(self, index: int) -> IntArray:
+        """Ids of the groups of the store at ``index``, in the store's order."""
+        return np.arange(self.group_offsets[index], self.group_offsets[index + 1])
+
+    def pairs_of(self, groups: IntArray) -> IntArray:
+        """Ids of the pairs of these groups that take part, group after group."""
+        return self.pairs_and_places(groups)[0]
+
+    def pairs_and_places(self, groups: IntArray) -> tuple[IntArray, IntArray]:
+        """:meth:`pairs_of`, and for each pair the place of its group in ``groups``."""
+        if self._has_single_pairs:
+            kept = self.kept[groups]
+            return groups[kept], np.flatnonzero(kept)
+        counts = self.first_pair[groups + 1] - self.first_pair[groups]
+        place = np.repeat(np.arange(len(groups)), counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        pairs = self.first_pair[groups][place] + within
+        kept = self.kept[pairs]
+        return pairs[kept], place[kept]
+
+    def groups_of(self, pairs: IntArray) -> IntArray:
+        """The group of each pair."""
+        return np.searchsorted(self.first_pair, pairs, side="right").astype(np.int64) - 1
 
     def swap(self, ids: IntArray) -> None:
         """Exchange chosen and rejected of these pairs."""
@@ -75,55 +115,97 @@ class PairPool:
             self._scored = self._scored if self._scored.flags.writeable else self._scored.copy()
             self._scored[ids] = self._scored[ids][:, ::-1]
         self.lengths[ids] = self.lengths[ids][:, [0, 2, 1]]
+        self._starts = self._starts if self._starts.flags.writeable else self._starts.copy()
+        self._starts[ids] = self._starts[ids][:, [0, 2, 1]]
         self.unsafe[ids] = self.unsafe[ids][:, ::-1]
 
-    def group(self, pair_id: int, *, unconditional: bool = False) -> Group:
-        """Tokens of one pair: its prompt, or with ``unconditional`` the empty one, and its answers, chosen first."""
-        store, row = self._locate(pair_id)
-        pair = store.pair(row)
-        prompt = store.unconditional_prompt(row) if unconditional else pair.prompt
-        answers, scored = [pair.chosen, pair.rejected], list(pair.scored)
-        if self.swapped[pair_id]:
-            answers.reverse()
-            scored.reverse()
-        return Group(prompt, answers, scored)
+    def group(self, group_id: int, *, unconditional: bool = False) -> ComparedGroup:
+        """Tokens of a group: its prompt, or with ``unconditional`` the empty one, the answers of the pairs that take
+        part, in the order in which they name them, chosen first; and the pairs."""
+        ids = self.pairs_of(np.array([group_id]))
+        answers: dict[int, tuple[TokenArray, npt.NDArray[np.bool_] | None]] = {}
+        compared = np.zeros((len(ids), 2), np.int64)
+        places: dict[int, int] = {}
+        for number, pair_id in enumerate(ids.tolist()):
+            store, row = self._locate(pair_id)
+            pair, (_, *starts) = store.pair(row), store.starts[row].tolist()
+            sides = list(zip(starts, pair.parts[1:], pair.scored, strict=True))
+            for side, (start, tokens, scored) in enumerate(reversed(sides) if self.swapped[pair_id] else sides):
+                compared[number, side] = places.setdefault(start, len(places))
+                answers[start] = tokens, scored
+        store, row = self._locate(int(self.first_pair[group_id]))
+        prompt = store.unconditional_prompt(row) if unconditional else store.pair(row).prompt
+        tokens, scored = zip(*answers.values(), strict=True)
+        return ComparedGroup(Group(prompt, tokens, scored), ids, compared)
+
+    def group_lengths(self, groups: IntArray) -> GroupLengths:
+        """Of these groups, with the answers of the pairs that take part."""
+        if self._has_single_pairs:
+            return GroupLengths.of_table(self.lengths[groups])
+        pairs, place = self.pairs_and_places(groups)
+        owner, start = np.repeat(place, 2), self._starts[pairs, 1:].ravel()
+        tokens = self.lengths[pairs, 1:].ravel().astype(np.int64)
+        order = np.lexsort((start, owner))
+        is_new = (np.diff(owner[order], prepend=-1) != 0) | (np.diff(start[order], prepend=-1) != 0)
+        each_once = order[is_new]
+        prompts = self.lengths[self.first_pair[groups], 0]
+        return GroupLengths.of_answers(prompts, owner[each_once], tokens[each_once])
 
     def sizes(self, *, share_prompts: bool) -> IntArray:
-        """[P] pack positions each pair takes, with its own prompt or with the empty one, whichever is longer.
+        """[G] pack positions each group takes, with its own prompt or with the empty one, whichever is longer.
 
-        So every pack that holds some pairs also holds them after the empty prompt, which the resident reference needs.
+        So every pack that holds some groups also holds them after the empty prompt, which the resident reference needs.
         """
-        lengths = self.lengths.copy()
-        np.maximum(lengths[:, 0], unconditional_lengths(self), out=lengths[:, 0])
-        return group_tokens(lengths, share_prompts=share_prompts)
+        groups = np.arange(self.groups)
+        lengths = self.group_lengths(groups)
+        longer = np.maximum(lengths.prompt, self.unconditional_lengths(groups))
+        return lengths.with_prompts(longer).positions(share_prompts=share_prompts)
+
+    def unconditional_lengths(self, groups: IntArray) -> npt.NDArray[np.int32]:
+        """[n] tokens of each group's unconditional prompt."""
+        return np.concatenate([store.unconditional for store in self.stores])[self.first_pair[groups]]
 
     def describe(self, pair_id: int) -> str:
         """Where a pair comes from, for messages."""
         store, row = self._locate(pair_id)
         return describe_row(store.sources[store.source[row]], int(store.row[row]))
 
+    def describe_group(self, group_id: int) -> str:
+        """Where a group comes from, for messages."""
+        return self.describe(int(self.first_pair[group_id]))
+
     def origin(self, pair_id: int) -> tuple[str, int]:
         """The data set that a pair comes from, and its row there, counted from 1."""
         store, row = self._locate(pair_id)
         return store.sources[store.source[row]].path, int(store.row[row])
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return len(self.first_pair) - 1
+
+    @property
+    def _has_single_pairs(self) -> bool:
+        """Every group is a pair: a group's id is its pair's."""
+        return self.groups == len(self)
 
     def _locate(self, pair_id: int) -> tuple[PairStore, int]:
         index = int(np.searchsorted(self.offsets, pair_id, side="right")) - 1
         return self.stores[index], int(pair_id - self.offsets[index])
 
 
-def unconditional_lengths(pool: PairPool) -> npt.NDArray[np.int32]:
-    """[P] tokens of each pair's unconditional prompt."""
-    return np.concatenate([store.unconditional for store in pool.stores])
+def first_pairs(starts: npt.NDArray[np.int64]) -> IntArray:
+    """[G] the first pair of each group, of pairs whose parts begin at ``starts`` [P, 3]."""
+    return np.flatnonzero(np.diff(starts[:, 0], prepend=-1))
 
 
-def by_source(pool: PairPool, index: int, ids: IntArray) -> list[tuple[IntArray, float]]:
-    """Those of ``ids`` that belong to the store at ``index``, by data source, with the source's weight."""
+def by_source(pool: PairPool, index: int, groups: IntArray) -> list[tuple[IntArray, float]]:
+    """Those of ``groups`` that belong to the store at ``index``, by data source, with the source's weight."""
     store = pool.stores[index]
     if len(store.sources) == 1:
-        return [(ids, store.sources[0].weight)]
-    source = store.source[ids - pool.offsets[index]]
-    return [(ids[source == number], spec.weight) for number, spec in enumerate(store.sources)]
+        return [(groups, store.sources[0].weight)]
+    source = store.source[pool.first_pair[groups] - pool.offsets[index]]
+    return [(groups[source == number], spec.weight) for number, spec in enumerate(store.sources)]
 
 
 def _joined[Kind: np.generic](arrays: list[npt.NDArray[Kind]]) -> npt.NDArray[Kind]:
@@ -137,14 +219,14 @@ def _joined[Kind: np.generic](arrays: list[npt.NDArray[Kind]]) -> npt.NDArray[Ki
 
 @dataclass
 class Selection:
-    """Pairs that remain after everything that depends on this run's settings, and what was done to the others."""
+    """Groups that remain after everything that depends on this run's settings, and what was done to the others."""
 
     ids: IntArray
     notes: list[str] = field(default_factory=list)
 
 
 def drop_long(pool: PairPool, selection: Selection, sizes: IntArray, limit: int, *, drop: bool) -> None:
-    """Keep the pairs that fit a pack of ``limit`` positions.
+    """Keep the groups that fit a pack of ``limit`` positions.
 
     Raises:
         UserError: if one does not fit and ``drop`` is off.
@@ -153,15 +235,15 @@ def drop_long(pool: PairPool, selection: Selection, sizes: IntArray, limit: int,
     if fits.all():
         return
     longest = int(selection.ids[np.argmax(sizes[selection.ids])])
-    count = int((~fits).sum())
+    dropped = pool.pairs_of(selection.ids[~fits])
     if not drop:
         raise UserError(
-            f"{count} of {len(selection.ids)} pairs do not fit a pack of --seq-length {limit}; the longest "
-            f"({pool.describe(longest)}) takes {sizes[longest]} positions. Raise --seq-length, truncate with "
-            "--max-prompt-length / --max-response-length, or leave them out with --long-pairs drop."
+            f"{len(dropped)} of {len(pool.pairs_of(selection.ids))} pairs do not fit a pack of --seq-length {limit}; "
+            f"the longest ({pool.describe_group(longest)}) takes {sizes[longest]} positions. Raise --seq-length, "
+            "truncate with --max-prompt-length / --max-response-length, or leave them out with --long-pairs drop."
         )
     selection.ids = selection.ids[fits]
-    selection.notes.append(f"{count} pairs longer than --seq-length {limit} dropped")
+    selection.notes.append(f"{len(dropped)} pairs longer than --seq-length {limit} dropped")
 
 
 def select(pool: PairPool, selection: Selection, choose: Choose, *, labelled: bool) -> None:
@@ -174,23 +256,27 @@ def select(pool: PairPool, selection: Selection, choose: Choose, *, labelled: bo
     Raises:
         UserError: if a pair has none.
     """
-    labels = pool.unsafe[selection.ids]
+    pairs = pool.pairs_of(selection.ids)
+    labels = pool.unsafe[pairs]
     if labelled and (unlabelled := (labels < 0).any(axis=1)).any():
-        example = int(selection.ids[np.argmax(unlabelled)])
+        example = int(pairs[np.argmax(unlabelled)])
         raise UserError(
             f"the loss needs safety labels, but {int(unlabelled.sum())} of {len(labels)} pairs have none "
             f"({pool.describe(example)}). Add boolean columns chosen_safe and rejected_safe, or choose another loss."
         )
     keep, swap = choose(labels)
-    pool.swap(selection.ids[swap])
-    selection.ids = selection.ids[keep]
+    pool.swap(pairs[swap])
+    pool.kept[pairs[~keep]] = False
+    has_pairs = np.zeros(pool.groups, bool)
+    has_pairs[pool.groups_of(pairs[keep])] = True
+    selection.ids = selection.ids[has_pairs[selection.ids]]
     if len(labels) and (labelled or swap.any() or not keep.all()):
         dropped = int((~keep).sum())
         selection.notes.append(f"{int(swap.sum())} pairs swapped by their safety labels, {dropped} dropped")
 
 
 def hold_out(ids: IntArray, share: float, seed: int) -> tuple[IntArray, IntArray]:
-    """Split off a random share of the pairs. Returns (train, held out), each in the original order."""
+    """Split off a random share of the groups. Returns (train, held out), each in the original order."""
     if not 0 <= share < 1:
         raise UserError(f"--eval-share must be at least 0 and below 1, not {share}.")
     count = round(len(ids) * share)

@@ -15,7 +15,8 @@ Everything that both answers begin with belongs to the prompt; what follows is t
 For what messages may hold, and the columns that go with them, see ``messages``. Optional columns ``chosen_safe`` and
 ``rejected_safe`` (true/false or 1/0; absent or null means unknown) carry safety labels, and ``ref_chosen_logps`` and
 ``ref_rejected_logps``, as TRL writes them, the log-probs of a reference; ``margin``, as TRL reads it, is by how much a
-reward model should tell the answers apart.
+reward model should tell the answers apart; ``chosen_score`` and ``rejected_score`` are a judge's, the higher the
+better.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class PreferenceRecord:
     """Log-probs of ``chosen`` and ``rejected`` by a reference, in nats; None when unknown."""
     margin: float | None = None
     """Of the rewards of ``chosen`` and ``rejected``, that a reward model should have at least; None: not asked for."""
+    scores: tuple[float, float] | None = None
+    """A judge's of ``chosen`` and ``rejected``, the higher the better; None when unknown."""
     is_dialogue: bool = False
     """Strings that may hold further turns, which HH-RLHF's markers tell apart."""
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -96,7 +99,8 @@ def parse_row(row: dict[str, Any]) -> PreferenceRecord:
         chosen_safe=_label(row, "chosen_safe"),
         rejected_safe=_label(row, "rejected_safe"),
         reference=_reference(row),
-        margin=_margin(row),
+        margin=_number(row, MARGIN_COLUMN),
+        scores=_scores(row),
         is_dialogue=prompt is None and any(USER_MARKER in response for response in parts[1:]),
         variables={} if isinstance(parts[0], str) else template_variables(row),
     )
@@ -221,16 +225,31 @@ def _label(row: dict[str, Any], column: str) -> bool | None:
 
 
 MARGIN_COLUMN = "margin"
+SCORE_COLUMNS = ("chosen_score", "rejected_score")
 
 
-def _margin(row: dict[str, Any]) -> float | None:
+def _number(row: dict[str, Any], column: str) -> float | None:
     """A finite number; None when the column is absent or null."""
-    value = row.get(MARGIN_COLUMN)
+    value = row.get(column)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowProblem(ProblemKind.WRONG_TYPE, f"column '{MARGIN_COLUMN}' is {value!r}; a finite number is needed")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
+        raise RowProblem(ProblemKind.WRONG_TYPE, f"column '{column}' is {value!r}; a finite number is needed")
     return float(value)
+
+
+def is_finite(value: float) -> bool:
+    """Whether it is a float's number; integers of JSON may be too large for one."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _scores(row: dict[str, Any]) -> tuple[float, float] | None:
+    """Both scores; None when a column is absent or null."""
+    chosen, rejected = (_number(row, column) for column in SCORE_COLUMNS)
+    return None if chosen is None or rejected is None else (chosen, rejected)
 
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")

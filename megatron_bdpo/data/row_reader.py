@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_bdpo.data import formats
-from megatron_bdpo.data.format_converters import FormatOptions
+from megatron_bdpo.data.format_options import FormatOptions
 from megatron_bdpo.data.formats import AUTO, RowFormat
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.sources import Row, SourceSpec, describe_row, read_rows
@@ -48,7 +48,9 @@ class FormatSettings:
             UserError: an unknown format, or columns that are not named right.
         """
         known = formats.COLUMNS if pair_format == AUTO else formats.named(pair_format).reads
-        return cls(pair_format, _parse_columns(pair_columns, known), pairs_from, pair_preference)
+        settings = cls(pair_format, _parse_columns(pair_columns, known), pairs_from, pair_preference)
+        _ = settings.options  # raises for what is no option
+        return settings
 
     @property
     def options(self) -> FormatOptions:
@@ -100,8 +102,8 @@ class RowReader:
     known_from: str
     """Why this format, in words."""
 
-    def records(self, row: Row) -> list[Row]:
-        """The row as one or several that ``records.parse_row`` reads.
+    def records(self, row: Row) -> Sequence[Row | RowProblem]:
+        """The row as one or several that ``records.parse_row`` reads, or why a pair of it cannot be.
 
         Raises:
             RowProblem: it does not have the form of this source, or no pair can be made of it.

@@ -2,19 +2,23 @@
 
 A store is a directory, written once and never changed:
 
-    tokens.bin       int32  [N]     prompt, chosen, rejected of pair 0, then of pair 1, ...
-    starts.bin       int64  [P]     where each pair begins in tokens.bin
+    tokens.bin       int32  [N]     prompts and answers, each once in its group
+    starts.bin       int64  [P, 3]  where prompt, chosen, rejected of each pair begin in tokens.bin
     lengths.bin      int32  [P, 3]  tokens of prompt, chosen, rejected
     source.bin       int16  [P]     index of the source the pair comes from
     row.bin          int64  [P]     its row there, counted from 1
     unsafe.bin       int8   [P, 2]  safety of chosen, rejected: 0 safe, 1 unsafe, -1 unknown
     reference.bin    fp64   [P, 2]  log-probs of chosen, rejected that the rows bring, NaN: none; empty if none does
     margin.bin       fp64   [P]     margin of rewards that the rows ask for, NaN: none; empty if none does
+    score.bin        fp64   [P, 2]  a judge's of chosen, rejected, NaN: none; empty if none has any
     context.bin      int64  [S, 2]  stretches of tokens.bin that belong to responses and are not scored, in order
     prompt_of.bin    int32  [P]     index of the pair's own unconditional prompt; -1: the one in meta.json
     own_prompts.bin  int32  [E]     those prompts, one after the other
     own_lengths.bin  int32  [D]     tokens of each
     meta.json                       shapes, sizes, checksums, fingerprint, report; written last
+
+A *group* is the pairs of one row with the same prompt: they lie beside each other, and have one start of their prompts.
+An answer of several of them is stored once.
 
 The arrays are raw and little-endian: nothing is pickled, and a file's size alone shows that it was cut short.
 """
@@ -45,29 +49,30 @@ from megatron_bdpo.json_shape import is_count, is_number, parse_json, schema_err
 from megatron_bdpo.user_files import open_regular, read_regular
 
 FORMAT_NAME = "megatron_bdpo pair store"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 _META = "meta.json"
 _TOKENS = "tokens"
 # Name -> dtype and columns.
 _ARRAYS: dict[str, tuple[str, int | None]] = {
     _TOKENS: ("<i4", None),
-    "starts": ("<i8", None),
+    "starts": ("<i8", 3),
     "lengths": ("<i4", 3),
     "source": ("<i2", None),
     "row": ("<i8", None),
     "unsafe": ("<i1", 2),
     "reference": ("<f8", 2),
     "margin": ("<f8", None),
+    "score": ("<f8", 2),
     "context": ("<i8", 2),
     "prompt_of": ("<i4", None),
     "own_prompts": ("<i4", None),
     "own_lengths": ("<i4", None),
 }
 _VERIFIED_AT_ONCE = 2**24  # tokens
-_MAY_BE_EMPTY = frozenset({"reference", "margin", "context", "own_prompts", "own_lengths"})
+_MAY_BE_EMPTY = frozenset({"reference", "margin", "score", "context", "own_prompts", "own_lengths"})
 #: Those that have a row for each pair, or none where no pair has any.
-_OPTIONAL = ("reference", "margin")
+_OPTIONAL = ("reference", "margin", "score")
 #: Those that have a row for each pair.
 _BY_PAIR = ("starts", "lengths", "source", "row", "unsafe", "prompt_of")
 
@@ -97,12 +102,14 @@ class PairStore:
 
     Attributes:
         directory: where it lies.
+        starts: int64 [P, 3], where prompt, chosen, rejected begin among the tokens; equal ones are the same.
         lengths: int32 [P, 3], tokens of prompt, chosen, rejected.
         source: int16 [P], index into ``sources``.
         row: int64 [P], row or line in that source, counted from 1.
         unsafe: int8 [P, 2], safety of chosen and rejected: 0 safe, 1 unsafe, -1 unknown.
         reference: float64 [P, 2], log-probs of chosen and rejected that the rows bring; NaN: none. None: no row does.
         margin: float64 [P], margin of rewards that the rows ask for; NaN: none. None: no row does.
+        score: float64 [P, 2], a judge's of chosen and rejected; NaN: none. None: no row has any.
         scored: int32 [P, 2], tokens of chosen and rejected that are scored: all but the turns of others in them.
         empty_prompt: int32 [length], the prompt of the unconditional log-probability of pairs without one of their own.
         unconditional: int32 [P], tokens of each pair's unconditional prompt.
@@ -124,14 +131,15 @@ class PairStore:
         self.unsafe: npt.NDArray[np.int8] = arrays["unsafe"]
         self.reference: npt.NDArray[np.float64] | None = arrays["reference"] if len(arrays["reference"]) else None
         self.margin: npt.NDArray[np.float64] | None = arrays["margin"] if len(arrays["margin"]) else None
+        self.score: npt.NDArray[np.float64] | None = arrays["score"] if len(arrays["score"]) else None
         self._tokens: TokenArray = arrays[_TOKENS]
-        self._starts: npt.NDArray[np.int64] = arrays["starts"]
+        self.starts: npt.NDArray[np.int64] = arrays["starts"]
         self._context: npt.NDArray[np.int64] = arrays["context"]
         self._prompt_of: npt.NDArray[np.int32] = arrays["prompt_of"]
         self._own_ends = np.cumsum(arrays["own_lengths"], dtype=np.int64)
         self._own_prompts: TokenArray = arrays["own_prompts"]
         self.unconditional = _prompt_lengths(self._prompt_of, arrays["own_lengths"], len(self.empty_prompt))
-        self.scored = _scored_lengths(self.lengths, self._starts, self._context)
+        self.scored = _scored_lengths(self.lengths, self.starts, self._context)
 
     @classmethod
     def open(cls, directory: Path | str, sources: tuple[SourceSpec, ...] | None = None) -> PairStore:
@@ -177,15 +185,11 @@ class PairStore:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of a store of {len(self)} pairs")
-        prompt, chosen, rejected = (int(length) for length in self.lengths[index])
-        start = int(self._starts[index])
-        tokens = self._tokens[start : start + prompt + chosen + rejected]
-        middle = prompt + chosen
-        scored = (
-            self._mask(start + prompt, start + middle, int(self.scored[index, 0])),
-            self._mask(start + middle, start + len(tokens), int(self.scored[index, 1])),
-        )
-        return PairTokens(tokens[:prompt], tokens[prompt:middle], tokens[middle:], *scored)
+        bounds = [(int(a), int(a + n)) for a, n in zip(self.starts[index], self.lengths[index], strict=True)]
+        prompt, chosen, rejected = (self._tokens[start:stop] for start, stop in bounds)
+        counts = (int(count) for count in self.scored[index])
+        scored = (self._mask(*each, count) for each, count in zip(bounds[1:], counts, strict=True))
+        return PairTokens(prompt, chosen, rejected, *scored)
 
     def unconditional_prompt(self, index: int) -> TokenArray:
         """Token ids of the prompt that a pair's unconditional log-probability is conditioned on."""
@@ -228,7 +232,7 @@ class PairStore:
 
 
 class PairStoreWriter:
-    """Writes a new store; tokens go to disk as they come, 43 bytes per pair stay in memory.
+    """Writes a new store; tokens go to disk as they come, 59 bytes per pair stay in memory.
 
     A context manager that closes the file; `finish` makes the store complete. Without it there is no meta.json, and
     nothing that `PairStore.open` would take for a store.
@@ -267,15 +271,15 @@ class PairStoreWriter:
         data = rows.tokens.astype("<i4", copy=False).tobytes()
         self._tokens.write(data)
         self._crc32 = zlib.crc32(data, self._crc32)
-        ends = np.cumsum(rows.lengths.sum(axis=1, dtype=np.int64))
-        columns = {
-            "starts": self._written + ends - rows.lengths.sum(axis=1),
+        columns: dict[str, npt.NDArray[Any]] = {
+            "starts": self._written + rows.starts,
             "lengths": rows.lengths,
             "source": np.full(len(rows), source),
             "row": rows.row,
             "unsafe": rows.unsafe,
             "reference": rows.reference,
             "margin": rows.margin,
+            "score": rows.score,
             "context": rows.context + self._written,
             "prompt_of": np.where(rows.prompt_of < 0, -1, rows.prompt_of + self._own_prompts),
             "own_prompts": rows.own_prompts,
@@ -375,14 +379,17 @@ def _open_array(directory: Path, name: str, described: dict[str, int]) -> npt.ND
 
 
 def _check_consistency(directory: Path, info: StoreInfo, arrays: dict[str, npt.NDArray[Any]]) -> None:
-    """The arrays fit each other: one row per pair, and the lengths add up to the tokens. And they fit the sources."""
+    """The arrays fit each other: one row per pair, and no part goes beyond the tokens. And they fit the sources."""
     pairs = len(arrays["lengths"])
     if any(len(arrays[name]) != pairs for name in _BY_PAIR) or any(
         len(arrays[name]) not in (0, pairs) for name in _OPTIONAL
     ):
         raise _damaged(directory, "its arrays are of different numbers of pairs")
-    if int(arrays["lengths"].sum(dtype=np.int64)) != len(arrays[_TOKENS]):
-        raise _damaged(directory, "the lengths do not add up to the number of tokens")
+    starts, lengths = arrays["starts"], arrays["lengths"]
+    if pairs and not (starts.min() >= 0 and lengths.min() >= 0 and (starts + lengths).max() == len(arrays[_TOKENS])):
+        raise _damaged(directory, "its pairs do not end where the tokens do")
+    if (np.diff(starts[:, 0]) < 0).any():
+        raise _damaged(directory, "its groups are not in order")
     if not info.empty_prompt:
         raise _damaged(directory, f"{_META} has no empty prompt")
     if int(arrays["source"].max(initial=-1)) >= len(info.sources):
@@ -411,11 +418,9 @@ def _scored_lengths(
 ) -> npt.NDArray[np.int32]:
     if not len(context):
         return lengths[:, 1:]
-    pair = np.searchsorted(starts, context[:, 0], side="right") - 1
-    is_rejected = (context[:, 0] >= starts[pair] + lengths[pair, :2].sum(axis=1)).astype(np.int64)
-    scored = lengths[:, 1:].astype(np.int64)
-    np.subtract.at(scored, (pair, is_rejected), context[:, 1] - context[:, 0])
-    return scored.astype(np.int32)
+    before = np.concatenate([[0], np.cumsum(context[:, 1] - context[:, 0])])  # tokens of context before each stretch
+    first, stop = (np.searchsorted(context[:, 0], edge) for edge in (starts[:, 1:], starts[:, 1:] + lengths[:, 1:]))
+    return (lengths[:, 1:] - (before[stop] - before[first])).astype(np.int32)
 
 
 def _crc32(values: npt.NDArray[Any]) -> int:

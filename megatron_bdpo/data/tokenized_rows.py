@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import PreferenceRecord
-from megatron_bdpo.data.tokenization import PairTokens, TokenArray
+from megatron_bdpo.data.tokenization import BoolArray, PairTokens, TokenArray
 
 UNKNOWN, SAFE, UNSAFE = -1, 0, 1
 CHATS, STRINGS = "chat messages", "strings"
@@ -102,7 +102,9 @@ class TokenizedRows:
     """Pairs in the order of their rows, and the outcome of all the rows."""
 
     tokens: TokenArray
-    """int32 [N] prompt, chosen, rejected of pair 0, then of pair 1, ..."""
+    """int32 [N] the prompts and answers, each group's together"""
+    starts: npt.NDArray[np.int64]
+    """int64 [P, 3] where prompt, chosen, rejected begin in ``tokens``; see ``RowsBuilder``"""
     lengths: npt.NDArray[np.int32]
     """int32 [P, 3] tokens of prompt, chosen, rejected"""
     row: npt.NDArray[np.int64]
@@ -113,6 +115,8 @@ class TokenizedRows:
     """float64 [P, 2] log-probs of chosen, rejected that the rows bring, in nats; NaN: none"""
     margin: npt.NDArray[np.float64]
     """float64 [P] margin of rewards that the rows ask for; NaN: none"""
+    score: npt.NDArray[np.float64]
+    """float64 [P, 2] a judge's of chosen, rejected, the higher the better; NaN: none"""
     context: npt.NDArray[np.int64]
     """int64 [S, 2] stretches of responses that are not scored, from and to an index of ``tokens``, in order"""
     prompt_of: npt.NDArray[np.int32]
@@ -152,17 +156,26 @@ ARRAYS = tuple(each.name for each in dataclasses.fields(TokenizedRows) if each.n
 
 
 class RowsBuilder:
-    """Collects the pairs and problems of rows that come one after the other."""
+    """Collects the pairs and problems of rows that come one after the other.
+
+    Pairs of one row with the same prompt are a group: they share its tokens, and those of the answers that they have in
+    common. So pairs of one group have one start of their prompts, and lie beside each other.
+    """
 
     def __init__(self) -> None:
         self.outcome = Outcome()
         self._tokens: list[TokenArray] = []
         self._used = 0
+        self._group: tuple[Any, ...] = ()
+        self._prompt_start = 0
+        self._answers: dict[tuple[bytes, bytes | None], int] = {}
+        self._starts: list[tuple[int, int, int]] = []
         self._lengths: list[tuple[int, int, int]] = []
         self._rows: list[int] = []
         self._unsafe: list[tuple[int, int]] = []
         self._reference: list[tuple[float, float]] = []
         self._margin: list[float] = []
+        self._score: list[tuple[float, float]] = []
         self._context: list[tuple[int, int]] = []
         self._prompt_of: list[int] = []
         self._own: dict[bytes, int] = {}
@@ -174,27 +187,43 @@ class RowsBuilder:
     def append(
         self, pair: PairTokens, row: int, record: PreferenceRecord, own_prompt: TokenArray | None = None
     ) -> None:
-        """Add one pair; of the record only safety labels, the reference's log-probs and the margin are kept.
+        """Add one pair; of the record only safety labels, the reference's log-probs, margin and scores are kept.
 
         Args:
             own_prompt: the pair's unconditional prompt, where it is not the one that all share.
         """
-        prompt, chosen, rejected = pair.parts
-        self._tokens += [prompt, chosen, rejected]
-        self._lengths.append((len(prompt), len(chosen), len(rejected)))
-        starts = self._used + len(prompt), self._used + len(prompt) + len(chosen)
-        for start, scored in zip(starts, pair.scored, strict=True):
-            if scored is not None:
-                edges = np.flatnonzero(np.diff(np.concatenate([[True], scored, [True]]))) + start
-                self._context += [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
-        self._used += sum(self._lengths[-1])
+        known = -1 if own_prompt is None else self._own.setdefault(own_prompt.tobytes(), len(self._own))
+        group = (row, known, pair.prompt.tobytes())
+        if group != self._group:
+            self._group, self._answers = group, {}
+            self._prompt_start = self._add(pair.prompt)
+        first, second = (self._add_answer(*each) for each in zip(pair.parts[1:], pair.scored, strict=True))
+        self._starts.append((self._prompt_start, first, second))
+        self._lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
         self._rows.append(row)
         self._unsafe.append((_label(record.chosen_safe), _label(record.rejected_safe)))
         self._reference.append(record.reference or (math.nan, math.nan))
         self._margin.append(math.nan if record.margin is None else record.margin)
-        known = -1 if own_prompt is None else self._own.setdefault(own_prompt.tobytes(), len(self._own))
+        self._score.append(record.scores or (math.nan, math.nan))
         self._prompt_of.append(known)
         self.outcome.forms.setdefault(CHATS if record.is_chat else STRINGS, row)
+
+    def _add(self, tokens: TokenArray) -> int:
+        """Where they begin."""
+        start = self._used
+        self._tokens.append(tokens)
+        self._used += len(tokens)
+        return start
+
+    def _add_answer(self, tokens: TokenArray, scored: BoolArray | None) -> int:
+        """Where it begins: once in a group."""
+        key = tokens.tobytes(), None if scored is None else scored.tobytes()
+        if key not in self._answers:
+            self._answers[key] = start = self._add(tokens)
+            if scored is not None:
+                edges = np.flatnonzero(np.diff(np.concatenate([[True], scored, [True]]))) + start
+                self._context += [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+        return self._answers[key]
 
     def add_problem(self, row: int, problem: RowProblem) -> None:
         """Count one row that gives no pair."""
@@ -205,11 +234,13 @@ class RowsBuilder:
         own = [np.frombuffer(content, np.int32) for content in self._own]
         return TokenizedRows(
             tokens=_joined(self._tokens),
+            starts=np.array(self._starts, np.int64).reshape(-1, 3),
             lengths=np.array(self._lengths, np.int32).reshape(-1, 3),
             row=np.array(self._rows, np.int64),
             unsafe=np.array(self._unsafe, np.int8).reshape(-1, 2),
             reference=np.array(self._reference, np.float64).reshape(-1, 2),
             margin=np.array(self._margin, np.float64),
+            score=np.array(self._score, np.float64).reshape(-1, 2),
             context=np.array(self._context, np.int64).reshape(-1, 2),
             prompt_of=np.array(self._prompt_of, np.int32),
             own_prompts=_joined(own),
@@ -226,6 +257,7 @@ def join(parts: Sequence[TokenizedRows]) -> TokenizedRows:
     tokens = np.cumsum([0, *(len(part.tokens) for part in parts)])
     own = np.cumsum([0, *(len(part.own_lengths) for part in parts)])
     shifted = {
+        "starts": [part.starts + start for part, start in zip(parts, tokens, strict=False)],
         "context": [part.context + start for part, start in zip(parts, tokens, strict=False)],
         "prompt_of": [
             np.where(part.prompt_of < 0, -1, part.prompt_of + start).astype(np.int32)

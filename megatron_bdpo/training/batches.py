@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_bdpo.data.bin_packing import round_up
 from megatron_bdpo.data.context import ALONE, ContextRank, context_part
 from megatron_bdpo.data.packs import IntArray, Pack, lay_out
-from megatron_bdpo.data.pool import PairPool
+from megatron_bdpo.data.pool import ComparedGroup, PairPool
 from megatron_bdpo.logprobs import ScoredPositions
 from megatron_bdpo.model.attention import AttentionPlan
 from megatron_bdpo.model.reward_head import AnswerEnds
@@ -29,19 +29,22 @@ from megatron_bdpo.model.reward_head import AnswerEnds
 
 @dataclass(frozen=True)
 class PackPairs:
-    """The P pairs of a pack: which of its A answers are compared."""
+    """The P pairs of a pack's groups: which of its A answers are compared, and what each counts."""
 
     ids: IntArray  # [P], on the host
     answers: Tensor  # [P, 2] numbers of the chosen and the rejected answer
     unsafe: Tensor  # [P, 2] safety labels: 1 unsafe, 0 safe, -1 unknown
     margin: Tensor  # [P] float64, of rewards; 0 where the row asks for none
+    weight: Tensor  # [P] float64, of the pair in the step's mean
+    count: int  # of what the step's mean is over: the sum of the weights
+    groups: int
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-_NONE = torch.zeros(0, 2, dtype=torch.int64)
-NO_PAIRS = PackPairs(np.zeros(0, np.int64), _NONE, _NONE, torch.zeros(0, dtype=torch.float64))
+_NONE, _NO_NUMBERS = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+NO_PAIRS = PackPairs(np.zeros(0, np.int64), _NONE, _NONE, _NO_NUMBERS, _NO_NUMBERS, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,13 @@ def _in_one_piece(arrays: Mapping[str, npt.NDArray[Any] | Tensor]) -> tuple[Tens
 
 @dataclass(frozen=True)
 class PackMaker:
-    """Turns pair ids into batches, as one context-parallel rank sees them.
+    """Turns group ids into batches, as one context-parallel rank sees them.
 
     Attributes:
         limit: greatest length of a pack, so no position is beyond it. Megatron keeps a rotary table for each length
             that it is asked for; all packs ask for this one.
         padding_token: see ``lay_out``.
+        over_pairs: every pair counts 1 in the step's mean; otherwise every group does, its pairs alike.
     """
 
     pool: PairPool
@@ -127,26 +131,43 @@ class PackMaker:
     with_unconditional: bool = False
     padding_token: int | None = None
     context: ContextRank = ALONE
+    over_pairs: bool = False
 
     @functools.cached_property
     def _margins(self) -> npt.NDArray[np.float64]:
         return self.pool.margins()
 
     def __call__(self, ids: IntArray, length: int) -> PackBatch:
-        """The pack of these pairs, of ``length`` positions."""
+        """The pack of these groups, of ``length`` positions."""
         batch = self.mixed(ids, np.zeros(len(ids), bool), length)
         if not self.with_unconditional:
             return batch
         return dataclasses.replace(batch, unconditional=self.mixed(ids, np.ones(len(ids), bool), length))
 
     def mixed(self, ids: IntArray, unconditional: npt.NDArray[np.bool_], length: int) -> PackBatch:
-        """A pack in which the answers of some pairs follow the empty prompt: those with True in ``unconditional``."""
-        groups = [self.pool.group(pair, unconditional=empty) for pair, empty in zip(ids, unconditional, strict=True)]
+        """A pack in which the answers of some groups follow the empty prompt: those with True in ``unconditional``."""
+        found = [self.pool.group(each, unconditional=empty) for each, empty in zip(ids, unconditional, strict=True)]
+        groups = [each.group for each in found]
         pack = lay_out(groups, length, share_prompts=self.share_prompts, padding_token=self.padding_token)
-        answers = torch.arange(2 * len(ids)).view(-1, 2)
-        unsafe, margin = self.pool.unsafe[ids].astype(np.int64), np.nan_to_num(self._margins[ids])
-        pairs = PackPairs(ids, answers, torch.from_numpy(unsafe), torch.from_numpy(margin))
-        return to_batch(context_part(pack, self.context), length, self.limit, pairs)
+        return to_batch(context_part(pack, self.context), length, self.limit, self._pairs(found))
+
+    def _pairs(self, groups: Sequence[ComparedGroup]) -> PackPairs:
+        if not groups:
+            return NO_PAIRS
+        ids = np.concatenate([each.pairs for each in groups])
+        first = np.cumsum([0, *(len(each.group.answers) for each in groups)])
+        answers = np.concatenate([each.answers + start for each, start in zip(groups, first, strict=False)])
+        sizes = np.array([len(each.pairs) for each in groups])
+        weight = np.ones(len(ids)) if self.over_pairs else 1 / np.repeat(sizes, sizes)
+        return PackPairs(
+            ids,
+            torch.from_numpy(answers),
+            torch.from_numpy(self.pool.unsafe[ids].astype(np.int64)),
+            torch.from_numpy(np.nan_to_num(self._margins[ids])),
+            torch.from_numpy(weight),
+            count=len(ids) if self.over_pairs else len(groups),
+            groups=len(groups),
+        )
 
 
 def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_PAIRS) -> PackBatch:
@@ -170,6 +191,7 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
             "pair_answers": pairs.answers,
             "unsafe": pairs.unsafe,
             "margin": pairs.margin,
+            "weight": pairs.weight,
         }
     )
     return PackBatch(
@@ -181,7 +203,7 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
             max_seqlen_kv=table_length,
             positions=views["positions"],
             groups=views["groups"],
-            group_count=len(pairs),
+            group_count=pairs.groups,
             key_index=views["key_index"],
             query_starts=views["query_starts"],
             key_starts=views["key_starts"],
@@ -197,7 +219,13 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
         ),
         answer_tokens=views["answer_tokens"],
         ends=AnswerEnds(views["ends"], views["end_answer"], len(pack.answer_tokens)),
-        pairs=PackPairs(pairs.ids, views["pair_answers"], views["unsafe"], views["margin"]),
+        pairs=dataclasses.replace(
+            pairs,
+            answers=views["pair_answers"],
+            unsafe=views["unsafe"],
+            margin=views["margin"],
+            weight=views["weight"],
+        ),
         length=length,
     )
 
@@ -206,7 +234,7 @@ def _starts(lengths: IntArray) -> npt.NDArray[np.int32]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
-#: Pack number -> the ids of its pairs, and its length.
+#: Pack number -> the ids of its groups, and its length.
 Packs = Callable[[int], tuple[IntArray, int]]
 
 

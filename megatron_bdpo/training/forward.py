@@ -1,8 +1,9 @@
 """The forward step and the loss, in the shape Megatron's schedules expect.
 
-Normalisation: ``loss_func`` returns the *sum* of the pair losses and the number of pairs. With
+Normalisation: ``loss_func`` returns the *sum* of the weighted pair losses and of the weights, a whole number. With
 ``calculate_per_token_loss`` the schedule divides the summed gradients once by the number all-reduced over data-parallel
-ranks and microbatches, so a step is the exact mean over its pairs however they are packed.
+ranks and microbatches, so a step is the exact mean over its groups of the mean over a group's pairs, or over all its
+pairs, however they are packed (see ``batches.PackPairs``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_bdpo.losses import PairLogProbs, PairLosses, PairLossFunction
 from megatron_bdpo.model.attention import KeptKeys
 from megatron_bdpo.model.evaluation import evaluating, weights_at_rest
 from megatron_bdpo.model.pair_gpt import NextTokenContext, ScoringContext, next_tokens, score_answers
-from megatron_bdpo.training.batches import IntArray, PackBatch
+from megatron_bdpo.training.batches import IntArray, PackBatch, PackPairs
 from megatron_bdpo.training.finite import check_losses
 from megatron_bdpo.training.phases import beat
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_report
@@ -116,38 +117,45 @@ class PreferenceStep:
             collision_entropy = collision_entropy.detach()[batch.pairs.answers]
         pairs = pairs_of(batch, policy, *self.reference.lookup(batch), collision_entropy)
         losses = self.loss(pairs)
-        loss_sum = losses.loss.sum().float()
+        loss_sum = weighted_sum(losses.loss, batch)
         if self.check_nan:
             check_losses(losses.loss, pairs, batch.pairs.ids, self.describe, self.place, self.suspect)
         if self.gate is not None:
             self.gate.observe(pairs, self.loss)
         if self.observe is not None and self.evaluates:
             self.observe(batch.pairs.ids, losses)
-        report = pair_report(pairs, losses, self.imbalance_edges)
+        report = pair_report(pairs, losses, batch.pairs, self.imbalance_edges)
         if entropy is not None:
             report |= entropy_report(entropy[batch.pairs.answers], pairs)
-        return loss_sum, pairs_counted_here(batch, loss_sum.device), report
+        return loss_sum, counted_here(batch, loss_sum.device), report
 
 
-def pairs_counted_here(batch: PackBatch, device: torch.device) -> Tensor:
-    """Of a batch's pairs. Megatron adds the counts of all data- and context-parallel ranks; those of one context have
-    the same pairs."""
-    count = len(batch.pairs) if parallel_state.get_context_parallel_rank() == 0 else 0
+def weighted_sum(losses: Tensor, batch: PackBatch) -> Tensor:
+    """Of a batch's pair losses [P], in fp32."""
+    return (losses * batch.pairs.weight.to(losses.dtype)).sum().float()
+
+
+def counted_here(batch: PackBatch, device: torch.device) -> Tensor:
+    """The sum of a batch's weights. Megatron adds those of all data- and context-parallel ranks; the ranks of one
+    context have the same pairs."""
+    count = batch.pairs.count if parallel_state.get_context_parallel_rank() == 0 else 0
     return torch.full((), count, dtype=torch.int, device=device)
 
 
-def pair_report(pairs: PairLogProbs, losses: PairLosses, imbalance_edges: Tensor | None = None) -> Report:
+def pair_report(
+    pairs: PairLogProbs, losses: PairLosses, of: PackPairs, imbalance_edges: Tensor | None = None
+) -> Report:
     """The metrics of a batch, with TRL's names where TRL has them; the main ones by quartile too, given its edges."""
-    report = loss_report(losses, {"logps/chosen": pairs.policy_chosen, "logps/rejected": pairs.policy_rejected})
+    report = loss_report(losses, of, {"logps/chosen": pairs.policy_chosen, "logps/rejected": pairs.policy_rejected})
     if imbalance_edges is not None:
-        report |= quartile_report(_main(losses), losses.metrics[IMBALANCE], imbalance_edges)
+        report |= quartile_report(_main(losses), losses.metrics[IMBALANCE], imbalance_edges, of.weight, of.count)
     return report
 
 
-def loss_report(losses: PairLosses, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Report:
-    """The metrics that the losses of a batch's pairs tell, and others of the pairs, [P] each."""
+def loss_report(losses: PairLosses, of: PackPairs, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Report:
+    """The metrics that the losses of a batch's pairs tell, and others of the pairs, [P] each; weighted as they are."""
     rewards = {"rewards/chosen": losses.chosen_reward, "rewards/rejected": losses.rejected_reward}
-    return _sums({**_main(losses), **rewards, **beside, **losses.metrics})
+    return _sums({**_main(losses), **rewards, **beside, **losses.metrics}, of)
 
 
 def _main(losses: PairLosses) -> dict[str, Tensor]:
@@ -173,11 +181,10 @@ def _wins(margin: Tensor) -> Tensor:
     return torch.where(margin.abs() <= _TIE, 0.5, (margin > 0).to(margin.dtype))
 
 
-def _sums(values: dict[str, Tensor]) -> Report:
-    """[P] each; added up together, and the number of pairs filled in on the device: nothing waits for the host."""
-    sums = torch.stack([value.detach().double() for value in values.values()]).sum(dim=1)
-    pairs = next(iter(values.values())).numel()
-    return dict(zip(values, torch.stack([sums, torch.full_like(sums, pairs)], dim=1).float(), strict=True))
+def _sums(values: dict[str, Tensor], of: PackPairs) -> Report:
+    """[P] each; added up together, and the count filled in on the device: nothing waits for the host."""
+    sums = (torch.stack([value.detach().double() for value in values.values()]) * of.weight).sum(dim=1)
+    return dict(zip(values, torch.stack([sums, torch.full_like(sums, of.count)], dim=1).float(), strict=True))
 
 
 @dataclass

@@ -33,12 +33,14 @@ class PairJob:
 
     Attributes:
         plan: the optimizer steps.
-        eval_packs: packs of the held-out pairs, a multiple of the data-parallel ranks; empty without held-out pairs.
+        train, held_out: groups of the pool.
+        eval_packs: packs of the held-out groups, a multiple of the data-parallel ranks; empty without held-out pairs.
         eval_length: the length that all of these have.
-        sizes: [P] pack positions of every pair of the pool.
+        sizes: [G] pack positions of every group of the pool.
         cache_dir: where tokens and reference values are kept.
         max_pack_length: the longest pack that the user allows; those of the plan may all be shorter.
         fixed_length: no pack is, also where the reference is scored.
+        over_pairs: a step's loss is the mean over its pairs; otherwise over its groups, of the mean over their pairs.
         padding_token: of a reward model, the token that no answer ends with; see ``data.packs.lay_out``.
         prompts: that the policy answers at every evaluation, if there are any.
     """
@@ -57,6 +59,7 @@ class PairJob:
     context_parallel: int
     max_pack_length: int
     fixed_length: bool
+    over_pairs: bool
     padding_token: int | None
     prompts: EvalPrompts | None
 
@@ -64,15 +67,31 @@ class PairJob:
         """Makes the packs of training and evaluation, as a context-parallel rank sees them."""
         unconditional = self.resident and self.loss.requirements.comprehension
         return PackMaker(
-            self.pool, self.max_pack_length, self.share_prompts, unconditional, self.padding_token, context
+            self.pool,
+            self.max_pack_length,
+            self.share_prompts,
+            unconditional,
+            self.padding_token,
+            context,
+            self.over_pairs,
         )
 
-    def pairs_of_step(self, iteration: int) -> IntArray:
-        """Ids of the pairs of a step; steps are counted from 1."""
+    @property
+    def training_pairs(self) -> int:
+        """Number of pairs to train on."""
+        return len(self.pool.pairs_of(self.train.ids))
+
+    def groups_of_step(self, iteration: int) -> IntArray:
+        """Ids of the groups of a step; steps are counted from 1."""
         return self.plan.steps[iteration - 1]
 
-    def pairs_in_use(self, evaluated_after: int | None) -> IntArray:
-        """Ids of the pairs that steps and evaluations read, in the order in which they come first.
+    def counted_in_step(self, iteration: int) -> int:
+        """What the mean of a step is over: its groups, or its pairs."""
+        groups = self.groups_of_step(iteration)
+        return len(self.pool.pairs_of(groups)) if self.over_pairs else len(groups)
+
+    def groups_in_use(self, evaluated_after: int | None) -> IntArray:
+        """Ids of the groups that steps and evaluations read, in the order in which they come first.
 
         Args:
             evaluated_after: steps before the first evaluation; None: there is no evaluation.
@@ -82,15 +101,18 @@ class PairJob:
 
     def describe(self) -> list[str]:
         """Loss, pairs and plan in a few lines."""
-        plan, tokens = self.plan, self.pool.lengths[self.train.ids].sum(axis=0, dtype=np.int64)
-        unshared, shared = int(tokens.sum() + tokens[0]), int(tokens.sum())
+        plan, lengths = self.plan, self.pool.group_lengths(self.train.ids)
+        unshared, shared = (int(lengths.positions(share_prompts=share).sum()) for share in (False, True))
         lines = [
             f"loss: {self.loss.describe()}",
-            f"pairs: {len(self.train.ids)} to train on, {len(self.held_out.ids)} held out"
+            f"pairs: {self._counted(self.train)} to train on, {self._counted(self.held_out)} held out"
             + "".join(f"; {note}" for note in self.train.notes + self.held_out.notes),
-            f"plan: {len(plan.steps)} steps of {plan.steps.shape[1]} pairs, each in {plan.data_parallel} ranks x "
-            f"{plan.microbatches} packs of {_range(plan.lengths)} positions; fill {plan.fill:.1%}",
+            f"plan: {len(plan.steps)} steps of {plan.steps.shape[1]} {self._unit}, each in {plan.data_parallel} ranks "
+            f"x {plan.microbatches} packs of {_range(plan.lengths)} positions; fill {plan.fill:.1%}",
         ]
+        if self._has_groups:
+            over = "pairs" if self.over_pairs else "groups, of the mean over a group's pairs"
+            lines.append(f"groups: pairs of one row and prompt; a step's loss is the mean over its {over}")
         if self.fixed_length:
             fullest = per_pack(self.sizes[plan.steps], plan.pack_of, plan.packs_per_step).max()
             lines.append(f"fixed length of packs: the fullest one of the plan holds {fullest} tokens")
@@ -102,10 +124,22 @@ class PairJob:
             lines.append(f"prompts: {self.prompts.describe()}, at every evaluation")
         return lines
 
+    @property
+    def _has_groups(self) -> bool:
+        return self.pool.groups < len(self.pool)
+
+    @property
+    def _unit(self) -> str:
+        return "groups" if self._has_groups else "pairs"
+
+    def _counted(self, selection: Selection) -> str:
+        pairs = str(len(self.pool.pairs_of(selection.ids)))
+        return f"{pairs} in {len(selection.ids)} groups" if self._has_groups else pairs
+
     def _describe_context(self) -> str:
         packs = zip(self.plan.packs(0, rank=0), self.plan.lengths[0].tolist(), strict=True)
         laid_out = [
-            lay_out([self.pool.group(pair_id) for pair_id in pack], length, share_prompts=self.share_prompts)
+            lay_out([self.pool.group(each).group for each in pack], length, share_prompts=self.share_prompts)
             for pack, length in itertools.islice(packs, _PACKS_LOOKED_AT)
         ]
         balance = [imbalance(pack, self.context_parallel) for pack in laid_out]
@@ -188,8 +222,9 @@ def _refuse_no_pairs(train: Selection, usable: int, held_out: int) -> None:
     )
 
 
-def _check_columns(pool: PairPool, ids: IntArray) -> None:
-    """All pairs in use bring their reference's log-probs."""
+def _check_columns(pool: PairPool, groups: IntArray) -> None:
+    """All pairs of these groups bring their reference's log-probs."""
+    ids = pool.pairs_of(groups)
     missing = np.isnan(pool.reference()[ids]).any(axis=1)
     if missing.any():
         example = pool.describe(int(ids[np.argmax(missing)]))
@@ -220,17 +255,18 @@ DEFAULT_ANSWER = 64
 
 def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:
     if len(pool.stores) > 1:
-        train, held_out = map(Selection, (pool.store_ids(0), pool.store_ids(1)))
+        train, held_out = map(Selection, (pool.groups_of_store(0), pool.groups_of_store(1)))
     else:
-        shares = pools.hold_out(pool.store_ids(0), settings.pairs.eval_share, settings.schedule.seed)
+        shares = pools.hold_out(pool.groups_of_store(0), settings.pairs.eval_share, settings.schedule.seed)
         train, held_out = map(Selection, shares)
     for selection in (train, held_out):
         pools.select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
     sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
-    _refuse_no_pairs(train, len(pool.store_ids(0)), len(held_out.ids))
-    if not settings.objective.is_reward and (asked := int(np.isfinite(pool.margins()[train.ids]).sum())):
+    _refuse_no_pairs(train, len(pool.stores[0]), len(pool.pairs_of(held_out.ids)))
+    asked = int(np.isfinite(pool.margins()[pool.pairs_of(train.ids)]).sum())
+    if not settings.objective.is_reward and asked:
         train.notes.append(f"margins of {asked} not read: they are for --objective reward")
     if settings.reference.is_in_columns:
         _check_columns(pool, np.concatenate([train.ids, held_out.ids]))
@@ -257,6 +293,7 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
         settings.layout.context,
         settings.schedule.seq_length,
         settings.steps.fixed_pack_length,
+        settings.steps.mean_over == "pairs",
         _padding_token(settings),
         prompts,
     )
@@ -291,7 +328,7 @@ def plan_settings(settings: Settings) -> PlanSettings:
 
 
 def _eval_packs(ids: IntArray, sizes: IntArray, plan: StepPlan, settings: PlanSettings) -> tuple[list[IntArray], int]:
-    """Held-out pairs in packs of one length, and it; as many as the ranks and the schedule can share."""
+    """Held-out groups in packs of one length, and it; as many as the ranks and the schedule can share."""
     if not len(ids):
         return [], plan.longest
     group = settings.data_parallel * settings.microbatch_multiple

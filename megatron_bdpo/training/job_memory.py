@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_bdpo.errors import UserError
@@ -53,8 +52,9 @@ def job_shape(settings: Settings, job: PairJob) -> JobShape:
         unreckoned.append("optimizers other than Adam in fp32 on the GPU")
     if unreckoned:
         raise UserError(f"memory is not estimated with {', '.join(unreckoned)}.")
-    prompts, *answers = job.pool.lengths[job.train.ids].sum(axis=0, dtype=np.int64)
-    tokens = int(prompts + sum(answers))
+    lengths = job.pool.group_lengths(job.train.ids)
+    answers, tokens = int(lengths.answer_tokens.sum()), int(lengths.positions(share_prompts=True).sum())
+    unshared = int(lengths.positions(share_prompts=False).sum())
     fill, kept = job.plan.fill, settings.log_probs.kept_bytes
     lora = lora_config(settings)
     return JobShape(
@@ -81,8 +81,9 @@ def job_shape(settings: Settings, job: PairJob) -> JobShape:
         kept_softmax_bytes=KEPT_BYTES if kept is None else kept,
         # Without a GPU local layers are chosen for the user; the job is to run on one.
         fused_layers=not (settings.architecture.implementation == "local" and "transformer_impl" in settings.given),
-        keys=fill * ((3 * prompts + sum(answers)) / tokens if job.share_prompts else 1.0),
-        scored_share=fill * sum(answers) / (tokens if job.share_prompts else tokens + int(prompts)),
+        # A shared prompt's keys are read by itself and by each of its answers.
+        keys=fill * ((int(lengths.prompt.sum()) + unshared) / tokens if job.share_prompts else 1.0),
+        scored_share=fill * answers / (tokens if job.share_prompts else unshared),
     )
 
 

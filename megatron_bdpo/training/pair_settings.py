@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_bdpo.data.format_converters import PAIRS_FROM, PREFERENCES
+from megatron_bdpo.data.format_options import PAIRS_FROM, PREFERENCES
 from megatron_bdpo.data.formats import AUTO, NAMES
 from megatron_bdpo.data.messages import TEMPLATE_KWARGS, template_variables
 from megatron_bdpo.data.problems import RowProblem
@@ -27,9 +27,9 @@ class PairSettings:
     """form of the rows; auto: of each source the one that its first readable row has"""
     pair_columns: str | None = flag(metavar="OURS=THEIRS,...")
     """columns of the rows that stand for those of a format: prompt=question,chosen=answer_a"""
-    pairs_from: str | None = flag(choices=PAIRS_FROM)
-    """of rows with more than two ranked answers, one pair of the best and the worst, all pairs, or all neighbours in
-    rank (default: best-worst)"""
+    pairs_from: str | None = flag(metavar="{" + ",".join(PAIRS_FROM) + "}")
+    """of rows with more than two ranked answers, one pair of the best and the worst, all pairs, all neighbours in rank,
+    or all pairs whose scores or ranks are X apart or more (default: best-worst)"""
     pair_preference: str | None = flag(choices=PREFERENCES)
     """of PKU-SafeRLHF, the answer that is chosen (default: better)"""
     pair_cache_dir: str | None = None

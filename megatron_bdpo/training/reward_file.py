@@ -58,9 +58,10 @@ def write_rewards(setup: RunSetup, model: list[Any], pause: Callable[[], None]) 
         UserError: on every rank; the file cannot be written.
     """
     job, target = setup.job, Path(setup.settings.objective.rewards or "")
-    ids = np.sort(np.concatenate([job.train.ids, job.held_out.ids]))
+    groups = np.sort(np.concatenate([job.train.ids, job.held_out.ids]))
+    ids = job.pool.pairs_of(groups)
     start = time.perf_counter()
-    rewards = _rewards(setup, model, ids, pause)
+    rewards = _rewards(setup, model, groups, pause)
     with all_ranks_agree():
         if is_rank_zero():
             try:
@@ -74,11 +75,11 @@ def write_rewards(setup: RunSetup, model: list[Any], pause: Callable[[], None]) 
     return target
 
 
-def _rewards(setup: RunSetup, model: list[Any], ids: IntArray, pause: Callable[[], None]) -> FloatArray:
-    """[P, 2] of chosen and rejected, on every rank."""
-    scorer = make_scorer(setup, model, ids)
+def _rewards(setup: RunSetup, model: list[Any], groups: IntArray, pause: Callable[[], None]) -> FloatArray:
+    """[P, 2] of chosen and rejected of the groups' pairs, on every rank."""
+    scorer = make_scorer(setup, model, groups)
     found = []
-    for blocks in itertools.batched(scorer.blocks(Groups(ids, np.zeros(len(ids), bool))), _BLOCKS):
+    for blocks in itertools.batched(scorer.blocks(Groups(groups, np.zeros(len(groups), bool))), _BLOCKS):
         found.append(scorer(blocks))
         pause()
     return np.concatenate(found)

@@ -14,7 +14,7 @@ from megatron_bdpo.losses.bradley_terry import PairRewards
 from megatron_bdpo.model.reward_head import RewardContext, reward_answers
 from megatron_bdpo.training.batches import PackBatch
 from megatron_bdpo.training.finite import check_losses
-from megatron_bdpo.training.forward import PreferenceStep, Report, loss_report, pairs_counted_here
+from megatron_bdpo.training.forward import PreferenceStep, Report, counted_here, loss_report, weighted_sum
 from megatron_bdpo.training.phases import beat
 
 
@@ -51,12 +51,12 @@ class RewardStep(PreferenceStep):
     def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
         pairs = rewards_of(batch, scores)
         losses = self.loss.spec.function(pairs, self.loss.options)
-        loss_sum = losses.loss.sum().float()
+        loss_sum = weighted_sum(losses.loss, batch)
         if self.check_nan:
             check_losses(losses.loss, pairs, batch.pairs.ids, self.describe, self.place, self.suspect)
         if self.observe is not None and self.evaluates:
             self.observe(batch.pairs.ids, losses)
-        return loss_sum, pairs_counted_here(batch, loss_sum.device), loss_report(losses)
+        return loss_sum, counted_here(batch, loss_sum.device), loss_report(losses, batch.pairs)
 
 
 class RewardScoringStep:

@@ -16,7 +16,6 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch import Tensor
 
-from megatron_bdpo.data.packs import causal_squares, group_tokens
 from megatron_bdpo.data.step_plan import IntArray
 from megatron_bdpo.display import Block
 from megatron_bdpo.logprobs import TokenScoring
@@ -136,7 +135,7 @@ class PreferenceRun:
         """The policy holds its weights: get the reference, and what follows from its values."""
         self.model, self.iteration = model, self.arguments.iteration
         resumed = self.iteration > 0
-        provider = ReferenceProvider(self.setup, _pairs_in_use(self), pause=self.stop.leave_if_asked)
+        provider = ReferenceProvider(self.setup, _groups_in_use(self), pause=self.stop.leave_if_asked)
         with phase("scoring"):
             reference, known = provider.provide(model, self.setup.identity, resumed=resumed)
         self.step.reference = reference
@@ -186,8 +185,8 @@ class PreferenceRun:
             seq_length = self.job.eval_length if forward_only else int(self.job.plan.lengths[self.iteration, 0])
             done, self.step.evaluates = self.iteration, forward_only
             self.step.place = f"evaluation after step {done}" if forward_only else f"step {done + 1}"
-            pairs, describe = self.job.pairs_of_step, self.job.pool.describe
-            with gradients_named(done + 1, pairs, describe, self.step.suspect):
+            groups, describe = self.job.groups_of_step, self.job.pool.describe_group
+            with gradients_named(done + 1, groups, describe, self.step.suspect):
                 if forward_only:
                     microbatches = kwargs.pop("num_microbatches")
                     evaluate = functools.partial(inner, *args, seq_length=seq_length, forward_only=True, **kwargs)
@@ -198,9 +197,9 @@ class PreferenceRun:
 
     def work_of_step(self) -> tuple[float, float]:
         """What the step has in tokens and in squares of sequence lengths, for Megatron's count of operations."""
-        pairs = self.job.plan.steps[self.iteration]
+        lengths = self.job.pool.group_lengths(self.job.plan.steps[self.iteration])
         tokens = float(self.job.plan.real_tokens[self.iteration])
-        return tokens, float(causal_squares(self.job.pool.lengths[pairs], share_prompts=self.job.share_prompts).sum())
+        return tokens, float(lengths.squares(share_prompts=self.job.share_prompts).sum())
 
     def after_update(self, grad_norm: float, iteration: int) -> None:
         """See ``Callback``."""
@@ -215,7 +214,8 @@ class PreferenceRun:
         self.iteration, plan = iteration, self.job.plan
         seconds = time.perf_counter() - self._step_started
         tokens = int(plan.real_tokens[iteration - 1])
-        result = StepResult(iteration, losses, skipped, seconds, plan.steps.shape[1], tokens)
+        pairs = len(self.job.pool.pairs_of(self.job.groups_of_step(iteration)))
+        result = StepResult(iteration, losses, skipped, seconds, pairs, tokens)
         for each in self.callbacks:
             each.after_step(result)
 
@@ -304,13 +304,13 @@ def _early_end(run: PreferenceRun, leaving: SystemExit) -> str:
     return f"{place}; the same command with --load {save} goes on."
 
 
-def _pairs_in_use(run: PreferenceRun) -> IntArray:
-    """Ids of the pairs whose reference values the run needs, in the order of their use."""
+def _groups_in_use(run: PreferenceRun) -> IntArray:
+    """Ids of the groups whose reference values the run needs, in the order of their use."""
     schedule = run.settings.schedule
     if not schedule.eval_iters:
-        return run.job.pairs_in_use(None)
+        return run.job.groups_in_use(None)
     first = 0 if run.settings.evaluation.eval_at_start else schedule.eval_interval or len(run.job.plan.steps)
-    return run.job.pairs_in_use(first)
+    return run.job.groups_in_use(first)
 
 
 def _decide_by_data(
@@ -318,7 +318,7 @@ def _decide_by_data(
 ) -> identity.RunIdentity:
     """What follows from the reference's values: options of the loss, quartiles. A resumed run keeps its start's."""
     kept, kept_edges = (known.settled, known.imbalance_edges) if resumed else ({}, [])
-    pairs, of = reference.training_pairs(run.job), len(run.job.train.ids)
+    pairs, of = reference.training_pairs(run.job), run.job.training_pairs
     loss, settled = decide_options(run.job.loss, pairs, of, kept)
     edges = imbalance_edges(loss, pairs, of, kept_edges)
     run.step.loss, run.job = loss, replace(run.job, loss=loss)
@@ -329,7 +329,8 @@ def _decide_by_data(
 def _auxiliary_loss_scale(run: PreferenceRun, config: Any) -> Tensor:
     """What the router's losses of this step are multiplied by: see ``model.moe``."""
     # An evaluation may follow the last step; it asks too, although nothing is scaled there.
-    pairs = run.job.plan.steps[min(run.iteration, len(run.job.plan.steps) - 1)]
-    tokens = group_tokens(run.job.pool.lengths[pairs], share_prompts=run.job.share_prompts).sum()
+    step = min(run.iteration + 1, len(run.job.plan.steps))
+    lengths = run.job.pool.group_lengths(run.job.groups_of_step(step))
+    tokens = lengths.positions(share_prompts=run.job.share_prompts).sum()
     one = torch.ones(1, device=torch.cuda.current_device())
-    return (config.grad_scale_func(one) if config.grad_scale_func else one) * (len(pairs) / tokens)
+    return (config.grad_scale_func(one) if config.grad_scale_func else one) * (run.job.counted_in_step(step) / tokens)

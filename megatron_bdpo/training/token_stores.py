@@ -229,6 +229,9 @@ def shown_row(flags: Sequence[str], number: int) -> list[str]:
         for place, record in enumerate(records):
             if len(records) > 1:
                 lines += ["", f"pair {place + 1} of {len(records)}"]
+            if isinstance(record, RowProblem) and len(records) > 1:
+                lines.append(f"not used: {record}")
+                continue
             if isinstance(record, RowProblem):
                 raise record
             parsed = parse_row(record)

@@ -18,8 +18,8 @@ class FiniteCheck(Callback):
     def __init__(self, pairs: Callable[[int], IntArray], describe: Describe, suspect: str) -> None:
         """
         Args:
-            pairs: ids of a step's pairs.
-            describe: a pair's name for messages.
+            groups: ids of a step's groups.
+            describe: a group's name for messages.
             suspect: see ``suspects.likely_cause``.
         """
         self._pairs, self._describe, self._suspect = pairs, describe, suspect

@@ -58,9 +58,10 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
         mix = settings.reference.sync_reference_mix
         found.append(MovingReference(step, every, 1.0 if mix is None else mix))
     suspect = step.suspect
-    found += [FiniteCheck(job.pairs_of_step, job.pool.describe, suspect), Divergence(suspect)]
+    found += [FiniteCheck(job.groups_of_step, job.pool.describe_group, suspect), Divergence(suspect)]
     if save:
-        pairs = {"train": len(job.train.ids), "heldout": len(job.held_out.ids)}
+        held_out = len(job.pool.pairs_of(job.held_out.ids))
+        pairs = {"train": job.training_pairs, "heldout": held_out}
         found.append(RunRecord(Path(save), pairs, functools.partial(provenance, setup.arguments, job)))
     found += [progress, Scalars(functools.partial(_loggers, setup))]
     if save:

@@ -16,8 +16,6 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_bdpo.data.bin_packing import cut_into_blocks, pack_evenly, round_up
-from megatron_bdpo.data.packs import group_tokens
-from megatron_bdpo.data.pool import unconditional_lengths
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import PairLogProbs, Requirements
 from megatron_bdpo.model.lora.attach import adapters_off
@@ -46,7 +44,8 @@ class ReferenceTable:
 
     def training_pairs(self, job: PairJob) -> PairLogProbs:
         """The values of the training pairs that the run uses, in float64, with the reference as the policy."""
-        ids = job.train.ids[~np.isnan(self.conditional).any(axis=1)[job.train.ids]]
+        ids = job.pool.pairs_of(job.train.ids)
+        ids = ids[~np.isnan(self.conditional[ids]).any(axis=1)]
         tokens, conditional, unsafe = map(
             torch.from_numpy, (job.pool.scored[ids], self.conditional[ids], job.pool.unsafe[ids])
         )
@@ -134,19 +133,19 @@ def _batch_key(batch: PackBatch) -> bytes:
 
 @dataclass(frozen=True)
 class Groups:
-    """What is to be scored: the answers of a pair after its prompt, or after the empty one. n groups.
+    """What is to be scored: the answers of a group after its prompt, or after the empty one. n groups.
 
-    A pair's two groups go through the model in one pass, in whichever packs have room for them.
+    Both go through the model in one pass, in whichever packs have room for them.
     """
 
-    pairs: IntArray  # [n] pair ids
+    ids: IntArray  # [n] group ids
     unconditional: BoolArray  # [n]
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.ids)
 
     def __getitem__(self, some: slice | IntArray) -> Groups:
-        return Groups(self.pairs[some], self.unconditional[some])
+        return Groups(self.ids[some], self.unconditional[some])
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class GroupScorer:
 
     Attributes:
         step: a forward step that collects [P, 2] of each pack's pairs.
-        make: makes packs of the pool's pairs; its limit is a multiple of ``unit``.
+        make: makes packs of the pool's groups; its limit is a multiple of ``unit``.
         unit: the packs' lengths are multiples of this.
         length: of packs, a multiple of ``unit``. With pipeline stages or ``fixed_length`` no group may be longer.
         alone: every group has a pack of its own.
@@ -204,7 +203,8 @@ class GroupScorer:
         return Block(groups, packed, self.length if same_length else length, int(sizes.sum()))
 
     def __call__(self, blocks: Sequence[Block]) -> FloatArray:
-        """[n, 2] of chosen and rejected of all blocks' groups, on every rank: log-probs in nats. Collective."""
+        """[p, 2] of chosen and rejected of the pairs of all blocks' groups, in their order, on every rank: log-probs in
+        nats. Collective."""
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         starts = np.cumsum([0, *(len(block.groups) for block in blocks)])
         own = [
@@ -216,21 +216,25 @@ class GroupScorer:
         made_once = list(itertools.tee(made, len(self.model)))
         with adapters_off(self.model):
             scores = forward_only(self.model, self.step, made_once, len(own), blocks[0].length)
-        result = np.zeros((int(starts[-1]), 2))
+        ids = np.concatenate([block.groups.ids for block in blocks])
+        first = np.searchsorted(self.make.pool.pairs_and_places(ids)[1], np.arange(len(ids) + 1))
+        result = np.zeros((int(first[-1]), 2))
         if is_one_of_each_replica():
             for (_, _, places), score in zip(own, scores, strict=True):
-                result[places] = score.cpu().numpy()
+                pairs = [np.arange(first[place], first[place + 1]) for place in places]
+                if pairs:  # else the pack holds nothing
+                    result[np.concatenate(pairs)] = score.cpu().numpy()
         return sum_over_ranks(torch.from_numpy(result)).numpy()
 
     def _sizes(self, groups: Groups) -> IntArray:
         """[n] pack positions that each group takes."""
         pool = self.make.pool
-        lengths = pool.lengths[groups.pairs]
-        lengths[:, 0] = np.where(groups.unconditional, unconditional_lengths(pool)[groups.pairs], lengths[:, 0])
-        return group_tokens(lengths, share_prompts=self.make.share_prompts)
+        lengths = pool.group_lengths(groups.ids)
+        prompts = np.where(groups.unconditional, pool.unconditional_lengths(groups.ids), lengths.prompt)
+        return lengths.with_prompts(prompts).positions(share_prompts=self.make.share_prompts)
 
     def _pack(self, groups: Groups, length: int) -> PackBatch:
-        return self.make.mixed(groups.pairs, groups.unconditional, length)
+        return self.make.mixed(groups.ids, groups.unconditional, length)
 
 
 def is_one_of_each_replica() -> bool:

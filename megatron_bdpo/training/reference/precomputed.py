@@ -32,8 +32,8 @@ class PrecomputedReference:
     setup: RunSetup
     identity: Mapping[str, Any]
     """What the reference is (see ``fingerprint.reference_identity``)."""
-    pairs: IntArray
-    """Ids of the pairs whose values are needed, in the order of their use."""
+    groups: IntArray
+    """Ids of the groups whose values are needed, in the order of their use."""
     model: Callable[[], list[Any]]
     """Makes the chunks that can score as the reference; called only if something is missing."""
     pause: Callable[[], None]
@@ -52,7 +52,7 @@ class PrecomputedReference:
         table = {kind: np.concatenate([part[kind] for part in parts]) for kind in self._kinds}
         for values in table.values():
             values[pool.swapped] = values[pool.swapped][:, ::-1]
-        used = [index for index in range(len(pool.stores)) if len(self._rows_in_use(index))]
+        used = [index for index in range(len(pool.stores)) if len(self._groups_in_use(index))]
         directories = {STORES[index]: self.directory(index).resolve() for index in used}
         return ReferenceTable(table["conditional"], table.get("unconditional"), directories)
 
@@ -69,7 +69,8 @@ class PrecomputedReference:
 
     def _of_store(self, index: int) -> Arrays:
         """The values of a store's pairs by kind, [pairs, 2] in the store's order; NaN of those that are not needed."""
-        store, directory, rows = self.setup.job.pool.stores[index], self.directory(index), self._rows_in_use(index)
+        pool, groups, directory = self.setup.job.pool, self._groups_in_use(index), self.directory(index)
+        store, rows = pool.stores[index], pool.pairs_of(groups) - pool.offsets[index]
         if not len(rows):
             return {kind: np.full((len(store), 2), np.nan) for kind in self._kinds}
         cache: ScoreCache | None = None
@@ -87,7 +88,7 @@ class PrecomputedReference:
         if scored:
             there = f"{len(rows) - scored} are in {directory}"
             say(f"reference: {scored} of {len(rows)} {STORES[index]} pairs to score, {there}")
-            job = self._score(index, missing, rows, cache, known)
+            job = self._score(index, missing, groups, cache, known)
             known, _ = self._read(cache, store)  # of two jobs' log-probs all use the same ones
         with all_ranks_agree():
             if cache is not None:
@@ -120,24 +121,31 @@ class PrecomputedReference:
                 found = {kind: arrays[kind] for kind in self._kinds}
         return broadcast_arrays(found), broadcast(damaged)
 
-    def _rows_in_use(self, index: int) -> IntArray:
-        """Those of ``pairs`` that belong to a store, as its rows."""
-        first, stop = self.setup.job.pool.offsets[index : index + 2]
-        return self.pairs[(self.pairs >= first) & (self.pairs < stop)] - first
+    def _groups_in_use(self, index: int) -> IntArray:
+        """Those of ``groups`` that belong to a store."""
+        first, stop = self.setup.job.pool.group_offsets[index : index + 2]
+        return self.groups[(self.groups >= first) & (self.groups < stop)]
 
     def _score(
-        self, index: int, missing: dict[str, BoolArray], rows: IntArray, cache: ScoreCache | None, known: Arrays
+        self, index: int, missing: dict[str, BoolArray], groups: IntArray, cache: ScoreCache | None, known: Arrays
     ) -> dict[str, Any]:
-        """Score what is missing of a store's rows, in their order, the groups of a pair beside each other."""
-        is_missing = np.stack([mask[rows] for mask in missing.values()], axis=1)  # [rows, kinds]
+        """Score the groups of a store with a pair that misses something, in their order, both kinds beside each other.
+
+        Args:
+            missing: by kind, of the store's pairs.
+        """
+        pairs, place = self.setup.job.pool.pairs_and_places(groups)
+        of_pairs = np.stack([mask[pairs - self.setup.job.pool.offsets[index]] for mask in missing.values()], axis=1)
+        is_missing = np.zeros((len(groups), len(missing)), bool)
+        np.logical_or.at(is_missing, place, of_pairs)
         row, kind = np.nonzero(is_missing)
-        groups = Groups(rows[row] + self.setup.job.pool.offsets[index], kind == KINDS.index("unconditional"))
+        to_score = Groups(groups[row], kind == KINDS.index("unconditional"))
         loop = ScoringLoop(self.setup, index, self._kinds, cache, known, self.pause)
-        return loop.run(self._make_scorer, groups, already=is_missing.size - len(groups))
+        return loop.run(self._make_scorer, to_score, already=is_missing.size - len(to_score))
 
     def _make_scorer(self) -> GroupScorer:
         if self._scorer is None:
-            self._scorer = make_scorer(self.setup, self.model(), self.pairs)
+            self._scorer = make_scorer(self.setup, self.model(), self.groups)
         return self._scorer
 
 

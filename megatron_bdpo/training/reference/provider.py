@@ -44,8 +44,8 @@ class ReferenceProvider:
     """Makes the reference of one run. Every method is collective."""
 
     setup: RunSetup
-    pairs: IntArray
-    """Ids of the pairs whose values are needed, in the order of their use."""
+    groups: IntArray
+    """Ids of the groups whose values are needed, in the order of their use."""
     pause: Callable[[], None]
     """Called again and again while scoring, on all ranks; may raise to leave."""
     _named: list[Any] = field(default_factory=list, init=False)
@@ -135,7 +135,7 @@ class ReferenceProvider:
             with phase("weights"):
                 return self._named or (self._original(policy, identity) if resumed else policy)
 
-        return PrecomputedReference(self.setup, identity.reference, self.pairs, model, self.pause)
+        return PrecomputedReference(self.setup, identity.reference, self.groups, model, self.pause)
 
     def _identify(self, model: list[Any], digest: str = "") -> dict[str, Any]:
         weights = digest or weights_digest(unwrap_model(model), self.setup.scoring.vocab_size)

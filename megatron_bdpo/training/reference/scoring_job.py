@@ -75,8 +75,8 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
                 raise UserError(f"--reference {kind} scores nothing ahead of a training. Leave it out to score.")
         initialize_megatron()
         job = setup.job
-        pairs = each_once(job.pairs_in_use(None), job.train.ids, job.held_out.ids)
-        provider = ReferenceProvider(setup, pairs, pause=stop.leave_if_asked)
+        groups = each_once(job.groups_in_use(None), job.train.ids, job.held_out.ids)
+        provider = ReferenceProvider(setup, groups, pause=stop.leave_if_asked)
         model: list[Any] = []
         with phase("weights"):
             if not setup.resumed or setup.lora:
@@ -85,7 +85,7 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
             run = provider.recall(run) if setup.resumed else provider.identify(run, model)
         with phase("scoring"):
             log_probs = provider.log_probs(model, run, resumed=setup.resumed)
-            decide_options(job.loss, log_probs.table().training_pairs(job), len(job.train.ids), {})
+            decide_options(job.loss, log_probs.table().training_pairs(job), job.training_pairs, {})
         return [log_probs.directory(index) for index in range(len(job.pool.stores))]
     finally:
         forget_global_state()

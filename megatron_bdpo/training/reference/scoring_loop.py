@@ -31,7 +31,7 @@ from megatron_bdpo.training.finite import check_reference
 from megatron_bdpo.training.forward import ScoringStep
 from megatron_bdpo.training.pack_iterators import context_rank
 from megatron_bdpo.training.reference.cache import KINDS, Arrays, ScoreCache
-from megatron_bdpo.training.reference.passes import FloatArray, Groups, GroupScorer
+from megatron_bdpo.training.reference.passes import BoolArray, FloatArray, Groups, GroupScorer
 from megatron_bdpo.training.reward_step import RewardScoringStep
 from megatron_bdpo.training.setup import RunSetup
 from megatron_bdpo.training.stopping import StopRequested
@@ -98,31 +98,38 @@ class ScoringLoop:
     def _take(self, groups: Groups, values: FloatArray) -> None:
         """Put values into ``known``, in the data's order of chosen and rejected. Refuses what is not finite."""
         pool = self.setup.job.pool
-        swapped = pool.swapped[groups.pairs]
+        pairs, unconditional = self._pairs(groups)
+        swapped = pool.swapped[pairs]
         values[swapped] = values[swapped][:, ::-1]
         for kind in self.kinds:
-            of_kind = groups.unconditional == (kind == "unconditional")
-            ids = groups.pairs[of_kind]
+            of_kind = unconditional == (kind == "unconditional")
+            ids = pairs[of_kind]
             names = functools.partial(_describe, pool, ids)
             check_reference(values[of_kind], np.ones(len(ids), bool), kind, names)
             self.known[kind][ids - pool.offsets[self.index]] = values[of_kind]
+
+    def _pairs(self, groups: Groups) -> tuple[IntArray, BoolArray]:
+        """Ids of the groups' pairs, and whether they are scored after the empty prompt."""
+        pairs, place = self.setup.job.pool.pairs_and_places(groups.ids)
+        return pairs, groups.unconditional[place]
 
     def _write(self, groups: Groups) -> None:
         """Put the values of these groups on disk, and no others: a damaged part loses whole blocks."""
         with all_ranks_agree():
             if self.cache is not None and len(groups):
                 pool = self.setup.job.pool
-                store, own = pool.stores[self.index], groups.pairs - pool.offsets[self.index]
+                pairs, unconditional = self._pairs(groups)
+                store, own = pool.stores[self.index], pairs - pool.offsets[self.index]
                 rows, place = np.unique(own, return_inverse=True)
                 values = {kind: np.full((len(rows), 2), np.nan) for kind in KINDS}
                 for kind in self.kinds:
-                    of_kind = groups.unconditional == (kind == "unconditional")
+                    of_kind = unconditional == (kind == "unconditional")
                     values[kind][place[of_kind]] = self.known[kind][own[of_kind]]
                 self.cache.add(rows, {**values, **pair_columns(store, rows)}, len(store))
 
     def _record(self, groups: Groups, tokens: int, seconds: float) -> dict[str, Any]:
         """Say how fast it was. Returns who has scored, for the manifest."""
-        settings, pairs = self.setup.settings, len(np.unique(groups.pairs))
+        settings, pairs = self.setup.settings, len(self.setup.job.pool.pairs_of(np.unique(groups.ids)))
         say(
             f"reference: {pairs} pairs, {len(groups)} groups scored in {seconds:.1f} s: "
             f"{pairs / seconds:,.1f} pairs/s, {tokens / seconds:,.0f} tokens/s"
@@ -144,15 +151,15 @@ class ScoringLoop:
         }
 
 
-def make_scorer(setup: RunSetup, model: list[Any], pairs: IntArray) -> GroupScorer:
-    """What scores groups of these pairs with a frozen model, in packs as the job's settings allow them."""
+def make_scorer(setup: RunSetup, model: list[Any], groups: IntArray) -> GroupScorer:
+    """What scores these groups with a frozen model, in packs as the job's settings allow them."""
     settings, job = setup.settings, setup.job
     unit = settings.length_unit
     length = job.max_pack_length
     if cpu.is_active() and not job.fixed_length:
         length = min(length, round_up(_CPU_PACK, unit))
         if settings.layout.pipeline > 1:
-            length = max(length, round_up(int(job.sizes[pairs].max()), unit))
+            length = max(length, round_up(int(job.sizes[groups].max()), unit))
     make = PackMaker(
         job.pool, job.max_pack_length, job.share_prompts, padding_token=job.padding_token, context=context_rank()
     )

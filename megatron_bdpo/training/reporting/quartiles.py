@@ -5,7 +5,7 @@ are sorted into the same ones. A resident reference knows its values only step b
 
 A quartile may have no pair in some step, and Megatron divides each metric's sum by its count: what travels through
 Megatron are therefore means over *all* pairs, of each quartile's share and of its values times membership. Their
-quotients, taken at the log interval, are exact, since every step has equally many pairs.
+quotients, taken at the log interval, are exact where every step counts equally many pairs or groups.
 
 The cost: a [4, P] by [P, 4] product per pack, and 16 more [sum, count] entries for Megatron to all-reduce per step.
 """
@@ -32,19 +32,23 @@ def quartile_edges(imbalance: npt.NDArray[np.float64]) -> Tensor:
     return torch.from_numpy(np.quantile(imbalance, np.arange(1, QUARTILES) / QUARTILES))
 
 
-def quartile_report(values: Mapping[str, Tensor], imbalance: Tensor, edges: Tensor) -> dict[str, Tensor]:
-    """Name -> [sum over the quartile's pairs, number of all pairs], for Megatron to add up. P pairs.
+def quartile_report(
+    values: Mapping[str, Tensor], imbalance: Tensor, edges: Tensor, weight: Tensor, count: int
+) -> dict[str, Tensor]:
+    """Name -> [weighted sum over the quartile's pairs, the weights of all pairs], for Megatron to add up. P pairs.
 
     Args:
         values: by name, [P] each.
         imbalance: [P]; a pair on an edge belongs to the lower quartile.
         edges: [3], on the same device.
+        weight: [P] of the pairs in the step's mean.
+        count: the sum of the weights.
     """
     quartile = torch.bucketize(imbalance.detach(), edges.to(imbalance.dtype))
-    member = (quartile[:, None] == torch.arange(QUARTILES, device=imbalance.device)).to(imbalance.dtype)
+    member = (quartile[:, None] == torch.arange(QUARTILES, device=imbalance.device)) * weight[:, None]
     named = {_SHARE: torch.ones_like(imbalance), **values}
-    sums = torch.stack([value.detach().to(imbalance.dtype) for value in named.values()]) @ member
-    pairs = sums.new_full((), imbalance.numel())
+    sums = torch.stack([value.detach().to(imbalance.dtype) for value in named.values()]) @ member.to(imbalance.dtype)
+    pairs = sums.new_full((), count)
     return {
         f"{HOOKS_ONLY}{name}/imbalance_q{q + 1}": torch.stack([sums[row, q], pairs]).float()
         for row, name in enumerate(named)

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bdpo.data import formats
-from megatron_bdpo.data.format_converters import FormatOptions
+from megatron_bdpo.data.format_options import FormatOptions
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import parse_row
 from megatron_bdpo.data.row_reader import FormatSettings, RowReader
+from megatron_bdpo.errors import UserError
 from tests.unit.data.test_any_rows import any_json
 
 EXAMPLES = Path(__file__).parent / "formats"
@@ -59,6 +60,20 @@ def tool(text: str) -> dict[str, Any]:
 #: Rows that are read as they are.
 AS_THEY_ARE = {"trl", "hh-rlhf", "ultrafeedback-binarized", "tulu3"}
 
+def scores(chosen: float, rejected: float) -> dict[str, float]:
+    return {"chosen_score": chosen, "rejected_score": rejected}
+
+
+#: Of examples with ranked answers: what the chosen and the rejected one are given, the higher the better.
+SCORES = {
+    ("nectar", 0): scores(-1, -3),
+    ("nectar", 1): scores(-1, -2),
+    ("nemo-rl", 0): scores(0, -1),
+    ("ultrafeedback", 0): scores(5, 1.5),
+    ("responses", 0): scores(9.5, 2),
+    ("responses", 1): scores(-1, -2),
+}
+
 #: Format -> of each row of its example, the rows that it becomes.
 EXPECTED: dict[str, list[list[dict[str, Any]]]] = {
     "pku-saferlhf": [
@@ -73,11 +88,18 @@ EXPECTED: dict[str, list[list[dict[str, Any]]]] = {
         ]
     ],
     "nectar": [
-        [pair([user("Which is the longest river?")], "The Nile or the Amazon, by how one measures.", "The Danube.")],
+        [
+            pair(
+                [user("Which is the longest river?")],
+                *("The Nile or the Amazon, by how one measures.", "The Danube."),
+                **SCORES["nectar", 0],
+            )
+        ],
         [
             pair(
                 [user("Hello"), assistant("Hello. How can I help?"), user("Spell rhythm.")],
                 *("r-h-y-t-h-m", "rythm"),
+                **SCORES["nectar", 1],
             )
         ],
     ],
@@ -96,10 +118,32 @@ EXPECTED: dict[str, list[list[dict[str, Any]]]] = {
             pair(
                 [user("What's the capital of France?"), assistant("Paris."), user("And of Germany?")],
                 *("Berlin.", "Munich."),
+                **SCORES["nemo-rl", 0],
             )
         ]
     ],
-    "ultrafeedback": [[pair([user("Give a word that rhymes with light.")], "Night.", "Lamp.")]],
+    "ultrafeedback": [
+        [pair([user("Give a word that rhymes with light.")], "Night.", "Lamp.", **SCORES["ultrafeedback", 0])]
+    ],
+    "responses": [
+        [
+            {
+                "prompt": "Name a river in France.",
+                "chosen": "The Rhone, which ends in the Mediterranean.",
+                "rejected": "A river.",
+                **SCORES["responses", 0],
+                "chosen_safe": True,
+            }
+        ],
+        [
+            {
+                "prompt": [user("Say hello in Spanish.")],
+                "chosen": [assistant("Hola.")],
+                "rejected": [assistant("Bonjour.")],
+                **SCORES["responses", 1],
+            }
+        ],
+    ],
     "ms-swift": [
         [
             pair(
@@ -224,14 +268,14 @@ def test_the_rows_are_records(name, index):
     for row in rows:
         record = parse_row(row)
         assert record.chosen != record.rejected
-        assert record.is_chat or name in ("trl", "hh-rlhf", "openrlhf")
+        assert record.is_chat or name in ("trl", "hh-rlhf", "openrlhf", "responses")
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_a_column_that_is_missing_is_named(name):
     """Whatever column of those without which the example gives another pair."""
     row = example(name)
-    optional = {"system", "history", "input", "tools"} if name != "openrlhf" else {"margin"}
+    optional = {"system", "history", "input", "tools", "responses_safe"} if name != "openrlhf" else {"margin"}
     needed = [column for column in formats.named(name).reads if column in row and column not in optional]
     needed = [column for column in needed if not column.startswith(("is_response", "safer"))]
     assert len(needed) >= 2
@@ -311,9 +355,11 @@ def test_bad_rows(name, changes, kind, words):
 # Ranked answers ------------------------------------------------------------------------------------------------------
 
 
-def places(rows: list[dict[str, Any]]) -> list[str]:
-    """Which answer against which, as two digits."""
-    return [row["chosen"][0]["content"][-1] + row["rejected"][0]["content"][-1] for row in rows]
+def places(rows: list[Any]) -> list[str]:
+    """Which answer against which, as two digits; ties, which are told, beside."""
+    made = [row for row in rows if not isinstance(row, RowProblem)]
+    assert all(row.kind is TIED for row in rows if isinstance(row, RowProblem))
+    return [row["chosen"][0]["content"][-1] + row["rejected"][0]["content"][-1] for row in made]
 
 
 @pytest.mark.parametrize(
@@ -326,6 +372,8 @@ def places(rows: list[dict[str, Any]]) -> list[str]:
         ("all", (1, 1, 2), ["02", "12"]),
         ("adjacent", (1, 1, 2), ["12"]),
         ("all", (10**400, 1e308, float("inf")), ["10", "12", "02"]),
+        ("margin:1", (2, 1, 3), ["10", "12", "02"]),
+        ("margin:1.5", (2, 1, 3), ["12"]),
     ],
 )
 def test_pairs_of_ranked_answers(pairs_from, grades, expected):
@@ -347,7 +395,47 @@ def test_all_pairs_are_those_of_different_rank(grades):
         return
     found = {way: places(reader("nectar", pairs_from=way).records(row)) for way in ("all", "adjacent", "best-worst")}
     assert sorted(found["all"]) == sorted(expected)
+    every = reader("nectar", pairs_from="all").records(row)
+    assert len(every) == len(grades) * (len(grades) - 1) // 2, "what is tied is told"
     assert set(found["adjacent"]) | set(found["best-worst"]) <= expected
+
+
+def test_ties_are_counted():
+    made = reader("nectar", pairs_from="all").records(example("nectar") | {"answers": graded(1, 2, 2)})
+    (tie,) = (each for each in made if isinstance(each, RowProblem))
+    assert tie.kind is TIED and tie.detail == "answers 2 and 3 have the same 'rank', 2"
+
+
+def test_no_answers_as_far_apart_as_asked_for():
+    with pytest.raises(RowProblem, match=r"no two answers are 5 apart in 'rank'"):
+        reader("nectar", pairs_from="margin:5").records(example("nectar"))
+
+
+@pytest.mark.parametrize("given", ["some", "margin:", "margin:0", "margin:-1", "margin:inf", "margin:nan", "margin:X"])
+def test_what_pairs_are_made_from_is_checked(given):
+    with pytest.raises(UserError, match=r"--pairs-from .* is none of best-worst, all, adjacent, margin:X"):
+        reader("nectar", pairs_from=given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ranks": [1, 2, 3, 4]}, "both 'scores' and 'ranks'"),
+        ({"scores": [1, 2]}, "'scores' has 2 entries for 4 answers"),
+        ({"scores": [1, 2, "3", 4]}, "'scores' of answer 3 is str"),
+        ({"scores": 3}, "'scores' is int; a list"),
+        ({"scores": None}, "column 'scores' of the row is null"),
+        ({"responses": ["one"]}, "'responses' holds 1 answers; two are needed"),
+        ({"responses_safe": [True]}, "'responses_safe' has 1 entries for 4 answers"),
+        ({"responses_safe": [True, True, 3, True]}, "column 'chosen_safe' is 3"),
+        ({"scores": [5, 5, 5, 5]}, "all answers have 'scores' 5"),
+    ],
+)
+def test_bad_lists_of_answers(changes, words):
+    with pytest.raises(RowProblem) as caught:
+        for row in reader("responses").records(example("responses") | changes):
+            parse_row(row)
+    assert words in caught.value.detail
 
 
 def test_the_score_that_all_answers_have():
@@ -402,6 +490,7 @@ def test_any_values_in_the_columns(name, data):
     formats.recognise(row)
     try:
         for made in kind.rows(row, FormatOptions(way)):
-            parse_row(made)
+            if not isinstance(made, RowProblem):
+                parse_row(made)
     except RowProblem as problem:
         assert problem.detail.isprintable()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bdpo.data.packs import Group, Pack, causal_squares, group_tokens, lay_out
+from megatron_bdpo.data.packs import Group, GroupLengths, Pack, group_tokens, lay_out
 
 PROMPT = "prompt"
 
@@ -129,11 +129,25 @@ def test_both_layouts_score_the_same(groups):
 def test_attention_of_a_group_is_what_its_tokens_see(answers, share):
     """Twice the keys, less the one of each query that a square counts once: n (n + 1) = n**2 + n."""
     lengths = np.random.default_rng(answers).integers(1, 9, (4, 1 + answers))
-    squares = causal_squares(lengths, share_prompts=share)
+    squares = GroupLengths.of_table(lengths).squares(share_prompts=share)
     tokens = group_tokens(lengths, share_prompts=share)
     for each, square, count in zip(lengths.tolist(), squares, tokens, strict=True):
         pack = lay_out([group(*each)], int(count), share_prompts=share)
         assert 2 * sum(map(len, seen_by(pack))) - count == square
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_lengths_of_groups_with_any_number_of_answers(share):
+    """From a list of answers in any order, as from a table for each of the groups."""
+    table, other = np.array([[5, 3, 2, 9]]), np.array([[4, 1]])
+    prompts, owner, tokens = np.array([5, 4]), np.array([0, 1, 0, 0]), np.array([2, 1, 3, 9])
+    found = GroupLengths.of_answers(prompts, owner, tokens)
+    alone = [GroupLengths.of_table(each) for each in (table, other)]
+    for name in ("positions", "squares"):
+        expected = [getattr(each, name)(share_prompts=share).item() for each in alone]
+        assert getattr(found, name)(share_prompts=share).tolist() == expected, name
+    longer = found.with_prompts(np.array([6, 6])).positions(share_prompts=share)
+    assert longer.tolist() == [6 * (1 if share else 3) + 14, 6 + 1]
 
 
 def test_example():

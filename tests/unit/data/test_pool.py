@@ -23,9 +23,14 @@ class Store:
     def __init__(self, labels: list[tuple[int, int]]) -> None:
         self.unsafe = np.array(labels, np.int8).reshape(-1, 2)
         self.lengths = np.array([[1, 2 + i, 6 + i] for i in range(len(labels))], np.int32).reshape(-1, 3)
+        self.starts = np.cumsum([0, *self.lengths.ravel()])[:-1].reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def unconditional(self) -> np.ndarray:
+        return np.ones(len(self), np.int32)
 
     def unconditional_prompt(self, row: int) -> TokenArray:
         return np.array([99], np.int32)
@@ -50,10 +55,10 @@ def test_pairs_are_dropped_and_swapped_whole():
     assert pool.unsafe[selection.ids].tolist() == [[0, 1], [0, 1], [0, 0]]
     assert pool.lengths[:3].tolist() == [[1, 2, 6], [1, 7, 3], [1, 4, 8]]
     for pair in range(3):
-        group = pool.group(pair)
+        group = pool.group(pair).group
         assert [len(group.prompt), *map(len, group.answers)] == pool.lengths[pair].tolist()
-    assert [int(answer[0]) for answer in pool.group(1).answers] == [12, 11], "rejected first"
-    assert [int(answer[0]) for answer in pool.group(1, unconditional=True).answers] == [12, 11]
+    assert [int(answer[0]) for answer in pool.group(1).group.answers] == [12, 11], "rejected first"
+    assert [int(answer[0]) for answer in pool.group(1, unconditional=True).group.answers] == [12, 11]
     assert pool.unsafe[held_out].tolist() == [list(each) for each in LABELS]
 
 
@@ -86,3 +91,50 @@ def test_a_single_store_is_not_copied_until_pairs_are_swapped():
     pool.swap(np.array([1]))
     assert pool.lengths[1].tolist() == [1, 7, 3] and store.lengths[1].tolist() == [1, 3, 7]
     assert pool.unsafe[1].tolist() == [0, 1] and store.unsafe[1].tolist() == [1, 0]
+
+
+class RankedStore(Store):
+    """A row with four answers of 2, 3, 4, 5 tokens after a prompt of 10, all of its pairs; then a plain pair."""
+
+    PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+
+    def __init__(self) -> None:
+        super().__init__([(0, 1)] * 3 + [(1, 1)] + [(0, 0)] * 2 + [(0, 1)])
+        tokens, first = (2, 3, 4, 5), (10, 12, 15, 19)
+        self.lengths = np.array([[10, tokens[a], tokens[b]] for a, b in self.PAIRS] + [[7, 1, 6]], np.int32)
+        self.starts = np.array([[0, first[a], first[b]] for a, b in self.PAIRS] + [[24, 31, 32]], np.int64)
+
+    def pair(self, row: int) -> PairTokens:
+        return PairTokens(
+            *(np.arange(a, a + n, dtype=np.int32) for a, n in zip(self.starts[row], self.lengths[row], strict=True))
+        )
+
+
+def test_pairs_of_a_row_are_one_group():
+    """Its answers come once, its pairs name them; sizes and attention are those of four answers."""
+    pool = PairPool([RankedStore(), Store(LABELS)])
+    assert len(pool) == 11 and pool.groups == 6 and pool.first_pair.tolist() == [0, 6, 7, 8, 9, 10, 11]
+    found = pool.group(0)
+    assert [answer.tolist()[0] for answer in found.group.answers] == [10, 12, 15, 19] and len(found.group.prompt) == 10
+    assert found.answers.tolist() == [list(each) for each in RankedStore.PAIRS] and found.pairs.tolist() == [*range(6)]
+    assert pool.sizes(share_prompts=True).tolist()[:3] == [10 + 2 + 3 + 4 + 5, 7 + 1 + 6, 1 + 2 + 6]
+    assert pool.sizes(share_prompts=False).tolist()[0] == 4 * 10 + 14
+    assert pool.pairs_of(np.array([1, 0])).tolist() == [6, 0, 1, 2, 3, 4, 5]
+    assert pool.pairs_and_places(np.array([1, 0, 1]))[1].tolist() == [0, *[1] * 6, 2]
+    assert pool.groups_of(np.array([0, 5, 6, 10])).tolist() == [0, 0, 1, 5]
+    twice = pool.group_lengths(np.array([0, 0]))
+    assert twice.positions(share_prompts=True).tolist() == [24, 24], "a group may come twice"
+
+
+def test_a_group_keeps_what_its_pairs_need():
+    """A pair that a loss leaves out takes with it the answers that no other pair has; the rest stays."""
+    pool, selection = PairPool([RankedStore()]), Selection(np.arange(2))
+    pool.describe = "pair {}".format  # type: ignore[method-assign]
+    select(pool, selection, lambda labels: (np.arange(len(labels)) >= 4, np.arange(len(labels)) == 5), labelled=False)
+    assert selection.ids.tolist() == [0, 1] and selection.notes == ["1 pairs swapped by their safety labels, 4 dropped"]
+    found = pool.group(0)
+    assert found.pairs.tolist() == [4, 5] and found.answers.tolist() == [[0, 1], [1, 2]]
+    assert [len(answer) for answer in found.group.answers] == [3, 5, 4], "1, 3 and, exchanged, 3, 2"
+    assert pool.sizes(share_prompts=True).tolist() == [10 + 12, 7 + 7]
+    select(pool, selection, lambda labels: (np.arange(len(labels)) == 2, np.zeros(3, bool)), labelled=False)
+    assert selection.ids.tolist() == [1], "a group without pairs"

@@ -90,7 +90,7 @@ def test_options_without_a_use_are_refused(tmp_path):
     for flags, users in ({"pairs_from": "best-worst"}, "nectar"), ({"pair_preference": "better"}, "pku-saferlhf"):
         chosen = FormatSettings.parse(**flags)
         refuse_unused(chosen, row_readers(sources, chosen))
-        with pytest.raises(UserError, match=f"no difference to pairs of the format trl. It is for {users}"):
+        with pytest.raises(UserError, match=f"no difference to pairs of the format trl. It is for .*{users}"):
             refuse_unused(chosen, row_readers(sources[:1], chosen))
     refuse_unused(FormatSettings(), row_readers(sources, FormatSettings()))
 

@@ -23,7 +23,8 @@ def batch_of(pack: Pack, length: int) -> Any:
     from megatron_bdpo.training.batches import PackPairs, to_batch
 
     unsafe = torch.tensor([[0, 1], [1, 0], [-1, -1], [0, 0]])
-    return to_batch(pack, length, 64, PackPairs(np.arange(50, 54), torch.tensor(PAIRS), unsafe, torch.arange(4.0)))
+    margin, weight = torch.arange(4.0), torch.tensor([1 / 2, 1 / 2, 1 / 2, 1 / 2])
+    return to_batch(pack, length, 64, PackPairs(np.arange(50, 54), torch.tensor(PAIRS), unsafe, margin, weight, 2, 3))
 
 
 def tensors_of(value: Any, name: str = "") -> dict[str, Any]:

@@ -17,6 +17,11 @@ from megatron_bdpo.training.reporting.quartiles import (
 )
 
 
+def report_of(values, imbalance, edges):
+    """Of pairs that count alike."""
+    return quartile_report(values, imbalance, edges, torch.ones(len(imbalance), dtype=torch.float64), len(imbalance))
+
+
 def as_megatron_does(reports):
     """Sums over microbatches, then sum by count."""
     return {name: float(total[0] / total[1]) for name in reports[0] for total in [sum(r[name] for r in reports)]}
@@ -28,7 +33,7 @@ def test_means_within_quartiles():
     edges = quartile_edges(imbalance)
     parts = np.split(np.arange(103), [1, 40, 41, 90])  # packs of other sizes; some without pairs of a quartile
     reports = [
-        quartile_report({"rewards/margins": torch.from_numpy(margin[part])}, torch.from_numpy(imbalance[part]), edges)
+        report_of({"rewards/margins": torch.from_numpy(margin[part])}, torch.from_numpy(imbalance[part]), edges)
         for part in parts
     ]
     found = within_quartiles(as_megatron_does(reports))
@@ -41,7 +46,7 @@ def test_means_within_quartiles():
 
 
 def test_quartile_without_pairs_is_left_out():
-    report = quartile_report({"loss": torch.ones(2)}, torch.tensor([0.1, 9.0]), torch.tensor([1.0, 2.0, 3.0]))
+    report = report_of({"loss": torch.ones(2)}, torch.tensor([0.1, 9.0]), torch.tensor([1.0, 2.0, 3.0]))
     found = within_quartiles({"loss": 1.0} | as_megatron_does([report]))
     assert found == {
         "loss": 1.0,
@@ -53,13 +58,24 @@ def test_quartile_without_pairs_is_left_out():
 
 
 def test_pack_without_pairs_counts_nothing():
-    report = quartile_report({"loss": torch.zeros(0)}, torch.zeros(0), torch.tensor([1.0, 2.0, 3.0]))
+    report = report_of({"loss": torch.zeros(0)}, torch.zeros(0), torch.tensor([1.0, 2.0, 3.0]))
     assert all(torch.equal(entry, torch.zeros(2)) for entry in report.values())
+
+
+def test_pairs_weigh_what_they_weigh_in_the_loss():
+    """Two groups, of one pair and of two: their means count alike."""
+    imbalance, loss = torch.tensor([0.5, 9.0, 9.0]).double(), torch.tensor([1.0, 2.0, 4.0]).double()
+    weight = torch.tensor([1, 0.5, 0.5]).double()
+    found = within_quartiles(as_megatron_does([quartile_report({"loss": loss}, imbalance, _EDGES, weight, 2)]))
+    assert found["loss/imbalance_q4"] == 3.0 and found["pairs/imbalance_q1"] == found["pairs/imbalance_q4"] == 0.5
+
+
+_EDGES = torch.tensor([1.0, 2.0, 3.0])
 
 
 def test_a_pair_on_an_edge_is_in_the_lower_quartile():
     imbalance = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    report = quartile_report({}, torch.from_numpy(imbalance), quartile_edges(imbalance))
+    report = report_of({}, torch.from_numpy(imbalance), quartile_edges(imbalance))
     assert [float(entry[0]) for entry in report.values()] == [2, 1, 1, 1]
 
 

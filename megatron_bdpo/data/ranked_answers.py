@@ -1,0 +1,178 @@
+"""Rows with any number of judged answers, to the pairs that ``--pairs-from`` asks for; see ``format_converters``.
+
+Pairs of one row become a group: its answers are stored and computed once. Which answers are tied is told, pair by pair.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_bdpo.data.format_options import FormatOptions
+from megatron_bdpo.data.messages import ASSISTANT, USER
+from megatron_bdpo.data.problems import ProblemKind, RowProblem
+from megatron_bdpo.data.records import is_finite
+from megatron_bdpo.data.row_parts import (
+    FOR_TEMPLATE,
+    Messages,
+    Row,
+    as_answer,
+    as_conversation,
+    column_of,
+    grade_of,
+    is_grade,
+    passed_on,
+    text_of,
+    turn_of,
+    wrong_type,
+)
+
+#: What a row may say of each of its answers -> what of a pair's two it becomes.
+OF_EACH_ANSWER = {"responses_safe": "{}_safe", "ref_responses_logps": "ref_{}_logps"}
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def responses(row: Row, options: FormatOptions) -> list[Row | RowProblem]:
+    """``responses`` with ``scores``, the highest the best, or with ``ranks``, the lowest the best."""
+    prompt, texts = column_of(row, "prompt"), _listed(row, "responses", 2)
+    if not all(isinstance(each, str) for each in (prompt, *texts)):  # else text, as it is
+        prompt = as_conversation(prompt, "column 'prompt'")
+        texts = [as_answer(each, f"'responses', answer {number}") for number, each in enumerate(texts, start=1)]
+    by, other = ("ranks", "scores") if row.get("scores") is None and row.get("ranks") is not None else _SCORES_FIRST
+    if row.get(other) is not None:
+        raise RowProblem(ProblemKind.WRONG_TYPE, f"the row has both '{by}' and '{other}'; leave one out")
+    grades = _of_each(row, by, len(texts))
+    ranks = [grade_of({by: grade}, by, f"answer {number}") for number, grade in enumerate(grades, start=1)]
+    beside = {name: _of_each(row, name, len(texts)) for name in OF_EACH_ANSWER if row.get(name) is not None}
+    answers = [{"answer": text, **{name: each[i] for name, each in beside.items()}} for i, text in enumerate(texts)]
+    return _compared({"prompt": prompt, **passed_on(row, *FOR_TEMPLATE)}, answers, ranks, by, options)
+
+
+_SCORES_FIRST = ("scores", "ranks")
+
+
+def _listed(row: Row, name: str, at_least: int) -> list[Any]:
+    values = column_of(row, name)
+    if not isinstance(values, list):
+        raise wrong_type(f"column '{name}'", values, "a list")
+    if len(values) < at_least:
+        raise RowProblem(ProblemKind.UNRANKED, f"column '{name}' holds {len(values)} answers; two are needed")
+    return values
+
+
+def _of_each(row: Row, name: str, answers: int) -> list[Any]:
+    """A column with an entry for each answer."""
+    values = _listed(row, name, 0)
+    if len(values) != answers:
+        raise RowProblem(ProblemKind.WRONG_TYPE, f"column '{name}' has {len(values)} entries for {answers} answers")
+    return values
+
+
+def ultrafeedback(row: Row, options: FormatOptions) -> list[Row | RowProblem]:
+    """``fine-grained_score``, the mean of four ratings, where all answers have it; else ``overall_score``."""
+    prompt = [turn_of(USER, text_of(row, "instruction"))]
+    answers = _answers(row, "completions")
+    has_all = all(is_grade(each.get("fine-grained_score")) for each in answers)
+    by = "fine-grained_score" if has_all else "overall_score"
+    return _ranked(row, prompt, answers, "response", by, options)
+
+
+def nectar(row: Row, options: FormatOptions) -> list[Row | RowProblem]:
+    """Rank 1 is the best; the prompt is a dialogue in text."""
+    prompt = _dialogue(text_of(row, "prompt"))
+    return _ranked(row, prompt, _answers(row, "answers"), "answer", "rank", options)
+
+
+def nemo_rl(row: Row, options: FormatOptions) -> list[Row | RowProblem]:
+    """The lowest rank is the best."""
+    prompt = as_conversation(column_of(row, "context"), "column 'context'")
+    return _ranked(row, prompt, _answers(row, "completions"), "completion", "rank", options)
+
+
+def _answers(row: Row, name: str) -> list[Row]:
+    answers = column_of(row, name)
+    if not (isinstance(answers, list) and all(isinstance(each, dict) for each in answers)):
+        raise wrong_type(f"column '{name}'", answers, "a list of objects")
+    if len(answers) < 2:
+        raise RowProblem(ProblemKind.UNRANKED, f"column '{name}' holds {len(answers)} answers; two are needed")
+    return answers
+
+
+def _ranked(
+    row: Row, prompt: Messages, answers: list[Row], text: str, by: str, options: FormatOptions
+) -> list[Row | RowProblem]:
+    """Pairs of answers of different rank.
+
+    Args:
+        text: the answers' field that holds the answer.
+        by: the answers' field that ranks them.
+    """
+    ranks, texts = [], []
+    for number, each in enumerate(answers, start=1):
+        ranks.append(grade_of(each, by, f"answer {number}"))
+        texts.append(as_answer(column_of(each, text, f"answer {number}"), f"'{text}' of answer {number}"))
+    shared = {"prompt": prompt, **passed_on(row, *FOR_TEMPLATE)}
+    return _compared(shared, [{"answer": each} for each in texts], ranks, by, options)
+
+
+#: Of ranks the lowest is the best, of scores the highest.
+_LOWEST_FIRST = ("rank", "ranks")
+
+
+def _compared(
+    shared: Row, answers: list[Row], ranks: list[float], by: str, options: FormatOptions
+) -> list[Row | RowProblem]:
+    """The pairs that ``options.pairs_from`` asks for; those of equal rank are told as problems.
+
+    Args:
+        shared: of all pairs.
+        answers: each one's ``answer``, and what else the row says of it by the names of ``OF_EACH_ANSWER``.
+        ranks: of each; equal ones keep their order.
+        by: the name of the ranks.
+    """
+    if len(set(ranks)) == 1:
+        raise RowProblem(ProblemKind.TIED, f"all answers have '{by}' {ranks[0]}")
+    scores = [-rank if by in _LOWEST_FIRST else rank for rank in ranks]
+    order = sorted(range(len(answers)), key=scores.__getitem__, reverse=True)
+    pairs: list[Row | RowProblem] = []
+    for better, worse in _places(order, scores, options):
+        if scores[better] == scores[worse]:
+            tie = f"answers {better + 1} and {worse + 1} have the same '{by}', {ranks[better]}"
+            pairs.append(RowProblem(ProblemKind.TIED, tie))
+            continue
+        pair = dict(shared)
+        for side, place in (("chosen", better), ("rejected", worse)):
+            said = {form.format(side): answers[place].get(name) for name, form in OF_EACH_ANSWER.items()}
+            pair |= {side: answers[place]["answer"]}
+            pair |= {f"{side}_score": scores[place]} if all(map(is_finite, scores)) else {}
+            pair |= {name: value for name, value in said.items() if value is not None}
+        pairs.append(pair)
+    if not pairs:
+        raise RowProblem(ProblemKind.TIED, f"no two answers are {options.margin:g} apart in '{by}'")
+    return pairs
+
+
+def _places(order: list[int], scores: list[float], options: FormatOptions) -> Iterable[tuple[int, int]]:
+    """Which answers are compared, the better one first."""
+    if options.margin is not None:
+        margin = options.margin
+        return [(a, b) for a, b in itertools.combinations(order, 2) if scores[a] - scores[b] >= margin]
+    if options.pairs_from == "all":
+        return itertools.combinations(order, 2)
+    return itertools.pairwise(order) if options.pairs_from == "adjacent" else [(order[0], order[-1])]
+
+
+def _dialogue(text: str) -> Messages:
+    """The turns of ``"\\n\\nHuman: ...\\n\\nAssistant: "``; a text without such markers is one turn of the user."""
+    before, *parts = _TURN.split(text)
+    if not parts:
+        return [turn_of(USER, text)]
+    speakers, texts = parts[::2], [part.strip() for part in parts[1::2]]
+    if before.strip() or speakers[0] != "Human" or speakers[-1] != "Assistant" or texts.pop():
+        raise RowProblem(
+            ProblemKind.WRONG_TYPE, "column 'prompt' is no dialogue from '\\n\\nHuman:' to an empty '\\n\\nAssistant:'"
+        )
+    return [turn_of(USER if who == "Human" else ASSISTANT, said) for who, said in zip(speakers, texts, strict=False)]

@@ -1,0 +1,129 @@
+"""Rows with any number of answers: computed once, they take the steps of their pairs, in every layout."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.harness.jobs import DATA
+from tests.harness.parity import beyond, deviations
+from tests.parity.matrix import ALLOWED, CP2, MODELS, PP2, TP2_SP, VPP2
+
+#: Scores of each row's answers; equal ones are not compared.
+SCORES = [(9, 1), (5, 3, 1), (4, 8, 4, 2), (1, 2, 3, 4, 5), (7, 7, 2), (2, 6), (3, 2, 1, 0), (5, 1, 5)]
+PAIRS = sum(a != b for scores in SCORES for a, b in itertools.combinations(scores, 2))
+
+#: Pairs whose answers are both unsafe, which SafeDPO leaves out; the others of their groups stay.
+UNSAFE_BOTH = 3
+
+#: Each of the three steps has all rows: which make up a step depends on their lengths.
+JOB = MODELS["dense"].overrides | {"max_pairs": None, "train_iters": 3, "lr": 1e-2}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Prompts of the example, each with its own two answers and with those of other rows."""
+    lines = (DATA / "train.jsonl").read_text("utf-8").splitlines()[:16]
+    examples = [json.loads(line) for line in lines]
+    answers = [each[name] for each in examples for name in ("chosen", "rejected")]
+    return [
+        {
+            "prompt": examples[index]["prompt"],
+            "responses": answers[2 * index : 2 * index + len(scores)],
+            "scores": scores,
+            "responses_safe": [place % 2 == 0 for place in range(len(scores))],
+        }
+        for index, scores in enumerate(SCORES)
+    ]
+
+
+def pairs_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Its pairs as rows, in the order in which they are made of it: the best answer first, then the next."""
+    order = sorted(range(len(row["scores"])), key=lambda place: -row["scores"][place])
+    compared = [(a, b) for a, b in itertools.combinations(order, 2) if row["scores"][a] != row["scores"][b]]
+    return [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["responses"][better],
+            "rejected": row["responses"][worse],
+            "chosen_safe": row["responses_safe"][better],
+            "rejected_safe": row["responses_safe"][worse],
+        }
+        for better, worse in compared
+    ]
+
+
+def job(path: Path, made: list[dict[str, Any]], **overrides: Any) -> tuple[list[str], dict[str, Any]]:
+    """Flags and overrides of a job on these rows, all of them in every step."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), "utf-8")
+    return [], JOB | {"pair_data": (str(path),), "pairs_per_step": len(made)} | overrides
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    return job(tmp_path_factory.mktemp("groups") / "groups.jsonl", rows(), pairs_from="all")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    made = [pair for row in rows() for pair in pairs_of(row)]
+    assert len(made) == PAIRS
+    return job(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", made)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--preference-loss bdpo",
+        "--preference-loss dpo --reference resident",
+        "--preference-loss bdpo --reference resident --no-share-prompts",
+        "--preference-loss simpo --no-pack-pairs",
+        "--preference-loss safedpo",
+    ],
+)
+def test_a_group_is_its_pairs(one_process, groups, pairs, flags):
+    """With the mean over pairs: losses, log-probs and gradients, although each answer is computed once."""
+    found = one_process([*flags.split(), "--mean-over", "pairs"], groups[1])
+    kept = len(found.steps[0].sequences[0])
+    assert kept == PAIRS - UNSAFE_BOTH if "safedpo" in flags else kept == PAIRS
+    expected = one_process(flags.split(), pairs[1] | {"pairs_per_step": kept})
+    assert beyond(deviations(found, expected), ALLOWED) == {}
+
+
+LAYOUTS = {
+    "DP2": (2, ""),
+    "CP2 DP2": (4, CP2),
+    "TP2 SP PP2": (4, f"{TP2_SP} {PP2}"),
+    "PP2 VPP2 CP2": (4, f"{VPP2} {CP2}"),
+}
+
+
+@pytest.mark.parametrize("over", ["groups", "pairs"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_groups_in_a_layout(run, one_process, groups, layout, over):
+    ranks, split = LAYOUTS[layout]
+    flags = ["--preference-loss", "bdpo", "--mean-over", over]
+    found = run(ranks, [*split.split(), *flags], groups[1])
+    assert beyond(deviations(found, one_process(flags, groups[1])), ALLOWED) == {}
+
+
+def test_the_mean_over_groups(one_process, groups, tmp_path):
+    """Its gradient is the mean of the groups' own, whatever the number of their pairs."""
+    flags = ["--preference-loss", "bdpo"]
+    found = one_process(flags, groups[1]).steps[0]
+    alone = []
+    for index, row in enumerate(rows()):
+        _, overrides = job(tmp_path / f"{index}.jsonl", pairs_of(row), train_iters=1)
+        alone.append(one_process(flags, overrides).steps[0])
+    for name in ("loss", "rewards/accuracies", "comprehension/imbalance", "logps/chosen"):
+        expected = np.mean([each.metrics[name] for each in alone])
+        assert found.metrics[name] == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+    for name, gradient in found.gradients.items():
+        expected = np.mean([each.gradients[name] for each in alone], axis=0)
+        assert np.abs(gradient - expected).max() <= 1e-5 * np.abs(expected).max() + 1e-9, name
+    over_pairs = one_process([*flags, "--mean-over", "pairs"], groups[1]).steps[0]
+    assert over_pairs.metrics["logps/chosen"] != pytest.approx(found.metrics["logps/chosen"], rel=1e-3), "not the same"
