@@ -59,15 +59,15 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
         found.append(MovingReference(step, every, 1.0 if mix is None else mix))
     suspect = step.suspect
     found += [FiniteCheck(job.groups_of_step, job.pool.describe_group, suspect), Divergence(suspect)]
+    held_out = job.pool.pairs_of(job.held_out.ids)
     if save:
-        held_out = len(job.pool.pairs_of(job.held_out.ids))
-        pairs = {"train": job.training_pairs, "heldout": held_out}
+        pairs = {"train": job.training_pairs, "heldout": len(held_out)}
         found.append(RunRecord(Path(save), pairs, functools.partial(provenance, setup.arguments, job)))
     found += [progress, Scalars(functools.partial(_loggers, setup))]
     if save:
         found.append(MetricsJsonl(Path(save)))
-        held_out = job.held_out.ids if settings.schedule.eval_iters else job.held_out.ids[:0]
-        found.append(HeldOutPairs(step, held_out, job.pool.scored[held_out], Path(save)))
+        evaluated = held_out if settings.schedule.eval_iters else held_out[:0]
+        found.append(HeldOutPairs(step, evaluated, job.pool.scored[evaluated], Path(save)))
     found += [
         ConsoleLines(progress.interval, Advisor(reads_reference), wide=settings.output.log_wide),
         Answers(job.prompts, shape, setup.scoring.vocab_size, save, stop),
