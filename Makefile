@@ -28,7 +28,7 @@ TEST_ENV := $(VENV)/.installed-test
 DEMO_ENV := $(firstword $(wildcard $(TEST_ENV)) $(VENV)/.installed-demo)
 SMOLLM2_ENV := $(firstword $(wildcard $(TEST_ENV)) $(VENV)/.installed-smollm2)
 
-.PHONY: help demo smollm2 ablation pages docs test lint types pytest parity slurm-lab install install-test versions clean distclean
+.PHONY: help demo smollm2 ablation pages docs test lint types pytest parity slurm-lab browser install install-test versions clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -76,6 +76,10 @@ docs: $(VENV)/.installed-docs ## the documentation into site/, with warnings as 
 slurm-lab: ## install what tests/slurm needs for a SLURM cluster on this machine (Debian, root)
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 		slurm-wlm munge iproute2 util-linux procps shellcheck > /dev/null
+
+browser: ## install Chromium, in which the tests look at the pages of reports (Debian, root)
+	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+		chromium fonts-dejavu-core > /dev/null
 
 install: $(DEMO_ENV) ## make .venv for running
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,15 @@ from megatron_bdpo.losses.bdpo import BdpoOptions
 from megatron_bdpo.report import page, text
 from megatron_bdpo.report.curves import Curves, read_curves
 from megatron_bdpo.report.figures import Picture, comprehension_pictures, quality_pictures, training_pictures
+from megatron_bdpo.report.heldout import HeldOutPairs, held_out_pairs
+from megatron_bdpo.report.heldout_figures import heldout_pictures
 from megatron_bdpo.report.run_files import ReportSources, find_sources
 from megatron_bdpo.report.scored_pairs import Comprehension, comprehension_of
 from megatron_bdpo.report.style import require_matplotlib
 from megatron_bdpo.training.reference.cache import open_scores
-from megatron_bdpo.training.reporting import generations_file
+from megatron_bdpo.training.reporting import generations_file, heldout_file
 from megatron_bdpo.training.reporting.generations_file import SideBySide, read_generations, side_by_side
+from megatron_bdpo.training.reporting.heldout_file import read_heldout
 
 PAGE = "report.html"
 
@@ -54,6 +57,9 @@ class Report:
     facts: dict[str, str]
     comprehension: Comprehension | None
     curves: Curves | None
+    trained_on: int | None
+    """Pairs of a run that are trained on, where it says so."""
+    held_out: HeldOutPairs | None
     answers: SideBySide | None
     quality: DataQuality | None
     texts: dict[int, dict[str, Any]]
@@ -68,6 +74,8 @@ class Report:
                 parts.append(text.largest_blocks(self.comprehension, self.settings.pairs, self.texts))
         if self.curves:
             parts.append(text.curves_blocks(self.curves))
+        if self.held_out:
+            parts.append(text.heldout_blocks(self.held_out))
         if self.answers:
             parts.append(text.answers_blocks(self.answers))
         if self.quality:
@@ -86,7 +94,8 @@ class Report:
         """
         require_matplotlib()
         sections, pictures = self._illustrated()
-        html = page.page(self.title, self.facts, sections)
+        tiles = page.tiles(self.curves, self.trained_on) if self.curves else []
+        html = page.page(self.title, self.facts, tiles, sections)
         files = [(directory / PAGE, html.encode())]
         files += [(directory / f"{picture.name}.png", picture.png) for picture in pictures]
         try:
@@ -103,6 +112,10 @@ class Report:
             drawn = training_pictures(self.curves)
             pictures += drawn
             sections.append(page.Section("Training", _CURVES_NOTE, drawn))
+        if self.held_out:
+            drawn = heldout_pictures(self.held_out)
+            pictures += drawn
+            sections.append(page.heldout_section(self.held_out, drawn))
         if self.answers:
             sections.append(page.answers_section(self.answers))
         if self.comprehension:
@@ -136,13 +149,18 @@ def build_report(directory: Path, settings: ReportSettings, scores: Path | None 
     """
     sources = find_sources(directory, scores)
     curves = read_curves(sources.run) if sources.run else None
+    trained_on = sources.record.get("pairs", {}).get("train")
+    rewards = _read(read_heldout, sources.run / heldout_file.NAME) if sources.run else []
+    held_out = held_out_pairs(rewards)
     answers = _answers(sources.run) if sources.run else None
     pairs = _comprehension(sources, settings) if sources.scores else None
     texts = pairs.texts(pairs.largest(settings.pairs)) if pairs and settings.show_text else {}
     quality, trouble = _quality(sources.stores) if settings.quality else (None, {})
     what = "Run" if sources.run else "Reference scores"
-    facts = _facts(sources, pairs, curves) | trouble
-    return Report(f"{what} {directory}", facts, pairs, curves, answers, quality, texts, settings)
+    if rewards and not held_out:
+        trouble["held-out pairs"] = f"no reward is finite at the latest evaluation, after step {rewards[-1].step}"
+    facts = _facts(sources, pairs) | trouble
+    return Report(f"{what} {directory}", facts, pairs, curves, trained_on, held_out, answers, quality, texts, settings)
 
 
 def _quality(stores: Sequence[Path]) -> tuple[DataQuality | None, dict[str, str]]:
@@ -158,9 +176,12 @@ _MOST_PROMPTS = 100_000  # compared with each other; data stats looks at more
 
 
 def _answers(run: Path) -> SideBySide | None:
-    path = run / generations_file.NAME
+    return side_by_side(_read(read_generations, run / generations_file.NAME))
+
+
+def _read[Row](read: Callable[[Path], list[Row]], path: Path) -> list[Row]:
     try:
-        return side_by_side(read_generations(path))
+        return read(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -187,13 +208,11 @@ def _number(value: Any) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _facts(sources: ReportSources, pairs: Comprehension | None, curves: Curves | None) -> dict[str, str]:
+def _facts(sources: ReportSources, pairs: Comprehension | None) -> dict[str, str]:
     facts: dict[str, str] = {}
     if loss := sources.record.get("loss"):
         options = sources.record.get("loss_options", {})
         facts["loss"] = ", ".join([str(loss), *(f"{name} {value}" for name, value in options.items())])
-    if curves:
-        facts["steps"] = f"{curves.last_iteration}"
     if pairs:
         facts |= _facts_of_scores(sources, pairs)
     return facts

@@ -54,7 +54,7 @@ def comprehension_pictures(pairs: Comprehension) -> list[Picture]:
     tau = f"τ = {pairs.temperature:.4g}"
     q25, q50, q75 = np.percentile(np.abs(pairs.difference), [25, 50, 75])
     return [
-        _histogram(
+        histogram(
             "comprehension",
             "What the prompt tells about the answer",
             f"I(x; y) under the reference, {pairs.unit}",
@@ -62,7 +62,7 @@ def comprehension_pictures(pairs: Comprehension) -> list[Picture]:
             f"Comprehension of chosen (mean {pairs.chosen.mean():.3f}) and rejected (mean {pairs.rejected.mean():.3f}) "
             f"responses, {pairs.unit}. Below zero the prompt makes the response less likely.",
         ),
-        _histogram(
+        histogram(
             "imbalance",
             "How unequal the two answers of a pair are",
             f"$I_w - I_l$, {pairs.unit}",
@@ -71,7 +71,7 @@ def comprehension_pictures(pairs: Comprehension) -> list[Picture]:
             f"of the pairs. Quartiles of |I_w − I_l|: {q25:.3f}, {q50:.3f}, {q75:.3f}.",
             mark=0.0,
         ),
-        _histogram(
+        histogram(
             "weights",
             f"Balanced weights at {tau}",
             "weight in the loss (1: plain DPO)",
@@ -81,7 +81,7 @@ def comprehension_pictures(pairs: Comprehension) -> list[Picture]:
             mark=1.0,
             bounded=True,
         ),
-        _histogram(
+        histogram(
             "scale",
             f"Scaling factor at {tau}",
             "s, in (0.71, 1]; 1: nothing to balance",
@@ -95,7 +95,7 @@ def comprehension_pictures(pairs: Comprehension) -> list[Picture]:
 _BALANCED = 0.1
 
 
-def _histogram(
+def histogram(
     name: str,
     title: str,
     x: str,
@@ -104,6 +104,7 @@ def _histogram(
     mark: float | None = None,
     bounded: bool = False,
 ) -> Picture:
+    """Distributions of pairs in bins that they share; without a label there is one, and the axis names it."""
     edges, outside = _edges(np.concatenate([values for values, _ in of.values()]), bounded=bounded)
     if outside:
         x += f"  ({outside} outside of the picture)"
@@ -126,7 +127,7 @@ def _edges(values: FloatArray, *, bounded: bool) -> tuple[list[float], int]:
     low, high = (values.min(), values.max()) if bounded or few else np.percentile(values, _SHOWN)
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, min(_BINS, max(5, len(values) // 2)) + 1)
+    edges = np.linspace(low, high, min(_BINS, max(5, round(2 * len(values) ** 0.4))) + 1)
     return edges.tolist(), int(((values < low) | (values > high)).sum())
 
 

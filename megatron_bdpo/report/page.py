@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import jinja2
 
 from megatron_bdpo.data.quality import DataQuality
+from megatron_bdpo.report.curves import Curves
 from megatron_bdpo.report.figures import Picture
+from megatron_bdpo.report.heldout import HeldOutPairs
 from megatron_bdpo.report.scored_pairs import PERCENTILES, Comprehension, summary
 from megatron_bdpo.report.text import shown_value
 from megatron_bdpo.training.reporting.generations_file import SideBySide
@@ -23,16 +25,28 @@ class Section:
     title: str
     note: str = ""
     pictures: Sequence[Picture] = ()
-    header: Sequence[str] = ()
+    caption: str = ""
     """Of the table."""
+    header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     kind: str = "numbers"
-    """The table's class in the style: numbers, places or texts."""
+    """The table's class in the style: numbers or places."""
+    answers: SideBySide | None = None
     folded: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Summary -> texts by name, shown when the reader opens it."""
 
 
-def page(title: str, facts: Mapping[str, str], sections: Iterable[Section]) -> str:
+@dataclass(frozen=True)
+class Tile:
+    """A number to see first."""
+
+    name: str
+    value: str
+    beside: str = ""
+    """In small letters: what it was."""
+
+
+def page(title: str, facts: Mapping[str, str], tiles: Sequence[Tile], sections: Sequence[Section]) -> str:
     """The whole file."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -41,7 +55,38 @@ def page(title: str, facts: Mapping[str, str], sections: Iterable[Section]) -> s
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("page.html").render(title=title, facts=facts, sections=sections)
+    return environment.get_template("page.html").render(
+        title=title, facts=facts, tiles=tiles, sections=sections, shown=_ANSWERS
+    )
+
+
+#: Prompts whose answers are seen at once; the others are folded up.
+_ANSWERS = 8
+
+
+#: Names of metrics, what a tile calls them, and how it writes them.
+_TILES = (
+    ("rewards/accuracies", "accuracy", "{:.1%}"),
+    ("rewards/margins", "reward margin", "{:+.3f}"),
+    ("loss", "loss", "{:.4f}"),
+)
+
+
+def tiles(curves: Curves, pairs: int | None) -> list[Tile]:
+    """The last values of the main metrics beside the first: of the held-out pairs if they are evaluated.
+
+    Args:
+        pairs: that are trained on, where it is known.
+    """
+    found, of = (curves.held_out, "held-out ") if "loss" in curves.held_out else (curves.training, "training ")
+    made = [Tile("steps", f"{curves.last_iteration:,}", f"{pairs:,} training pairs" if pairs else "")]
+    for metric, name, form in _TILES:
+        if metric in found:
+            values = [form.format(value) for value in found[metric].values[[0, -1]]]
+            steps = found[metric].iterations[[0, -1]].tolist()
+            beside = f"{values[0]} after step {steps[0]}" if steps[0] != steps[1] else f"after step {steps[1]}"
+            made.append(Tile(of + name, values[1], beside))
+    return made
 
 
 def comprehension_section(pairs: Comprehension, pictures: Sequence[Picture]) -> Section:
@@ -54,7 +99,7 @@ def comprehension_section(pairs: Comprehension, pictures: Sequence[Picture]) -> 
     )
     header = ["", "mean", "sd", *(f"{percentile}%" for percentile in PERCENTILES)]
     rows = [[label, *(f"{n:.4f}" for n in summary(values))] for label, values in pairs.distributions().items()]
-    return Section("Comprehension", note, pictures, header, rows)
+    return Section("Comprehension", note, pictures, header=header, rows=rows)
 
 
 def largest_section(pairs: Comprehension, count: int, texts: Mapping[int, Mapping[str, Any]]) -> Section:
@@ -82,15 +127,28 @@ def quality_section(quality: DataQuality, pictures: Sequence[Picture]) -> Sectio
         f"{name}: {value}" for name, value in quality.length_facts()
     )
     rows = [[words, f"{f.count:,}", f"{f.of:,}", f"{f.share:.2%}", f.example] for words, f in quality.rows()]
-    return Section(
-        "Quality of the pairs", note, pictures, ["", "number", "of", "share", "the first one"], rows, kind="places"
-    )
+    header = ["", "number", "of", "share", "the first one"]
+    return Section("Quality of the pairs", note, pictures, header=header, rows=rows, kind="places")
 
 
 def answers_section(answers: SideBySide) -> Section:
     """Prompts with the first and the last answer side by side."""
-    first, last = answers.steps
-    columns = 2 if first == last else 3
-    header = ["prompt", f"step {first}", f"step {last}"][:columns]
     note = "What the policy answers, greedily. An answer that ends in … was cut at the longest allowed."
-    return Section("Answers", note, header=header, rows=[row[:columns] for row in answers.rows], kind="texts")
+    return Section("Answers", note, answers=answers)
+
+
+def heldout_section(pairs: HeldOutPairs, pictures: Sequence[Picture]) -> Section:
+    """The rewards of single held-out pairs."""
+    after = pairs.after
+    note = (
+        f"Of {len(after.margins):,} held-out pairs at the latest evaluation, after step {after.step}. Rewards are as "
+        "the loss defines them."
+    )
+    if after.left_out:
+        note += f" {after.left_out:,} more have a reward that is not finite."
+    rows = [
+        [f"{each.predicted:.3f}", f"{each.right:.3f}", "{:.3f} to {:.3f}".format(*each.interval), f"{each.pairs:,}"]
+        for each in after.calibration()
+    ]
+    header = ["predicted", "right", "95% interval", "pairs"]
+    return Section("Held-out pairs", note, pictures, "Calibration", header, rows)

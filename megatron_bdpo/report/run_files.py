@@ -68,6 +68,7 @@ def _record(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}). Mend it, or move it away.") from error
     wrong = schema_error(found, {"reference_scores": Each(str)})
+    wrong = wrong or schema_error(found.get("pairs", {}), Each(int), "pairs")
     if wrong := wrong or schema_error(found.get("pair_stores", {}), Each(str), "pair_stores"):  # younger than the file
         raise UserError(f"{path} is not what a run writes: {wrong}. Mend it, or move it away.")
     return dict(found)

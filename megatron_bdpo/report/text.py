@@ -11,6 +11,7 @@ import numpy.typing as npt
 from megatron_bdpo.data.problems import printable
 from megatron_bdpo.display import Block, Facts, Table
 from megatron_bdpo.report.curves import QUARTILES, Curves, Series
+from megatron_bdpo.report.heldout import HeldOutPairs
 from megatron_bdpo.report.scored_pairs import PERCENTILES, Comprehension, summary
 from megatron_bdpo.training.reporting.generations_file import SideBySide
 
@@ -91,6 +92,35 @@ def curves_blocks(curves: Curves) -> list[Block]:
                 _courses(rows, steps),
             ]
     return blocks
+
+
+def heldout_blocks(pairs: HeldOutPairs) -> list[Block]:
+    """Margins before and after in numbers, calibration, and whether pairs are right for their length."""
+    after, percentiles = pairs.after, (5, 25, 50, 75, 95)
+    rows = []
+    for each in (pairs.before, after) if pairs.several else (after,):
+        margins = (each.margins.mean(), *np.percentile(each.margins, percentiles))
+        rows.append([f"step {each.step}", f"{each.right:.3f}", *map(_signed, margins)])
+    titles = ["", "right", "margin", *(f"p{percentile}" for percentile in percentiles)]
+    bins = [[f"{each.predicted:.3f}", f"{each.right:.3f}", f"{each.pairs}"] for each in after.calibration()]
+    calibration = f"calibration after step {after.step}: mean distance {after.calibration_error:.3f}"
+    facts = [
+        (f"right where the chosen answer is {which}", f"{share:.3f} of {count}")
+        for which, share, count in after.right_by_length()
+    ]
+    if after.left_out:
+        facts.append(("left out, for rewards that are not finite", f"{after.left_out}"))
+    blocks: list[Block] = [
+        Table(titles, rows, title=f"margins of {len(after.margins)} held-out pairs"),
+        "",
+        Table(["predicted", "right", "pairs"], bins, left=(), title=calibration),
+    ]
+    return [*blocks, "", Facts(facts)] if facts else blocks
+
+
+def _signed(value: float) -> str:
+    """What rounds to zero has no sign of its own."""
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def answers_blocks(answers: SideBySide) -> list[Block]:

@@ -144,7 +144,9 @@ def test_page_needs_nothing_else(scores, tmp_path, capsys):
     report(capsys, tmp_path / "run", "--show-text")
     html = (tmp_path / "run" / "report" / "report.html").read_text()
     markup = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "data:", html)
-    assert {value for _, value in re.findall(r'(src|href)="([^"]*)"', markup)} == {"data:"}
+    links = {value for _, value in re.findall(r'(src|href)="([^"]*)"', markup)}
+    assert {value for value in links if value[0] != "#"} == {"data:"}
+    assert {f"#{name}" for name in re.findall(r'<section id="([^"]*)"', markup)} == links - {"data:"}
     for forbidden in ("http:", "https:", "//", "<script", "<link", "@import", "url("):
         assert forbidden not in markup.replace(str(tmp_path), ""), forbidden
 
@@ -330,8 +332,9 @@ def test_answers_side_by_side(tmp_path, capsys):
     assert "answers to the first 6 of 9 prompts after step 0, and after step 60" in said
     assert "step 0: after 0: 5 …" in said and "step 60: after 60: 5\n" in said and "after 60: 6" not in said
     html = (run / "report" / "report.html").read_text()
-    assert "<th>prompt</th><th>step 0</th><th>step 60</th>" in html
-    assert "<td>Q8 &lt;b&gt;</td><td>after 0: 8 …</td><td>after 60: 8</td>" in html and "after 30" not in html
+    (last,) = re.findall(r'<p>Q8 &lt;b&gt;</p><div class="answers">(.*?)</div></div>', html, re.S)
+    assert re.findall(r"<b>(.*?)</b><pre>(.*?)</pre>", last) == [("step 0", "after 0: 8 …"), ("step 60", "after 60: 8")]
+    assert "<summary>1 more</summary>" in html and "after 30" not in html
 
 
 def test_damaged_answers(tmp_path, capsys):
