@@ -10,7 +10,9 @@ Source: B-DPO, arXiv 2603.22829. THIS IS OUR RECONSTRUCTION, from the paper's ab
 say what these quantities are for but do not give the formulas. The choices that are ours: the estimator of I, its
 division by |y|, the softmax with its temperature, and the norm that s preserves.
 
-All tensors are [P], P preference pairs. Nothing here carries a gradient.
+Of k answers (our extension, `losses.bdpo_list`): w = k softmax(-I / tau), which sum to k, and s = sqrt(k) / ||w||_2.
+
+All tensors are [P], P preference pairs, where it does not say otherwise. Nothing here carries a gradient.
 """
 
 from __future__ import annotations
@@ -54,9 +56,31 @@ def balanced_weights(
     Returns:
         (w_w, w_l), each [P]. Exactly 1.0 and 1.0, to the bit, where I_w equals I_l or tau is infinite.
     """
-    # The softmax of two: of their difference, so that a quotient beyond the largest number is a weight of 0 or 2.
-    difference = (rejected_information - chosen_information) / temperature
-    return 2 * torch.sigmoid(difference), 2 * torch.sigmoid(-difference)
+    information = torch.stack([chosen_information, rejected_information], dim=-1)
+    w_w, w_l = list_weights(information, torch.ones_like(information, dtype=torch.bool), temperature).unbind(-1)
+    return w_w, w_l
+
+
+@torch.no_grad()
+def list_weights(information: Tensor, present: Tensor, temperature: float) -> Tensor:
+    """Balanced weights w = k softmax(-I / tau) of the k answers to one prompt, summing to k.
+
+    Args:
+        information: I, [..., K].
+        present: bool, [..., K]: which of the K places hold an answer. What the others hold is finite.
+        temperature: tau > 0 in the unit of I. `math.inf` turns the balancing off.
+
+    Returns:
+        [..., K]; 0 where no answer is. Of two answers exactly 1.0 and 1.0, to the bit, where tau is infinite or their I
+        are equal.
+    """
+    # k sigmoid of minus the log-sum-exp over the others' (I_i - I_j) / tau: of differences, so that a quotient beyond
+    # the largest number is a weight of 0 or k, never inf - inf.
+    difference = (information[..., :, None] - information[..., None, :]) / temperature
+    others = present[..., None, :] & ~torch.eye(present.shape[-1], dtype=torch.bool, device=present.device)
+    smallest = torch.finfo(information.dtype).min
+    weights = torch.sigmoid(-torch.where(others, difference, smallest).logsumexp(-1))
+    return torch.where(present, present.sum(-1, keepdim=True) * weights, 0)
 
 
 #: The rule of :func:`automatic_temperature`: in this share of the pairs the larger weight is at most this many times
@@ -110,4 +134,20 @@ def gradient_scale(w_w: Tensor, w_l: Tensor) -> Tensor:
     With it the gradient of -log sigmoid(z), z = beta s (w_w Delta_w - w_l Delta_l), in the two policy log-probs has
     norm sqrt(2) beta sigmoid(-z) whatever the weights: DPO's at the same z. Exactly 1.0 for weights (1, 1).
     """
-    return torch.sqrt(2 / (w_w.square() + w_l.square()))  # one rounding fewer than sqrt(2) / norm: exact at (1, 1)
+    weights = torch.stack([w_w, w_l], dim=-1)
+    return list_scale(weights, torch.ones_like(weights, dtype=torch.bool))
+
+
+@torch.no_grad()
+def list_scale(weights: Tensor, present: Tensor) -> Tensor:
+    """Scale s = sqrt(k) / ||w||_2 of the k answers to one prompt: in (1 / sqrt(k), 1] for weights that sum to k.
+
+    Args:
+        weights: [..., K], 0 where no answer is.
+        present: bool, [..., K].
+
+    Returns:
+        [...]. Exactly 1.0 for weights of 1.
+    """
+    # One rounding fewer than sqrt(k) / norm: exact at weights of 1.
+    return torch.sqrt(present.sum(-1) / weights.square().sum(-1))

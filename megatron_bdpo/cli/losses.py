@@ -101,7 +101,8 @@ def _modifiers(described: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["option (default)", "meaning", "with"], ["---"] * 3]
     for flag, option in options.items():
         names = [loss["name"] for loss in described if flag in (each["flag"] for each in loss["options"])]
-        losses = "every loss" if len(names) == len(described) else ", ".join(f"`{name}`" for name in names)
+        every = names == [loss["name"] for loss in described if loss["of"] == "pairs"]
+        losses = "every loss of pairs" if every else ", ".join(f"`{name}`" for name in names)
         rows.append([f"`{_with_default(option)}`", option["help"], losses])
     return rows
 

@@ -1,7 +1,9 @@
-"""Preference losses: pure functions of per-pair log-probs, and the registry that names them.
+"""Preference losses: pure functions of log-probs, of pairs or of whole groups, and the registry that names them.
 
     options = build_options("bdpo", {"beta": 0.05})
     losses = get("bdpo").function(pairs, options)      # PairLogProbs -> PairLosses, every tensor [P]
+
+    losses = get("pl_dpo").function(groups, options)   # GroupLogProbs -> GroupLosses, where the spec is `of_groups`
 
 To add one: a file like `dpo.py` with a `SPEC`, and its line below; from another package, see `registry`.
 """
@@ -11,15 +13,20 @@ from megatron_bdpo.losses import (
     apo,
     bco_pair,
     bdpo,
+    bdpo_list,
     cpo,
     discopop,
     dpo,
     dpop,
     exo_pair,
     hinge,
+    infonca,
     ipo,
+    lipo_lambda,
+    nca,
     nca_pair,
     orpo,
+    pl_dpo,
     robust,
     safedpo,
     sft,
@@ -28,6 +35,7 @@ from megatron_bdpo.losses import (
     sppo_hard,
 )
 from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, PairLossFunction, Requirements
+from megatron_bdpo.losses.groups import GroupLogProbs, GroupLosses
 from megatron_bdpo.losses.options import LossOptions, Range, option
 from megatron_bdpo.losses.registry import OptionField, all_specs, build_options, get, names, option_fields, register
 
@@ -37,15 +45,20 @@ for _spec in (
     apo.DOWN,
     bco_pair.SPEC,
     bdpo.SPEC,
+    bdpo_list.SPEC,
     cpo.SPEC,
     discopop.SPEC,
     dpo.SPEC,
     dpop.SPEC,
     exo_pair.SPEC,
     hinge.SPEC,
+    infonca.SPEC,
     ipo.SPEC,
+    lipo_lambda.SPEC,
+    nca.SPEC,
     nca_pair.SPEC,
     orpo.SPEC,
+    pl_dpo.SPEC,
     robust.SPEC,
     safedpo.SPEC,
     sft.SPEC,
@@ -56,6 +69,8 @@ for _spec in (
     register(_spec)
 
 __all__ = [
+    "GroupLogProbs",
+    "GroupLosses",
     "LossOptions",
     "LossSpec",
     "OptionField",

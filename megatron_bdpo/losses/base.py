@@ -83,8 +83,8 @@ class PairLogProbs:
         """P."""
         return len(self.policy_chosen)
 
-    def __getitem__(self, some: slice) -> PairLogProbs:
-        """Views of some of the pairs."""
+    def __getitem__(self, some: slice | Tensor) -> PairLogProbs:
+        """Some of the pairs: views of a slice, or copies of those that a mask [P] names."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return replace(self, **{name: value[some] for name, value in values.items() if value is not None})
 
@@ -127,15 +127,15 @@ def keep_all(labels: npt.NDArray[np.int8]) -> tuple[BoolArray, BoolArray]:
 
 
 @dataclass(frozen=True)
-class LossSpec[Options, Pairs]:
-    """A preference loss as the registry holds it: of `PairLogProbs`.
+class LossSpec[Options, Answers, Losses]:
+    """A preference loss as the registry holds it: of `PairLogProbs`, or of `groups.GroupLogProbs`.
 
     `options` is a frozen dataclass type whose fields all have defaults and are float, int, bool, str or a `Literal` of
     strings; each becomes a command-line flag (see `option`). Equally named fields of two losses mean the same thing.
     """
 
     name: str
-    function: Callable[[Pairs, Options], PairLosses]
+    function: Callable[[Answers, Options], Losses]
     """Pure: no in-place writes, no collectives, no host synchronisation; results in the inputs' dtype.
 
     The check of the first step takes the loss to be convex or monotone in each log-prob near the reference's: what
@@ -147,7 +147,7 @@ class LossSpec[Options, Pairs]:
     """One line for `--help` and reports."""
     source: str
     """Paper and equation."""
-    settle: Callable[[PairLogProbs, Options], tuple[Options, str]] | None = None
+    settle: Callable[[Answers, Options], tuple[Options, str]] | None = None
     """Looks at the reference's log-probs of all pairs that the run trains on, where they are known before the first
     step: settles the options that follow from them, and describes what it has seen. The policy is the reference."""
     elsewhere: tuple[str, ...] = ()
@@ -160,9 +160,11 @@ class LossSpec[Options, Pairs]:
     of_difference: bool = False
     """It reads the reference through `terms.log_ratios` alone, and those in differences of chosen and rejected, so that
     other scores may take their place: it gets the options of `modifiers.ScoreOptions`."""
+    of_groups: bool = False
+    """Of all answers to a prompt and their scores: `groups.GroupLogProbs` in, `groups.GroupLosses` out."""
 
 
-AnyLossSpec = LossSpec[Any, Any]
+AnyLossSpec = LossSpec[Any, Any, Any]
 
 
 @dataclass(frozen=True)
@@ -183,4 +185,5 @@ class PairLossFunction:
 
     def __call__(self, pairs: PairLogProbs) -> PairLosses:
         """The losses of pairs, every tensor [P]."""
-        return self.spec.function(pairs, self.options)
+        losses: PairLosses = self.spec.function(pairs, self.options)
+        return losses

@@ -108,7 +108,7 @@ def _distribution(i_w: Tensor, i_l: Tensor, options: BdpoOptions) -> str:
     """Quantiles of the comprehension, and the weights and scale of a pair at each quantile of the imbalance."""
     shares = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
     imbalance = quantiles((i_w - i_l).abs(), shares)
-    smaller, larger = balanced_weights(imbalance, torch.zeros_like(imbalance), _temperature(options))
+    smaller, larger = balanced_weights(imbalance, torch.zeros_like(imbalance), temperature(options))
     rows = {
         "I_w": [f"{value:.4f}" for value in quantiles(i_w, shares)],
         "I_l": [f"{value:.4f}" for value in quantiles(i_l, shares)],
@@ -125,7 +125,7 @@ def _distribution(i_w: Tensor, i_l: Tensor, options: BdpoOptions) -> str:
     return "\n".join(lines)
 
 
-def _temperature(options: BdpoOptions) -> float:
+def temperature(options: BdpoOptions) -> float:
     if isinstance(options.bdpo_temperature, str):
         raise ValueError("bdpo_temperature is still open: LossSpec.settle gives it a value")
     return options.bdpo_temperature
@@ -160,7 +160,7 @@ def bdpo(pairs: PairLogProbs, options: BdpoOptions) -> PairLosses:
     metrics: dict[str, Tensor] = {}
     if requirements(options).comprehension:
         i_w, i_l = comprehension(pairs, options)
-        balanced = balanced_weights(i_w, i_l, _temperature(options))
+        balanced = balanced_weights(i_w, i_l, temperature(options))
         if options.bdpo_weights:
             w_w, w_l = balanced
         if options.bdpo_scale:

@@ -9,9 +9,14 @@ from megatron_bdpo.losses.base import AnyLossSpec
 
 
 def describe(spec: AnyLossSpec) -> dict[str, Any]:
-    """Name, summary, what it reads with its default options, options, source."""
+    """Name, summary, whether it is of pairs or groups, what it reads with its default options, options, source."""
     needs = spec.requirements(spec.options())
-    reads = {"reference": needs.reference, "comprehension": needs.comprehension, "safety labels": needs.safety}
+    reads = {
+        "scores of all answers": spec.of_groups,
+        "reference": needs.reference,
+        "comprehension": needs.comprehension,
+        "safety labels": needs.safety,
+    }
     options = [
         {
             "flag": field.flag,
@@ -26,6 +31,7 @@ def describe(spec: AnyLossSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "summary": spec.summary,
+        "of": "groups" if spec.of_groups else "pairs",
         "reads": [name for name, needed in reads.items() if needed],
         "options": options,
         "source": spec.source,

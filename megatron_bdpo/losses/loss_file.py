@@ -1,4 +1,4 @@
-"""A loss in a plain Python file: the file is run, and its ``SPEC`` tried on two pairs before a job is built on it."""
+"""A loss in a plain Python file: the file is run, and its ``SPEC`` tried on two pairs or groups before a job has it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import AnyLossSpec, LossSpec, PairLogProbs, PairLosses, Requirements
+from megatron_bdpo.losses.groups import GroupLogProbs, GroupLosses
 from megatron_bdpo.user_files import read_regular
 
 FLAG = "--loss-file"
@@ -79,7 +80,7 @@ def _run(path: Path, text: bytes) -> ModuleType:
 
 
 def try_loss(file: LossFile) -> None:
-    """Compute the loss of two pairs, with its default options, and look at what comes out.
+    """Compute the loss of two pairs, or groups, with its default options, and look at what comes out.
 
     Raises:
         UserError: it is not what a step can use; the message names the file and what is wrong.
@@ -90,14 +91,14 @@ def try_loss(file: LossFile) -> None:
         needs = spec.requirements(options)
         if not isinstance(needs, Requirements):
             raise UserError(_wrong(file, f"requirements returns a {type(needs).__name__}", "Return Requirements(...)."))
-        pairs = _two_pairs(needs)
-        found = spec.function(pairs, options)
+        answers = _two_groups(needs) if spec.of_groups else _two_pairs(needs)
+        found = spec.function(answers, options)
     except UserError:
         raise
     except Exception as error:  # it may raise anything
         advice = "Say in requirements what it reads beyond the policy's log-probs: the rest is None."
         raise _failed(file.path, error, f"the loss '{spec.name}' cannot be computed", advice) from error
-    problem = _problem(found, pairs)
+    problem = _problem(found, _OF_GROUPS if spec.of_groups else _OF_PAIRS)
     if problem:
         raise UserError(_wrong(file, *problem))
 
@@ -106,20 +107,39 @@ def _wrong(file: LossFile, what: str, advice: str) -> str:
     return f"{FLAG} {file.path}: the loss '{file.spec.name}': {what}. {advice}"
 
 
-def _problem(found: Any, pairs: PairLogProbs) -> tuple[str, str] | None:
-    """What is wrong with the losses of two pairs, and what to do."""
-    if not isinstance(found, PairLosses):
-        return f"its function returns a {type(found).__name__}", "Return PairLosses(loss, chosen_reward, ...)."
-    values = {"loss": found.loss, "chosen_reward": found.chosen_reward, "rejected_reward": found.rejected_reward}
+class _Wanted(NamedTuple):
+    """What a loss of two pairs, or of two groups of at most three answers, gives back."""
+
+    losses: type[PairLosses] | type[GroupLosses]
+    rewards: dict[str, list[int]]
+    """Their shapes, by field; loss and metrics are [2]."""
+    what: str
+    policy: str
+
+
+_OF_PAIRS = _Wanted(
+    PairLosses, {"chosen_reward": [2], "rejected_reward": [2]}, "pair", "policy_chosen and policy_rejected"
+)
+_OF_GROUPS = _Wanted(GroupLosses, {"reward": [2, 3]}, "group", "policy")
+
+
+def _problem(found: Any, wanted: _Wanted) -> tuple[str, str] | None:
+    """What is wrong with a loss's results, and what to do."""
+    result, first = wanted.losses.__name__, next(iter(wanted.rewards))
+    if not isinstance(found, wanted.losses):
+        return f"its function returns a {type(found).__name__}", f"Return {result}(loss, {first}, ...)."
+    values = {name: getattr(found, name) for name in ("loss", *wanted.rewards)}
     values |= {f"metrics['{name}']": value for name, value in found.metrics.items()}
     for name, value in values.items():
-        if not isinstance(value, torch.Tensor) or value.shape != (len(pairs),):
+        expected = wanted.rewards.get(name, [2])
+        if not isinstance(value, torch.Tensor) or list(value.shape) != expected:
             shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            return f"{name} of two pairs is {shape}, not [2]", "Give a value per pair: the trainer averages."
+            problem = f"{name} of two {wanted.what}s is {shape}, not {expected}"
+            return problem, f"Give a value per {wanted.what}: the trainer averages."
         if name != "loss" and value.requires_grad:
             return f"{name} carries a gradient", "Detach it: it is only told."
     if not found.loss.requires_grad:
-        return "its loss has no gradient", "Compute it from policy_chosen and policy_rejected, in torch."
+        return "its loss has no gradient", f"Compute it from {wanted.policy}, in torch."
     return None
 
 
@@ -141,6 +161,21 @@ def _two_pairs(needs: Requirements) -> PairLogProbs:
         *reference,
         *unconditional,
         *labels,
+    )
+
+
+def _two_groups(needs: Requirements) -> GroupLogProbs:
+    """Of three answers and of two, of a policy that is its reference; without what is not asked for."""
+    reference = torch.tensor([[-12.0, -15.0, -20.0], [-9.0, -18.0, 0.0]])
+    present = torch.tensor([[True, True, True], [True, True, False]])
+    return GroupLogProbs(
+        policy=reference.clone().requires_grad_(),
+        tokens=torch.tensor([[6, 5, 8], [9, 7, 1]]),
+        score=torch.tensor([[1.0, 3.0, 2.0], [2.0, 1.0, 0.0]]),
+        present=present,
+        reference=reference if needs.reference else None,
+        unconditional=torch.where(present, reference - 2.0, 0) if needs.comprehension else None,
+        unsafe=torch.tensor([[0, 1, 0], [1, 0, 0]]) if needs.safety else None,
     )
 
 

@@ -47,7 +47,7 @@ def mix(name: str, get: Callable[[str], AnyLossSpec]) -> AnyLossSpec:
         get: a loss by its name.
 
     Raises:
-        UserError: a term is no loss, has no weight above 0, comes twice, or selects pairs.
+        UserError: a term is no loss, has no weight above 0, comes twice, selects pairs, or is of groups.
     """
     terms = [_term(text.strip(), name, get) for text in name.split(",")]
     names = [term.spec.name for term in terms]
@@ -90,6 +90,11 @@ def _term(text: str, name: str, get: Callable[[str], AnyLossSpec]) -> Term:
     spec = get(loss)
     if spec.select is not keep_all:
         raise UserError(f"--preference-loss {name}: '{loss}' swaps and drops pairs by labels. Train with it alone.")
+    if spec.of_groups:
+        raise UserError(
+            f"--preference-loss {name}: '{loss}' is a loss of all answers to a prompt, and a mix is of pairs. "
+            "Train with it alone; its --nll-weight adds supervised fine-tuning."
+        )
     return Term(number, spec)
 
 

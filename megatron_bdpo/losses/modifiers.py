@@ -18,7 +18,7 @@ pushes no further. Rewards are beta times the scores; TRL logs beta Delta_i what
 Only losses that compare the scores of two answers have these options (`LossSpec.of_difference`): where a loss looks at
 each score by itself, as `nca_pair` does, a constant is not all the same.
 
-Every loss has
+Every loss of pairs has
 
     --use-weighting       L -> w_w w_l L,   w_i = exp(1/|y_i| sum_t log(pi_theta(y_i,t) / sum_v pi_theta(v)^2))
 
@@ -65,7 +65,7 @@ class ScoreOptions(LossOptions):
 
 @dataclass(frozen=True)
 class WeightOptions(LossOptions):
-    """Of every loss: how much a pair counts."""
+    """Of every loss of pairs: how much a pair counts."""
 
     use_weighting: bool = modifier(False, "weigh each pair by how likely its answers are under the policy (WPO)")
 
@@ -101,11 +101,13 @@ def weighted(losses: PairLosses, pairs: PairLogProbs) -> PairLosses:
 
 
 def modified(spec: AnyLossSpec) -> AnyLossSpec:
-    """The loss with the options of this module that go with it, behind its own.
+    """The loss with the options of this module that go with it, behind its own: none with one of groups.
 
     Raises:
         UserError: it has an option of such a name itself.
     """
+    if spec.of_groups:
+        return spec
     own = spec.function
 
     @functools.wraps(own)

@@ -23,7 +23,10 @@ MODIFIED = {
     "dpo, no reference": ["--preference-loss", "dpo", "--reference-free"],
 }
 
-LOSSES = [*sorted(set(registry.names()) - ELSEWHERE), "bdpo=1.0,sft=0.2,bco_pair=0.5", *MODIFIED]
+#: Training hands pairs over; those of groups have their closed forms.
+OF_GROUPS = {spec.name for spec in registry.all_specs() if spec.of_groups}
+
+LOSSES = [*sorted(set(registry.names()) - ELSEWHERE - OF_GROUPS), "bdpo=1.0,sft=0.2,bco_pair=0.5", *MODIFIED]
 
 #: Where a loss as it is by default makes more of the log-probs' rounding than the matrix allows: gradients are 200
 #: times DPO's, so Adam's epsilon is too; or slopes change by 1 / tau.

@@ -11,6 +11,8 @@ from megatron_bdpo.comprehension import (
     automatic_temperature,
     balanced_weights,
     gradient_scale,
+    list_scale,
+    list_weights,
     mutual_information,
     quantiles,
 )
@@ -166,3 +168,28 @@ def test_more_pairs_than_torch_has_quantiles_for():
     assert quantiles(values, [0, 0.25, 1]).tolist() == [0, 0.25 * (count - 1), count - 1]
     tau = automatic_temperature(values, torch.zeros_like(values))
     assert tau == pytest.approx(0.9 * (count - 1) / math.log(3), rel=1e-15)
+
+
+@given(
+    information=st.lists(st.floats(-30, 30), min_size=1, max_size=6), absent=st.integers(0, 3), tau=st.floats(0.1, 1e3)
+)
+def test_weights_of_a_list_are_its_softmax_times_their_number(information, absent, tau):
+    k = len(information)
+    parts = [math.exp((min(information) - each) / tau) for each in information]
+    expected = [k * part / sum(parts) for part in parts]
+    expected_scale = math.sqrt(k) / math.hypot(*expected)
+
+    present = torch.tensor([True] * k + [False] * absent)
+    weights = list_weights(doubles(*information, *[-1e30] * absent), present, tau)
+
+    assert weights.tolist() == pytest.approx([*expected, *[0.0] * absent], rel=1e-11, abs=1e-300)
+    assert list_scale(weights, present).item() == pytest.approx(expected_scale, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_a_list_stay_finite(dtype):
+    """Where the quotient by the temperature is beyond the largest number."""
+    information = torch.tensor([1e36, -1e36, 0.0, 3.0], dtype=dtype)
+    weights = list_weights(information, torch.tensor([True, True, True, False]), 1e-4)
+    assert weights.tolist() == [0, 3, 0, 0]
+    assert list_scale(weights, torch.ones(4, dtype=torch.bool)).item() == pytest.approx(2 / 3)

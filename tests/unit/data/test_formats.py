@@ -60,6 +60,7 @@ def tool(text: str) -> dict[str, Any]:
 #: Rows that are read as they are.
 AS_THEY_ARE = {"trl", "hh-rlhf", "ultrafeedback-binarized", "tulu3"}
 
+
 def scores(chosen: float, rejected: float) -> dict[str, float]:
     return {"chosen_score": chosen, "rejected_score": rejected}
 

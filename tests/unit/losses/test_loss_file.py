@@ -81,6 +81,45 @@ def changed(before: str, after: str) -> str:
     return SOURCE.replace(before, after)
 
 
+OF_GROUPS = """
+from megatron_bdpo.losses import GroupLosses, LossOptions, LossSpec, Requirements
+
+def spread(groups, options):
+    delta = (groups.policy - groups.reference) * groups.present
+    return GroupLosses(delta.var(1), delta.detach())
+
+SPEC = LossSpec("spread", spread, LossOptions, lambda options: Requirements(reference=True), "", "", of_groups=True)
+"""
+
+WRONG_OF_GROUPS = {
+    "pairs": ("groups.policy", "groups.policy_chosen", "cannot be computed: AttributeError"),
+    "no-result": ("return GroupLosses", "GroupLosses", "returns a NoneType. Return GroupLosses(loss, reward, ...)."),
+    "mean": ("delta.var(1)", "delta.var()", "loss of two groups is [], not [2]. Give a value per group"),
+    "reward": ("delta.detach()", "delta.detach().mean(1)", "reward of two groups is [2], not [2, 3]"),
+    "carried": ("delta.detach()", "delta", "reward carries a gradient. Detach it"),
+    "constant": (
+        "delta.var(1)",
+        "delta.detach().var(1)",
+        "its loss has no gradient. Compute it from policy, in torch.",
+    ),
+    "unread": ("reference=True", "", "Say in requirements what it reads"),
+}
+
+
+def test_a_loss_of_groups_in_a_file(file):
+    found = registry.use_file(file(OF_GROUPS))
+    assert found is not None and found.spec.of_groups and "spread" in registry.names()
+
+
+@pytest.mark.parametrize("case", WRONG_OF_GROUPS)
+def test_what_is_wrong_with_a_loss_of_groups(file, case):
+    before, after, expected = WRONG_OF_GROUPS[case]
+    assert before in OF_GROUPS
+    with pytest.raises(UserError) as caught:
+        registry.use_file(file(OF_GROUPS.replace(before, after)))
+    assert expected in str(caught.value) and "spread" not in registry.names()
+
+
 WRONG = {
     "no-python": (changed("def shifted(", "def shifted"), r", line \d+: cannot be run: "),
     "raises": (

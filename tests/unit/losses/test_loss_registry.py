@@ -74,6 +74,19 @@ def test_options_and_defaults():
             "bdpo_comprehension": "per-token",
             "nll_weight": 0.0,
         },
+        "bdpo_list": {
+            "beta": 0.1,
+            "bdpo_temperature": 1.0,
+            "bdpo_weights": True,
+            "bdpo_scale": True,
+            "bdpo_comprehension": "per-token",
+            "nll_weight": 0.0,
+            "bdpo_list_form": "ranking",
+        },
+        "infonca": {**usual, "nca_alpha": 1.0},
+        "lipo_lambda": {**usual, "lipo_labels": "win-rate"},
+        "nca": {**usual, "nca_alpha": 1.0},
+        "pl_dpo": usual,
         "cpo": {"beta": 0.1, "nll_weight": 1.0},
         "dpo": {"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0},
         "hinge": {"beta": 0.1, "nll_weight": 0.0},
@@ -86,7 +99,7 @@ def test_options_and_defaults():
     scores = {"f_divergence": "reverse_kl", "f_alpha_divergence_coef": 0.5, "reference_free": False}
     for name in ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm"):
         expected_defaults[name] = expected_defaults[name] | scores
-    for name in expected_defaults:
+    for name in expected_defaults.keys() - {"bdpo_list", "infonca", "lipo_lambda", "nca", "pl_dpo"}:
         expected_defaults[name] = expected_defaults[name] | {"use_weighting": False}
     assert {name: asdict(losses.build_options(name, {})) for name in losses.names()} == expected_defaults
 
@@ -113,6 +126,9 @@ def test_options_and_defaults():
         ("discopop", "discopop_tau", 1.5, "--discopop-tau must be > 0 and <= 1"),
         ("dpop", "dpop_lambda", -1.0, "--dpop-lambda must be"),
         ("alphapo", "alphapo_alpha", math.inf, "--alphapo-alpha must be between -10,000 and 10,000"),
+        ("infonca", "nca_alpha", 0.0, "--nca-alpha must be at least 0.0001 (inf is allowed)"),
+        ("lipo_lambda", "lipo_labels", "rank", "--lipo-labels must be one of win-rate, score, got 'rank'"),
+        ("bdpo_list", "bdpo_list_form", "pairs", "--bdpo-list-form must be one of ranking, all-pairs"),
         ("orpo", "orpo_weight", -0.1, "--orpo-weight must be at least 0 and at most 10,000"),
         ("safedpo", "safedpo_delta", -1.0, "--safedpo-delta must be at least 0 and at most 10,000"),
         ("simpo", "simpo_gamma", -1.0, "--simpo-gamma must be at least 0 and at most 10,000"),

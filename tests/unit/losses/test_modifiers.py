@@ -20,6 +20,8 @@ from tests.unit.losses.test_losses import PAIRS, evaluate, inputs, random_pairs
 
 #: Losses that compare the two answers' scores.
 OF_DIFFERENCE = ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm")
+#: All but those of groups.
+OF_PAIRS = tuple(each.name for each in losses.all_specs() if not each.of_groups)
 
 
 def as_written(name: str) -> LossSpec:
@@ -34,16 +36,16 @@ def test_which_losses_have_them():
     for name in ("f_divergence", "f_alpha_divergence_coef", "reference_free"):
         assert tuple(fields[name].defaults) == OF_DIFFERENCE and fields[name].is_modifier
     assert [each.name for each in losses.all_specs() if each.of_difference] == list(OF_DIFFERENCE)
-    assert tuple(fields["use_weighting"].defaults) == losses.names() and fields["use_weighting"].is_modifier
+    assert tuple(fields["use_weighting"].defaults) == OF_PAIRS and fields["use_weighting"].is_modifier
 
 
-@pytest.mark.parametrize("name", losses.names())
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_options_are_sent_between_ranks(name):
     options = losses.build_options(name, {"use_weighting": True})
     assert pickle.loads(pickle.dumps(options)) == options
 
 
-@pytest.mark.parametrize("name", losses.names())
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_by_default_they_change_no_bit(name):
     found, out = evaluate(name, {}, inputs(random_pairs(100), torch.float32))
     spec, pairs = as_written(name), inputs(random_pairs(100), torch.float32)
@@ -113,7 +115,7 @@ def test_nothing_overflows_where_the_policy_has_left_the_reference():
 def test_weights_are_of_the_policy_as_it_is():
     """An answer as likely as the distribution is peaked, -log p = its collision entropy, weighs 1."""
     pairs = [p._replace(c_w=-p.l_w, c_l=-p.l_l) for p in random_pairs(20)]
-    for name in losses.names():
+    for name in OF_PAIRS:
         found, out = evaluate(name, {"use_weighting": True}, inputs(pairs, torch.float64))
         expected, _ = evaluate(name, {}, inputs(pairs, torch.float64))
         assert all(torch.equal(own, one) for own, one in zip(found, expected, strict=True))
