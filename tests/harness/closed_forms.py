@@ -181,6 +181,23 @@ CLOSED_FORMS: dict[str, Callable[..., Expected]] = {
     )
 }
 
+def expected_rewards(name: str, p: Pair, options: dict[str, Any]) -> tuple[float, float]:
+    """Those of a loss without modifiers."""
+    match name:
+        case "alphapo":
+            alpha, means = options["alphapo_alpha"], (p.l_w / p.n_w, p.l_l / p.n_l)
+            power = [-math.expm1(-alpha * each) / alpha if alpha else each for each in means]
+            return options["beta"] * power[0], options["beta"] * power[1]
+        case "cpo":
+            return options["beta"] * p.l_w, options["beta"] * p.l_l
+        case "orpo" | "sft" | "simpo":
+            scale = {"orpo": options.get("orpo_weight"), "sft": 1.0}.get(name, options.get("beta"))
+            return scale * p.l_w / p.n_w, scale * p.l_l / p.n_l
+        case "sigmoid_norm":
+            return options["beta"] * (p.l_w - p.r_w) / p.n_w, options["beta"] * (p.l_l - p.r_l) / p.n_l
+    return rewards(p, options["beta"])
+
+
 CASES: list[tuple[str, dict[str, Any]]] = [
     *[(name, {}) for name in sorted(CLOSED_FORMS)],
     ("alphapo", {"alphapo_alpha": 0.0, "nll_weight": 0.5}),
