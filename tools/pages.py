@@ -15,6 +15,7 @@ A page marks a place, whose content is everything up to the end:
     api MODULE ...  a module's public names: signatures, fields, docstrings; of a class alone, MODULE.CLASS
     losses          the table of `megatron-bdpo losses --markdown`
     docstring NAME  of a module
+    loss-errors     how far losses are from their oracles, as `tools/loss_errors.py` has measured
     formulas        of each loss, the docstring of the module that computes it
     formats         the formats of rows
     errors          every message of a UserError, by part of the package
@@ -26,6 +27,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -39,7 +41,7 @@ from tools import docstrings
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_bdpo"
 
-_PLACE = re.compile(r"^<!-- made: (\w+)(?: ([^\n]+))? -->\n(?:.*?\n)??<!-- end -->$", re.M | re.S)
+_PLACE = re.compile(r"^<!-- made: ([\w-]+)(?: ([^\n]+))? -->\n(?:.*?\n)??<!-- end -->$", re.M | re.S)
 _LANGUAGES = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".sh": "bash"}
 
 
@@ -82,7 +84,40 @@ def _losses(_: str) -> str:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         main(["losses", "--markdown"])
-    return output.getvalue()
+    lines = output.getvalue()
+    anchors = {name: ", ".join(names) for names in _modules_of_losses().values() for name in names}
+    for name, heading in anchors.items():
+        link = re.sub(r"[^\w-]", "", heading.replace(" ", "-"))
+        lines = re.sub(rf"(?m)^\| `{name}` \|", f"| [`{name}`](#{link}) |", lines)
+    return lines
+
+
+def _modules_of_losses() -> dict[str, list[str]]:
+    """Module -> the losses that it has."""
+    from megatron_bdpo.losses import registry
+
+    modules: dict[str, list[str]] = {}
+    for name in registry.names():
+        modules.setdefault(registry.get(name).function.__module__, []).append(name)
+    return modules
+
+
+def _loss_errors(_: str) -> str:
+    found = json.loads((ROOT / "tests" / "oracles" / "loss_errors.json").read_text("utf-8"))
+    trl = ".".join(found["trl"].split(".")[:2])
+    head = ["closed form, fp64", f"TRL {trl}'s code for it", "fp64", "fp32"]
+    tables = [_errors_table([title, *head], found[key]) for key, title in (("losses", "loss"), ("options", "dpo with"))]
+    return "\n\n".join(tables)
+
+
+def _errors_table(head: list[str], rows: dict[str, dict[str, str | float]]) -> str:
+    lines = [head, ["---"] * len(head)]
+    for name, found in rows.items():
+        cells = [found.get(key, "") for key in ("closed form", "TRL's", "fp64", "fp32")]
+        lines.append(
+            [f"`{name}`", *(each if isinstance(each, str) else f"{each:.0e}" if each else "0" for each in cells)]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _docstring(module: str) -> str:
@@ -90,13 +125,8 @@ def _docstring(module: str) -> str:
 
 
 def _formulas(_: str) -> str:
-    from megatron_bdpo.losses import registry
-
-    modules: dict[str, list[str]] = {}
-    for name in registry.names():
-        modules.setdefault(registry.get(name).function.__module__, []).append(name)
     parts = []
-    for module, names in modules.items():
+    for module, names in _modules_of_losses().items():
         parts.append(f"### {', '.join(names)}\n\n{_docstring(module)}")
     return "\n\n".join(parts)
 
@@ -162,6 +192,7 @@ _CONTENT: dict[str, Callable[[str], str]] = {
     "api": _api,
     "losses": _losses,
     "docstring": _docstring,
+    "loss-errors": _loss_errors,
     "formulas": _formulas,
     "formats": _formats,
     "errors": _errors,

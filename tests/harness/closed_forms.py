@@ -122,6 +122,69 @@ def sft(p: Pair) -> Expected:
     return -p.l_w / p.n_w, -1 / p.n_w, 0.0
 
 
+def dpo(p: Pair, beta: float, label_smoothing: float) -> Expected:
+    z = beta * p.margin
+    loss = (1 - label_smoothing) * softplus(-z) + label_smoothing * softplus(z)
+    slope = beta * (label_smoothing - sigmoid(-z))
+    return loss, slope, -slope
+
+
+def robust(p: Pair, beta: float, label_smoothing: float) -> Expected:
+    z = beta * p.margin
+    loss = ((1 - label_smoothing) * softplus(-z) - label_smoothing * softplus(z)) / (1 - 2 * label_smoothing)
+    slope = -beta * ((1 - label_smoothing) * sigmoid(-z) + label_smoothing * sigmoid(z)) / (1 - 2 * label_smoothing)
+    return loss, slope, -slope
+
+
+def bdpo(
+    p: Pair, beta: float, bdpo_temperature: float, bdpo_weights: bool, bdpo_scale: bool, bdpo_comprehension: str
+) -> Expected:
+    per_token = bdpo_comprehension == "per-token"
+    i_w = (p.r_w - p.u_w) / (p.n_w if per_token else 1)
+    i_l = (p.r_l - p.u_l) / (p.n_l if per_token else 1)
+    w_w, w_l = 2 * sigmoid((i_l - i_w) / bdpo_temperature), 2 * sigmoid((i_w - i_l) / bdpo_temperature)
+    s = math.sqrt(2) / math.hypot(w_w, w_l) if bdpo_scale else 1.0
+    if not bdpo_weights:
+        w_w = w_l = 1.0
+    z = beta * s * (w_w * (p.l_w - p.r_w) - w_l * (p.l_l - p.r_l))
+    return softplus(-z), -beta * s * w_w * sigmoid(-z), beta * s * w_l * sigmoid(-z)
+
+
+def ipo(p: Pair, beta: float, ipo_length_normalized: bool) -> Expected:
+    n_w, n_l = (p.n_w, p.n_l) if ipo_length_normalized else (1, 1)
+    residual = (p.l_w - p.r_w) / n_w - (p.l_l - p.r_l) / n_l - 1 / (2 * beta)
+    return residual**2, 2 * residual / n_w, -2 * residual / n_l
+
+
+def hinge(p: Pair, beta: float) -> Expected:
+    gap = 1 - beta * p.margin
+    return max(0.0, gap), -beta * (gap > 0), beta * (gap > 0)
+
+
+def simpo(p: Pair, beta: float, simpo_gamma: float) -> Expected:
+    z = beta * (p.l_w / p.n_w - p.l_l / p.n_l) - simpo_gamma
+    return softplus(-z), -beta * sigmoid(-z) / p.n_w, beta * sigmoid(-z) / p.n_l
+
+
+def cpo(p: Pair, beta: float) -> Expected:
+    z = beta * (p.l_w - p.l_l)
+    return softplus(-z), -beta * sigmoid(-z), beta * sigmoid(-z)
+
+
+def orpo(p: Pair, orpo_weight: float) -> Expected:
+    m_w, m_l = p.l_w / p.n_w, p.l_l / p.n_l
+    theta = (m_w - math.log(-math.expm1(m_w))) - (m_l - math.log(-math.expm1(m_l)))
+    loss = -m_w + orpo_weight * softplus(-theta)
+    slope_w = -orpo_weight * sigmoid(-theta) / -math.expm1(m_w)  # d logit(m) / dm = 1 / (1 - e^m)
+    slope_l = orpo_weight * sigmoid(-theta) / -math.expm1(m_l)
+    return loss, (slope_w - 1) / p.n_w, slope_l / p.n_l
+
+
+def safedpo(p: Pair, beta: float, safedpo_delta: float) -> Expected:
+    z = beta * p.margin - (p.h_l - p.h_w) * safedpo_delta
+    return softplus(-z), -beta * sigmoid(-z), beta * sigmoid(-z)
+
+
 def score(log_ratio: float, f_divergence: str, f_alpha_divergence_coef: float) -> tuple[float, float]:
     """f'(t) of log t, and its slope in log t; t at least e^(-80 / a)."""
     match f_divergence:
@@ -171,15 +234,25 @@ CLOSED_FORMS: dict[str, Callable[..., Expected]] = {
         apo_down,
         apo_zero,
         bco_pair,
+        bdpo,
+        cpo,
         discopop,
+        dpo,
         dpop,
         exo_pair,
+        hinge,
+        ipo,
         nca_pair,
+        orpo,
+        robust,
+        safedpo,
         sft,
         sigmoid_norm,
+        simpo,
         sppo_hard,
     )
 }
+
 
 def expected_rewards(name: str, p: Pair, options: dict[str, Any]) -> tuple[float, float]:
     """Those of a loss without modifiers."""
@@ -212,6 +285,21 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("nca_pair", {"beta": 0.01, "nll_weight": 0.5}),
     ("sigmoid_norm", {"beta": 0.1, "nll_weight": 0.5}),
     ("sppo_hard", {"beta": 0.5, "nll_weight": 0.5}),
+    ("dpo", {"beta": 0.5, "label_smoothing": 0.2, "nll_weight": 0.3}),
+    ("bdpo", {"bdpo_weights": False}),
+    ("bdpo", {"bdpo_scale": False}),
+    ("bdpo", {"bdpo_weights": False, "bdpo_scale": False}),
+    ("bdpo", {"bdpo_comprehension": "sum", "bdpo_temperature": 30.0}),
+    ("bdpo", {"beta": 0.3, "bdpo_temperature": 0.2, "nll_weight": 2.0}),
+    ("ipo", {"beta": 0.4, "ipo_length_normalized": False, "nll_weight": 0.5}),
+    ("hinge", {"beta": 0.03, "nll_weight": 1.0}),
+    ("robust", {"label_smoothing": 0.3, "nll_weight": 0.5}),
+    ("robust", {"label_smoothing": 0.0}),
+    ("simpo", {"beta": 10.0, "simpo_gamma": 3.0, "nll_weight": 0.5}),
+    ("cpo", {"beta": 0.4, "nll_weight": 0.0}),
+    ("orpo", {"orpo_weight": 1.0}),
+    ("orpo", {"orpo_weight": 0.0}),
+    ("safedpo", {"safedpo_delta": 3.0, "nll_weight": 0.5}),
     ("dpo", {"f_divergence": "forward_kl", "nll_weight": 0.5}),
     ("dpo", {"f_divergence": "js_divergence", "label_smoothing": 0.2}),
     ("dpo", {"f_divergence": "alpha_divergence"}),

@@ -21,8 +21,8 @@ import torch
 
 from megatron_bdpo import losses
 from megatron_bdpo.losses import LossSpec, modifiers, terms
-from tests.harness.closed_forms import expected_rewards
-from tests.unit.losses.test_losses import CASES, MODIFIERS, expected, inputs, random_pairs
+from tests.harness.closed_forms import CASES, expected_rewards
+from tests.harness.loss_cases import MODIFIERS, expected, inputs, random_pairs
 
 #: Some with an unsafe chosen answer, which `select` would have swapped: the loss takes what it is given.
 PAIRS = [p._replace(h_w=row % 2) for row, p in enumerate(random_pairs(40, seed=1))]

@@ -14,7 +14,8 @@ from megatron_bdpo import losses
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import LossOptions, LossSpec, PairLogProbs, Requirements, option, registry
 from megatron_bdpo.losses.options import field_types, flag
-from tests.unit.losses.test_losses import ORACLES, PAIRS, Pair, evaluate, inputs, random_pairs
+from tests.harness.closed_forms import CLOSED_FORMS, Pair
+from tests.harness.loss_cases import PAIRS, evaluate, inputs, random_pairs
 
 # --- what each loss says about itself ---
 
@@ -132,8 +133,8 @@ def test_options_and_defaults():
         ("orpo", "orpo_weight", -0.1, "--orpo-weight must be at least 0 and at most 10,000"),
         ("safedpo", "safedpo_delta", -1.0, "--safedpo-delta must be at least 0 and at most 10,000"),
         ("simpo", "simpo_gamma", -1.0, "--simpo-gamma must be at least 0 and at most 10,000"),
-        *[(name, "beta", -1.0, "--beta must be") for name in sorted(set(ORACLES) - {"orpo", "sft"})],
-        *[(name, "nll_weight", -1.0, "--nll-weight must be") for name in sorted(set(ORACLES) - {"orpo", "sft"})],
+        *[(name, "beta", -1.0, "--beta must be") for name in sorted(set(CLOSED_FORMS) - {"orpo", "sft"})],
+        *[(name, "nll_weight", -1.0, "--nll-weight must be") for name in sorted(set(CLOSED_FORMS) - {"orpo", "sft"})],
     ],
 )
 def test_values_out_of_range_are_refused(name, key, value, expected_message):
@@ -167,7 +168,7 @@ def test_a_temperature_from_few_pairs_warns(pairs, warns):
 
 def test_every_number_of_every_loss_has_a_range():
     """The largest that is let through is far from where fp32 overflows."""
-    for name in ORACLES:
+    for name in CLOSED_FORMS:
         kinds = field_types(registry.get(name).options)
         for each in fields(registry.get(name).options):
             if kinds[each.name].type in (int, float):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable
 from dataclasses import asdict, fields, replace
-from typing import NamedTuple
 
 import hypothesis
 import pytest
@@ -14,179 +11,12 @@ import torch
 from hypothesis import strategies as st
 
 from megatron_bdpo import losses
-from megatron_bdpo.losses import PairLogProbs, PairLosses
-from tests.harness import closed_forms
-from tests.harness.closed_forms import Expected, Pair, sigmoid, softplus
+from megatron_bdpo.losses import PairLogProbs
+from tests.harness.closed_forms import CASES, CLOSED_FORMS, Pair, expected_rewards, softplus
+from tests.harness.loss_cases import EXTREME, MODIFIERS, PAIRS, evaluate, expected, inputs, random_pairs
 
-
-def random_pairs(count: int, seed: int = 0) -> list[Pair]:
-    """Log-probs on a grid of 1/16, so that fp32 holds them exactly and one oracle serves both dtypes."""
-    rng = random.Random(seed)
-
-    def log_prob(tokens: int) -> float:
-        return -round(16 * tokens * rng.uniform(0.05, 5)) / 16 - 1 / 16
-
-    def pair() -> Pair:
-        n_w, n_l = rng.choice([1, 2, 7, 60]), rng.choice([1, 3, 50])
-        lengths = (n_w, n_l) * 3
-        l_w, l_l, r_w, r_l, u_w, u_l = map(log_prob, lengths)
-        entropies = (round(16 * n * rng.uniform(0, 4)) / 16 for n in (n_w, n_l))
-        return Pair(l_w, l_l, n_w, n_l, r_w, r_l, u_w, u_l, 0, rng.randint(0, 1), *entropies)
-
-    return [pair() for _ in range(count)]
-
-
-EXTREME = [  # |z| = 1e3 at beta 0.1, one-token responses, policy = reference, probabilities near 1, I near +-1e3
-    Pair(-10.0, -10010.0, 1, 1, -10.0, -10.0, -12.0, -11.0, 0, 1),
-    Pair(-10010.0, -10.0, 1, 1, -10.0, -10.0, -11.0, -12.0, 0, 1),
-    Pair(-3.0, -4.0, 1, 1, -3.0, -4.0, -5.0, -4.5),
-    Pair(-(2.0**-16), -(2.0**-18), 1, 1, -1.0, -1.0, -2.0, -3.0),
-    Pair(-(2.0**-16), -900.0, 1, 1, -1.0, -800.0, -1001.0, -2.0),
-    Pair(-900.0, -(2.0**-16), 1, 1, -800.0, -1.0, -2.0, -1001.0, 0, 1),
-]
-PAIRS = random_pairs(100) + EXTREME
-
-
-def inputs(pairs: list[Pair], dtype: torch.dtype) -> PairLogProbs:
-    columns = [list(column) for column in zip(*pairs, strict=True)] if pairs else [[]] * len(Pair._fields)
-    l_w, l_l, n_w, n_l, r_w, r_l, u_w, u_l, h_w, h_l, c_w, c_l = columns
-    policy = [torch.tensor(column, dtype=dtype, requires_grad=True) for column in (l_w, l_l)]
-    tokens = [torch.tensor(column, dtype=torch.int64) for column in (n_w, n_l)]
-    frozen = [torch.tensor(column, dtype=dtype) for column in (r_w, r_l, u_w, u_l)]
-    unsafe = [torch.tensor(h_w, dtype=torch.bool), torch.tensor(h_l, dtype=torch.int64)]  # either type is allowed
-    entropies = [torch.tensor(column, dtype=dtype) for column in (c_w, c_l)]
-    return PairLogProbs(*policy, *tokens, *frozen, *unsafe, *entropies)
-
-
-class Result(NamedTuple):
-    """Loss and its gradient in (log pi_theta(y_w|x), log pi_theta(y_l|x))."""
-
-    loss: torch.Tensor
-    grad_w: torch.Tensor
-    grad_l: torch.Tensor
-
-
-def evaluate(name: str, given: dict[str, object], pairs: PairLogProbs) -> tuple[Result, PairLosses]:
-    out = losses.get(name).function(pairs, losses.build_options(name, given))
-    return Result(out.loss, *torch.autograd.grad(out.loss.sum(), (pairs.policy_chosen, pairs.policy_rejected))), out
-
-
-# --- the oracle: (loss, dloss/dl_w, dloss/dl_l) of one pair, in Python floats ---
-
-
-def expected_dpo(p: Pair, beta: float, label_smoothing: float) -> Expected:
-    z = beta * p.margin
-    loss = (1 - label_smoothing) * softplus(-z) + label_smoothing * softplus(z)
-    slope = beta * (label_smoothing - sigmoid(-z))
-    return loss, slope, -slope
-
-
-def expected_robust(p: Pair, beta: float, label_smoothing: float) -> Expected:
-    z = beta * p.margin
-    loss = ((1 - label_smoothing) * softplus(-z) - label_smoothing * softplus(z)) / (1 - 2 * label_smoothing)
-    slope = -beta * ((1 - label_smoothing) * sigmoid(-z) + label_smoothing * sigmoid(z)) / (1 - 2 * label_smoothing)
-    return loss, slope, -slope
-
-
-def expected_bdpo(
-    p: Pair, beta: float, bdpo_temperature: float, bdpo_weights: bool, bdpo_scale: bool, bdpo_comprehension: str
-) -> Expected:
-    per_token = bdpo_comprehension == "per-token"
-    i_w = (p.r_w - p.u_w) / (p.n_w if per_token else 1)
-    i_l = (p.r_l - p.u_l) / (p.n_l if per_token else 1)
-    w_w, w_l = 2 * sigmoid((i_l - i_w) / bdpo_temperature), 2 * sigmoid((i_w - i_l) / bdpo_temperature)
-    s = math.sqrt(2) / math.hypot(w_w, w_l) if bdpo_scale else 1.0
-    if not bdpo_weights:
-        w_w = w_l = 1.0
-    z = beta * s * (w_w * (p.l_w - p.r_w) - w_l * (p.l_l - p.r_l))
-    return softplus(-z), -beta * s * w_w * sigmoid(-z), beta * s * w_l * sigmoid(-z)
-
-
-def expected_ipo(p: Pair, beta: float, ipo_length_normalized: bool) -> Expected:
-    n_w, n_l = (p.n_w, p.n_l) if ipo_length_normalized else (1, 1)
-    residual = (p.l_w - p.r_w) / n_w - (p.l_l - p.r_l) / n_l - 1 / (2 * beta)
-    return residual**2, 2 * residual / n_w, -2 * residual / n_l
-
-
-def expected_hinge(p: Pair, beta: float) -> Expected:
-    gap = 1 - beta * p.margin
-    return max(0.0, gap), -beta * (gap > 0), beta * (gap > 0)
-
-
-def expected_simpo(p: Pair, beta: float, simpo_gamma: float) -> Expected:
-    z = beta * (p.l_w / p.n_w - p.l_l / p.n_l) - simpo_gamma
-    return softplus(-z), -beta * sigmoid(-z) / p.n_w, beta * sigmoid(-z) / p.n_l
-
-
-def expected_cpo(p: Pair, beta: float) -> Expected:
-    z = beta * (p.l_w - p.l_l)
-    return softplus(-z), -beta * sigmoid(-z), beta * sigmoid(-z)
-
-
-def expected_orpo(p: Pair, orpo_weight: float) -> Expected:
-    m_w, m_l = p.l_w / p.n_w, p.l_l / p.n_l
-    theta = (m_w - math.log(-math.expm1(m_w))) - (m_l - math.log(-math.expm1(m_l)))
-    loss = -m_w + orpo_weight * softplus(-theta)
-    slope_w = -orpo_weight * sigmoid(-theta) / -math.expm1(m_w)  # d logit(m) / dm = 1 / (1 - e^m)
-    slope_l = orpo_weight * sigmoid(-theta) / -math.expm1(m_l)
-    return loss, (slope_w - 1) / p.n_w, slope_l / p.n_l
-
-
-def expected_safedpo(p: Pair, beta: float, safedpo_delta: float) -> Expected:
-    z = beta * p.margin - (p.h_l - p.h_w) * safedpo_delta
-    return softplus(-z), -beta * sigmoid(-z), beta * sigmoid(-z)
-
-
-ORACLES: dict[str, Callable[..., Expected]] = {
-    **closed_forms.CLOSED_FORMS,
-    "bdpo": expected_bdpo,
-    "cpo": expected_cpo,
-    "dpo": expected_dpo,
-    "hinge": expected_hinge,
-    "ipo": expected_ipo,
-    "orpo": expected_orpo,
-    "robust": expected_robust,
-    "safedpo": expected_safedpo,
-    "simpo": expected_simpo,
-}
-
-
-def expected(name: str, given: dict[str, object], pairs: list[Pair]) -> Result:
-    values = asdict(losses.build_options(name, given))
-    rows = [closed_forms.with_modifiers(ORACLES[name], p, **values) for p in pairs]
-    return Result(*torch.tensor(rows, dtype=torch.float64).unbind(1))
-
-
-CASES: list[tuple[str, dict[str, object]]] = [
-    *closed_forms.CASES,
-    ("dpo", {}),
-    ("dpo", {"beta": 0.5, "label_smoothing": 0.2, "nll_weight": 0.3}),
-    ("bdpo", {}),
-    ("bdpo", {"bdpo_weights": False}),
-    ("bdpo", {"bdpo_scale": False}),
-    ("bdpo", {"bdpo_weights": False, "bdpo_scale": False}),
-    ("bdpo", {"bdpo_comprehension": "sum", "bdpo_temperature": 30.0}),
-    ("bdpo", {"beta": 0.3, "bdpo_temperature": 0.2, "nll_weight": 2.0}),
-    ("ipo", {}),
-    ("ipo", {"beta": 0.4, "ipo_length_normalized": False, "nll_weight": 0.5}),
-    ("hinge", {}),
-    ("hinge", {"beta": 0.03, "nll_weight": 1.0}),
-    ("robust", {}),
-    ("robust", {"label_smoothing": 0.3, "nll_weight": 0.5}),
-    ("robust", {"label_smoothing": 0.0}),
-    ("simpo", {}),
-    ("simpo", {"beta": 10.0, "simpo_gamma": 3.0, "nll_weight": 0.5}),
-    ("cpo", {}),
-    ("cpo", {"beta": 0.4, "nll_weight": 0.0}),
-    ("orpo", {}),
-    ("orpo", {"orpo_weight": 1.0}),
-    ("orpo", {"orpo_weight": 0.0}),
-    ("safedpo", {}),
-    ("safedpo", {"safedpo_delta": 3.0, "nll_weight": 0.5}),
-]
-MODIFIERS = {name for name, each in losses.option_fields().items() if each.is_modifier}
 every_case = pytest.mark.parametrize(("name", "given"), CASES, ids=str)
-every_loss = pytest.mark.parametrize("name", sorted(ORACLES))
+every_loss = pytest.mark.parametrize("name", sorted(CLOSED_FORMS))
 
 # Log-ratios reach 1e4 and round at 1e4 eps; times beta that is the absolute error of z, and so the relative error of
 # sigmoid(-z) far from 0: 1e3 eps. A few operations more, and it is within 1e4 eps in both dtypes.
@@ -347,7 +177,7 @@ def test_rewards(name, given):
         pytest.skip("test_modifiers has them")
     _, out = evaluate(name, given, inputs(PAIRS[:100], torch.float64))
     options = asdict(losses.build_options(name, given))
-    expected_ones = [closed_forms.expected_rewards(name, p, options) for p in PAIRS[:100]]
+    expected_ones = [expected_rewards(name, p, options) for p in PAIRS[:100]]
     found = torch.stack([out.chosen_reward, out.rejected_reward], 1)
     torch.testing.assert_close(found, torch.tensor(expected_ones, dtype=torch.float64), rtol=1e-14, atol=0)
 

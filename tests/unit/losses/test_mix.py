@@ -8,7 +8,7 @@ import torch
 from megatron_bdpo import losses
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import Requirements
-from tests.unit.losses.test_losses import PAIRS, evaluate, inputs
+from tests.harness.loss_cases import PAIRS, evaluate, inputs
 
 MPO = "bdpo=1.0,sft=0.2,bco_pair=0.5"
 

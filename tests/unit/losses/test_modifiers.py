@@ -16,7 +16,7 @@ from megatron_bdpo import losses
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import LossOptions, LossSpec, PairLossFunction, Requirements, option
 from megatron_bdpo.losses.modifiers import ScoreOptions, modified, scored
-from tests.unit.losses.test_losses import PAIRS, evaluate, inputs, random_pairs
+from tests.harness.loss_cases import PAIRS, evaluate, inputs, random_pairs
 
 #: Losses that compare the two answers' scores.
 OF_DIFFERENCE = ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm")

@@ -1,0 +1,73 @@
+"""Pairs for losses, and what a loss makes of them beside what its closed form does."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+
+from megatron_bdpo import losses
+from megatron_bdpo.losses import PairLogProbs, PairLosses
+from tests.harness.closed_forms import CLOSED_FORMS, Pair, with_modifiers
+
+MODIFIERS = {name for name, each in losses.option_fields().items() if each.is_modifier}
+
+
+def random_pairs(count: int, seed: int = 0) -> list[Pair]:
+    """Log-probs on a grid of 1/16, so that fp32 holds them exactly and one oracle serves both dtypes."""
+    rng = random.Random(seed)
+
+    def log_prob(tokens: int) -> float:
+        return -round(16 * tokens * rng.uniform(0.05, 5)) / 16 - 1 / 16
+
+    def pair() -> Pair:
+        n_w, n_l = rng.choice([1, 2, 7, 60]), rng.choice([1, 3, 50])
+        lengths = (n_w, n_l) * 3
+        l_w, l_l, r_w, r_l, u_w, u_l = map(log_prob, lengths)
+        entropies = (round(16 * n * rng.uniform(0, 4)) / 16 for n in (n_w, n_l))
+        return Pair(l_w, l_l, n_w, n_l, r_w, r_l, u_w, u_l, 0, rng.randint(0, 1), *entropies)
+
+    return [pair() for _ in range(count)]
+
+
+EXTREME = [  # |z| = 1e3 at beta 0.1, one-token responses, policy = reference, probabilities near 1, I near +-1e3
+    Pair(-10.0, -10010.0, 1, 1, -10.0, -10.0, -12.0, -11.0, 0, 1),
+    Pair(-10010.0, -10.0, 1, 1, -10.0, -10.0, -11.0, -12.0, 0, 1),
+    Pair(-3.0, -4.0, 1, 1, -3.0, -4.0, -5.0, -4.5),
+    Pair(-(2.0**-16), -(2.0**-18), 1, 1, -1.0, -1.0, -2.0, -3.0),
+    Pair(-(2.0**-16), -900.0, 1, 1, -1.0, -800.0, -1001.0, -2.0),
+    Pair(-900.0, -(2.0**-16), 1, 1, -800.0, -1.0, -2.0, -1001.0, 0, 1),
+]
+PAIRS = random_pairs(100) + EXTREME
+
+
+def inputs(pairs: list[Pair], dtype: torch.dtype) -> PairLogProbs:
+    columns = [list(column) for column in zip(*pairs, strict=True)] if pairs else [[]] * len(Pair._fields)
+    l_w, l_l, n_w, n_l, r_w, r_l, u_w, u_l, h_w, h_l, c_w, c_l = columns
+    policy = [torch.tensor(column, dtype=dtype, requires_grad=True) for column in (l_w, l_l)]
+    tokens = [torch.tensor(column, dtype=torch.int64) for column in (n_w, n_l)]
+    frozen = [torch.tensor(column, dtype=dtype) for column in (r_w, r_l, u_w, u_l)]
+    unsafe = [torch.tensor(h_w, dtype=torch.bool), torch.tensor(h_l, dtype=torch.int64)]  # either type is allowed
+    entropies = [torch.tensor(column, dtype=dtype) for column in (c_w, c_l)]
+    return PairLogProbs(*policy, *tokens, *frozen, *unsafe, *entropies)
+
+
+class Result(NamedTuple):
+    """Loss and its gradient in (log pi_theta(y_w|x), log pi_theta(y_l|x))."""
+
+    loss: torch.Tensor
+    grad_w: torch.Tensor
+    grad_l: torch.Tensor
+
+
+def evaluate(name: str, given: dict[str, object], pairs: PairLogProbs) -> tuple[Result, PairLosses]:
+    out = losses.get(name).function(pairs, losses.build_options(name, given))
+    return Result(out.loss, *torch.autograd.grad(out.loss.sum(), (pairs.policy_chosen, pairs.policy_rejected))), out
+
+
+def expected(name: str, given: dict[str, object], pairs: list[Pair]) -> Result:
+    values = asdict(losses.build_options(name, given))
+    rows = [with_modifiers(CLOSED_FORMS[name], p, **values) for p in pairs]
+    return Result(*torch.tensor(rows, dtype=torch.float64).unbind(1))

@@ -1,0 +1,190 @@
+"""TRL's losses on log-probs of our choice, beside ours: the trainers' own methods compute them.
+
+All completions have the same number of tokens, with the same log-prob, after a prompt of one token.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from megatron_bdpo import losses
+from megatron_bdpo.losses import PairLogProbs
+
+PAIRS = 16
+BETA = 0.3
+GAMMA = 0.4
+
+Values = list[Tensor]
+"""Log-probs per token of policy (chosen, rejected) and reference (likewise), [PAIRS] each."""
+
+
+def log_probs(dtype: torch.dtype = torch.float64, least: float = -8.0) -> Values:
+    """Drawn between ``least`` and 0, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = (least * torch.rand(4, PAIRS, generator=generator, dtype=torch.float64)).to(dtype)
+    return [each.requires_grad_(row < 2) for row, each in enumerate(drawn.unbind())]
+
+
+def dpo_trainer(
+    types: str | dict[str, float],
+    tokens: int,
+    values: Values,
+    collision_entropies: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    """DPOTrainer's loss, a mean over the pairs.
+
+    Args:
+        types: its loss type, or several with their weights.
+        collision_entropies: [2, PAIRS] per token, of chosen and rejected; with them the loss is weighed.
+        settings: of DPOConfig.
+    """
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    completion = torch.ones(2 * PAIRS, 1 + tokens, dtype=torch.int64)
+    completion[:, 0] = 0
+    per_token = (torch.cat(values[:2])[:, None]).expand(-1, tokens)
+    nothing = torch.zeros(2 * PAIRS, tokens, dtype=per_token.dtype)
+    output = SimpleNamespace(log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    if collision_entropies is not None:
+        output.log_sum_sq_probs = -collision_entropies.flatten()[:, None].expand(-1, tokens)
+    model = mock.Mock(training=False, return_value=output)
+    weights = {types: 1.0} if isinstance(types, str) else types
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=mock.Mock(device="cpu", gather=lambda each: each, gather_for_metrics=lambda each: each),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type=settings.get("f_divergence", "reverse_kl"),
+        f_alpha_divergence_coef=settings.get("f_alpha_divergence_coef", 0.5),
+        loss_types=[*weights],
+        loss_weights=[*weights.values()],
+        beta=BETA,
+        use_weighting=collision_entropies is not None,
+        label_smoothing=settings.get("label_smoothing", 0.0),
+        args=SimpleNamespace(discopop_tau=settings.get("discopop_tau")),
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )
+    given = {
+        "input_ids": torch.zeros_like(completion),
+        "attention_mask": torch.ones_like(completion),
+        "completion_mask": completion,
+        "ref_chosen_logps": values[2] * tokens,
+        "ref_rejected_logps": values[3] * tokens,
+    }
+    loss: Tensor = DPOTrainer._compute_loss(trainer, model, given, return_outputs=False)
+    return loss
+
+
+def cpo_trainer(kind: str, tokens: int, values: Values, alpha: float = 0.0) -> Tensor:
+    """CPOTrainer's loss without its NLL. ``simpo`` is one of log-probs per token, as it hands them over."""
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu"),
+        alpha=alpha,
+        beta=BETA,
+        label_smoothing=0.0,
+        loss_type=kind,
+        simpo_gamma=GAMMA,
+    )
+    scale = 1 if kind == "simpo" else tokens
+    found, *_ = CPOTrainer.cpo_loss(trainer, *(scale * each for each in values[:2]))
+    return found.mean()
+
+
+def orpo_trainer(kind: str, tokens: int, values: Values) -> Tensor:
+    """ORPOTrainer's loss, with its NLL: a mean over tokens, of which all pairs have as many."""
+    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), beta=BETA)
+    found, *_ = ORPOTrainer.odds_ratio_loss(trainer, *values[:2])
+    return -values[0].mean() - found.mean()
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """A loss of TRL's that is one of ours."""
+
+    kind: str
+    """``loss_type``."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """TRL's."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Ours, beside ``beta`` and settings of the same names."""
+    trainer: Callable[..., Tensor] = dpo_trainer
+    in_single: bool = False
+    """TRL computes a part of it in float32, whatever its inputs are."""
+
+    @property
+    def name(self) -> str:
+        """For a table."""
+        trainer = {dpo_trainer: "DPOTrainer", cpo_trainer: "CPOTrainer", orpo_trainer: "ORPOTrainer"}[self.trainer]
+        return f"{trainer}, `{self.kind}`" if self.kind else trainer
+
+    @property
+    def of_ours(self) -> dict[str, Any]:
+        """All of our options but ``beta``."""
+        return {name: value for name, value in self.settings.items() if name != "alpha"} | self.options
+
+    def loss(self, tokens: int, values: Values, **more: Any) -> Tensor:
+        return self.trainer(self.kind, tokens, values, **self.settings, **more)
+
+
+COUNTERPARTS: dict[str, Counterpart] = {
+    "alphapo": Counterpart("simpo", {"alpha": 0.25}, {"simpo_gamma": GAMMA, "alphapo_alpha": 0.25}, cpo_trainer),
+    "apo_down": Counterpart("apo_down"),
+    "apo_zero": Counterpart("apo_zero"),
+    "bco_pair": Counterpart("bco_pair"),
+    "cpo": Counterpart("sigmoid", {}, {"nll_weight": 0.0}, cpo_trainer),
+    "discopop": Counterpart("discopop", {"discopop_tau": 0.5}),
+    "dpo": Counterpart("sigmoid"),
+    "exo_pair": Counterpart("exo_pair", {"label_smoothing": 0.1}, in_single=True),
+    "hinge": Counterpart("hinge"),
+    "ipo": Counterpart("ipo"),
+    "nca_pair": Counterpart("nca_pair"),
+    "orpo": Counterpart("", {}, {"orpo_weight": BETA}, orpo_trainer, in_single=True),
+    "robust": Counterpart("robust", {"label_smoothing": 0.2}),
+    "sft": Counterpart("sft"),
+    "sigmoid_norm": Counterpart("sigmoid_norm"),
+    "simpo": Counterpart("simpo", {}, {"simpo_gamma": GAMMA}, cpo_trainer),
+    "sppo_hard": Counterpart("sppo_hard"),
+}
+
+
+def ours(
+    name: str, options: dict[str, Any], tokens: int, values: Values, collision_entropies: Tensor | None = None
+) -> Tensor:
+    """Our loss, a mean over the pairs."""
+    known: dict[str, Any] = {"beta": BETA} if "beta" in vars(losses.build_options(name, {})) else {}
+    length = torch.full((PAIRS,), tokens)
+    chosen, rejected, *reference = (each * tokens for each in values)
+    pairs = PairLogProbs(chosen, rejected, length, length, *reference)
+    if collision_entropies is not None:
+        chosen, rejected = tokens * collision_entropies
+        pairs = replace(pairs, chosen_collision_entropy=chosen, rejected_collision_entropy=rejected)
+        known["use_weighting"] = True
+    return losses.get(name).function(pairs, losses.build_options(name, known | options)).loss.mean()
+
+
+def apart(own: Callable[[Values], Tensor], theirs: Callable[[Values], Tensor], values: Callable[[], Values]) -> float:
+    """How far two losses are from one another: the largest difference of their means over pairs and of the gradients of
+    their sums, absolute below 1 and relative above."""
+    results = []
+    for loss in (own, theirs):
+        here = values()
+        found = loss(here)
+        gradients = torch.autograd.grad(PAIRS * found, here[:2])
+        results.append(torch.cat([found.detach()[None], *gradients]))
+    mine, expected = (each.double() for each in results)
+    return float(((mine - expected).abs() / expected.abs().clamp(min=1)).max())

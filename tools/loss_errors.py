@@ -1,0 +1,110 @@
+"""Measure how far the losses are from their oracles, for docs/losses.md:
+
+    python tools/loss_errors.py     writes tests/oracles/loss_errors.json; `make pages` makes tables of it
+
+An error is the largest difference of a loss or of a gradient in a log-prob, over all pairs and options that are tried:
+absolute below 1 and relative above, rounded up to one digit.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the tests' oracles
+
+from tests.harness.closed_forms import CASES, CLOSED_FORMS  # noqa: E402
+from tests.harness.loss_cases import EXTREME, MODIFIERS, PAIRS, evaluate, expected, inputs  # noqa: E402
+from tests.harness.trl_losses import COUNTERPARTS, Counterpart, apart, log_probs, ours  # noqa: E402
+from tests.harness.trl_losses import PAIRS as TRL_PAIRS  # noqa: E402
+
+FILE = ROOT / "tests" / "oracles" / "loss_errors.json"
+
+#: Options of many losses -> a loss with them, TRL's too.
+TRIED: dict[str, dict[str, Any]] = {
+    "--f-divergence forward_kl": {"f_divergence": "forward_kl"},
+    "--f-divergence js_divergence": {"f_divergence": "js_divergence"},
+    "--f-divergence alpha_divergence": {"f_divergence": "alpha_divergence"},
+    "--reference-free": {"reference_free": True},
+    "--use-weighting": {"use_weighting": True},
+}
+
+
+def measured() -> dict[str, Any]:
+    """What the file is to hold."""
+    return {
+        "trl": importlib.metadata.version("trl"),
+        "losses": {name: _of_loss(name) for name in sorted(CLOSED_FORMS)},
+        "options": {flag: _of_option(given) for flag, given in TRIED.items()},
+    }
+
+
+def _of_loss(name: str) -> dict[str, Any]:
+    cases = [given for each, given in CASES if each == name and not MODIFIERS & given.keys()]
+    found: dict[str, Any] = {"closed form": max(_from_closed_form(name, given) for given in cases)}
+    if name in COUNTERPARTS:
+        found |= _from_trl(name, COUNTERPARTS[name], COUNTERPARTS[name].of_ours, {})
+    return found
+
+
+def _of_option(given: dict[str, Any]) -> dict[str, Any]:
+    """With DPO. TRL's weights are told apart from its settings; it has no `reference_free` any more."""
+    cases = [case for name, case in CASES if name == "dpo" and given.items() <= case.items()]
+    found: dict[str, Any] = {"closed form": max(_from_closed_form("dpo", case) for case in cases)}
+    if given == {"use_weighting": True}:
+        entropies = 4 * torch.rand(2, TRL_PAIRS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        found |= _from_trl("dpo", COUNTERPARTS["dpo"], {}, {"collision_entropies": entropies})
+    elif "f_divergence" in given:
+        found |= _from_trl("dpo", COUNTERPARTS["dpo"], given, given)
+    return found
+
+
+def _from_closed_form(name: str, given: dict[str, Any]) -> float:
+    pairs = PAIRS[: -len(EXTREME)] if name == "alphapo" else PAIRS  # its reward overflows there
+    found, _ = evaluate(name, given, inputs(pairs, torch.float64))
+    off = [
+        ((own - one).abs() / one.abs().clamp(min=1)).max()
+        for own, one in zip(found, expected(name, given, pairs), strict=True)
+    ]
+    return rounded_up(max(each.item() for each in off))
+
+
+def _from_trl(name: str, theirs: Counterpart, options: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """In both precisions; alone the alpha divergence of TRL takes no float64."""
+    found: dict[str, Any] = {"TRL's": theirs.name}
+    for title, dtype in {"fp64": torch.float64, "fp32": torch.float32}.items():
+        more = {key: value.to(dtype) if isinstance(value, torch.Tensor) else value for key, value in more.items()}
+        own_more = {key: value for key, value in more.items() if key == "collision_entropies"}
+        if not (dtype == torch.float64 and more.get("f_divergence") == "alpha_divergence"):
+            found[title] = rounded_up(
+                max(
+                    apart(
+                        partial(ours, name, options, tokens, **own_more),
+                        partial(theirs.loss, tokens, **more),
+                        # Far from the reference a divergence's exponentials are all that there is.
+                        partial(log_probs, dtype, -2.0 if "f_divergence" in more else -8.0),
+                    )
+                    for tokens in (1, 3)
+                )
+            )
+    return found
+
+
+def rounded_up(error: float) -> float:
+    """To one digit."""
+    if error == 0:
+        return 0.0
+    unit = 10.0 ** math.floor(math.log10(error))
+    return float(f"{math.ceil(error / unit * (1 - 1e-12)) * unit:.0e}")
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(measured(), indent=1, ensure_ascii=False) + "\n", "utf-8")
