@@ -32,7 +32,7 @@ def plackett_luce(margins: Tensor, pairs: Tensor) -> Tensor:
         margins: r_i - r_j, [G, K, K].
         pairs: `GroupLogProbs.pairs`, [G, K, K].
     """
-    smallest = torch.finfo(margins.dtype).min  # finite: where nobody is lower, exp and its gradient are 0, not NaN
+    smallest = torch.finfo(margins.dtype).min  # finite: where nobody is lower, no log-sum-exp of nothing
     against = torch.where(pairs, -margins, smallest).logsumexp(2)
     return -logsigmoid(-against).sum(1)
 

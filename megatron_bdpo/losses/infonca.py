@@ -43,8 +43,8 @@ def targets(groups: GroupLogProbs, alpha: float) -> Tensor:
     """p [G, K] in the policy's dtype, 0 where no answer is. Of cleared groups."""
     score, smallest = groups.score.to(groups.policy.dtype), torch.finfo(groups.policy.dtype).min
     highest = torch.where(groups.present, score, smallest).amax(1, keepdim=True)
-    below = torch.where(groups.present, (score - highest) / alpha, smallest)  # 0 of the best: never inf - inf
-    return below.softmax(1)
+    below = (score - highest) / alpha  # 0 of the best: never inf - inf
+    return torch.where(groups.present, below, smallest).softmax(1)
 
 
 def infonca(groups: GroupLogProbs, options: InfoNcaOptions) -> GroupLosses:

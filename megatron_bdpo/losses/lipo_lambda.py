@@ -85,7 +85,7 @@ def lipo_lambda(groups: GroupLogProbs, options: LipoOptions) -> GroupLosses:
     groups = groups.cleared()
     reward = options.beta * group_log_ratios(groups)
     gain = differences(gains(groups, options.lipo_labels)).abs()
-    weight = torch.where(groups.pairs(), gain * discount_gaps(reward.detach(), groups.present), 0)
+    weight = torch.where(groups.pairs(), gain * discount_gaps(reward, groups.present), 0)
     loss = -(weight * logsigmoid(differences(reward))).sum((1, 2))
     metrics = {"lambda": weight.sum((1, 2))}
     return add_best_nll(GroupLosses(loss, reward.detach(), metrics), groups, options.nll_weight)

@@ -193,14 +193,15 @@ def test_a_group_alone_is_the_group_among_larger_ones(name, given):
 
 
 @every_dtype
+@pytest.mark.parametrize("beta", [1e-3, 1e4])
 @every_case
-def test_extreme_values_stay_finite(name, given, dtype):
-    high = 1e30 if given.get("lipo_labels") != "score" else 10.0  # of scores themselves the gain is 2^score
+def test_extreme_values_stay_finite(name, given, beta, dtype):
+    high = 1e36 if given.get("lipo_labels") != "score" else 10.0  # of scores themselves the gain is 2^score
     large = [
         [Answer(x, 1, high, y, z), Answer(y, 1, -high, z, x), Answer(z, 1, 0.0, x, y), Answer(x, 1, 0.0, x, x)]
         for x, y, z in itertools.permutations((-1e30, -1e-30, -1.0))
     ]
-    actual, out = evaluate(name, given, inputs(large, dtype, places=6, absent=-1e30))
+    actual, out = evaluate(name, {**given, "beta": beta}, inputs(large, dtype, places=6, absent=-1e30))
     assert all(value.isfinite().all() for value in (*actual, *told(out).values()))
 
 
