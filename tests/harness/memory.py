@@ -135,7 +135,7 @@ def _optimizer_bytes(optimizer: Any, weights: set[int]) -> int:
 class SavedTensors:
     """Counts the storages that autograd keeps, from the moment each is saved until its graph lets go of it.
 
-    Indexes are not counted: they are the pack's own, in one piece of memory.
+    Indexes and what pairs count are not counted: they are the pack's own, in one piece of memory.
     """
 
     def __init__(self) -> None:
@@ -148,6 +148,7 @@ class SavedTensors:
         self.scored = 0
         self.keys: dict[int, int] = {}
         """Where the index of a pack's gathered keys is -> its length."""
+        self._pack = 0  # memory of the one that was scored last
 
     @contextlib.contextmanager
     def model_watched(self) -> Iterator[None]:
@@ -166,6 +167,7 @@ class SavedTensors:
 
         def forward_output(layer: Any, hidden_states: Any, weight: Any, context: Any) -> Any:
             self.scored = max(self.scored, context.scored.hidden.numel())
+            self._pack = context.scored.hidden.untyped_storage().data_ptr()
             return score(layer, hidden_states, weight, context)
 
         with (
@@ -187,7 +189,7 @@ class SavedTensors:
         if tensor.dtype == torch.int64:
             if self._in_attention:
                 self.keys[tensor.data_ptr()] = len(tensor)
-        elif key not in self.ignored:
+        elif key not in self.ignored and key != self._pack:
             self._users[key] = self._users.get(key, 0) + 1
             if key not in self._live:
                 shape, dtype = tuple(tensor.shape), str(tensor.dtype)
