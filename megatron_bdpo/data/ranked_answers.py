@@ -6,6 +6,7 @@ Pairs of one row become a group: its answers are stored and computed once. Which
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from megatron_bdpo.data.format_options import FormatOptions
 from megatron_bdpo.data.messages import ASSISTANT, USER
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
-from megatron_bdpo.data.records import is_finite
+from megatron_bdpo.data.records import as_label, as_log_prob, is_finite
 from megatron_bdpo.data.row_parts import (
     FOR_TEMPLATE,
     Messages,
@@ -29,8 +30,9 @@ from megatron_bdpo.data.row_parts import (
     wrong_type,
 )
 
+_SAFE, _REFERENCE = "responses_safe", "ref_responses_logps"
 #: What a row may say of each of its answers -> what of a pair's two it becomes.
-OF_EACH_ANSWER = {"responses_safe": "{}_safe", "ref_responses_logps": "ref_{}_logps"}
+OF_EACH_ANSWER = {_SAFE: "{}_safe", _REFERENCE: "ref_{}_logps"}
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -41,17 +43,26 @@ def responses(row: Row, options: FormatOptions) -> list[Row | RowProblem]:
     if not all(isinstance(each, str) for each in (prompt, *texts)):  # else text, as it is
         prompt = as_conversation(prompt, "column 'prompt'")
         texts = [as_answer(each, f"'responses', answer {number}") for number, each in enumerate(texts, start=1)]
-    by, other = ("ranks", "scores") if row.get("scores") is None and row.get("ranks") is not None else _SCORES_FIRST
-    if row.get(other) is not None:
-        raise RowProblem(ProblemKind.WRONG_TYPE, f"the row has both '{by}' and '{other}'; leave one out")
+    by = _graded_by(row)
     grades = _of_each(row, by, len(texts))
     ranks = [grade_of({by: grade}, by, f"answer {number}") for number, grade in enumerate(grades, start=1)]
     beside = {name: _of_each(row, name, len(texts)) for name in OF_EACH_ANSWER if row.get(name) is not None}
     answers = [{"answer": text, **{name: each[i] for name, each in beside.items()}} for i, text in enumerate(texts)]
+    for number, each in enumerate(answers, start=1):
+        as_label(each.get(_SAFE), f"'{_SAFE}' of answer {number}")
+        if each.get(_REFERENCE) is not None:
+            as_log_prob(each[_REFERENCE], f"'{_REFERENCE}' of answer {number}")
     return _compared({"prompt": prompt, **passed_on(row, *FOR_TEMPLATE)}, answers, ranks, by, options)
 
 
-_SCORES_FIRST = ("scores", "ranks")
+def _graded_by(row: Row) -> str:
+    given = [name for name in ("scores", "ranks") if row.get(name) is not None]
+    if len(given) == 2:
+        raise RowProblem(ProblemKind.WRONG_TYPE, "the row has both 'scores' and 'ranks'; leave one out")
+    if not given:
+        has = ", ".join(sorted(name for name in row if row[name] is not None))
+        raise RowProblem(ProblemKind.MISSING_COLUMN, f"there are neither 'scores' nor 'ranks'; the row has {has}")
+    return given[0]
 
 
 def _listed(row: Row, name: str, at_least: int) -> list[Any]:
@@ -144,11 +155,15 @@ def _compared(
             pairs.append(RowProblem(ProblemKind.TIED, tie))
             continue
         pair = dict(shared)
+        has_reference = all(answers[place].get(_REFERENCE) is not None for place in (better, worse))
         for side, place in (("chosen", better), ("rejected", worse)):
-            said = {form.format(side): answers[place].get(name) for name, form in OF_EACH_ANSWER.items()}
-            pair |= {side: answers[place]["answer"]}
-            pair |= {f"{side}_score": scores[place]} if all(map(is_finite, scores)) else {}
-            pair |= {name: value for name, value in said.items() if value is not None}
+            pair[side] = answers[place]["answer"]
+            if all(map(is_finite, scores)):
+                pair[f"{side}_score"] = scores[place]
+            if answers[place].get(_SAFE) is not None:
+                pair[OF_EACH_ANSWER[_SAFE].format(side)] = answers[place][_SAFE]
+            if has_reference:
+                pair[OF_EACH_ANSWER[_REFERENCE].format(side)] = answers[place][_REFERENCE]
         pairs.append(pair)
     if not pairs:
         raise RowProblem(ProblemKind.TIED, f"no two answers are {options.margin:g} apart in '{by}'")
@@ -159,10 +174,21 @@ def _places(order: list[int], scores: list[float], options: FormatOptions) -> It
     """Which answers are compared, the better one first."""
     if options.margin is not None:
         margin = options.margin
-        return [(a, b) for a, b in itertools.combinations(order, 2) if scores[a] - scores[b] >= margin]
+        return [(a, b) for a, b in itertools.combinations(order, 2) if _are_apart(scores[a], scores[b], margin)]
     if options.pairs_from == "all":
         return itertools.combinations(order, 2)
     return itertools.pairwise(order) if options.pairs_from == "adjacent" else [(order[0], order[-1])]
+
+
+def _are_apart(better: float, worse: float, margin: float) -> bool:
+    """By the margin or more, as people read them: 0.9 and 0.8 are 0.1 apart, in 64 bits and in a table's 32."""
+    high, low = _as_float(better), _as_float(worse)
+    return high - low >= margin - 1e-6 * max(abs(high), abs(low))
+
+
+def _as_float(value: float) -> float:
+    """Infinite where it is one of JSON's integers that are too large."""
+    return float(value) if is_finite(value) else math.inf if value > 0 else -math.inf
 
 
 def _dialogue(text: str) -> Messages:

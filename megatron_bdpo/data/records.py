@@ -215,13 +215,20 @@ def _text_or_messages(row: dict[str, Any], column: str) -> str | list[Message]:
 
 
 def _label(row: dict[str, Any], column: str) -> bool | None:
-    """A safety label: true/false or 1/0; None when the column is absent or null."""
-    value = row.get(column)
+    return as_label(row.get(column), f"column '{column}'")
+
+
+def as_label(value: Any, where: str) -> bool | None:
+    """A safety label: true/false or 1/0; None when it is absent or null.
+
+    Raises:
+        RowProblem: it is something else.
+    """
     if value is None:
         return None
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
-    raise RowProblem(ProblemKind.WRONG_TYPE, f"column '{column}' is {value!r}; true, false, 1, 0 or null is needed")
+    raise RowProblem(ProblemKind.WRONG_TYPE, f"{where} is {value!r}; true, false, 1, 0 or null is needed")
 
 
 MARGIN_COLUMN = "margin"
@@ -259,10 +266,16 @@ def _reference(row: dict[str, Any]) -> tuple[float, float] | None:
     """Both log-probs; None when both columns are absent or null."""
     if all(row.get(column) is None for column in REFERENCE_COLUMNS):
         return None
-    values = []
-    for column in REFERENCE_COLUMNS:
-        value = row.get(column)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= 0:
-            raise RowProblem(ProblemKind.WRONG_TYPE, f"column '{column}' is {value!r}; a log-prob is needed, 0 or less")
-        values.append(float(value))
-    return values[0], values[1]
+    chosen, rejected = (as_log_prob(row.get(column), f"column '{column}'") for column in REFERENCE_COLUMNS)
+    return chosen, rejected
+
+
+def as_log_prob(value: Any, where: str) -> float:
+    """In nats.
+
+    Raises:
+        RowProblem: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (is_finite(value) and value <= 0):
+        raise RowProblem(ProblemKind.WRONG_TYPE, f"{where} is {value!r}; a log-prob is needed, 0 or less")
+    return float(value)

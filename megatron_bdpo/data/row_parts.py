@@ -77,6 +77,8 @@ def as_answer(value: Any, where: str) -> Messages:
     """An answer in any of its forms: text, a message, messages."""
     if isinstance(value, str):
         return [turn_of(ASSISTANT, value)]
+    if not isinstance(value, dict | list):
+        raise wrong_type(where, value, "a string, a message or a list of messages")
     return as_messages([value] if isinstance(value, dict) else value, where)
 
 

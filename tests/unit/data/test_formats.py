@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -375,6 +376,10 @@ def places(rows: list[Any]) -> list[str]:
         ("all", (10**400, 1e308, float("inf")), ["10", "12", "02"]),
         ("margin:1", (2, 1, 3), ["10", "12", "02"]),
         ("margin:1.5", (2, 1, 3), ["12"]),
+        ("margin:0.1", (0.8, 0.9, 1.0), ["01", "02", "12"]),
+        ("margin:0.1", tuple(map(float, np.float32([0.8, 0.9, 0.98]))), ["01", "02"]),
+        ("margin:0.5", (10**400, 2 * 10**400, 0.5, 1e308), ["23", "20", "21", "30", "31"]),
+        ("margin:1", (float("-inf"), 0, float("inf")), ["01", "02", "12"]),
     ],
 )
 def test_pairs_of_ranked_answers(pairs_from, grades, expected):
@@ -407,6 +412,17 @@ def test_ties_are_counted():
     assert tie.kind is TIED and tie.detail == "answers 2 and 3 have the same 'rank', 2"
 
 
+def test_a_margin_is_the_same_however_it_is_written():
+    written = ("margin:1", "margin:1.0", "margin:1e0")
+    assert {FormatSettings.parse(pairs_from=each).decisive()["pairs_from"] for each in written} == {"margin:1.0"}
+
+
+def test_a_pair_has_log_probs_where_both_of_its_answers_have():
+    row = {"prompt": "", "responses": ["a", "b", "c"], "scores": [3, 2, 1], "ref_responses_logps": [-1, None, -3]}
+    made = [parse_row(each) for each in reader("responses", pairs_from="all").records(row)]
+    assert [each.reference for each in made] == [None, (-1, -3), None]
+
+
 def test_no_answers_as_far_apart_as_asked_for():
     with pytest.raises(RowProblem, match=r"no two answers are 5 apart in 'rank'"):
         reader("nectar", pairs_from="margin:5").records(example("nectar"))
@@ -425,10 +441,12 @@ def test_what_pairs_are_made_from_is_checked(given):
         ({"scores": [1, 2]}, "'scores' has 2 entries for 4 answers"),
         ({"scores": [1, 2, "3", 4]}, "'scores' of answer 3 is str"),
         ({"scores": 3}, "'scores' is int; a list"),
-        ({"scores": None}, "column 'scores' of the row is null"),
+        ({"scores": None}, "there are neither 'scores' nor 'ranks'; the row has prompt, re"),
         ({"responses": ["one"]}, "'responses' holds 1 answers; two are needed"),
         ({"responses_safe": [True]}, "'responses_safe' has 1 entries for 4 answers"),
-        ({"responses_safe": [True, True, 3, True]}, "column 'chosen_safe' is 3"),
+        ({"responses_safe": [True, True, 3, True]}, "'responses_safe' of answer 3 is 3; true, false"),
+        ({"ref_responses_logps": [-1, -2, 3, None]}, "'ref_responses_logps' of answer 3 is 3; a log-prob"),
+        ({"responses": ["a", "b", None, "d"]}, "'responses', answer 3 is NoneType; a string, a message or a list"),
         ({"scores": [5, 5, 5, 5]}, "all answers have 'scores' 5"),
     ],
 )
