@@ -1,13 +1,18 @@
-"""A pair as a training sees it: the rendered texts with the boundaries of their tokens, and what of them is scored."""
+"""Pairs as a training sees them: the rendered texts with the boundaries of their tokens, what of them is scored, and
+what a pack holds of them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.token_pieces import TokenPieces
 from megatron_bdpo.data.tokenization import BoolArray, PairTokenizer, TokenArray
+from megatron_bdpo.data.tokenized_rows import TokenizedRows, first_pairs
 from megatron_bdpo.data.truncation import truncate
 from megatron_bdpo.errors import visible
 
@@ -35,8 +40,24 @@ def pair_view(
     for name, tokens, before, scored in answers:
         count = len(tokens) if scored is None else int(scored.sum())
         lines += _part(name, tokens, before, pieces, f", {count} of them scored", scored)
-    lines += _part("unconditional prompt (B-DPO)", unconditional, unconditional, pieces, "")
-    return [*lines, f"positions in a pack: {sum(map(len, pair.parts))}"]
+    return lines + _part("unconditional prompt (B-DPO)", unconditional, unconditional, pieces, "")
+
+
+def pack_view(rows: TokenizedRows) -> list[str]:
+    """Lines that say what a pack holds of a row: a prompt and its answers once, of one pair or of several."""
+    lines = []
+    for starts, lengths in zip(*_by_group(rows), strict=True):
+        tokens = dict(zip(starts[:, 1:].ravel().tolist(), lengths[:, 1:].ravel().tolist(), strict=True))
+        positions = int(lengths[0, 0]) + sum(tokens.values())
+        of = f" of a group of {len(starts)} pairs, {len(tokens)} answers" if len(rows) > 1 else ""
+        lines.append(f"positions in a pack{of}: {positions}")
+    return lines
+
+
+def _by_group(rows: TokenizedRows) -> tuple[list[npt.NDArray[np.integer]], list[npt.NDArray[np.integer]]]:
+    """Starts and lengths of each group's pairs."""
+    cuts = first_pairs(rows.starts)[1:]
+    return np.split(rows.starts, cuts), np.split(rows.lengths, cuts)
 
 
 def _part(

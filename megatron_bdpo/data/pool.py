@@ -13,6 +13,7 @@ from megatron_bdpo.data.packs import Group, GroupLengths
 from megatron_bdpo.data.sources import describe_row
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import TokenArray
+from megatron_bdpo.data.tokenized_rows import first_pairs
 from megatron_bdpo.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
@@ -192,11 +193,6 @@ class PairPool:
     def _locate(self, pair_id: int) -> tuple[PairStore, int]:
         index = int(np.searchsorted(self.offsets, pair_id, side="right")) - 1
         return self.stores[index], int(pair_id - self.offsets[index])
-
-
-def first_pairs(starts: npt.NDArray[np.int64]) -> IntArray:
-    """[G] the first pair of each group, of pairs whose parts begin at ``starts`` [P, 3]."""
-    return np.flatnonzero(np.diff(starts[:, 0], prepend=-1))
 
 
 def by_source(pool: PairPool, index: int, groups: IntArray) -> list[tuple[IntArray, float]]:

@@ -64,7 +64,8 @@ class FormatSettings:
             changed["pair_columns"] = ",".join(f"{ours}={theirs}" for ours, theirs in sorted(self.columns))
         default = FormatOptions()
         if self.options.pairs_from != default.pairs_from:
-            changed["pairs_from"] = self.options.pairs_from
+            margin = self.options.margin  # however it is written
+            changed["pairs_from"] = self.options.pairs_from if margin is None else f"margin:{margin!r}"
         if self.options.preference != default.preference:
             changed["pair_preference"] = self.options.preference
         return changed
@@ -166,16 +167,16 @@ def pair_rows(row: Row | RowProblem, reader: RowReader) -> Sequence[Row | RowPro
         return [problem]
 
 
-def row_records(source: SourceSpec, reader: RowReader, wanted: int) -> Sequence[Row | RowProblem]:
-    """One row of a source by its number, as :func:`pair_rows` gives it.
+def row_of(source: SourceSpec, wanted: int) -> Row | RowProblem:
+    """One row of a source by its number, as ``read_rows`` gives it.
 
     Raises:
-        UserError: the source has no such row.
+        UserError: there is no such row.
     """
     number = 0
     for number, row in read_rows(source):
         if number == wanted:
-            return pair_rows(row, reader)
+            return row
         if number > wanted:
             raise UserError(f"{describe_row(source, wanted)} is blank. The next row is {number}: --row {number}.")
     raise UserError(f"{describe_row(source, wanted)} is not there. The last one is {number}: --row {number}.")

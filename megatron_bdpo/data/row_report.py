@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bdpo.data.problems import ProblemKind, printable
-from megatron_bdpo.data.tokenized_rows import MAX_EXAMPLES, Outcome, Problem
+from megatron_bdpo.data.tokenized_rows import MAX_EXAMPLES, Outcome, Problem, first_pairs
 from megatron_bdpo.display import Block, Table, plain
 from megatron_bdpo.json_shape import Each, is_count, is_number, schema_error
 
@@ -65,7 +65,8 @@ class DataReport:
     truncated_prompts: int = 0
     truncated_responses: int = 0  # a pair counts twice when both of its responses are cut
     tokens: dict[str, LengthStats] = field(default_factory=dict)  # by part: prompt, chosen, rejected
-    prompt_token_share: float = 0.0  # prompt tokens / all tokens, each prompt counted once per pair
+    prompt_token_share: float = 0.0  # prompt tokens / all tokens, each prompt and answer counted once per group
+    groups: int = 0  # of the pairs kept; 0: not known
 
     def __post_init__(self) -> None:
         self.rows_read = self.rows_read or [0] * len(self.sources)
@@ -114,13 +115,14 @@ class DataReport:
                 known.count += new.count
                 known.rows = (known.rows + new.rows)[:MAX_EXAMPLES]
 
-    def set_lengths(self, lengths: npt.NDArray[np.int32]) -> None:
-        """Fill in the token statistics from the kept pairs' lengths, [P, 3]: prompt, chosen, rejected."""
+    def set_lengths(self, lengths: npt.NDArray[np.int32], starts: npt.NDArray[np.int64]) -> None:
+        """Fill in the token statistics from the kept pairs' lengths and starts, [P, 3]: prompt, chosen, rejected."""
         for part, column in zip(_PARTS, lengths.T, strict=True):
             p50, p95 = np.percentile(column, (50, 95))
             self.tokens[part] = LengthStats(float(column.mean()), float(p50), float(p95), int(column.max()))
-        totals = lengths.sum(axis=0, dtype=np.int64)
-        self.prompt_token_share = float(totals[0] / totals.sum())
+        first = first_pairs(starts)
+        self.groups = len(first)
+        self.prompt_token_share = float(lengths[first, 0].sum(dtype=np.int64) / (starts + lengths).max())
 
     def format(self) -> str:
         """The report as text, at most 20 lines."""
@@ -129,7 +131,9 @@ class DataReport:
     def blocks(self) -> list[Block]:
         """The same to be shown."""
         read, kept = sum(self.rows_read), sum(self.pairs_kept)
-        lines = [f"pairs: {kept:,} kept of {read:,} rows ({self.dropped_rows:,} dropped, {self.dropped_share:.2%})"]
+        groups = f" in {self.groups:,} groups" if 0 < self.groups < kept else ""
+        dropped = f"({self.dropped_rows:,} dropped, {self.dropped_share:.2%})"
+        lines = [f"pairs: {kept:,}{groups} kept of {read:,} {'pairs' if groups else 'rows'} {dropped}"]
         if len(self.sources) > 1:
             per_source = zip(self.sources, self.pairs_kept, self.rows_read, strict=True)
             lines += _at_most(4, [f"  {name}: {pairs:,} of {rows:,}" for name, pairs, rows in per_source])
@@ -164,7 +168,7 @@ class DataReport:
         Raises:
             ValueError: it is no report.
         """
-        fields = {"spelled_out": [], **fields}  # younger than the file
+        fields = {"spelled_out": [], "groups": 0, **fields}  # younger than the file
         if wrong := schema_error(fields, _SHAPE):
             raise ValueError(f"in its report, {wrong}")
         sources = len(fields["sources"])
@@ -204,6 +208,7 @@ _SHAPE = {
     "truncated_responses": is_count,
     "tokens": Each({"mean": is_number, "p50": is_number, "p95": is_number, "max": is_count}),
     "prompt_token_share": is_number,
+    "groups": is_count,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_bdpo.data.packs import group_tokens
+from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenized_rows import SAFE, UNKNOWN, UNSAFE
 from megatron_bdpo.display import Block, Facts, Table
@@ -19,13 +19,15 @@ _SHARES = (50, 95, 99, 100)
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """Of all pairs of a store. Positions are those of a pack that shares prompts: prompt, chosen and rejected once.
+    """Of all pairs of a store. Positions are those of a pack that shares prompts: a prompt and its answers once.
 
     Attributes:
         pairs: their number.
-        mean_positions: per pair; what ``megatron-bdpo plan --tokens-per-pair`` asks for.
-        positions: percentile -> positions of a pair.
-        too_long: pack length (``--seq-length``) -> pairs that do not fit one, up to the first length that fits all.
+        groups: what packs and steps are made of: the pairs of one row and prompt. Most rows give one pair.
+        answers: of all groups, each once in its own.
+        mean_positions: per group; what ``megatron-bdpo plan --tokens-per-pair`` asks for.
+        positions: percentile -> positions of a group.
+        too_long: pack length (``--seq-length``) -> groups that do not fit one, up to the first length that fits all.
         chosen_longer: share of pairs whose chosen response has more tokens than the rejected one.
         length_difference: mean of chosen minus rejected, in tokens.
         labels: (chosen, rejected) safety in words -> pairs; empty where no pair has a label.
@@ -33,6 +35,8 @@ class PairStatistics:
     """
 
     pairs: int
+    groups: int
+    answers: int
     mean_positions: float
     positions: dict[int, int]
     too_long: dict[int, int]
@@ -44,17 +48,19 @@ class PairStatistics:
     @classmethod
     def of(cls, store: PairStore) -> PairStatistics:
         """Read the lengths and labels of a store; its tokens are not touched."""
-        lengths = store.lengths.astype(np.int64)
-        positions = group_tokens(lengths, share_prompts=True)
-        separate = group_tokens(lengths, share_prompts=False)
+        pool = PairPool([store])
+        groups = pool.group_lengths(np.arange(pool.groups))
+        positions, separate = (groups.positions(share_prompts=share) for share in (True, False))
         too_long: dict[int, int] = {}
         for length in _PACK_LENGTHS:
             too_long[length] = int((positions > length).sum())
             if not too_long[length]:
                 break
-        difference = lengths[:, 1] - lengths[:, 2]
+        difference = store.lengths[:, 1].astype(np.int64) - store.lengths[:, 2]
         return cls(
             pairs=len(store),
+            groups=pool.groups,
+            answers=int(groups.answers.sum()),
             mean_positions=float(positions.mean()),
             positions={share: int(np.percentile(positions, share, method="higher")) for share in _SHARES},
             too_long=too_long,
@@ -66,10 +72,14 @@ class PairStatistics:
 
     def blocks(self) -> list[Block]:
         """To be shown."""
-        of = {50: "median", 95: "95 %", 99: "99 %", 100: "largest"}
-        facts = [
+        of, unit = {50: "median", 95: "95 %", 99: "99 %", 100: "largest"}, "pair"
+        facts = []
+        if self.groups < self.pairs:
+            unit = "group"
+            facts.append(("groups", f"{self.groups:,}, of {self.answers:,} answers in {self.pairs:,} pairs"))
+        facts += [
             (
-                "positions of a pair",
+                f"positions of a {unit}",
                 f"mean {self.mean_positions:.1f}, "
                 + ", ".join(f"{of[share]} {value:,}" for share, value in self.positions.items()),
             ),
@@ -80,11 +90,11 @@ class PairStatistics:
             ),
         ]
         too_long = [
-            [f"{length:,}", f"{count:,}", f"{count / self.pairs:.2%}"] for length, count in self.too_long.items()
+            [f"{length:,}", f"{count:,}", f"{count / self.groups:.2%}"] for length, count in self.too_long.items()
         ]
         blocks: list[Block] = [
             Facts(facts, indent=0),
-            Table(["--seq-length", "pairs", "share"], too_long, left=(), title="pairs that do not fit a pack"),
+            Table(["--seq-length", f"{unit}s", "share"], too_long, left=(), title=f"{unit}s that do not fit a pack"),
         ]
         if self.labels:
             labels = [[words, f"{count:,}"] for words, count in self.labels.items()]

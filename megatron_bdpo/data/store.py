@@ -266,6 +266,11 @@ class PairStoreWriter:
         """Lengths so far, int32 [P, 3]."""
         return np.concatenate([np.zeros((0, 3), np.int32), *self._columns["lengths"]])
 
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Where the parts begin, so far, int64 [P, 3]."""
+        return np.concatenate([np.zeros((0, 3), np.int64), *self._columns["starts"]])
+
     def extend(self, rows: TokenizedRows, source: int) -> None:
         """Add the pairs of some rows of a source."""
         data = rows.tokens.astype("<i4", copy=False).tobytes()
@@ -388,8 +393,12 @@ def _check_consistency(directory: Path, info: StoreInfo, arrays: dict[str, npt.N
     starts, lengths = arrays["starts"], arrays["lengths"]
     if pairs and not (starts.min() >= 0 and lengths.min() >= 0 and (starts + lengths).max() == len(arrays[_TOKENS])):
         raise _damaged(directory, "its pairs do not end where the tokens do")
-    if (np.diff(starts[:, 0]) < 0).any():
+    first = np.diff(starts[:, 0])
+    if (first < 0).any():
         raise _damaged(directory, "its groups are not in order")
+    of_one_group = (lengths[:, 0], arrays["source"], arrays["row"], arrays["prompt_of"])
+    if any(np.diff(each)[first == 0].any() for each in of_one_group):
+        raise _damaged(directory, "the pairs of a group are not of one row and prompt")
     if not info.empty_prompt:
         raise _damaged(directory, f"{_META} has no empty prompt")
     if int(arrays["source"].max(initial=-1)) >= len(info.sources):

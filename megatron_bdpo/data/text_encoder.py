@@ -20,6 +20,10 @@ class Mark(NamedTuple):
     token: int
 
 
+type Known = dict[str, list[int]]
+"""Texts that were encoded, with their tokens."""
+
+
 class TextEncoder:
     """Encodes texts with one of Megatron's tokenizers, without what its library adds to every text.
 
@@ -58,20 +62,29 @@ class TextEncoder:
             for text, ids in zip(texts, encoded, strict=True)
         ]
 
-    def encode_after(self, texts: list[str], common: str, mark: Mark | None) -> list[list[int]]:
+    def encode_after(
+        self, texts: list[str], common: str, mark: Mark | None, known: Known | None = None
+    ) -> list[list[int]]:
         """Token ids of texts that all begin with ``common``, as :meth:`encode` gives them.
 
         Args:
             mark: of :meth:`last_mark`. What stands up to its last place in ``common`` is tokenized once.
+            known: what is in it is not tokenized again; what is not is added.
         """
+        known = {} if known is None else known
         cut = common.rfind(mark.text) if mark else -1
         if mark is None or cut <= 0:
-            return self.encode_all(texts)
+            return self._encode_new(texts, known)
         # With the mark in front: a tokenizer treats the beginning of a text in its own way.
-        head, *tails = self.encode_all([common[: cut + len(mark.text)], *(text[cut:] for text in texts)])
+        head, *tails = self._encode_new([common[: cut + len(mark.text)], *(text[cut:] for text in texts)], known)
         if head[-1:] != [mark.token] or any(tail[:1] != [mark.token] for tail in tails):
-            return self.encode_all(texts)
+            return self._encode_new(texts, known)
         return [head + tail[1:] for tail in tails]
+
+    def _encode_new(self, texts: list[str], known: Known) -> list[list[int]]:
+        if new := [text for text in dict.fromkeys(texts) if text not in known]:
+            known.update(zip(new, self.encode_all(new), strict=True))
+        return [known[text] for text in texts]
 
     def last_mark(self, text: str) -> Mark | None:
         """The last special token in a text at which the tokenizer cuts, whatever stands around it; None: none."""

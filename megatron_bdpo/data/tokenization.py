@@ -35,7 +35,7 @@ from megatron_bdpo.data.messages import DOCUMENTS, TOOLS, USER, Message
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.start_tokens import StartTokens
-from megatron_bdpo.data.text_encoder import TextEncoder
+from megatron_bdpo.data.text_encoder import Known, TextEncoder
 from megatron_bdpo.data.turns import render_chat, render_strings
 from megatron_bdpo.data.vocabulary import VOCABULARY_OF, MegatronTextTokenizer, vocabulary
 from megatron_bdpo.errors import UserError
@@ -123,8 +123,11 @@ class PairTokenizer:
         self.start = StartTokens(tokens, end, self.template.knows_bos)
         """What prompts begin with."""
 
-    def encode(self, record: PreferenceRecord) -> PairTokens:
+    def encode(self, record: PreferenceRecord, known: Known | None = None) -> PairTokens:
         """Token ids of a record, not truncated.
+
+        Args:
+            known: texts of records of the same row, which are not encoded again; this one's are added.
 
         Raises:
             RowProblem: the record cannot be tokenized faithfully.
@@ -135,7 +138,7 @@ class PairTokenizer:
         mark = self._encoder.last_mark(self.template.opening) if is_chat else None
         texts = [prompt_text, *(each.text for each in rendered)]
         prompt, *joint = (
-            self.start.strip(ids, is_chat) for ids in self._encoder.encode_after(texts, prompt_text, mark)
+            self.start.strip(ids, is_chat) for ids in self._encoder.encode_after(texts, prompt_text, mark, known)
         )
         end = [self._end] if not is_chat or self.template.leaves_turn_open else []
         responses: list[TokenArray] = []

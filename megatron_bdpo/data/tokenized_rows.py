@@ -158,8 +158,9 @@ ARRAYS = tuple(each.name for each in dataclasses.fields(TokenizedRows) if each.n
 class RowsBuilder:
     """Collects the pairs and problems of rows that come one after the other.
 
-    Pairs of one row with the same prompt are a group: they share its tokens, and those of the answers that they have in
-    common. So pairs of one group have one start of their prompts, and lie beside each other.
+    Pairs of one row with the same prompt that come one after the other are a group: they share its tokens, and those of
+    the answers that they have in common. So pairs of one group have one start of their prompts, and lie beside each
+    other.
     """
 
     def __init__(self) -> None:
@@ -266,6 +267,11 @@ def join(parts: Sequence[TokenizedRows]) -> TokenizedRows:
     }
     arrays = {name: np.concatenate(shifted.get(name, [getattr(part, name) for part in parts])) for name in ARRAYS}
     return TokenizedRows(**arrays, outcome=outcome)
+
+
+def first_pairs(starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[G] the first pair of each group, of pairs whose parts begin at ``starts`` [P, 3]."""
+    return np.flatnonzero(np.diff(starts[:, 0], prepend=-1))
 
 
 def _joined(arrays: list[TokenArray]) -> TokenArray:

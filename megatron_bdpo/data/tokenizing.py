@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -28,7 +29,8 @@ from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import PreferenceRecord, parse_row
 from megatron_bdpo.data.row_reader import RowReader, pair_rows
 from megatron_bdpo.data.sources import RawRow, Row, SourceSpec, count_rows, describe_row, parse_raw, read_raw_rows
-from megatron_bdpo.data.tokenization import PairTokenizer
+from megatron_bdpo.data.text_encoder import Known
+from megatron_bdpo.data.tokenization import PairTokenizer, PairTokens, TokenArray
 from megatron_bdpo.data.tokenized_rows import Outcome, RowsBuilder, TokenizedRows, join
 from megatron_bdpo.data.truncation import truncate
 from megatron_bdpo.errors import UserError
@@ -45,6 +47,30 @@ _SILENT_SECONDS = 10.0  # where no one watches, progress is shown only of what t
 
 type RawRows = Sequence[tuple[int, RawRow]]
 """Rows of one source, each with its number."""
+
+
+class _Made(NamedTuple):
+    """What a pair of a row gives."""
+
+    record: PreferenceRecord
+    spelled_out: list[str]  # control tokens in its texts
+    whole: PairTokens  # before it was cut
+    pair: PairTokens
+    own_prompt: TokenArray | None  # see ``RowsBuilder.append``
+
+    @property
+    def key(self) -> tuple[bytes, bytes | None]:
+        """Of pairs of a row that are one group."""
+        return self.pair.prompt.tobytes(), None if self.own_prompt is None else self.own_prompt.tobytes()
+
+
+def _by_prompt(made: Sequence[_Made | RowProblem]) -> Iterable[_Made | RowProblem]:
+    """A row's pairs, those of one prompt beside each other: where answers of several turns begin alike, what they begin
+    with belongs to the prompt of the pairs that they are in, and to no other's."""
+    groups: dict[Any, list[_Made | RowProblem]] = {}
+    for place, each in enumerate(made):
+        groups.setdefault(place if isinstance(each, RowProblem) else each.key, []).append(each)
+    return itertools.chain.from_iterable(groups.values())
 
 
 @dataclass(frozen=True)
@@ -69,43 +95,56 @@ class RowTokenizer:
         builder = RowsBuilder()
         for number, raw in rows:
             row = parse_raw(raw)
-            for form in pair_rows(row, self.readers[source]):
+            for made in self._made(source, number, row):
                 if len(builder) == most_pairs:
                     return builder.finish()
                 builder.outcome.read += 1
-                try:
-                    record = self._add(builder, number, form)
-                except RowProblem as problem:
-                    builder.add_problem(number, problem)
-                except UserError as error:  # of the tokenizer, met at this row
-                    if not self.sources:
-                        raise
-                    raise UserError(f"{describe_row(self.sources[source], number)}: {error}") from error
-                else:
-                    assert not isinstance(row, RowProblem)
-                    self._count_unread(builder, source, row, record)
+                if isinstance(made, RowProblem):
+                    builder.add_problem(number, made)
+                    continue
+                assert not isinstance(row, RowProblem)
+                self._add(builder, number, made)
+                self._count_unread(builder, source, row, made.record)
         return builder.finish()
 
-    def _add(self, builder: RowsBuilder, number: int, row: Row | RowProblem) -> PreferenceRecord:
+    def _made(self, source: int, number: int, row: Row | RowProblem) -> Iterable[_Made | RowProblem]:
+        """What the pairs of a row give, each answer encoded once."""
+        found: list[_Made | RowProblem] = []
+        known: Known = {}
+        for form in pair_rows(row, self.readers[source]):
+            try:
+                found.append(self._encoded(form, known))
+            except RowProblem as problem:
+                found.append(problem)
+            except UserError as error:  # of the tokenizer, met at this row
+                if not self.sources:
+                    raise
+                raise UserError(f"{describe_row(self.sources[source], number)}: {error}") from error
+        return found if len(found) < 3 else _by_prompt(found)
+
+    def _encoded(self, row: Row | RowProblem, known: Known) -> _Made:
         if isinstance(row, RowProblem):
             raise row
         record = parse_row(row)
         spelled_out = sorted(self.tokenizer.spelled_out(record))
         if spelled_out and self.refuse_control_tokens:
             raise RowProblem(ProblemKind.CONTROL_TOKENS, f"they hold {', '.join(spelled_out)}")
-        whole = self.tokenizer.encode(record)
+        whole = self.tokenizer.encode(record, known)
         pair = truncate(whole, self.max_prompt_tokens, self.max_response_tokens, self.tokenizer.start.tokens)
-        parts = zip(pair.parts, whole.parts, strict=True)
+        return _Made(record, spelled_out, whole, pair, self.tokenizer.own_unconditional_prompt(record))
+
+    def _add(self, builder: RowsBuilder, number: int, made: _Made) -> None:
+        parts = zip(made.pair.parts, made.whole.parts, strict=True)
         prompt_cut, *responses_cut = (len(after) < len(before) for after, before in parts)
-        has_context = any(mask is not None for mask in pair.scored)
-        if prompt_cut or any(responses_cut) or has_context:  # the row's log-probs are those of the whole pair
-            record = replace(record, reference=None)
-        builder.append(pair, number, record, self.tokenizer.own_unconditional_prompt(record))
+        has_context = any(mask is not None for mask in made.pair.scored)
+        # The row's log-probs are those of the whole pair.
+        has_others = prompt_cut or any(responses_cut) or has_context
+        record = replace(made.record, reference=None) if has_others else made.record
+        builder.append(made.pair, number, record, made.own_prompt)
         builder.outcome.truncated_prompts += prompt_cut
         builder.outcome.truncated_responses += sum(responses_cut)
-        for token in spelled_out:
+        for token in made.spelled_out:
             builder.outcome.add_spelled_out(token, 1, [number])
-        return record
 
     def _count_unread(self, builder: RowsBuilder, source: int, row: Row, record: PreferenceRecord) -> None:
         """Columns, and fields of messages, that neither we nor the chat template read."""

@@ -11,16 +11,17 @@ from typing import Any
 
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build_megatron_tokenizer
 
-from megatron_bdpo.data.pair_view import pair_view
+from megatron_bdpo.data.pair_view import pack_view, pair_view
 from megatron_bdpo.data.prepare import PairDataSettings, make_part, prepare_pairs
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.quality import leak
 from megatron_bdpo.data.records import parse_row
-from megatron_bdpo.data.row_reader import FormatSettings, refuse_unused, row_readers, row_records
-from megatron_bdpo.data.sources import check_sources, describe_row, parse_sources
+from megatron_bdpo.data.row_reader import FormatSettings, pair_rows, refuse_unused, row_of, row_readers
+from megatron_bdpo.data.sources import Row, check_sources, describe_row, parse_sources
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.token_pieces import TokenPieces
 from megatron_bdpo.data.tokenization import PairTokenizer
+from megatron_bdpo.data.tokenizing import RowTokenizer
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.directory import model_directory, tokenizer_directory
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, gather, is_rank_zero, process_groups, say
@@ -223,24 +224,38 @@ def shown_row(flags: Sequence[str], number: int) -> list[str]:
         (source,), (reader,) = settings.sources, row_readers(settings.sources, settings.form)
         library = build_tokenizer(arguments)
         tokenizer, pieces = make_pair_tokenizer(library, pairs), TokenPieces(library)
-    where, records = describe_row(source, number), row_records(source, reader, number)
+    where, row = describe_row(source, number), row_of(source, number)
+    limits = settings.max_prompt_tokens, settings.max_response_tokens
+    shown, problems = [], []
+    for record in pair_rows(row, reader):
+        try:
+            shown.append(_shown_pair(record, tokenizer, pieces, *limits))
+        except RowProblem as problem:
+            problems.append(problem)
+            shown.append([f"not used: {problem}"])
+    if len(problems) == len(shown):
+        raise UserError(f"{where} gives no pair: {problems[0]}. `megatron-bdpo data check` counts such rows.")
     lines = [f"{where}: {reader.format.name}"]
-    try:
-        for place, record in enumerate(records):
-            if len(records) > 1:
-                lines += ["", f"pair {place + 1} of {len(records)}"]
-            if isinstance(record, RowProblem) and len(records) > 1:
-                lines.append(f"not used: {record}")
-                continue
-            if isinstance(record, RowProblem):
-                raise record
-            parsed = parse_row(record)
-            if spelled_out := sorted(tokenizer.spelled_out(parsed)):
-                lines.append(f"control tokens in texts, taken as such: {', '.join(spelled_out)}")
-            lines += pair_view(parsed, tokenizer, pieces, settings.max_prompt_tokens, settings.max_response_tokens)
-    except RowProblem as problem:
-        raise UserError(f"{where} gives no pair: {problem}. `megatron-bdpo data check` counts such rows.") from problem
-    return lines
+    for place, of_pair in enumerate(shown, start=1):
+        lines += ["", f"pair {place} of {len(shown)}", *of_pair] if len(shown) > 1 else of_pair
+    assert not isinstance(row, RowProblem)
+    tokenized = RowTokenizer(tokenizer, [reader], *limits)(0, [(number, row)])
+    return [*lines, *([""] if len(shown) > 1 else []), *pack_view(tokenized)]
+
+
+def _shown_pair(
+    record: Row | RowProblem,
+    tokenizer: PairTokenizer,
+    pieces: TokenPieces,
+    max_prompt_tokens: int | None,
+    max_response_tokens: int | None,
+) -> list[str]:
+    if isinstance(record, RowProblem):
+        raise record
+    parsed = parse_row(record)
+    spelled_out = sorted(tokenizer.spelled_out(parsed))
+    told = [f"control tokens in texts, taken as such: {', '.join(spelled_out)}"] if spelled_out else []
+    return told + pair_view(parsed, tokenizer, pieces, max_prompt_tokens, max_response_tokens)
 
 
 def _name_tokenizer(arguments: Arguments) -> None:

@@ -186,14 +186,14 @@ def stores() -> Check:
 
     directory = own_directory()
     parts = [np.arange(n, dtype=np.int32) for n in (3, 2, 4)]
-    report = DataReport(["a.jsonl"], [3], [2])
+    report = DataReport(["a.jsonl"], [3], [3])
     with PairStoreWriter(directory) as writer:
         rows = RowsBuilder()
-        for row in (1, 3):
+        for row in (1, 3, 3):  # the latter is a group
             scored = np.array([True, False, True, True])
             rows.append(PairTokens(*parts, None, scored), row, PreferenceRecord("p", "a", "b", True), parts[1] + row)
         writer.extend(rows.finish(), 0)
-        report.set_lengths(writer.lengths)
+        report.set_lengths(writer.lengths, writer.starts)
         writer.finish(StoreInfo("0" * 64, {"data": ["x"]}, [1], (SourceSpec("a.jsonl"),), report))
     files = {path: path.read_bytes() for path in sorted(directory.iterdir())}
     meta = directory / "meta.json"

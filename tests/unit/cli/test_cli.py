@@ -319,6 +319,22 @@ def test_show_of_a_chat(ranks, qwen_like, tmp_path):
     assert "    <|im_start|>|" in output
 
 
+def test_show_of_several_answers(ranks, tmp_path):
+    """Pairs that are not used are told among the others; a pack holds the group's prompt and answers once."""
+    row = {"prompt": "1", "responses": [" 2", " 3 3", " 2", " 4"], "scores": [4, 3, 2, 2]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"responses": [" 2"] * 4}) + "\n")
+    command = ["data", "show", str(tmp_path / "rows.jsonl"), "--pairs-from", "all", *TOKENIZER]
+    ((code, output, errors),) = ranks(1)(run, *command, "--row", "1")
+    assert code == 0, errors
+    lines = output.splitlines()
+    assert [line for line in lines if line.startswith("pair ")] == [f"pair {place} of 6" for place in range(1, 7)]
+    assert sum(line.startswith("not used: ") for line in lines) == 2, "equal texts, and equal scores"
+    (found,) = (line for line in lines if line.startswith("positions"))
+    assert found.startswith("positions in a pack of a group of 4 pairs, 3 answers: ")
+    ((code, output, errors),) = ranks(1)(run, *command, "--row", "2")
+    assert code == 2 and "line 2 gives no pair: " in errors, "although there are six"
+
+
 def test_check_of_mixed_forms(tmp_path, capsys):
     chat = '{"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}\n'
     (tmp_path / "pairs.jsonl").write_text(BAD.splitlines()[2] + "\n" + chat)
@@ -397,6 +413,24 @@ def test_stats(ranks, tmp_path):
     ((code, output, errors),) = ranks(1)(run, "data", "stats", *words)
     assert code == 0 and "pairs that do not fit a pack\n  --seq-length" in output
     assert "copies of an earlier pair" in output and "held-out" not in output
+
+
+def test_stats_of_groups(ranks, tmp_path):
+    """Positions are what packs hold: a prompt and its answers once, not pair by pair."""
+    rows = [{"prompt": "a", "responses": [" b", " c c", " d d d"], "scores": [1, 2, 3]}, {"prompt": "e"}]
+    rows[1] |= {"responses": [" b", " c"], "scores": [2, 1]}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [str(tmp_path / "rows.jsonl"), "--pairs-from", "all", *TOKENIZER, "--pair-cache-dir", str(tmp_path / "c")]
+    ((code, output, errors),) = ranks(1)(run, "data", "stats", *words, "--json")
+    assert code == 0, errors
+    told = json.loads(output)
+    found, tokens = told["statistics"], told["report"]["tokens"]
+    assert (found["pairs"], found["groups"], found["answers"], told["report"]["groups"]) == (4, 2, 5, 2)
+    in_pairs = sum(tokens[part]["mean"] for part in ("prompt", "chosen", "rejected")) * 4
+    assert 2 * found["mean_positions"] < in_pairs and sum(found["too_long"].values()) == 0
+    ((code, output, errors),) = ranks(1)(run, "data", "stats", *words)
+    assert code == 0 and "pairs: 4 in 2 groups kept of 4 pairs" in output and "groups that do not fit a pack" in output
+    assert "2, of 5 answers in 4 pairs" in output and "positions of a group" in output
 
 
 def test_stats_of_held_out_pairs(ranks, tmp_path):

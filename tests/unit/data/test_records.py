@@ -262,12 +262,22 @@ def test_report_stays_short_and_survives_json() -> None:
         for kind in ProblemKind:
             outcome.add_problem(7, kind, "detail")
         report.add(source, 0, outcome)
-    report.set_lengths(np.array([[10, 4, 6], [30, 5, 5]], dtype=np.int32))
+    report.set_lengths(np.array([[10, 4, 6], [30, 5, 5]], np.int32), np.array([[0, 10, 14], [20, 50, 55]]))
 
     assert len(report.format().splitlines()) <= 20
     assert report.prompt_token_share == 40 / 60
     assert dataclasses.astuple(report.tokens["prompt"]) == (20.0, 20.0, 29.0, 30)
     assert DataReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_report_of_groups() -> None:
+    """A prompt and an answer of several pairs are there once; so are their tokens."""
+    report = DataReport(["rows.jsonl"])
+    report.add(0, 4, Outcome(read=5))
+    lengths = np.array([[10, 4, 6], [10, 4, 5], [10, 6, 5], [30, 5, 5]], np.int32)
+    report.set_lengths(lengths, np.array([[0, 10, 14], [0, 10, 20], [0, 14, 20], [25, 55, 60]]))
+    assert report.groups == 2 and report.prompt_token_share == 40 / 65
+    assert report.format().splitlines()[0] == "pairs: 4 in 2 groups kept of 5 pairs (0 dropped, 0.00%)"
 
 
 def test_margin() -> None:

@@ -19,6 +19,7 @@ from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.sources import SourceSpec
 from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.data.text_encoder import Known
 from megatron_bdpo.data.tokenization import PairTokenizer, PairTokens
 from megatron_bdpo.errors import UserError
 
@@ -272,11 +273,11 @@ class Interrupting(PairTokenizer):
         self._interrupt = interrupt
         self._calls = 0
 
-    def encode(self, record: PreferenceRecord) -> PairTokens:
+    def encode(self, record: PreferenceRecord, known: Known | None = None) -> PairTokens:
         self._calls += 1
         if self._calls == 3:
             self._interrupt()
-        return super().encode(record)
+        return super().encode(record, known)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])

@@ -19,7 +19,7 @@ from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.row_reader import RECOGNISED, row_readers
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.store import PairStore
-from megatron_bdpo.data.text_encoder import TextEncoder
+from megatron_bdpo.data.text_encoder import Known, TextEncoder
 from megatron_bdpo.data.tokenization import PairTokenizer, PairTokens
 from megatron_bdpo.data.tokenized_rows import ARRAYS, Outcome, TokenizedRows
 from megatron_bdpo.errors import UserError
@@ -35,12 +35,12 @@ class Counting(PairTokenizer):
         super().__init__(tokenizer)
         self._directory, self._kill_at = directory, kill_at
 
-    def encode(self, record: PreferenceRecord) -> PairTokens:
+    def encode(self, record: PreferenceRecord, known: Known | None = None) -> PairTokens:
         number = int(str(record.prompt).split()[0])
         if number == self._kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         (self._directory / f"{number}").touch()
-        return super().encode(record)
+        return super().encode(record, known)
 
     def done(self) -> set[int]:
         found = {int(path.name) for path in self._directory.iterdir()}
@@ -270,10 +270,10 @@ class Templated:
 class Slow(PairTokenizer):
     """Meets an error of the tokenizer's, not of the row's, at the seventh row."""
 
-    def encode(self, record: PreferenceRecord) -> PairTokens:
+    def encode(self, record: PreferenceRecord, known: Known | None = None) -> PairTokens:
         if str(record.prompt).startswith("7 "):
             raise UserError("the template takes too long. Look at it.")
-        return super().encode(record)
+        return super().encode(record, known)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
