@@ -119,7 +119,7 @@ class PreferenceRun:
         self.iteration = 0
         self._step_started = 0.0
         self._steps_here = 0
-        say(summarize(arguments, job))
+        say("", summarize(arguments, job))
         for advice in about_data(job.pool.stores[0].report, job.plan):
             say(f"WARNING: {advice}")
         # Megatron's loop asks after each step whether to stop; and it is not Megatron that deletes checkpoints.

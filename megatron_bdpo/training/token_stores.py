@@ -77,7 +77,7 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
         ]
     if report:
         for name, store in zip(("training pairs", "held-out pairs"), stores, strict=False):
-            say(name, *store.report.blocks())
+            say("", name, *store.report.blocks())
         if len(stores) > 1 and is_rank_zero() and (leaked := leak(*stores)).count:
             say(
                 f"WARNING: the prompts of {leaked.count:,} of {leaked.of:,} held-out pairs are trained on "

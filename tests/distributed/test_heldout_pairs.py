@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_bdpo.report.heldout import Evaluated
 from megatron_bdpo.training.reporting.heldout_file import NAME, HeldOutRewards, read_heldout
 from tests.harness.jobs import train
 
@@ -38,6 +39,7 @@ def alone(ranks, tmp_path_factory) -> list[HeldOutRewards]:
         means = [margins.mean(), *found.rewards.mean(axis=0)]
         expected = [reported[f"rewards/{name}"] for name in ("margins", "chosen", "rejected")]
         assert np.allclose(means, expected, rtol=1e-5, atol=1e-6)
+        assert Evaluated.of(found).right == pytest.approx(reported["rewards/accuracies"])
     assert np.abs(first.rewards).max() < 1e-5 < np.abs(last.rewards).min()
     return [first, last]
 
