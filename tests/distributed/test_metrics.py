@@ -77,7 +77,7 @@ def test_record_of_the_run(ranks, tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "comprehension of 48 of 48 pairs, nats per token; weights and scale at tau 0.25" in printed
-    assert len(list((tmp_path / "report").glob("*.png"))) == 14
+    assert len(list((tmp_path / "report").glob("*.png"))) == 17
 
 
 def test_resumed_run_continues_the_metrics_file(ranks, tmp_path):
