@@ -8,7 +8,8 @@
 
 p^-alpha overflows where the likelihood is tiny and alpha large: such a loss is not finite, which ends the run.
 
-Source: arXiv 2501.03884, in the form of TRL's CPOTrainer. Defaults: alpha 0.25, the others SimPO's.
+Source: arXiv 2501.03884, in the form of TRL's CPOTrainer. Defaults: the others are SimPO's; alpha 0.25
+is not checked against the paper (TRL's is 0, SimPO).
 """
 
 from __future__ import annotations

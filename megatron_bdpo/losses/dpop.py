@@ -8,7 +8,7 @@
 The penalty has its corner at policy = reference, where a run begins. There the sign of rounding decides whether a
 pair's gradient in y_w is DPO's or 1 + lambda times that: the first step, and so the run, may differ between layouts.
 
-Source: Smaug, arXiv 2402.13228, eq. 3. The default of 50 is the one known from the paper; not checked against it here.
+Source: Smaug, arXiv 2402.13228, eq. 3. The default of 50 is PaddleNLP's (its `llm/alignment/dpo/dpo_argument.py`).
 """
 
 from __future__ import annotations

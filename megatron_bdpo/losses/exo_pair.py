@@ -6,7 +6,8 @@
     Delta_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), summed over the response; w chosen, l rejected
     epsilon = label_smoothing, above 0: at 0 the divergence is infinite. The loss is least, 0, at q_l = epsilon
 
-Source: arXiv 2402.00856, eq. 16. The default epsilon of 1e-3 is TRL's of earlier versions.
+Source: arXiv 2402.00856, eq. 16. The default epsilon of 1e-3 is what the paper recommends
+(TRL's documentation of `label_smoothing`).
 """
 
 from __future__ import annotations

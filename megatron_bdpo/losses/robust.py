@@ -6,7 +6,8 @@
     Delta_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), summed over the response; w chosen, l rejected
     epsilon = label_smoothing, the assumed share of swapped pairs, below 1/2. Unlike cDPO's it may make L negative.
 
-Source: arXiv 2403.00409. The default epsilon of 0.1 is ours: at 0 rDPO is DPO.
+Source: arXiv 2403.00409. The default epsilon of 0.1 is what the paper recommends (TRL's documentation of
+`label_smoothing`); at 0 rDPO is DPO.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     Delta_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), summed over the response; w chosen, l rejected
     |y_i|   = response tokens
 
-Source: Tulu 3, arXiv 2411.15124, whose beta of 5 is our default (TRL's is 0.1).
+Source: Tulu 3, arXiv 2411.15124, section 5. The default beta of 5 is its own (table 20, and `--dpo_loss_type dpo_norm
+--dpo_beta 5` in `docs/tulu3.md` of allenai/open-instruct); TRL's is 0.1.
 """
 
 from __future__ import annotations

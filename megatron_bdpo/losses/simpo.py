@@ -5,7 +5,8 @@
     w chosen, l rejected, |y| response tokens
     gamma = simpo_gamma, in the unit of the rewards (not divided by beta)
 
-Source: arXiv 2405.14734, eq. 6. Defaults beta 2.0 and gamma 0.5.
+Source: arXiv 2405.14734, eq. 6. The default gamma of 0.5 is TRL's; beta 2.0 is the least that the paper's authors use
+(princeton-nlp/SimPO).
 """
 
 from __future__ import annotations
