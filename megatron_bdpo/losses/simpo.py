@@ -5,8 +5,8 @@
     w chosen, l rejected, |y| response tokens
     gamma = simpo_gamma, in the unit of the rewards (not divided by beta)
 
-Source: arXiv 2405.14734, eq. 6. The default gamma of 0.5 is TRL's; beta 2.0 is the least that the paper's authors use
-(princeton-nlp/SimPO).
+Source: arXiv 2405.14734, eq. 6. The default gamma of 0.5 is TRL's; of beta the authors took 2.0 or 2.5
+(princeton-nlp/SimPO, README).
 """
 
 from __future__ import annotations

@@ -90,6 +90,8 @@ class Loss:
     names: Mapping[str, str]
     weights: str = ""
     """The key with the weights of several."""
+    unless: str = ""
+    """A key that says it instead, where it is set."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class LossOption:
     """Loss -> the option's name there, where that is another."""
     off: tuple[str, ...] = ()
     """Values that mean that it is not used."""
+    kind: Literal["number", "word", "switch"] = "number"
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,10 @@ class Default:
     """Keys that, where they are set, take its place."""
     same_as: str = ""
     """A key whose value it is, where that is given."""
+    by_key: str = ""
+    """A key on whose value it hangs:"""
+    by_value: Mapping[str, str] = field(default_factory=dict)
+    """that key's value -> what it then is."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,8 @@ class Source:
     """Also ``a.b.*``."""
     defaults: Mapping[str, Default]
     gates: tuple[Gate, ...] = ()
+    always: Settings = field(default_factory=dict)
+    """What its configurations are, whatever their keys say."""
     program: str = ""
     """Regular expression for the words of a shell script behind which its flags stand."""
     variant_of: str = ""

@@ -122,21 +122,31 @@ def _resolved(found: dict[str, Given]) -> dict[str, Given]:
     """With OmegaConf's references, ``${a.b}`` and ``${.sister}``, filled in; names of the environment stay."""
 
     def value_of(given: Given, seen: frozenset[str]) -> Value:
-        match = _REFERENCE.fullmatch(given.value) if isinstance(given.value, str) else None
-        if match is None:
-            if isinstance(given.value, str) and re.search(r"\$\{[\w.]*[.:](?!-)", given.value):
-                raise UserError(f"{given.where}: {given.value!r} is computed. Write out what it comes to.")
+        if not isinstance(given.value, str):
             return given.value
+        match = _REFERENCE.fullmatch(given.value)
+        if match is None:
+            text = _REFERENCE.sub(lambda part: _word(referred(part, given, seen)), given.value)
+            if re.search(r"\$\{[\w.]*[.:](?!-)", text):
+                raise UserError(f"{given.where}: {given.value!r} is computed. Write out what it comes to.")
+            return text
+        return referred(match, given, seen)
+
+    def referred(match: re.Match[str], given: Given, seen: frozenset[str]) -> Value:
         dots, name = match.groups()
         around = given.key.split(".")[: -len(dots)] if dots else []
         target = ".".join([*around, name])
         if target not in found and not dots and "." not in name:
-            return given.value
+            return match[0]
         if target not in found or target in seen:
             raise UserError(f"{given.where}: {given.value!r} refers to nothing in this file. Write out what it is.")
         return value_of(found[target], seen | {target})
 
     return {key: replace(given, value=value_of(given, frozenset({key}))) for key, given in found.items()}
+
+
+def _word(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # Shell ---------------------------------------------------------------------------------------------------------------

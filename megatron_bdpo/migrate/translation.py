@@ -81,7 +81,7 @@ class _Translator:
 
     def __init__(self, found: Mapping[str, Given], source: Source, processes: int | None) -> None:
         self.source, self.processes = source, processes
-        self.result = Translation(source)
+        self.result = Translation(source, {**source.always}, dict.fromkeys(source.always, source.title))
         self.loss: str | None = None
         self.factors: dict[str, list[Given]] = {}
         self.all = {**found, **_defaults(source, found)}
@@ -91,13 +91,12 @@ class _Translator:
             if isinstance(line := source.entry(given.key), entries.To) and not _is_off(given, line.off)
             for name in line.replaces
         }
-        for given in sorted(
-            self.all.values(), key=lambda each: not isinstance(self.source.entry(each.key), entries.Loss)
-        ):
+        for given in sorted(self.all.values(), key=lambda each: not _says_loss(self.source.entry(each.key))):
             self._one(given)
         for key in found.keys() - {given.key for given in self.all.values() if not given.is_default}:
             self.result.unneeded[key] = "not set"
         self._products()
+        self._of_policies_alone()
 
     def _one(self, given: Given) -> None:
         key, line = given.key, self.source.entry(given.key)
@@ -208,6 +207,8 @@ class _Translator:
         else:
             for flag, value in meaning.items():
                 self.result.set(flag, value, given)
+                if flag == "preference-loss":
+                    self.loss = str(value)
 
     def _joined(self, line: entries.Joined, given: Given) -> None:
         names = re.findall(r"\{([\w.]+)\}", line.text)
@@ -219,6 +220,10 @@ class _Translator:
             self.result.set(line.flag, text, given)
 
     def _loss(self, line: entries.Loss, given: Given) -> None:
+        instead = self.all.get(line.unless)
+        if instead is not None and instead.is_set:
+            self.result.unneeded[given.key] = f"{line.unless} says which loss"
+            return
         theirs = _items(given)
         ours = [line.names.get(name.lower(), name.lower()) for name in theirs]
         missing = [name for name, own in zip(theirs, ours, strict=True) if own not in flag_table.read().losses]
@@ -253,10 +258,25 @@ class _Translator:
         if self.loss is not None and name not in flag_table.read().options_of(self.loss):
             if not given.is_default:
                 self.result.refuse(given, f"the loss {self.loss} does not use it here. Take it out.")
-        elif not _is_number(given.text):
+        elif line.kind == "number" and not _is_number(given.text):
             self.result.refuse(given, f"{_short(given.text)} is no number. Mend it.")
+        elif line.kind == "switch":
+            self._switch(entries.Switch(name.replace("_", "-")), given)
         else:
-            self.result.set(name.replace("_", "-"), given.text, given)
+            self.result.set(name.replace("_", "-"), given.text.lower() if line.kind == "word" else given.text, given)
+
+    def _of_policies_alone(self) -> None:
+        """A reward model has no adapters and no reference."""
+        if self.result.settings.get("objective") != "reward":
+            return
+        for flag in [flag for flag in self.result.settings if flag.startswith(("lora-", "reference"))]:
+            origin = self.result.origins[flag]
+            if origin in self.all and origin not in self.result.refused:
+                self.result.refused[origin] = (
+                    f"{self.all[origin].where}: --{flag} is not for reward models: all weights are trained, and there "
+                    "is no reference. Take it out."
+                )
+            del self.result.settings[flag], self.result.origins[flag]
 
     def _products(self) -> None:
         for flag, parts in self.factors.items():
@@ -281,6 +301,13 @@ class _Translator:
                     self.result.set(flag, str(product), given)
 
 
+def _says_loss(line: entries.Entry | None) -> bool:
+    """Whether other keys' meaning hangs on it."""
+    if isinstance(line, entries.Choice):
+        return any("preference-loss" in value for value in line.values.values() if not isinstance(value, str))
+    return isinstance(line, entries.Loss)
+
+
 def _defaults(source: Source, found: Mapping[str, Given]) -> dict[str, Given]:
     there = {key for key, given in found.items() if not _is_off(given, ("false",))}
     made = {}
@@ -292,8 +319,9 @@ def _defaults(source: Source, found: Mapping[str, Given]) -> dict[str, Given]:
 
 
 def _value_of(default: Default, found: Mapping[str, Given]) -> Any:
-    same = found.get(default.same_as)
-    return same.value if same is not None and same.is_set else default.value
+    same, by = found.get(default.same_as), found.get(default.by_key)
+    value = default.value if by is None else default.by_value.get(by.text.lower(), default.value)
+    return same.value if same is not None and same.is_set else value
 
 
 def _items(given: Given) -> list[str]:

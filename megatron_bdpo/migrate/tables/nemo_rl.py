@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_bdpo.migrate.entries import (
     Choice,
     Default,
@@ -105,6 +107,7 @@ _KEYS: dict[str, Entry] = {
     "policy.optimizer.kwargs.weight_decay": To("weight-decay", "number"),
     "policy.optimizer.kwargs.betas": Each(("adam-beta1", "adam-beta2")),
     "policy.optimizer.kwargs.eps": To("adam-eps", "number"),
+    "policy.optimizer": Unneeded("of DTensor alone"),
     "policy.optimizer.kwargs.*": Unneeded("of torch's optimizer alone"),
     "policy.scheduler.*": Refused("Say it: --lr-decay-style, --lr-warmup-iters, --min-lr."),
     # Megatron
@@ -126,8 +129,24 @@ _KEYS: dict[str, Entry] = {
         "Megatron's default is kept",
         f"{_MEGATRON}empty_unused_memory_level {_MEGATRON}pipeline_dtype {_MEGATRON}apply_rope_fusion "
         f"{_MEGATRON}bias_activation_fusion {_MEGATRON}defer_fp32_logits {_MEGATRON}moe_per_layer_logging "
-        f"{_MEGATRON}env_vars {_MEGATRON}env_vars.* {_MEGATRON}converter_type {_MEGATRON}force_overwrite_initial_ckpt",
+        f"{_MEGATRON}env_vars {_MEGATRON}env_vars.* {_MEGATRON}converter_type {_MEGATRON}force_overwrite_initial_ckpt "
+        f"{_MEGATRON}force_reconvert_from_hf {_MEGATRON}use_gloo_process_groups {_MEGATRON}attention_backend "
+        f"{_MEGATRON}gradient_accumulation_fusion {_MEGATRON}use_fused_weighted_squared_relu "
+        f"{_MEGATRON}cuda_graph_modules {_MEGATRON}cuda_graph_warmup_steps "
+        f"{_OPTIMIZER}overlap_cpu_optimizer_d2h_h2d",
     ),
+    **unneeded(
+        "log-probs are fused with the output layer",
+        f"{_MEGATRON}use_fused_linear_logprobs {_MEGATRON}fused_linear_logprobs_chunk_size",
+    ),
+    f"{_MEGATRON}cuda_graph_impl": Refused("Every pack has another attention plan: none."),
+    f"{_MEGATRON}recompute_granularity": To("recompute-granularity"),
+    f"{_MEGATRON}recompute_modules": To("recompute-modules", "list"),
+    f"{_MEGATRON}fine_grained_activation_offloading": Switch("fine-grained-activation-offloading"),
+    f"{_MEGATRON}offload_modules": To("offload-modules", "list"),
+    f"{_MEGATRON}checkpoint.async_save": Switch("async-save"),
+    f"{_MEGATRON}checkpoint.*": Unneeded("Megatron's default is kept"),
+    "checkpointing.save_optimizer": Choice({"true": "checkpoints hold what a resumed run needs"}, "Take true."),
     f"{_OPTIMIZER}optimizer": Choice({"adam": "Megatron's AdamW"}, "Take adam."),
     f"{_OPTIMIZER}clip_grad": To("clip-grad", "number"),
     **_megatrons(_OPTIMIZER, "lr min_lr weight_decay adam_beta1 adam_beta2 adam_eps optimizer_offload_fraction"),
@@ -160,6 +179,9 @@ _KEYS: dict[str, Entry] = {
     "data.max_input_seq_length": Unneeded("--seq-length says what fits"),
     "data.shuffle": Choice({"true": "pairs are shuffled"}, "Pairs are shuffled. Take true."),
     "data.num_workers": Unneeded(shared.LOADING),
+    "data.validation": Unneeded("no pairs are held out"),
+    "policy.hf_config_overrides.router_aux_loss_coef": To("moe-aux-loss-coeff", "number", off=("0", "0.0")),
+    "policy.hf_config_overrides.*": Refused("Change the model's config.json."),
     "data.default.dataset_name": _BUILT_IN,
     "logger.*": Unneeded(shared.LOGGING),
     "cluster.*": Unneeded("torchrun or SLURM says how many ranks there are"),
@@ -200,4 +222,26 @@ NEMO_RL = Source(
         ),
     ),
     program=r"\S*\brun_dpo\.py",
+)
+
+#: ``rm.yaml``: what is ``dpo.*`` there is ``rm.*`` here.
+NEMO_RL_RM = replace(
+    NEMO_RL,
+    name="nemo-rl-rm",
+    variant_of="nemo-rl",
+    title="NeMo-RL's reward model",
+    keys={
+        key.replace("dpo.", "rm.", 1): entry
+        for key, entry in _KEYS.items()
+        if not isinstance(entry, Loss | LossOption) and "average_log_probs" not in key
+    }
+    | {
+        "policy.reward_model_cfg.enabled": Choice({"true": "a reward model is trained"}, "Take true."),
+        "policy.reward_model_cfg.reward_model_type": Choice({"bradley_terry": "its loss"}, "Take bradley_terry."),
+        "policy.activation_checkpointing_enabled": shared.RECOMPUTE,
+    },
+    defaults={},
+    gates=NEMO_RL.gates[1:],
+    always={"objective": "reward"},
+    program=r"\S*\brun_rm\.py",
 )

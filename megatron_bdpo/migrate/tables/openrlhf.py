@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_bdpo.migrate.entries import (
     Choice,
     Default,
@@ -85,23 +87,96 @@ _KEYS: dict[str, Entry] = {
     **refused("Names are those of the Hugging Face hub. Take it out.", "use_ms"),
 }
 
+#: The names of 0.11, in groups -> those of before.
+_NAMES = {
+    "ckpt": "output_dir=save_path save_steps save_hf=save_hf_ckpt disable_ds=disable_ds_ckpt path=ckpt_path "
+    "max_num=max_ckpt_num max_mem=max_ckpt_mem load_enable=load_checkpoint",
+    "logger": "logging_steps wandb.key=use_wandb wandb.org=wandb_org wandb.group=wandb_group "
+    "wandb.project=wandb_project wandb.run_name=wandb_run_name tensorboard_dir=use_tensorboard",
+    "eval": "steps=eval_steps dataset=eval_dataset split=eval_split",
+    "train": "micro_batch_size=micro_train_batch_size batch_size=train_batch_size seed max_epochs "
+    "full_determinism_enable=full_determinism",
+    "model": "model_name_or_path=pretrain gradient_checkpointing_enable=gradient_checkpointing beta ipo_enable=ipo "
+    "gradient_checkpointing_reentrant=gradient_checkpointing_use_reentrant label_smoothing aux_loss_coef nll_loss_coef",
+    "ref": "model_name_or_path=ref_pretrain offload=ref_offload",
+    "adam": "lr=learning_rate betas=adam_betas weight_decay=l2",
+    "data": "dataset dataset_probs dataset_split=train_split max_samples prompt_key chosen_key rejected_key "
+    "input_template apply_chat_template tokenizer_chat_template max_len disable_fast_tokenizer",
+    "ds": "zero_stage param_dtype zpg adam_offload attn_implementation use_liger_kernel grad_accum_dtype overlap_comm "
+    "tensor_parallel_size=ds_tensor_parallel_size ring_attn_size ring_attn_head_stride=ring_head_stride load_in_4bit "
+    "packing_samples deepcompile use_universal_ckpt=use_ds_universal_ckpt lora.rank=lora_rank lora.alpha=lora_alpha "
+    "lora.target_modules=target_modules lora.dropout=lora_dropout",
+}
+_BEFORE = {
+    f"{group}.{name}": before or name
+    for group, names in _NAMES.items()
+    for name, _, before in (each.partition("=") for each in names.split())
+}
+_SINCE = {before: name for name, before in _BEFORE.items()}
+
+_NEW: dict[str, Entry] = {
+    **{name: _KEYS[before] for name, before in _BEFORE.items()},
+    "optim": Choice({"adam": "Megatron's AdamW"}, "Take adam."),
+    "adam.eps": To("adam-eps", "number"),
+    "min_lr_ratio": Refused("Say --min-lr in the recipe: a tenth of --lr is written.", ("0.1",)),
+    "data.dataloader_num_workers": Unneeded(shared.LOADING),
+    "ds.experts_implementation": Unneeded("Megatron has its own experts"),
+    **unneeded("counts with optim: muon only", "muon.lr muon.momentum muon.ns_steps muon.nesterov muon.no_nesterov"),
+}
+
+
+def _default(key: str, value: str) -> tuple[str, Default]:
+    """Of a key with two names: under the older one."""
+    return key, Default(value, unless=(_SINCE[key],) if key in _SINCE else ())
+
+
 OPENRLHF = Source(
     name="openrlhf",
     title="OpenRLHF",
-    keys=_KEYS,
-    defaults={
-        "ipo": Default("false"),
-        "beta": Default("0.1"),
-        "learning_rate": Default("1e-5"),
-        "lr_scheduler": Default("cosine_with_min_lr"),
-        "lr_warmup_ratio": Default("0.03"),
-        "l2": Default("0.0"),
-        "max_norm": Default("1.0"),
-        "max_epochs": Default("1"),
-        "train_batch_size": Default("128"),
-        "max_len": Default("512"),
-        "seed": Default("42"),
-    },
-    gates=(Gate("lora_rank", ("*",), ("lora_alpha", "lora_dropout", "target_modules"), default="0"),),
+    keys={**_KEYS, **_NEW},
+    defaults=dict(
+        _default(key, value)
+        for key, value in {
+            "ipo": "false",
+            "beta": "0.1",
+            "learning_rate": "1e-5",
+            "lr_scheduler": "cosine_with_min_lr",
+            "lr_warmup_ratio": "0.03",
+            "l2": "0.0",
+            "max_norm": "1.0",
+            "max_epochs": "1",
+            "train_batch_size": "128",
+            "max_len": "512",
+            "seed": "42",
+        }.items()
+    ),
+    gates=(
+        Gate("lora_rank", ("*",), ("lora_alpha", "lora_dropout", "target_modules"), default="0"),
+        Gate("ds.lora.rank", ("*",), ("ds.lora.alpha", "ds.lora.dropout", "ds.lora.target_modules"), default="0"),
+    ),
     program=r"openrlhf\.cli\.train_dpo|\S*\btrain_dpo\.py",
+)
+
+_NOT_OF_REWARDS = {"ipo", "beta", "label_smoothing", "nll_loss_coef", "ref_pretrain", "ref_offload"}
+
+OPENRLHF_RM = replace(
+    OPENRLHF,
+    name="openrlhf-rm",
+    variant_of="openrlhf",
+    title="OpenRLHF's reward model",
+    keys={key: entry for key, entry in OPENRLHF.keys.items() if _BEFORE.get(key, key) not in _NOT_OF_REWARDS}
+    | {
+        "model.loss_type": Choice({"sigmoid": "its loss"}, "A reward model's loss is Bradley-Terry: sigmoid."),
+        "model.margin_loss_enable": Unneeded("margins of rows are read"),
+        "model.compute_fp32_loss_enable": Unneeded("losses are computed in fp64"),
+        "ds.value_head_prefix": Unneeded("--save-hf writes transformers' names"),
+        "loss": Choice({"sigmoid": "its loss"}, "A reward model's loss is Bradley-Terry: sigmoid."),
+        "value_head_prefix": Unneeded("--save-hf writes transformers' names"),
+        "compute_fp32_loss": Unneeded("losses are computed in fp64"),
+        "margin_loss": Unneeded("margins of rows are read"),
+    },
+    defaults={key: value for key, value in OPENRLHF.defaults.items() if key not in _NOT_OF_REWARDS}
+    | {"learning_rate": Default("9e-6", unless=("adam.lr",))},
+    always={"objective": "reward"},
+    program=r"openrlhf\.cli\.train_rm|\S*\btrain_rm\.py",
 )

@@ -16,6 +16,7 @@ from megatron_bdpo.migrate.entries import (
     Switch,
     To,
     Unneeded,
+    Weights,
     refused,
     same,
     switches,
@@ -35,19 +36,24 @@ _BOTH: dict[str, Entry] = {
             "dpo": "the loss is --preference-loss",
             "orpo": {"preference-loss": "orpo"},
             "cpo": {"preference-loss": "cpo"},
+            "simpo": {"preference-loss": "simpo"},
+            "rm": {"objective": "reward"},
         },
-        "This program trains on preference pairs: dpo.",
+        "This program trains on pairs, and for each on both its answers: dpo, cpo, simpo, orpo or rm.",
     ),
     "model": To("hf-model"),
     "model_revision": To("hf-revision"),
     "ref_model": To("reference-model"),
-    "loss_type": Loss({"sigmoid": "dpo"}),
+    "loss_type": Loss({"sigmoid": "dpo"}, weights="loss_weights"),
+    "loss_weights": Weights(),
+    "center_rewards_coefficient": To("center-rewards-coefficient", "number", off=("0", "0.0")),
+    "discopop_tau": LossOption("discopop_tau", off=("0.05",)),
     "beta": LossOption("beta", by_loss={"orpo": "orpo_weight"}),
     "rpo_alpha": LossOption("nll_weight", off=("0", "0.0")),
     "cpo_alpha": LossOption("nll_weight"),
     "simpo_gamma": LossOption("simpo_gamma"),
     "label_smoothing": LossOption("label_smoothing", off=("0", "0.0")),
-    "f_divergence_type": Refused("The divergence is reverse_kl: take it out.", ("reverse_kl",)),
+    **shared.MODIFIERS,
     "dataset": To("pair-data", "list", without=_SAMPLED),
     "val_dataset": To("eval-pair-data", "list", without=_SAMPLED),
     "split_dataset_ratio": To("eval-share", "number", off=("0", "0.0")),
@@ -91,23 +97,88 @@ _BOTH: dict[str, Entry] = {
     ),
     **unneeded(shared.PACKED, "padding_free packing_length"),
     **unneeded("one program has it", "use_ray device_groups.* ddp_timeout ddp_backend check_model"),
+    **refused("Take it out.", "ld_alpha sync_ref_model modules_to_save target_regex lora_bias loss_scale ref_adapters"),
+    **unneeded(
+        "counts with another rlhf_type only",
+        "desirable_weight undesirable_weight temperature max_completion_length max_new_tokens sft_alpha lmbda seq_kd "
+        "gkd_logits_topk teacher_model teacher_adapters teacher_model_type teacher_model_revision teacher_deepspeed "
+        "teacher_model_server offload_teacher_model reward_model reward_adapters reward_model_type "
+        "reward_model_revision reward_template num_ppo_epochs whiten_rewards kl_coef cliprange vf_coef "
+        "cliprange_value gamma lam num_mini_batches local_rollout_forward_batch_size num_sample_generations "
+        "response_length missing_eos_penalty num_generations reward_funcs reward_weights log_completions "
+        "num_iterations calculate_KL _teacher_use_disable_adapter teacher_tag_key teacher_kl_coef",
+    ),
+    **unneeded(
+        "another tuner_type's",
+        "lora_ga_batch_size lora_ga_iters lora_ga_max_length lora_ga_direction lora_ga_scale lora_ga_stable_gamma "
+        "fourier_n_frequency fourier_scaling boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout "
+        "vera_rank vera_projection_prng_key vera_dropout vera_d_initial adapter_act adapter_length adalora_target_r "
+        "adalora_init_r adalora_tinit adalora_tfinal adalora_deltaT adalora_beta1 adalora_beta2 "
+        "adalora_orth_reg_weight llamapro_num_new_blocks llamapro_num_groups reft_layer_key reft_layers reft_rank "
+        "reft_intervention_type reft_args",
+    ),
+    **unneeded("the model's files say it", "model_name model_author experts_impl task_type num_labels problem_type"),
+    **unneeded(
+        "rows are read and tokenized once",
+        "cached_dataset cached_val_dataset packing_num_proc "
+        "packing_strategy download_mode val_dataset_shuffle shuffle_buffer_size interleave_prob "
+        "stopping_strategy custom_dataset_info strict",
+    ),
+    **unneeded(shared.SHARDING, "device_map max_memory zero_hpz_partition_size deepspeed_autotp_size"),
+    **unneeded(
+        shared.LOGGING,
+        "swanlab_token swanlab_workspace swanlab_notification_method swanlab_webhook_url swanlab_secret "
+        "swanlab_sender_email swanlab_receiver_email swanlab_smtp_server swanlab_smtp_port swanlab_email_language "
+        "swanlab_mode",
+    ),
+    **unneeded("--save names the directory", "add_version create_checkpoint_symlink"),
+    **unneeded(
+        shared.NOT_QUANTIZED,
+        "hqq_axis bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_quant_storage",
+    ),
+    "quant_method": shared.NO_QUANTIZATION,
+    "sequence_parallel_size": To("context-parallel-size", "whole", off=("1",)),
+    "use_chat_template": Choice({"true": "messages go through the tokenizer's template"}, "Take messages."),
+    **unneeded(shared.TEMPLATE, "template_backend padding_side norm_bbox max_pixels"),
     **refused(
-        "Take it out.", "reference_free ld_alpha sync_ref_model modules_to_save target_regex lora_bias loss_scale"
+        "Say it in the recipe: chat-template-kwargs.", "enable_thinking preserve_thinking add_non_thinking_prefix"
+    ),
+    **refused("Put it into the rows, or into the tokenizer's template.", "agent_template response_prefix"),
+    "tuner_backend": Refused("Adapters are as PEFT's: peft.", ("peft",)),
+    "init_weights": Refused("Adapters begin as PEFT's do: true.", ("true",)),
+    "lora_dtype": Unneeded("adapters are trained in fp32"),
+    **unneeded("a recipe holds all that a run is", "load_args load_data_args ignore_args_error"),
+    **refused(
+        "Take it out.",
+        "external_plugins custom_register_path model_kwargs enable_npu_model_patch use_swift_lora "
+        "disable_auto_column_mapping new_special_tokens rope_scaling max_model_len local_repo_path init_strategy "
+        "is_binary_loss_scale disable_ignore_empty_think ref_model_type ref_model_revision freeze_parameters "
+        "freeze_parameters_regex freeze_parameters_ratio trainable_parameters trainable_parameters_regex freeze_llm "
+        "freeze_vit freeze_aligner target_parameters lorap_lr_ratio",
     ),
     "packing": Refused("With it a batch counts packs, not pairs: take it out; pairs are packed here in any case."),
 }
 
 _RLHF_DEFAULTS = {
     "rlhf_type": Default("dpo"),
-    "loss_type": Default("sigmoid", unless=("rlhf_type",)),
-    "beta": Default("0.1"),
+    "loss_type": Default("sigmoid"),
+    "beta": Default("0.1", by_key="rlhf_type", by_value={"simpo": "2.0"}),
+    "cpo_alpha": Default("1.0"),
+    "simpo_gamma": Default("1.0"),
     "lora_rank": Default("8"),
     "lora_alpha": Default("32"),
     "lora_dropout": Default("0.05"),
     "seed": Default("42"),
     "save_steps": Default("500"),
 }
-_LOSS_OF_DPO = {**_RLHF_DEFAULTS, "loss_type": Default("sigmoid")}
+_OF_LOSSES = ("beta", "rpo_alpha", "cpo_alpha", "simpo_gamma", "label_smoothing", "discopop_tau", *shared.MODIFIERS)
+_RLHF_GATES = (
+    Gate("rlhf_type", ("dpo",), ("loss_type", "loss_weights"), default="dpo"),
+    Gate("rlhf_type", ("dpo", "cpo", "simpo", "orpo"), _OF_LOSSES, default="dpo"),
+    Gate("rlhf_type", ("cpo", "simpo"), ("cpo_alpha", "simpo_gamma"), default="dpo"),
+    Gate("rlhf_type", ("rm",), ("center_rewards_coefficient",), default="dpo"),
+    shared.ALPHA_DIVERGENCE,
+)
 
 SWIFT = Source(
     name="ms-swift",
@@ -121,7 +192,7 @@ SWIFT = Source(
     },
     defaults={
         **shared.DEFAULTS,
-        **_LOSS_OF_DPO,
+        **_RLHF_DEFAULTS,
         "per_device_train_batch_size": Default("1"),
         "lr_scheduler_type": Default("cosine"),
         "weight_decay": Default("0.1"),
@@ -131,6 +202,7 @@ SWIFT = Source(
     },
     gates=(
         *(gate for gate in shared.GATES if gate.key != "eval_strategy"),
+        *_RLHF_GATES,
         Gate("train_type", ("lora",), _LORA, default="lora", also="tuner_type"),
     ),
     program=r"swift rlhf",
@@ -193,6 +265,57 @@ MEGATRON_SWIFT = replace(
             "masked_softmax_fusion bias_dropout_fusion bias_activation_fusion apply_rope_fusion max_shard_size "
             "gradient_accumulation_fusion cross_entropy_fusion_impl use_cpu_initialization perform_initialization",
         ),
+        **unneeded(
+            "counts with another rlhf_type only",
+            "generation_batch_size steps_per_generation num_generations_eval importance_sampling_level tau_pos tau_neg "
+            "real_tau fipo_decay_rate fipo_clip_range fipo_clip_high_only fipo_safety_threshold epsilon epsilon_high "
+            "delta top_k top_p repetition_penalty use_vllm vllm_mode vllm_enable_prefix_caching "
+            "vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_max_model_len vllm_enforce_eager "
+            "vllm_limit_mm_per_prompt vllm_disable_cascade_attn vllm_max_num_seqs vllm_mm_processor_cache_gb "
+            "vllm_engine_kwargs vllm_enable_lora sleep_level offload_optimizer offload_model offload_bridge "
+            "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_server_group_port "
+            "cosine_min_len_value_wrong cosine_max_len_value_wrong cosine_min_len_value_correct "
+            "cosine_max_len_value_correct cosine_max_len repetition_n_grams repetition_max_penalty soft_max_length "
+            "soft_cache_length dynamic_sample max_resample_times overlong_filter scale_rewards advantage_estimator "
+            "kl_in_reward wandb_log_unique_prompts rollout_importance_sampling_mode "
+            "rollout_importance_sampling_threshold log_rollout_offpolicy_metrics off_policy_sequence_mask_delta "
+            "top_entropy_quantile router_replay_mode reward_model_plugin async_generate move_model_batches "
+            "multi_turn_scheduler max_turns completion_length_limit_scope vllm_server_pass_dataset use_gym_env gym_env "
+            "ref_model_sync_steps ref_model_mixup_alpha",
+        ),
+        "log_entropy": Switch("log-entropy"),
+        **same("lr_wsd_decay_iters start_weight_decay end_weight_decay manual_gc_interval", "number"),
+        **same("weight_decay_incr_style"),
+        **unneeded(
+            "Megatron's default is kept",
+            "manual_gc_steps manual_gc_eval te_rng_tracker data_parallel_random_init mlp_padding_free "
+            "dist_ckpt_save_pre_mcore_014 dist_ckpt_optim_fully_reshardable "
+            "distrib_optim_fully_reshardable_mem_efficient "
+            "local_rank data_parallel_sharding_strategy overlap_p2p_comm batch_p2p_comm align_param_gather "
+            "align_grad_reduce nccl_comm_warmup tensorboard_queue_size fp8_amax_history_len fp8_amax_compute_algo "
+            "apply_query_key_layer_scaling attention_softmax_in_fp32 accumulate_allreduce_grads_in_fp32 "
+            "moe_layer_recompute moe_pad_expert_input_to_capacity moe_token_drop_policy bridge_backend "
+            "save_missing_weights cp_partition_mode sequence_packing_scheduler skip_megatron_init "
+            "metric_for_best_model greater_is_better apply_wd_to_qk_layernorm",
+        ),
+        **unneeded(
+            "of optimizers that are refused",
+            "sgd_momentum muon_momentum muon_split_qkv muon_use_nesterov "
+            "muon_scale_mode muon_fp32_matmul_prec muon_coefficient_type muon_num_ns_steps muon_tp_mode "
+            "muon_extra_scale_factor muon_scalar_optimizer",
+        ),
+        **unneeded(
+            "of models that are not here",
+            "mtp_loss_scaling_factor mtp_decoder_input_detach mtp_shared_weights "
+            "vit_gradient_checkpointing vit_gradient_checkpointing_kwargs vit_attn_impl vit_lr aligner_lr "
+            "dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss apply_dsa_kernel_fusion csa_dense_mode "
+            "use_fused_mhc mhc_recompute_layer_num language_model_only linear_decoupled_in_proj mrl_dims",
+        ),
+        **refused(
+            "Take it out.",
+            "optimizer_cuda_graph overlap_param_gather_with_optimizer_step fp4_recipe "
+            "fp4_param_gather enable_dft_loss enable_channel_loss callbacks mcore_adapter mcore_ref_adapter",
+        ),
         **refused(
             "Take it out.",
             "use_megatron_fsdp mtp_num_layers fp4_format megatron_extra_kwargs cp_comm_type "
@@ -200,7 +323,7 @@ MEGATRON_SWIFT = replace(
         ),
     },
     defaults={
-        **_LOSS_OF_DPO,
+        **_RLHF_DEFAULTS,
         "global_batch_size": Default("16"),
         "lr": Default("1e-5"),
         "min_lr": Default("0"),
@@ -216,6 +339,7 @@ MEGATRON_SWIFT = replace(
     gates=(
         Gate("train_type", ("lora",), _MEGATRONS_LORA, default="full", also="tuner_type"),
         Gate("output_dir", ("*",), ("save_steps", "save_total_limit")),
+        *_RLHF_GATES,
     ),
     program=r"megatron rlhf",
 )

@@ -10,6 +10,7 @@ from megatron_bdpo.migrate.entries import (
     Entry,
     Factor,
     Gate,
+    LossOption,
     Refused,
     ShareOrCount,
     Switch,
@@ -49,8 +50,20 @@ SCHEDULES: Mapping[str, Mapping[str, bool | str | list[str]]] = {
 }
 SCHEDULE = Choice(SCHEDULES, f"Take one of {', '.join(SCHEDULES)}, or say --lr-decay-style in the recipe.")
 _ADAMS = "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused paged_adamw_32bit"
+#: f-DPO's and WPO's, with TRL's names.
+MODIFIERS: dict[str, Entry] = {
+    "f_divergence_type": LossOption("f_divergence", off=("reverse_kl",), kind="word"),
+    "f_alpha_divergence_coef": LossOption("f_alpha_divergence_coef"),
+    "reference_free": LossOption("reference_free", off=("false",), kind="switch"),
+    "use_weighting": LossOption("use_weighting", off=("false",), kind="switch"),
+}
+ALPHA_DIVERGENCE = Gate("f_divergence_type", ("alpha_divergence",), ("f_alpha_divergence_coef",), default="reverse_kl")
+SINGLE_ANSWERS = "It is for single answers, each good or bad; losses here compare answers to one prompt. Take pairs."
+
 ADAM = dict.fromkeys(_ADAMS.split(), "Megatron's AdamW")
 OPTIMIZER = Choice(ADAM, "Its numbers are another optimizer's. Take adamw_torch.")
+
+NOT_QUANTIZED = "weights are not quantised"
 
 #: Two sequences of this length with one prompt are what a pack has to hold at least.
 TWICE = 2

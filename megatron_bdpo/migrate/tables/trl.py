@@ -75,7 +75,7 @@ _KEYS: dict[str, Entry] = {
         {"true": "there is no dropout"}, "Without it policy and reference would differ at first."
     ),
     **unneeded(shared.PACKED, "padding_free pad_to_multiple_of pad_token padding_value label_pad_token_id"),
-    **unneeded("counts with its f_divergence_type only", "f_alpha_divergence_coef"),
+    **shared.MODIFIERS,
     "sync_ref_model": Choice(
         {"true": {"reference": "resident"}, "false": "the reference stays"}, "Take true or false."
     ),
@@ -84,8 +84,7 @@ _KEYS: dict[str, Entry] = {
     "discopop_tau": LossOption("discopop_tau", off=("0.05",)),
     **unneeded("models here have a decoder alone", "is_encoder_decoder"),
     "generate_during_eval": Refused("Take it out; --eval-prompts FILE has answers at every evaluation."),
-    "f_divergence_type": Refused("The divergence is reverse_kl: take it out.", ("reverse_kl",)),
-    **refused("Take it out.", "ld_alpha use_weighting reference_free", ("false", "none")),
+    **refused("Take it out.", "ld_alpha", ("false", "none", "1", "1.0")),
     "ref_model_name_or_path": To("reference-model"),
 }
 
@@ -114,9 +113,42 @@ TRL = Source(
         *shared.GATES,
         Gate("eval_strategy", ("steps", "epoch"), ("dataset_test_split",), default="no"),
         Gate("use_peft", ("true",), _LORA),
+        shared.ALPHA_DIVERGENCE,
         Gate("sync_ref_model", ("true",), ("ref_model_sync_steps", "ref_model_mixup_alpha")),
     ),
     program=r"trl dpo|\S*\bdpo\.py",
+)
+
+TRL_REWARD = replace(
+    TRL,
+    name="trl-reward",
+    variant_of="trl",
+    title="TRL's RewardTrainer",
+    keys={
+        **{key: entry for key, entry in _KEYS.items() if not isinstance(entry, Loss | LossOption | Weights)},
+        "center_rewards_coefficient": To("center-rewards-coefficient", "number", off=("0", "0.0")),
+        "chat_template_path": Refused("Templates are the tokenizer's: put it into the model's directory."),
+        "eos_token": Unneeded("the tokenizer's files say it"),
+    },
+    defaults={key: value for key, value in _DEFAULTS.items() if key not in ("loss_type", "beta")}
+    | {"learning_rate": Default("1e-4")},
+    gates=tuple(gate for gate in TRL.gates if gate is not shared.ALPHA_DIVERGENCE),
+    always={"objective": "reward"},
+    program=r"trl reward|\S*\breward(?:_modeling)?\.py",
+)
+
+TRL_KTO = replace(
+    TRL,
+    name="trl-kto",
+    variant_of="trl",
+    title="TRL's KTOTrainer",
+    keys={
+        **_KEYS,
+        "loss_type": Refused(shared.SINGLE_ANSWERS),
+        **refused(shared.SINGLE_ANSWERS, "desirable_weight undesirable_weight"),
+    },
+    defaults={**_DEFAULTS, "loss_type": Default("kto")},
+    program=r"trl kto|\S*\bkto\.py",
 )
 
 TRL_CPO = replace(
