@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.answer_table import AnswerTable, answer_table
 from megatron_bdpo.data.packs import Group, GroupLengths
 from megatron_bdpo.data.sources import describe_row
 from megatron_bdpo.data.store import PairStore
@@ -69,8 +70,15 @@ class PairPool:
 
     def reference(self) -> npt.NDArray[np.float64]:
         """[P, 2] log-probs of chosen and rejected that the rows bring, in nats; NaN: none."""
+        return self._by_side([store.reference for store in self.stores])
+
+    def _by_side(self, of_stores: Sequence[npt.NDArray[np.float64] | None]) -> npt.NDArray[np.float64]:
+        """[P, 2] of chosen and rejected, from what each store has; NaN where it has none."""
         values = np.concatenate(
-            [np.full((len(each), 2), np.nan) if each.reference is None else each.reference for each in self.stores]
+            [
+                np.full((len(store), 2), np.nan) if each is None else each
+                for store, each in zip(self.stores, of_stores, strict=True)
+            ]
         )
         values[self.swapped] = values[self.swapped][:, ::-1]
         return values
@@ -143,14 +151,18 @@ class PairPool:
         """Of these groups, with the answers of the pairs that take part."""
         if self._has_single_pairs:
             return GroupLengths.of_table(self.lengths[groups])
-        pairs, place = self.pairs_and_places(groups)
-        owner, start = np.repeat(place, 2), self._starts[pairs, 1:].ravel()
+        pairs, table = self.answers_of(groups)
         tokens = self.lengths[pairs, 1:].ravel().astype(np.int64)
-        order = np.lexsort((start, owner))
-        is_new = (np.diff(owner[order], prepend=-1) != 0) | (np.diff(start[order], prepend=-1) != 0)
-        each_once = order[is_new]
-        prompts = self.lengths[self.first_pair[groups], 0]
-        return GroupLengths.of_answers(prompts, owner[each_once], tokens[each_once])
+        return GroupLengths.of_answers(self.lengths[self.first_pair[groups], 0], table.group, tokens[table.first])
+
+    def answers_of(self, groups: IntArray) -> tuple[IntArray, AnswerTable]:
+        """:meth:`pairs_of` these groups, and their answers."""
+        pairs, place = self.pairs_and_places(groups)
+        return pairs, answer_table(self._starts[pairs, 1:], place, len(groups))
+
+    def scores(self) -> npt.NDArray[np.float64]:
+        """[P, 2] a judge's of chosen and rejected, the higher the better; NaN: none."""
+        return self._by_side([store.score for store in self.stores])
 
     def sizes(self, *, share_prompts: bool) -> IntArray:
         """[G] pack positions each group takes, with its own prompt or with the empty one, whichever is longer.

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_bdpo.data.answer_table import answer_table
 from megatron_bdpo.data.bin_packing import round_up
 from megatron_bdpo.data.context import ALONE, ContextRank, context_part
 from megatron_bdpo.data.packs import IntArray, Pack, lay_out
@@ -25,6 +26,16 @@ from megatron_bdpo.data.pool import ComparedGroup, PairPool
 from megatron_bdpo.logprobs import ScoredPositions
 from megatron_bdpo.model.attention import AttentionPlan
 from megatron_bdpo.model.reward_head import AnswerEnds
+
+
+@dataclass(frozen=True)
+class PackTable:
+    """The answers of a pack's G groups as a table, for losses of whole groups: see ``data.answer_table``."""
+
+    source: Tensor  # [G, K] which of the 2 P sides of the pairs an answer is
+    place: Tensor  # [P, 2] of each pair's answers in the table, [G, K] in one row
+    present: Tensor  # [G, K] bool
+    score: Tensor  # [G, K] float64, the higher the better
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class PackPairs:
     weight: Tensor  # [P] float64, of the pair in the step's mean
     count: int  # of what the step's mean is over: the sum of the weights
     groups: int
+    table: PackTable | None = None  # where the loss is of groups
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,6 +135,7 @@ class PackMaker:
             that it is asked for; all packs ask for this one.
         padding_token: see ``lay_out``.
         over_pairs: every pair counts 1 in the step's mean; otherwise every group does, its pairs alike.
+        with_tables: batches have a ``PackTable``.
     """
 
     pool: PairPool
@@ -132,10 +145,15 @@ class PackMaker:
     padding_token: int | None = None
     context: ContextRank = ALONE
     over_pairs: bool = False
+    with_tables: bool = False
 
     @functools.cached_property
     def _margins(self) -> npt.NDArray[np.float64]:
         return self.pool.margins()
+
+    @functools.cached_property
+    def _scores(self) -> npt.NDArray[np.float64]:
+        return self.pool.scores()
 
     def __call__(self, ids: IntArray, length: int) -> PackBatch:
         """The pack of these groups, of ``length`` positions."""
@@ -167,7 +185,13 @@ class PackMaker:
             torch.from_numpy(weight),
             count=len(ids) if self.over_pairs else len(groups),
             groups=len(groups),
+            table=self._table(ids, answers, sizes) if self.with_tables else None,
         )
+
+    def _table(self, ids: IntArray, answers: IntArray, sizes: IntArray) -> PackTable:
+        table = answer_table(answers, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
+        of_answers = table.source, table.place, table.present, table.scores(self._scores[ids])
+        return PackTable(*map(torch.from_numpy, of_answers))
 
 
 def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_PAIRS) -> PackBatch:
@@ -188,10 +212,7 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
             "answer_tokens": pack.answer_tokens,
             "ends": pack.ends,
             "end_answer": pack.end_answer,
-            "pair_answers": pairs.answers,
-            "unsafe": pairs.unsafe,
-            "margin": pairs.margin,
-            "weight": pairs.weight,
+            **_tensors(pairs, "pairs"),
         }
     )
     return PackBatch(
@@ -219,15 +240,27 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
         ),
         answer_tokens=views["answer_tokens"],
         ends=AnswerEnds(views["ends"], views["end_answer"], len(pack.answer_tokens)),
-        pairs=dataclasses.replace(
-            pairs,
-            answers=views["pair_answers"],
-            unsafe=views["unsafe"],
-            margin=views["margin"],
-            weight=views["weight"],
-        ),
+        pairs=_placed(pairs, views, "pairs"),
         length=length,
     )
+
+
+def _tensors(value: Any, name: str) -> dict[str, Tensor]:
+    """All tensors of a dataclass and of those in it, by their place."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    inner = fields(value) if dataclasses.is_dataclass(value) else ()
+    return {k: v for each in inner for k, v in _tensors(getattr(value, each.name), f"{name}.{each.name}").items()}
+
+
+def _placed[Kind](value: Kind, views: Mapping[str, Tensor], name: str) -> Kind:
+    """The same with these tensors in the place of its own."""
+    if isinstance(value, Tensor):
+        return views[name]  # type: ignore[return-value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    changed = {each.name: _placed(getattr(value, each.name), views, f"{name}.{each.name}") for each in fields(value)}
+    return dataclasses.replace(value, **changed)  # type: ignore[type-var]
 
 
 def _starts(lengths: IntArray) -> npt.NDArray[np.int32]:
