@@ -114,7 +114,7 @@ def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) 
     else:
         values = made_up(pool.lengths)
     with told("settle the temperature, and the quartiles of the imbalance"):
-        pairs = values.training_pairs(job)
+        pairs = values.training_values(job)
         of = len(job.train.ids)
         del job, values, in_use  # a training keeps them: some 100 bytes per pair, known from the lines above
         loss, _ = decide_options(loss, pairs, of, {})

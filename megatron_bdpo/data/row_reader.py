@@ -29,10 +29,13 @@ class FormatSettings:
     """(column that the format reads, column of the rows that stands for it)."""
 
     pairs_from: str | None = None
-    """Of more than two ranked answers; None: ``FormatOptions.pairs_from``."""
+    """Of more than two ranked answers; None: ``usual_pairs_from``."""
 
     preference: str | None = None
     """Of answers that are judged twice; None: ``FormatOptions.preference``."""
+
+    usual_pairs_from: str = FormatOptions.pairs_from
+    """What the job takes of ranked answers, unless the user says something else."""
 
     @classmethod
     def parse(
@@ -41,6 +44,7 @@ class FormatSettings:
         pair_columns: str | None = None,
         pairs_from: str | None = None,
         pair_preference: str | None = None,
+        usual_pairs_from: str = FormatOptions.pairs_from,
     ) -> FormatSettings:
         """From the flags of these names.
 
@@ -48,13 +52,13 @@ class FormatSettings:
             UserError: an unknown format, or columns that are not named right.
         """
         known = formats.COLUMNS if pair_format == AUTO else formats.named(pair_format).reads
-        settings = cls(pair_format, _parse_columns(pair_columns, known), pairs_from, pair_preference)
+        settings = cls(pair_format, _parse_columns(pair_columns, known), pairs_from, pair_preference, usual_pairs_from)
         _ = settings.options  # raises for what is no option
         return settings
 
     @property
     def options(self) -> FormatOptions:
-        given = {"pairs_from": self.pairs_from, "preference": self.preference}
+        given = {"pairs_from": self.pairs_from or self.usual_pairs_from, "preference": self.preference}
         return FormatOptions(**{name: value for name, value in given.items() if value is not None})
 
     def decisive(self) -> dict[str, Any]:

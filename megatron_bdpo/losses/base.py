@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from megatron_bdpo.losses.options import told
@@ -101,6 +102,11 @@ class PairLosses:
     """Detached: the same of y_l."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Detached extras of this loss, by name."""
+
+    @property
+    def rewards(self) -> Tensor:
+        """[P, 2] of chosen and rejected."""
+        return torch.stack([self.chosen_reward, self.rejected_reward], dim=1)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class PackPairs:
     margin: Tensor  # [P] float64, of rewards; 0 where the row asks for none
     weight: Tensor  # [P] float64, of the pair in the step's mean
     count: int  # of what the step's mean is over: the sum of the weights
-    groups: int
+    first: IntArray  # [G] the first pair of each group, on the host
     table: PackTable | None = None  # where the loss is of groups
 
     def __len__(self) -> int:
@@ -56,7 +56,8 @@ class PackPairs:
 
 
 _NONE, _NO_NUMBERS = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
-NO_PAIRS = PackPairs(np.zeros(0, np.int64), _NONE, _NONE, _NO_NUMBERS, _NO_NUMBERS, 0, 0)
+_NO_INDICES = np.zeros(0, np.int64)
+NO_PAIRS = PackPairs(_NO_INDICES, _NONE, _NONE, _NO_NUMBERS, _NO_NUMBERS, 0, _NO_INDICES)
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,9 @@ class PackMaker:
 
     def _pairs(self, groups: Sequence[ComparedGroup]) -> PackPairs:
         if not groups:
-            return NO_PAIRS
+            none = np.zeros((0, 2), np.int64)
+            table = self._table(_NO_INDICES, none, _NO_INDICES) if self.with_tables else None
+            return dataclasses.replace(NO_PAIRS, table=table)
         ids = np.concatenate([each.pairs for each in groups])
         first = np.cumsum([0, *(len(each.group.answers) for each in groups)])
         answers = np.concatenate([each.answers + start for each, start in zip(groups, first, strict=False)])
@@ -184,7 +187,7 @@ class PackMaker:
             torch.from_numpy(np.nan_to_num(self._margins[ids])),
             torch.from_numpy(weight),
             count=len(ids) if self.over_pairs else len(groups),
-            groups=len(groups),
+            first=np.cumsum(sizes) - sizes,
             table=self._table(ids, answers, sizes) if self.with_tables else None,
         )
 
@@ -224,7 +227,7 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
             max_seqlen_kv=table_length,
             positions=views["positions"],
             groups=views["groups"],
-            group_count=pairs.groups,
+            group_count=len(pairs.first),
             key_index=views["key_index"],
             query_starts=views["query_starts"],
             key_starts=views["key_starts"],

@@ -23,7 +23,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_bdpo.errors import PassingError, UserError
-from megatron_bdpo.losses import PairLogProbs
+from megatron_bdpo.losses import GroupLogProbs, PairLogProbs
 from megatron_bdpo.losses.bradley_terry import PairRewards
 from megatron_bdpo.training.distributed import gather
 
@@ -54,7 +54,7 @@ def _not_finite(message: str, suspect: str) -> UserError:
 
 def check_losses(
     losses: Tensor,
-    pairs: PairLogProbs | PairRewards,
+    pairs: PairLogProbs | PairRewards | GroupLogProbs,
     ids: npt.NDArray[np.int64],
     describe: Describe,
     place: str = "",
@@ -63,6 +63,8 @@ def check_losses(
     """Refuse a microbatch with a loss, [P], that is not finite.
 
     Args:
+        pairs: or groups.
+        ids: [P] of the pairs, or of one of each group.
         place: the step or evaluation.
         suspect: the flag that is the likely cause; see ``suspects.likely_cause``.
 
@@ -73,9 +75,9 @@ def check_losses(
         return
     broken = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
     named = [f"{describe(int(ids[row]))}: loss {float(losses[row].detach())}, {_values(pairs, row)}" for row in broken]
-    where = f"{place}: " if place else ""
+    where, noun = f"{place}: " if place else "", "group" if isinstance(pairs, GroupLogProbs) else "pair"
     raise _not_finite(
-        f"{where}the loss of {_count(broken, 'pair')} is not finite:\n{_listed(named)}\nThe step was not taken, and "
+        f"{where}the loss of {_count(broken, noun)} is not finite:\n{_listed(named)}\nThe step was not taken, and "
         "the last checkpoint is good. Look at these pairs, at the weights the run began with, and at --lr.",
         suspect,
     )
@@ -146,8 +148,15 @@ def reject_broken_weights(model: list[Any], directory: Path) -> None:
         )
 
 
-def _values(pairs: PairLogProbs | PairRewards, row: int) -> str:
-    """What a pair's loss has been made of."""
+def _values(pairs: PairLogProbs | PairRewards | GroupLogProbs, row: int) -> str:
+    """What a pair's or a group's loss has been made of."""
+    if isinstance(pairs, GroupLogProbs):
+        answers = {"policy": pairs.policy, "reference": pairs.reference}
+        return ", ".join(
+            f"{name} {' / '.join(f'{value:.6g}' for value in values[row][pairs.present[row]].tolist())}"
+            for name, values in answers.items()
+            if values is not None
+        )
     if isinstance(pairs, PairRewards):
         return f"rewards {float(pairs.chosen[row].detach()):.6g} / {float(pairs.rejected[row].detach()):.6g}"
     parts = {

@@ -99,8 +99,9 @@ class PreferenceStep:
     """The step or evaluation that it is called in, for messages."""
     evaluates: bool = False
     """It is called in an evaluation."""
-    observe: Callable[[IntArray, PairLosses], None] | None = None
-    """Told the ids and losses of an evaluation's pairs, pack by pack, on the last pipeline stage."""
+    observe: Callable[[IntArray, Tensor], None] | None = None
+    """Told the ids of an evaluation's pairs and the rewards [P, 2] of chosen and rejected, pack by pack, on the last
+    pipeline stage."""
     gate: StepZeroGate | None = None
     """During the first step: told how far each pair's loss is from its value at policy == reference."""
     imbalance_edges: Tensor | None = None
@@ -123,10 +124,10 @@ class PreferenceStep:
         if self.gate is not None:
             self.gate.observe(pairs, self.loss)
         if self.observe is not None and self.evaluates:
-            self.observe(batch.pairs.ids, losses)
+            self.observe(batch.pairs.ids, losses.rewards)
         report = pair_report(pairs, losses, batch.pairs, self.imbalance_edges)
         if entropy is not None:
-            report |= entropy_report(entropy[batch.pairs.answers], pairs)
+            report |= entropy_report(entropy[batch.pairs.answers], batch.answer_tokens[batch.pairs.answers])
         return loss_sum, counted_here(batch, loss_sum.device), report
 
 
@@ -155,7 +156,7 @@ def pair_report(
 def loss_report(losses: PairLosses, of: PackPairs, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Report:
     """The metrics that the losses of a batch's pairs tell, and others of the pairs, [P] each; weighted as they are."""
     rewards = {"rewards/chosen": losses.chosen_reward, "rewards/rejected": losses.rejected_reward}
-    return _sums({**_main(losses), **rewards, **beside, **losses.metrics}, of)
+    return report_of({**_main(losses), **rewards, **beside, **losses.metrics}, of.weight, of.count)
 
 
 def _main(losses: PairLosses) -> dict[str, Tensor]:
@@ -163,13 +164,15 @@ def _main(losses: PairLosses) -> dict[str, Tensor]:
     return {"loss": losses.loss, "rewards/accuracies": _wins(margin), "rewards/margins": margin}
 
 
-def entropy_report(entropy: Tensor, pairs: PairLogProbs) -> Report:
-    """The policy's entropy per scored token, in nats. ``entropy`` [P, 2]: sums over chosen and rejected answers."""
-    chosen, rejected = entropy.detach().unbind(1)
-    return {
-        "entropy/chosen": torch.stack([chosen.sum(), pairs.chosen_tokens.sum()]).float(),
-        "entropy/rejected": torch.stack([rejected.sum(), pairs.rejected_tokens.sum()]).float(),
-    }
+def entropy_report(entropy: Tensor, tokens: Tensor) -> Report:
+    """The policy's entropy per scored token, in nats.
+
+    Args:
+        entropy: [P, 2] sums over chosen and rejected answers.
+        tokens: [P, 2] of these.
+    """
+    sums = torch.stack([entropy.detach().sum(dim=0), tokens.sum(dim=0)], dim=1).float()
+    return dict(zip(("entropy/chosen", "entropy/rejected"), sums, strict=True))
 
 
 #: Reward margins closer to zero are rounding, as at the first step, where policy and reference are the same weights.
@@ -181,10 +184,11 @@ def _wins(margin: Tensor) -> Tensor:
     return torch.where(margin.abs() <= _TIE, 0.5, (margin > 0).to(margin.dtype))
 
 
-def _sums(values: dict[str, Tensor], of: PackPairs) -> Report:
-    """[P] each; added up together, and the count filled in on the device: nothing waits for the host."""
-    sums = (torch.stack([value.detach().double() for value in values.values()]) * of.weight).sum(dim=1)
-    return dict(zip(values, torch.stack([sums, torch.full_like(sums, of.count)], dim=1).float(), strict=True))
+def report_of(values: Mapping[str, Tensor], weight: Tensor, count: int) -> Report:
+    """Values [P] each, weighted with ``weight`` [P]; added up together, and ``count``, the sum of the weights, filled
+    in on the device: nothing waits for the host."""
+    sums = (torch.stack([value.detach().double() for value in values.values()]) * weight).sum(dim=1)
+    return dict(zip(values, torch.stack([sums, torch.full_like(sums, count)], dim=1).float(), strict=True))
 
 
 @dataclass

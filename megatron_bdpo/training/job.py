@@ -74,12 +74,18 @@ class PairJob:
             self.padding_token,
             context,
             self.over_pairs,
+            with_tables=self.loss.spec.of_groups,
         )
 
     @property
     def training_pairs(self) -> int:
         """Number of pairs to train on."""
         return len(self.pool.pairs_of(self.train.ids))
+
+    @property
+    def compared(self) -> int:
+        """Number of losses over all training pairs: one for each of them, or for each group."""
+        return len(self.train.ids) if self.loss.spec.of_groups else self.training_pairs
 
     def groups_of_step(self, iteration: int) -> IntArray:
         """Ids of the groups of a step; steps are counted from 1."""
@@ -174,34 +180,7 @@ def build_job(arguments: Arguments) -> PairJob:
     settings = arguments.settings
     with all_ranks_agree():
         loss = settings.build_loss()
-        if loss.requirements.all_pairs and settings.reference.is_resident:
-            raise UserError(
-                "--reference resident knows no scores before the first step, and an option of the loss is to follow "
-                "from them (auto). Give it a value, or leave --reference out."
-            )
-        reads_reference = loss.requirements.reference or loss.requirements.comprehension
-        if settings.reference.is_in_columns and (loss.requirements.comprehension or not loss.requirements.reference):
-            reads = "the unconditional log-probs too" if loss.requirements.comprehension else "no reference"
-            raise UserError(
-                f"--reference columns has the log-probs of answers after their prompts; --preference-loss "
-                f"{settings.loss.name} reads {reads}. Leave --reference out."
-            )
-        if settings.pairs.unconditional_prompt != "empty" and not loss.requirements.comprehension:
-            raise UserError(
-                f"--unconditional-prompt is for unconditional log-probs; --preference-loss {settings.loss.name} reads "
-                "none. Leave it out."
-            )
-        if settings.reference.sync_reference_every and not reads_reference:
-            raise UserError(
-                f"--sync-reference-every moves a reference, and --preference-loss {settings.loss.name} reads none. "
-                "Leave it out."
-            )
-        if settings.reference.reference_model and (settings.reference.is_in_columns or not reads_reference):
-            raise UserError(
-                "--reference-model names a reference that nobody reads: "
-                + ("the rows bring its log-probs. " if reads_reference else "the loss has none. ")
-                + "Leave it out."
-            )
+        _check_loss(settings, loss)
         plan_settings(settings)  # what is wrong with the plan whatever the pairs: before they are read
     file = settings.evaluation.eval_prompts
     with all_ranks_agree():
@@ -210,6 +189,47 @@ def build_job(arguments: Arguments) -> PairJob:
     prompts = _prompts(arguments, rows, stores[0]) if file else None
     with all_ranks_agree():
         return _plan_job(settings, loss, PairPool(stores), prompts)
+
+
+def _check_loss(settings: Settings, loss: PairLossFunction) -> None:
+    """Refuse what the loss does not read, or reads too early.
+
+    Raises:
+        UserError: with the flag.
+    """
+    if loss.requirements.all_pairs and settings.reference.is_resident:
+        raise UserError(
+            "--reference resident knows no scores before the first step, and an option of the loss is to follow "
+            "from them (auto). Give it a value, or leave --reference out."
+        )
+    reads_reference = loss.requirements.reference or loss.requirements.comprehension
+    if settings.reference.is_in_columns and (loss.requirements.comprehension or not loss.requirements.reference):
+        reads = "the unconditional log-probs too" if loss.requirements.comprehension else "no reference"
+        raise UserError(
+            f"--reference columns has the log-probs of answers after their prompts; --preference-loss "
+            f"{settings.loss.name} reads {reads}. Leave --reference out."
+        )
+    if loss.spec.of_groups and settings.steps.mean_over == "pairs":
+        raise UserError(
+            f"--mean-over pairs: --preference-loss {settings.loss.name} is a loss of groups, and a step's mean is "
+            "over them. Leave it out."
+        )
+    if settings.pairs.unconditional_prompt != "empty" and not loss.requirements.comprehension:
+        raise UserError(
+            f"--unconditional-prompt is for unconditional log-probs; --preference-loss {settings.loss.name} reads "
+            "none. Leave it out."
+        )
+    if settings.reference.sync_reference_every and not reads_reference:
+        raise UserError(
+            f"--sync-reference-every moves a reference, and --preference-loss {settings.loss.name} reads none. "
+            "Leave it out."
+        )
+    if settings.reference.reference_model and (settings.reference.is_in_columns or not reads_reference):
+        raise UserError(
+            "--reference-model names a reference that nobody reads: "
+            + ("the rows bring its log-probs. " if reads_reference else "the loss has none. ")
+            + "Leave it out."
+        )
 
 
 def _refuse_no_pairs(train: Selection, usable: int, held_out: int) -> None:

@@ -55,7 +55,7 @@ class RewardStep(PreferenceStep):
         if self.check_nan:
             check_losses(losses.loss, pairs, batch.pairs.ids, self.describe, self.place, self.suspect)
         if self.observe is not None and self.evaluates:
-            self.observe(batch.pairs.ids, losses)
+            self.observe(batch.pairs.ids, losses.rewards)
         return loss_sum, counted_here(batch, loss_sum.device), loss_report(losses, batch.pairs)
 
 

@@ -32,6 +32,7 @@ from megatron_bdpo.training.evaluation_portions import EvaluationPortions
 from megatron_bdpo.training.finite import gradients_named
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.forward import PreferenceStep
+from megatron_bdpo.training.group_step import GroupStep
 from megatron_bdpo.training.hf.exporting import export_places
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.pack_iterators import dataset_provider
@@ -95,6 +96,8 @@ class PreferenceRun:
         self.settings, self.job, self.config, self.scoring = setup.settings, setup.job, setup.config, setup.scoring
         schedule, job = self.settings.schedule, self.job
         step = RewardStep if self.settings.objective.is_reward else PreferenceStep
+        if job.loss.spec.of_groups:
+            step = GroupStep
         self.step = step(
             job.loss,
             NoReference(),
@@ -318,7 +321,7 @@ def _decide_by_data(
 ) -> identity.RunIdentity:
     """What follows from the reference's values: options of the loss, quartiles. A resumed run keeps its start's."""
     kept, kept_edges = (known.settled, known.imbalance_edges) if resumed else ({}, [])
-    pairs, of = reference.training_pairs(run.job), run.job.training_pairs
+    pairs, of = reference.training_values(run.job), run.job.compared
     loss, settled = decide_options(run.job.loss, pairs, of, kept)
     edges = imbalance_edges(loss, pairs, of, kept_edges)
     run.step.loss, run.job = loss, replace(run.job, loss=loss)

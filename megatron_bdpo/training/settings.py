@@ -329,6 +329,15 @@ class Settings:
         return self.objective.reward_loss() if self.objective.is_reward else PairLossFunction(*self.loss.build())
 
     @property
+    def compares_groups(self) -> bool:
+        """Whether the loss is of all answers to a prompt.
+
+        Raises:
+            UserError: there is no such loss.
+        """
+        return not self.objective.is_reward and registry.get(self.loss.name).of_groups
+
+    @property
     def length_unit(self) -> int:
         """Packs are multiples of this many positions long, so that each rank's part suits the kernels."""
         return self.precision.row_multiple * self.layout.position_shares

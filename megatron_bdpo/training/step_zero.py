@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses import PairLogProbs, PairLosses
+from megatron_bdpo.losses import GroupLogProbs, GroupLosses, PairLogProbs, PairLosses
 from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.training.distributed import sum_over_ranks
 
@@ -94,19 +94,43 @@ class StepZeroGate:
             return loss(replace(pairs, policy_chosen=chosen, policy_rejected=rejected)).loss
 
         assert pairs.reference_chosen is not None and pairs.reference_rejected is not None
-        policy = torch.stack([pairs.policy_chosen, pairs.policy_rejected], dim=1).detach()
+        policy = torch.stack([pairs.policy_chosen, pairs.policy_rejected], dim=1)
         reference = torch.stack([pairs.reference_chosen, pairs.reference_rejected], dim=1)
         tokens = torch.stack([pairs.chosen_tokens, pairs.rejected_tokens], dim=1)
-        off = (policy - reference).abs()
+        # All losses are convex there, or rise or fall with each log-prob (`LossSpec.function`): farthest in a corner.
+        self._observe(policy, reference, tokens, losses, _farthest_corner)
+
+    def observe_groups(self, groups: GroupLogProbs, loss: Callable[[GroupLogProbs], GroupLosses]) -> None:
+        """Record the G groups of a microbatch in the same way."""
+
+        def losses(log_probs: Tensor) -> Tensor:
+            return loss(replace(groups, policy=log_probs)).loss
+
+        assert groups.reference is not None
+        reference = groups.reference
+        policy = torch.where(groups.present, groups.policy, reference)  # elsewhere nothing may be off
+        self._observe(policy, reference, groups.tokens, losses, _one_by_one)
+
+    def _observe(
+        self,
+        policy: Tensor,
+        reference: Tensor,
+        tokens: Tensor,
+        losses: Callable[[Tensor], Tensor],
+        most: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor],
+    ) -> None:
+        """
+        Args:
+            policy, reference, tokens: [N, k] of N losses, each of k answers.
+            losses: [N] of log-probs [N, k].
+            most: [N] by how much ``losses`` may be off at log-probs [N, k] that are off by what is allowed, [N, k].
+        """
+        off = (policy.detach() - reference).abs()
         allowed = tolerance(self.precision) * tokens.to(off.dtype).sqrt()
         at_reference = losses(reference)
-        # All losses are convex there, or rise or fall with each log-prob (`LossSpec.function`): farthest in a corner.
-        corners = [
-            losses(reference + allowed * allowed.new_tensor(signs)) for signs in itertools.product((1, -1), repeat=2)
-        ]
-        explained = (torch.stack(corners) - at_reference).abs().amax(dim=0)
         worse = [(off / each).amax(dim=1) for each in (tokens, allowed)]
-        own = [losses(policy) - at_reference, explained, *worse, torch.ones_like(at_reference)]
+        explained = most(losses, reference, allowed)
+        own = [losses(policy.detach()) - at_reference, explained, *worse, torch.ones_like(at_reference)]
         self._sums.append(torch.stack([each.double().sum() for each in own]))
 
     def deviation(self) -> Deviation:
@@ -136,3 +160,19 @@ class StepZeroGate:
             "another version (delete the reference cache), weights that did not load, or a kernel that is not "
             "deterministic between passes. --no-step-zero-check trains anyway."
         )
+
+
+def _farthest_corner(losses: Callable[[Tensor], Tensor], reference: Tensor, allowed: Tensor) -> Tensor:
+    """With both log-probs off, whichever way."""
+    corners = [
+        losses(reference + allowed * allowed.new_tensor(signs)) for signs in itertools.product((1, -1), repeat=2)
+    ]
+    return (torch.stack(corners) - losses(reference)).abs().amax(dim=0)
+
+
+def _one_by_one(losses: Callable[[Tensor], Tensor], reference: Tensor, allowed: Tensor) -> Tensor:
+    """With one log-prob off, whichever way, added up over all of them: corners are too many."""
+    at_reference = losses(reference)
+    answers = torch.eye(reference.shape[1], dtype=torch.bool, device=reference.device)
+    moved = [torch.stack([losses(reference + sign * allowed * one) for sign in (1, -1)]) for one in answers]
+    return sum(((each - at_reference).abs().amax(dim=0) for each in moved), torch.zeros_like(at_reference))

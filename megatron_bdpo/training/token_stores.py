@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build_megatron_tokenizer
 
+from megatron_bdpo.data.format_options import FormatOptions
 from megatron_bdpo.data.pair_view import pack_view, pair_view
 from megatron_bdpo.data.prepare import PairDataSettings, make_part, prepare_pairs
 from megatron_bdpo.data.problems import RowProblem
@@ -54,7 +55,7 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
     with all_ranks_agree():
         for paths, limit in ((pairs.pair_data, pairs.max_pairs), (pairs.eval_pair_data, None)):
             if paths:
-                wanted.append(_data_settings(pairs, paths, limit, cache))
+                wanted.append(_data_settings(settings, paths, limit, cache))
                 if is_rank_zero():
                     check_sources(wanted[-1].sources)
         if is_rank_zero():
@@ -141,7 +142,9 @@ def make_pair_tokenizer(library: Any, pairs: PairSettings) -> PairTokenizer:
     )
 
 
-def _data_settings(pairs: PairSettings, paths: list[str], limit: int | None, cache: Path) -> PairDataSettings:
+def _data_settings(settings: Settings, paths: list[str], limit: int | None, cache: Path) -> PairDataSettings:
+    pairs = settings.pairs
+    usual = _ALL if settings.compares_groups else FormatOptions.pairs_from
     return PairDataSettings(
         sources=parse_sources(paths),
         cache_dir=cache,
@@ -152,8 +155,14 @@ def _data_settings(pairs: PairSettings, paths: list[str], limit: int | None, cac
         max_dropped_share=pairs.max_dropped_share,
         workers=pairs.tokenizer_workers,
         refuse_control_tokens=pairs.control_tokens == "refuse",
-        form=FormatSettings.parse(pairs.pair_format, pairs.pair_columns, pairs.pairs_from, pairs.pair_preference),
+        form=FormatSettings.parse(
+            pairs.pair_format, pairs.pair_columns, pairs.pairs_from, pairs.pair_preference, usual
+        ),
     )
+
+
+#: Pairs that name every answer.
+_ALL = "all"
 
 
 def _refuse_unused_options(wanted: list[PairDataSettings]) -> None:
@@ -220,7 +229,7 @@ def shown_row(flags: Sequence[str], number: int) -> list[str]:
         arguments = Arguments.parse(flags)
         _name_tokenizer(arguments)
         pairs = arguments.settings.pairs
-        settings = _data_settings(pairs, pairs.pair_data or [], None, cache_directory(arguments.settings))
+        settings = _data_settings(arguments.settings, pairs.pair_data or [], None, cache_directory(arguments.settings))
         (source,), (reader,) = settings.sources, row_readers(settings.sources, settings.form)
         library = build_tokenizer(arguments)
         tokenizer, pieces = make_pair_tokenizer(library, pairs), TokenPieces(library)

@@ -127,3 +127,38 @@ def test_the_mean_over_groups(one_process, groups, tmp_path):
         assert np.abs(gradient - expected).max() <= 1e-5 * np.abs(expected).max() + 1e-9, name
     over_pairs = one_process([*flags, "--mean-over", "pairs"], groups[1]).steps[0]
     assert over_pairs.metrics["logps/chosen"] != pytest.approx(found.metrics["logps/chosen"], rel=1e-3), "not the same"
+
+
+LISTS = ["pl_dpo", "infonca", "nca", "lipo_lambda", "bdpo_list", "bdpo_list --bdpo-list-form all-pairs"]
+
+
+@pytest.mark.parametrize("loss", LISTS)
+@pytest.mark.parametrize("layout", ["CP2 DP2", "TP2 SP PP2"])
+def test_losses_of_lists_in_a_layout(run, one_process, groups, loss, layout):
+    """Without a word on pairs, all answers of a row take part."""
+    overrides = {name: value for name, value in groups[1].items() if name != "pairs_from"}
+    ranks, split = LAYOUTS[layout]
+    flags = ["--preference-loss", *loss.split()]
+    found = run(ranks, [*split.split(), *flags], overrides)
+    expected = one_process(flags, overrides)
+    assert len(expected.steps[0].sequences[0]) == PAIRS
+    assert beyond(deviations(found, expected), ALLOWED) == {}
+
+
+@pytest.mark.parametrize(("of_lists", "of_pairs"), [("pl_dpo", "dpo"), ("bdpo_list", "bdpo")])
+def test_a_list_of_two_is_a_pair(one_process, pairs, of_lists, of_pairs):
+    """Rows of pairs give no scores: the chosen answer has the higher one."""
+    found = one_process(["--preference-loss", of_lists], pairs[1])
+    expected = one_process(["--preference-loss", of_pairs], pairs[1])
+    assert beyond(deviations(found, expected), ALLOWED) == {}
+    for name in expected.steps[2].metrics.keys() - {"loss"}:
+        if not name.startswith("throughput"):
+            value = expected.steps[2].metrics[name]
+            assert found.steps[2].metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+def test_all_pairs_of_a_list(one_process, groups):
+    """B-DPO's form of all pairs is B-DPO on the pairs, if every group counts alike."""
+    found = one_process(["--preference-loss", "bdpo_list", "--bdpo-list-form", "all-pairs"], groups[1])
+    expected = one_process(["--preference-loss", "bdpo"], groups[1])
+    assert beyond(deviations(found, expected), ALLOWED) == {}

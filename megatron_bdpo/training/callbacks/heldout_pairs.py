@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_bdpo.losses import PairLosses
 from megatron_bdpo.training.batches import IntArray
 from megatron_bdpo.training.callbacks.callback import Callback, Start
 from megatron_bdpo.training.distributed import all_ranks_agree, is_last_rank, sum_over_ranks
@@ -50,9 +49,9 @@ class HeldOutPairs(Callback):
         if len(self._pairs) and is_one_of_each_replica():
             self._step.observe = self.observe
 
-    def observe(self, pairs: IntArray, losses: PairLosses) -> None:
-        """The rewards of a pack's pairs stay on the device until the evaluation is over."""
-        self._seen.append((pairs, torch.stack([losses.chosen_reward, losses.rejected_reward], dim=1)))
+    def observe(self, pairs: IntArray, rewards: Tensor) -> None:
+        """The rewards [n, 2] of a pack's pairs stay on the device until the evaluation is over."""
+        self._seen.append((pairs, rewards))
 
     def after_evaluation(self, metrics: Mapping[str, Tensor], iteration: int) -> None:
         """Collective."""

@@ -42,11 +42,6 @@ _REFUSALS = (
         "--loss-file: --preference-loss names a loss that is not the file's. Give one of the two.",
     ),
     _Refusal(
-        lambda a: any(spec.of_groups and spec.name == a.preference_loss for spec in registry.all_specs()),
-        "--preference-loss names a loss of all answers to a prompt, and training is of pairs. Give a loss of pairs: in "
-        "`megatron-bdpo losses` those that do not read the scores of all answers.",
-    ),
-    _Refusal(
         lambda a: a.push_to_hub and not a.save_hf,
         "--push-to-hub sends what --save-hf has written, which is not given. Give both.",
     ),

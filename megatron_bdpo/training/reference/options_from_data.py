@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.losses import PairLogProbs, PairLossFunction
+from megatron_bdpo.losses import GroupLogProbs, PairLogProbs, PairLossFunction
 from megatron_bdpo.losses.options import open_options
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_edges
 
 
 def decide_options(
-    loss: PairLossFunction, pairs: PairLogProbs, of: int, kept: Mapping[str, Any]
+    loss: PairLossFunction, pairs: PairLogProbs | GroupLogProbs, of: int, kept: Mapping[str, Any]
 ) -> tuple[PairLossFunction, dict[str, Any]]:
     """The loss with all its options, and by name the values of those that were open. Collective.
 
     Args:
-        pairs: the training pairs that the run uses, with the reference as the policy.
-        of: the number of all training pairs.
+        pairs: the training pairs that the run uses, with the reference as the policy; of a loss of groups these.
+        of: the number of all training pairs, or groups.
         kept: what the run's first start has decided; empty at that start.
 
     Raises:
@@ -47,7 +47,9 @@ def decide_options(
     return replace(loss, options=options), decided
 
 
-def imbalance_edges(loss: PairLossFunction, pairs: PairLogProbs, of: int, kept: Sequence[float]) -> list[float]:
+def imbalance_edges(
+    loss: PairLossFunction, pairs: PairLogProbs | GroupLogProbs, of: int, kept: Sequence[float]
+) -> list[float]:
     """The three edges between the quartiles of the pairs' imbalance; none where the loss does not read it. Collective.
 
     Args:
@@ -55,21 +57,23 @@ def imbalance_edges(loss: PairLossFunction, pairs: PairLogProbs, of: int, kept: 
     """
     if not loss.requirements.comprehension:
         return []
-    if IMBALANCE not in loss(pairs[:1]).metrics:
+    if IMBALANCE not in loss.spec.function(pairs[:1], loss.options).metrics:
         return []
     edges = broadcast(list(kept) or quartile_edges(_imbalances(loss, pairs)).tolist())
     say(f"quartiles of the imbalance: {', '.join(f'{edge:.4g}' for edge in edges)}, {_origin(bool(kept), pairs, of)}")
     return edges
 
 
-def _imbalances(loss: PairLossFunction, pairs: PairLogProbs) -> npt.NDArray[np.float64]:
+def _imbalances(loss: PairLossFunction, pairs: PairLogProbs | GroupLogProbs) -> npt.NDArray[np.float64]:
     """Of all pairs, [P]; some at a time, because a loss makes many other arrays beside it."""
     blocks = (pairs[start : start + _BLOCK] for start in range(0, len(pairs), _BLOCK))
-    return np.concatenate([loss(block).metrics[IMBALANCE].numpy() for block in blocks])
+    losses = (loss.spec.function(block, loss.options) for block in blocks)
+    return np.concatenate([each.metrics[IMBALANCE].numpy() for each in losses])
 
 
 _BLOCK = 2**20  # pairs
 
 
-def _origin(is_kept: bool, pairs: PairLogProbs, of: int) -> str:
-    return "as at the run's first start" if is_kept else f"from {len(pairs.policy_chosen)} of {of} training pairs"
+def _origin(is_kept: bool, pairs: PairLogProbs | GroupLogProbs, of: int) -> str:
+    noun = "groups" if isinstance(pairs, GroupLogProbs) else "pairs"
+    return "as at the run's first start" if is_kept else f"from {len(pairs)} of {of} training {noun}"

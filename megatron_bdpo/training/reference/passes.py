@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_bdpo.data.bin_packing import cut_into_blocks, pack_evenly, round_up
 from megatron_bdpo.logprobs import TokenScoring
-from megatron_bdpo.losses import PairLogProbs, Requirements
+from megatron_bdpo.losses import GroupLogProbs, PairLogProbs, Requirements
 from megatron_bdpo.model.lora.attach import adapters_off
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import sum_over_ranks
@@ -42,8 +42,31 @@ class ReferenceTable:
     unconditional: FloatArray | None
     directories: Mapping[str, Path] = field(default_factory=dict)
 
-    def training_pairs(self, job: PairJob) -> PairLogProbs:
-        """The values of the training pairs that the run uses, in float64, with the reference as the policy."""
+    def training_values(self, job: PairJob) -> PairLogProbs | GroupLogProbs:
+        """What the loss reads of all that the run trains on and uses, in float64, with the reference as the policy."""
+        return self._groups(job) if job.loss.spec.of_groups else self._pairs(job)
+
+    def _groups(self, job: PairJob) -> GroupLogProbs:
+        pairs, place = job.pool.pairs_and_places(job.train.ids)
+        is_known = np.ones(len(job.train.ids), bool)
+        is_known[place[np.isnan(self.conditional[pairs]).any(axis=1)]] = False
+        pairs, table = job.pool.answers_of(job.train.ids[is_known])
+
+        def of_answers(sides: npt.NDArray[Any]) -> Tensor:
+            return torch.from_numpy(sides[pairs].ravel()[table.source])
+
+        conditional = of_answers(self.conditional)
+        return GroupLogProbs(
+            conditional,
+            of_answers(job.pool.scored),
+            torch.from_numpy(table.scores(job.pool.scores()[pairs])),
+            torch.from_numpy(table.present),
+            reference=conditional,
+            unconditional=None if self.unconditional is None else of_answers(self.unconditional),
+            unsafe=of_answers(job.pool.unsafe),
+        )
+
+    def _pairs(self, job: PairJob) -> PairLogProbs:
         ids = job.pool.pairs_of(job.train.ids)
         ids = ids[~np.isnan(self.conditional[ids]).any(axis=1)]
         tokens, conditional, unsafe = map(

@@ -85,7 +85,7 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
             run = provider.recall(run) if setup.resumed else provider.identify(run, model)
         with phase("scoring"):
             log_probs = provider.log_probs(model, run, resumed=setup.resumed)
-            decide_options(job.loss, log_probs.table().training_pairs(job), job.training_pairs, {})
+            decide_options(job.loss, log_probs.table().training_values(job), job.compared, {})
         return [log_probs.directory(index) for index in range(len(job.pool.stores))]
     finally:
         forget_global_state()

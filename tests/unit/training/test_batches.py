@@ -24,7 +24,12 @@ def batch_of(pack: Pack, length: int) -> Any:
 
     unsafe = torch.tensor([[0, 1], [1, 0], [-1, -1], [0, 0]])
     margin, weight = torch.arange(4.0), torch.tensor([1 / 2, 1 / 2, 1 / 2, 1 / 2])
-    return to_batch(pack, length, 64, PackPairs(np.arange(50, 54), torch.tensor(PAIRS), unsafe, margin, weight, 2, 3))
+    return to_batch(
+        pack,
+        length,
+        64,
+        PackPairs(np.arange(50, 54), torch.tensor(PAIRS), unsafe, margin, weight, 2, np.array([0, 2, 2])),
+    )
 
 
 def tensors_of(value: Any, name: str = "") -> dict[str, Any]:
@@ -89,7 +94,7 @@ def pairs_read() -> dict[str, Any]:
         pairs = pairs_of(batch, policy, reference, None)
         seen.append({name: value.tolist() for name, value in vars(pairs).items() if value is not None})
     pairs.policy_chosen.sum().backward()
-    entropy = entropy_report(policy[torch.tensor(PAIRS)], pairs)
+    entropy = entropy_report(policy[torch.tensor(PAIRS)], batch.answer_tokens[torch.tensor(PAIRS)])
     return {"seen": seen, "gradient": policy.grad.tolist(), "entropy": {k: v.tolist() for k, v in entropy.items()}}
 
 
