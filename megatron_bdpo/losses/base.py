@@ -166,6 +166,8 @@ class LossSpec[Options, Answers, Losses]:
     of_difference: bool = False
     """It reads the reference through `terms.log_ratios` alone, and those in differences of chosen and rejected, so that
     other scores may take their place: it gets the options of `modifiers.ScoreOptions`."""
+    jumps: bool = False
+    """Its value jumps somewhere near policy == reference, so that the first step's check judges log-probs alone."""
     of_groups: bool = False
     """Of all answers to a prompt and their scores: `groups.GroupLogProbs` in, `groups.GroupLosses` out."""
 

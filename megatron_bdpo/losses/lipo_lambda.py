@@ -14,9 +14,9 @@ ten points are a gain of 1024, and above 127 it overflows: such a loss is not fi
 the paper writes log, which is a factor. A sum over pairs, not their mean.
 
 Answers of equal reward could have any order among themselves: lambda is its mean over these. So it is where all are
-equal, as at policy = reference, where a run begins; and so the order of a group's answers does not matter. Of two
-answers L is DPO's times |2^psi_w - 2^psi_l| (1 - 1 / log2(3)). lambda jumps where rewards are nearly equal: there
-rounding decides, and the first step, and so the run, may differ between layouts.
+equal, as at policy = reference, where a run begins; and so the order of a group's answers does not matter. For ranks,
+rewards are rounded to 1e-4: at the first step they are rounding and nothing else, and would rank answers otherwise in
+every layout. Of two answers L is DPO's times |2^psi_w - 2^psi_l| (1 - 1 / log2(3)).
 
 Source: LiPO, arXiv 2402.01878, eq. 8, which we know from its re-implementations: not checked against the paper's text.
 Win rates of scores, and the mean over the orders of equal rewards, are ours.
@@ -80,12 +80,17 @@ def discount_gaps(reward: Tensor, present: Tensor) -> Tensor:
     return torch.where(same, within[:, :, None], differences(block.sum(2) / size).abs())
 
 
+#: Rewards closer than this are equal where answers are ranked by them.
+_SAME = 1e-4
+
+
 def lipo_lambda(groups: GroupLogProbs, options: LipoOptions) -> GroupLosses:
     """LiPO-lambda per group, [G], in nats; rewards beta Delta_i. Metric: `lambda`, the sum of a group's weights."""
     groups = groups.cleared()
     reward = options.beta * group_log_ratios(groups)
     gain = differences(gains(groups, options.lipo_labels)).abs()
-    weight = torch.where(groups.pairs(), gain * discount_gaps(reward, groups.present), 0)
+    ranked = torch.round(reward / _SAME)
+    weight = torch.where(groups.pairs(), gain * discount_gaps(ranked, groups.present), 0)
     loss = -(weight * logsigmoid(differences(reward))).sum((1, 2))
     metrics = {"lambda": weight.sum((1, 2))}
     return add_best_nll(GroupLosses(loss, reward.detach(), metrics), groups, options.nll_weight)
@@ -99,5 +104,6 @@ SPEC = LossSpec(
     summary="LiPO-lambda: all pairs of a group, weighted by their effect on the ranking's DCG",
     source="arXiv 2402.01878, eq. 8",
     elsewhere=("lipo",),
+    jumps=True,
     of_groups=True,
 )

@@ -63,7 +63,7 @@ class GroupStep(PreferenceStep):
             one_of_each = batch.pairs.ids[batch.pairs.first]
             check_losses(losses.loss, groups, one_of_each, self.describe, self.place, self.suspect)
         if self.gate is not None:
-            self.gate.observe_groups(groups, lambda each: self.loss.spec.function(each, self.loss.options))
+            self.gate.observe_groups(groups, self.loss)
         if self.observe is not None and self.evaluates:
             self.observe(batch.pairs.ids, losses.reward.reshape(-1)[_table(batch).place])
         report = self._report(groups, losses)

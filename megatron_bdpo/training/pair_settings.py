@@ -29,7 +29,7 @@ class PairSettings:
     """columns of the rows that stand for those of a format: prompt=question,chosen=answer_a"""
     pairs_from: str | None = flag(metavar="{" + ",".join(PAIRS_FROM) + "}")
     """of rows with more than two ranked answers, one pair of the best and the worst, all pairs, all neighbours in rank,
-    or all pairs whose scores or ranks are X apart or more (default: best-worst)"""
+    or all pairs whose scores or ranks are X apart or more (default: best-worst; of losses of a list, all)"""
     pair_preference: str | None = flag(choices=PREFERENCES)
     """of PKU-SafeRLHF, the answer that is chosen (default: better)"""
     pair_cache_dir: str | None = None

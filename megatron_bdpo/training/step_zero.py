@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses import GroupLogProbs, GroupLosses, PairLogProbs, PairLosses
+from megatron_bdpo.losses import GroupLogProbs, GroupLosses, PairLogProbs, PairLosses, PairLossFunction
 from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.training.distributed import sum_over_ranks
 
@@ -100,11 +100,14 @@ class StepZeroGate:
         # All losses are convex there, or rise or fall with each log-prob (`LossSpec.function`): farthest in a corner.
         self._observe(policy, reference, tokens, losses, _farthest_corner)
 
-    def observe_groups(self, groups: GroupLogProbs, loss: Callable[[GroupLogProbs], GroupLosses]) -> None:
-        """Record the G groups of a microbatch in the same way."""
+    def observe_groups(self, groups: GroupLogProbs, loss: PairLossFunction) -> None:
+        """Record the G groups of a microbatch in the same way; of a loss that jumps, its log-probs alone."""
 
         def losses(log_probs: Tensor) -> Tensor:
-            return loss(replace(groups, policy=log_probs)).loss
+            if loss.spec.jumps:
+                return log_probs.new_zeros(len(log_probs))
+            found: GroupLosses = loss.spec.function(replace(groups, policy=log_probs), loss.options)
+            return found.loss
 
         assert groups.reference is not None
         reference = groups.reference

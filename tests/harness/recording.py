@@ -174,18 +174,23 @@ def _token_log_probs_told(tell: Callable[[torch.Tensor, Any], None]) -> Iterator
 
 @contextlib.contextmanager
 def _pairs_told(tell: Callable[..., None]) -> Iterator[None]:
-    """Inside the block, ``tell`` gets in every training pass what ``forward.pairs_of`` gets."""
-    from megatron_bdpo.training import forward
+    """Inside the block, ``tell`` gets in every training pass what ``pairs_of`` or, for losses of groups, ``groups_of``
+    gets."""
+    from megatron_bdpo.training import forward, group_step
 
-    pairs_of = forward.pairs_of
+    with contextlib.ExitStack() as undo:
+        for module, name in ((forward, "pairs_of"), (group_step, "groups_of")):
+            undo.enter_context(mock.patch.object(module, name, _told(getattr(module, name), tell)))
+        yield
 
+
+def _told(function: Callable[..., Any], tell: Callable[..., None]) -> Callable[..., Any]:
     def told(batch: Any, policy: torch.Tensor, *others: torch.Tensor | None) -> Any:
         if policy.requires_grad:  # not in an evaluation
             tell(batch, policy, *others)
-        return pairs_of(batch, policy, *others)
+        return function(batch, policy, *others)
 
-    with mock.patch.object(forward, "pairs_of", told):
-        yield
+    return told
 
 
 def redraw_vectors(model: list[Any]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.harness.jobs import DATA
 from tests.harness.parity import beyond, deviations
+from tests.harness.ranks import RankFailure
 from tests.parity.matrix import ALLOWED, CP2, MODELS, PP2, TP2_SP, VPP2
 
 #: Scores of each row's answers; equal ones are not compared.
@@ -162,3 +163,27 @@ def test_all_pairs_of_a_list(one_process, groups):
     found = one_process(["--preference-loss", "bdpo_list", "--bdpo-list-form", "all-pairs"], groups[1])
     expected = one_process(["--preference-loss", "bdpo"], groups[1])
     assert beyond(deviations(found, expected), ALLOWED) == {}
+
+
+def test_lists_with_a_resident_reference(one_process, groups):
+    """It scores every answer of a step just before the policy does, and finds what was scored ahead."""
+    flags = ["--preference-loss", "bdpo_list"]
+    found = one_process([*flags, "--reference", "resident"], groups[1])
+    assert beyond(deviations(found, one_process(flags, groups[1])), ALLOWED) == {}
+
+
+def test_the_temperature_follows_from_all_pairs_of_the_groups(one_process, groups):
+    """auto for a list is auto for its pairs: the first step's weights are those of the same temperature."""
+    found = {}
+    for form in (["bdpo_list", "--bdpo-list-form", "all-pairs"], ["bdpo"]):
+        flags = ["--preference-loss", *form, "--bdpo-temperature", "auto"]
+        found[form[0]] = one_process(flags, groups[1] | {"train_iters": 1}).steps[0].metrics
+    for name in ("weights/chosen", "weights/rejected", "scale"):
+        assert found["bdpo_list"][name] == pytest.approx(found["bdpo"][name], rel=1e-5), name
+    assert found["bdpo"]["scale"] < 0.999, "auto balances something"
+
+
+def test_a_list_has_no_mean_over_pairs(run, groups):
+    flags = ["--preference-loss", "pl_dpo", "--mean-over", "pairs"]
+    with pytest.raises(RankFailure, match="--mean-over pairs: --preference-loss pl_dpo is a loss of groups"):
+        run(1, flags, groups[1])

@@ -23,7 +23,7 @@ MODIFIED = {
     "dpo, no reference": ["--preference-loss", "dpo", "--reference-free"],
 }
 
-#: Training hands pairs over; those of groups have their closed forms.
+#: Of rows with several answers: see ``test_groups``.
 OF_GROUPS = {spec.name for spec in registry.all_specs() if spec.of_groups}
 
 LOSSES = [*sorted(set(registry.names()) - ELSEWHERE - OF_GROUPS), "bdpo=1.0,sft=0.2,bco_pair=0.5", *MODIFIED]

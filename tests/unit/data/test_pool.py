@@ -19,6 +19,7 @@ class Store:
     """Pair i has a prompt of one token, a chosen answer of 2 + i and a rejected one of 6 + i."""
 
     has_context = False
+    margin = score = None
 
     def __init__(self, labels: list[tuple[int, int]]) -> None:
         self.unsafe = np.array(labels, np.int8).reshape(-1, 2)

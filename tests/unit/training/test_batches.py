@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from megatron_bdpo.data.context import ContextRank, context_part
 from megatron_bdpo.data.packs import Pack, lay_out
 from tests.unit.data.test_packs import group
+from tests.unit.data.test_pool import RankedStore
 
 #: Answers 0 to 2, 3, and 4 to 8.
 PACK = lay_out([group(3, 2, 1, 4), group(2, 3, first_token=20), group(4, 1, 1, 2, 3, 1, first_token=30)], 32)
@@ -117,3 +119,69 @@ def test_pairs_are_read_where_they_are(ranks):
         "entropy/chosen": [2 + 1 + 8 + 5, 4 + 1 + 1 + 1],
         "entropy/rejected": [11, 2 + 2 + 1 + 3],
     }
+
+
+def group_read(over_pairs: bool) -> dict[str, Any]:
+    """What losses read of a pack with a row of four answers, all pairs of it, and a plain pair."""
+    import torch
+
+    from megatron_bdpo.data.pool import PairPool
+    from megatron_bdpo.training.batches import PackMaker
+    from megatron_bdpo.training.group_step import groups_of
+
+    pool = PairPool([RankedStore()])
+    batch = PackMaker(pool, 64, over_pairs=over_pairs, with_tables=True)(np.array([1, 0]), 48)
+    policy = torch.arange(6, dtype=torch.float64)  # of the pack's answers: the pair's, then the row's
+    read = groups_of(batch, policy, policy[batch.pairs.answers] - 100, None)
+    empty = PackMaker(pool, 64, with_tables=True)(np.zeros(0, np.int64), 8)
+    return {
+        "pairs": batch.pairs.ids.tolist(),
+        "answers": batch.pairs.answers.tolist(),
+        "weight": batch.pairs.weight.tolist(),
+        "count": batch.pairs.count,
+        "groups": batch.attention.group_count,
+        "first": batch.pairs.first.tolist(),
+        **{name: value.tolist() for name, value in vars(read).items() if value is not None},
+        "none": [len(groups_of(empty, policy[:0], policy[:0].view(0, 2), None)), empty.pairs.count, len(empty.pairs)],
+    }
+
+
+@pytest.mark.parametrize("over_pairs", [False, True])
+def test_a_pack_of_groups(ranks, over_pairs):
+    (found,) = ranks(1)(group_read, over_pairs)
+    assert found["pairs"] == [6, 0, 1, 2, 3, 4, 5] and found["first"] == [0, 1]
+    assert found["answers"] == [[0, 1], *([a + 2, b + 2] for a, b in RankedStore.PAIRS)]
+    assert found["weight"] == ([1] * 7 if over_pairs else pytest.approx([1, *[1 / 6] * 6]))
+    assert (found["count"], found["groups"]) == (7 if over_pairs else 2, 2)
+    assert found["present"] == [[True, True, False, False], [True] * 4]
+    there = [
+        [value for value, is_there in zip(row, found["present"][index], strict=True) if is_there]
+        for index, row in enumerate(found["policy"])
+    ]
+    assert there == [[0, 1], [2, 3, 4, 5]]
+    assert found["reference"][1] == [-98, -97, -96, -95] and found["tokens"][1] == [2, 3, 4, 5]
+    assert found["score"] == [[1, -1, 0, 0], [3, 1, -1, -3]], "no scores given: won less lost"
+    assert found["unsafe"][0][:2] == [0, 1] and found["none"] == [0, 0, 0]
+
+
+def refused() -> str:
+    """What is said of two groups, of which one has a loss that is not finite."""
+    import torch
+
+    from megatron_bdpo.errors import UserError
+    from megatron_bdpo.losses import GroupLogProbs
+    from megatron_bdpo.training.finite import check_losses
+
+    policy, present = torch.tensor([[-1.0, -2.0, 0.0], [-3.0, float("nan"), -5.0]]), torch.ones(2, 3).bool()
+    present[1, 2] = False
+    groups = GroupLogProbs(policy, torch.ones(2, 3), torch.ones(2, 3), present, reference=policy - 1)
+    try:
+        check_losses(torch.tensor([1.0, float("nan")]), groups, np.array([4, 7]), "row {}".format, "step 3")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_the_group_whose_loss_is_not_finite_is_named(ranks):
+    (told,) = ranks(1)(refused)
+    assert "step 3: the loss of 1 group is not finite:\n  row 7: loss nan, policy -3 / nan, reference -4 / nan" in told

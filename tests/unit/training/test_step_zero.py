@@ -32,7 +32,7 @@ def process_groups() -> Iterator[None]:
 def verdict(dtype: torch.dtype, microbatches_by_rank: list[list[Answers]], loss: str = "dpo", **options: Any) -> str:
     """What the gate says on this rank."""
     from megatron_bdpo.errors import UserError
-    from megatron_bdpo.losses import PairLogProbs, PairLossFunction, registry
+    from megatron_bdpo.losses import GroupLogProbs, PairLogProbs, PairLossFunction, registry
     from megatron_bdpo.model.precision import Precision
     from megatron_bdpo.training.step_zero import StepZeroGate
 
@@ -40,9 +40,16 @@ def verdict(dtype: torch.dtype, microbatches_by_rank: list[list[Answers]], loss:
     with process_groups():
         gate = StepZeroGate(Precision(dtype))
         for answers in microbatches_by_rank[torch.distributed.get_rank()]:
-            off, tokens = torch.tensor(answers, dtype=torch.float64).reshape(-1, 2, 2).unbind(2)
+            of_groups = function.spec.of_groups  # all answers of a microbatch are one, every other scored alike
+            shape = (1, -1, 2) if of_groups else (-1, 2, 2)
+            off, tokens = torch.tensor(answers, dtype=torch.float64).reshape(shape).unbind(2)
             reference, safe = -3 * tokens, torch.zeros_like(tokens)
             given = (reference, reference - 0.5 * tokens)  # unconditional: the reference comprehends them alike
+            if of_groups:
+                score, present = torch.arange(tokens.shape[1]) % 2 == 0, torch.ones_like(tokens, dtype=torch.bool)
+                groups = GroupLogProbs(reference + off, tokens, score[None].double(), present, *given)
+                gate.observe_groups(groups, function)
+                continue
             gate.observe(PairLogProbs.of_pairs(tokens, reference + off, *given, safe), function)
         try:
             return gate.judge()
@@ -78,6 +85,8 @@ EVERY_LOSS = [
     {"loss": "safedpo"},
     *({"loss": name} for name in ("apo_down", "apo_zero", "bco_pair", "discopop", "dpop", "exo_pair", "nca_pair")),
     *({"loss": name} for name in ("sigmoid_norm", "sppo_hard")),
+    *({"loss": name} for name in ("pl_dpo", "infonca", "nca", "bdpo_list")),
+    {"loss": "bdpo_list", "bdpo_list_form": "all-pairs"},
     *(
         {"loss": name, "f_divergence": divergence}
         for name in ("dpo", "ipo")
@@ -109,15 +118,26 @@ def test_the_losss_tolerance_follows_its_slope(ranks):
 def losses_with_a_reference() -> set[str]:
     from megatron_bdpo.losses import registry
 
-    return {
-        spec.name
-        for spec in registry.all_specs()
-        if spec.requirements(spec.options()).reference and not spec.of_groups  # training refuses these
-    }
+    return {spec.name for spec in registry.all_specs() if spec.requirements(spec.options()).reference}
 
 
 def test_every_loss_with_a_reference_is_here(ranks):
-    assert {case["loss"] for case in EVERY_LOSS} == ranks(1)(losses_with_a_reference)[0]
+    assert {case["loss"] for case in EVERY_LOSS} | {JUMPS} == ranks(1)(losses_with_a_reference)[0]
+
+
+#: Its weights depend on the order of the rewards, which is rounding's where the policy is the reference.
+JUMPS = "lipo_lambda"
+
+
+def test_a_loss_that_jumps_is_judged_by_its_log_probs(ranks):
+    cases = [
+        {"dtype": torch.bfloat16, "microbatches_by_rank": adverse(torch.bfloat16, share, 1, 3, 40, 25), "loss": JUMPS}
+        for share in (0.9, 1.1)
+    ]
+    within, beyond = ranks(1)(verdicts, cases)[0]
+    assert (
+        "loss off by 0.0e+00" in within and within.startswith("step 0: policy equals") and beyond.startswith("stopped")
+    )
 
 
 def test_nan_stops(ranks):
