@@ -51,9 +51,8 @@ class AttentionPlan(PackedSeqParams):
     """
 
     positions: Tensor = field(default_factory=lambda: torch.empty(0))  # [T] position within its sequence
-    groups: Tensor = field(default_factory=lambda: torch.empty(0))  # [T] number of the pair; of padding 0
-    group_count: int = 0
-    """Pairs of the whole pack."""
+    groups: Tensor = field(default_factory=lambda: torch.empty(0))  # [T] number of the group; of padding 0
+    group_weight: Tensor = field(default_factory=lambda: torch.empty(0))  # [G] what each counts in the step's mean
     key_index: Tensor = field(default_factory=lambda: torch.empty(0))  # [K]
     query_starts: Tensor = field(default_factory=lambda: torch.empty(0))  # [R + 1] int32
     key_starts: Tensor = field(default_factory=lambda: torch.empty(0))  # [R + 1] int32

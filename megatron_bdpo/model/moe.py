@@ -9,10 +9,11 @@ the P pairs of the step, so the schedule's ``moe_grad_scale_func`` has to multip
 n_p tokens of pack p, N those of all packs. Padding is no token: it is routed, like all positions, but counts nowhere.
 What remains is the mean over tokens that Megatron's users know, whatever the pairs per pack and the layout.
 
-The loss by sequence (``seq_aux_loss``) takes a pair's prompt and answers for one sequence, and is a mean over pairs as
-their own losses are: nothing makes up for tokens there.
+The loss by sequence (``seq_aux_loss``) takes a prompt and its answers, a group, for one sequence, and is a mean as the
+pairs' own losses are: nothing makes up for tokens there. With w_g what a group counts in the mean of a step, which is
+over P:
 
-    gradient of the step = 1/P sum over pairs [ gradient of the pair loss + gradient of the aux loss of the pair ]
+    gradient of the step = 1/P sum over groups [ gradient of its pair losses + w_g * gradient of the group's aux loss ]
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ class PairRouter(TopKRouter):
     """Megatron's router for packs that have padding, more on some ranks than on others, or hold nothing else.
 
     Attributes:
-        groups: [tokens] number of the pair that each of this rank's positions is of, in the pass of this layer that is
+        groups: [tokens] number of the group that each of this rank's positions is of, in the pass of this layer that is
             running; None where no loss asks for it.
-        group_count: pairs of the pack.
+        group_weight: [G] what each group of the pack counts.
     """
 
     groups: Tensor | None = None
-    group_count: int = 0
+    group_weight: Tensor
     expert_bias: Tensor | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -100,24 +101,25 @@ class PairRouter(TopKRouter):
         bsz: int,
         with_padding_mask: bool = False,
     ) -> Tensor:
-        """Attach the sum of the load-balancing losses of the pack's pairs, each a mean over the pair's tokens.
+        """Attach the sum of the load-balancing losses of the pack's groups, each a mean over the group's tokens.
 
-        With P_e the mean probability of expert e and f_e its share of the pair's choices (Switch, arXiv 2101.03961,
+        With P_e the mean probability of expert e and f_e its share of the group's choices (Switch, arXiv 2101.03961,
         equation 4, for each sequence as in DeepSeek-V3, arXiv 2412.19437, equation 17): coefficient E sum_e f_e P_e.
         """
         coefficient = self.get_aux_loss_coeff("seq_aux_loss")
         if coefficient == 0 or self.groups is None:
             return probs
-        shape = (self.group_count, routing_map.shape[-1])
+        weight = self.group_weight.to(scores_for_aux_loss)
+        shape = (len(weight), routing_map.shape[-1])
         chosen = scores_for_aux_loss.new_zeros(shape).index_add(0, self.groups, routing_map.to(scores_for_aux_loss))
         torch.distributed.all_reduce(chosen, group=self.tp_cp_group)
         tokens = (chosen.sum(-1, keepdim=True) / self.topk).clamp(min=1)
         # Of this rank's positions: those of the other ranks of the sequence add theirs.
         mass = scores_for_aux_loss.new_zeros(shape).index_add(0, self.groups, scores_for_aux_loss)
-        losses = shape[1] * (chosen / (tokens * self.topk) * mass / tokens).sum(-1)
+        losses = weight * shape[1] * (chosen / (tokens * self.topk) * mass / tokens).sum(-1)
         get_moe_metrics_tracker().record(
             "seq_load_balancing_loss",
-            losses.detach().sum() / max(self.group_count, 1),
+            losses.detach().sum() / weight.sum().clamp(min=1),
             self.layer_number,
             self.config.num_layers,
             reduce_group=self.tp_cp_group,
@@ -181,7 +183,7 @@ def tell_pairs(model: Any) -> None:
 
 def _tell(model: Any, router: PairRouter, layer: Any, given: Any, named: dict[str, Any]) -> None:
     plan = named["packed_seq_params"]
-    router.groups, router.group_count = model.own_positions(plan.groups), plan.group_count
+    router.groups, router.group_weight = model.own_positions(plan.groups), plan.group_weight
 
 
 def freeze_routers(model: Any) -> None:

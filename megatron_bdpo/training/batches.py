@@ -49,6 +49,7 @@ class PackPairs:
     weight: Tensor  # [P] float64, of the pair in the step's mean
     count: int  # of what the step's mean is over: the sum of the weights
     first: IntArray  # [G] the first pair of each group, on the host
+    group_weight: Tensor  # [G] float64, the sum of the weights of a group's pairs
     table: PackTable | None = None  # where the loss is of groups
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class PackPairs:
 
 _NONE, _NO_NUMBERS = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
 _NO_INDICES = np.zeros(0, np.int64)
-NO_PAIRS = PackPairs(_NO_INDICES, _NONE, _NONE, _NO_NUMBERS, _NO_NUMBERS, 0, _NO_INDICES)
+NO_PAIRS = PackPairs(_NO_INDICES, _NONE, _NONE, _NO_NUMBERS, _NO_NUMBERS, 0, _NO_INDICES, _NO_NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ class PackMaker:
             torch.from_numpy(weight),
             count=len(ids) if self.over_pairs else len(groups),
             first=np.cumsum(sizes) - sizes,
+            group_weight=torch.from_numpy(sizes.astype(np.float64) if self.over_pairs else np.ones(len(sizes))),
             table=self._table(ids, answers, sizes) if self.with_tables else None,
         )
 
@@ -227,7 +229,7 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
             max_seqlen_kv=table_length,
             positions=views["positions"],
             groups=views["groups"],
-            group_count=len(pairs.first),
+            group_weight=views["pairs.group_weight"],
             key_index=views["key_index"],
             query_starts=views["query_starts"],
             key_starts=views["key_starts"],

@@ -283,7 +283,7 @@ def score_and_tell(flags, **overrides):
     call, told = GroupScorer.__call__, []
 
     def tell(scorer, blocks):
-        told.extend(([block.groups.pairs[pack].tolist() for pack in block.packs], block.length) for block in blocks)
+        told.extend(([block.groups.ids[pack].tolist() for pack in block.packs], block.length) for block in blocks)
         return call(scorer, blocks)
 
     with mock.patch.object(GroupScorer, "__call__", tell):

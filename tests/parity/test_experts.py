@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.harness.jobs import TINY_MODEL, train
+from tests.harness.jobs import DATA, TINY_MODEL, train
 from tests.harness.ranks import RankFailure
 from tests.harness.recording import merge, train_and_record
 from tests.parity.matrix import MODELS, VPP2
@@ -107,9 +109,33 @@ def test_auxiliary_loss_is_a_mean_over_tokens(gradient_of, name):
     assert deviation(gradient_of, coefficients, loss, coefficient) <= ALLOWED
 
 
-def deviation(gradient_of, coefficients, loss, coefficient, mistake=None) -> float:
+@pytest.mark.parametrize("over", ["groups", "pairs"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_auxiliary_loss_of_groups(gradient_of, tmp_path, name, over):
+    """Of three answers each, which are three pairs: the same means, whatever the mean of the pairs' losses is over."""
+    lines = [json.loads(line) for line in (DATA / "train.jsonl").open()][:8]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt": each["prompt"],
+                    "responses": [each["chosen"], each["rejected"], other["chosen"]],
+                    "scores": [3, 2, 1],
+                }
+            )
+            + "\n"
+            for each, other in itertools.pairwise(lines)
+        )
+    )
+    groups = {"pair_data": [str(rows)], "max_pairs": None, "pairs_from": "all", "mean_over": over}
+    coefficients, loss, coefficient = LOSSES[name]
+    assert deviation(gradient_of, coefficients | groups, loss, coefficient, also=groups) <= ALLOWED
+
+
+def deviation(gradient_of, coefficients, loss, coefficient, mistake=None, also=MappingProxyType({})) -> float:
     # A coefficient of nothing has routers told of pairs.
-    nothing = BY_PAIR | {"moe_aux_loss_coeff": 1e-30} if loss is load_balancing_loss_of_a_pair else {}
+    nothing = dict(BY_PAIR | {"moe_aux_loss_coeff": 1e-30} if loss is load_balancing_loss_of_a_pair else {}, **also)
     without, weight, packs = gradient_of(**nothing)
     assert len({len(pack) for pack in packs}) > 1, (
         "packs of one size would not tell means of packs from means of tokens"
@@ -140,7 +166,7 @@ def one_sequence_in_a_pack(undo: contextlib.ExitStack) -> None:
 
     def told(model: Any, router: Any, layer: Any, given: Any, named: dict[str, Any]) -> None:
         router.groups = torch.zeros_like(model.own_positions(named["packed_seq_params"].groups))
-        router.group_count = 1
+        router.group_weight = torch.ones(1)
 
     undo.enter_context(mock.patch.object(moe, "_tell", told))
 

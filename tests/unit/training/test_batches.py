@@ -26,12 +26,9 @@ def batch_of(pack: Pack, length: int) -> Any:
 
     unsafe = torch.tensor([[0, 1], [1, 0], [-1, -1], [0, 0]])
     margin, weight = torch.arange(4.0), torch.tensor([1 / 2, 1 / 2, 1 / 2, 1 / 2])
-    return to_batch(
-        pack,
-        length,
-        64,
-        PackPairs(np.arange(50, 54), torch.tensor(PAIRS), unsafe, margin, weight, 2, np.array([0, 2, 2])),
-    )
+    first, of_groups = np.array([0, 2, 2]), torch.ones(3, dtype=torch.float64)
+    pairs = PackPairs(np.arange(50, 54), torch.tensor(PAIRS), unsafe, margin, weight, 2, first, of_groups)
+    return to_batch(pack, length, 64, pairs)
 
 
 def tensors_of(value: Any, name: str = "") -> dict[str, Any]:
