@@ -9,6 +9,7 @@ import pytest
 
 from megatron_bdpo.data.context import ContextRank, context_part
 from megatron_bdpo.data.packs import Pack, lay_out
+from tests.unit.data.test_groups import stored
 from tests.unit.data.test_packs import group
 from tests.unit.data.test_pool import RankedStore
 
@@ -136,7 +137,7 @@ def group_read(over_pairs: bool) -> dict[str, Any]:
         "answers": batch.pairs.answers.tolist(),
         "weight": batch.pairs.weight.tolist(),
         "count": batch.pairs.count,
-        "groups": batch.attention.group_count,
+        "groups": len(batch.attention.group_weight),
         "first": batch.pairs.first.tolist(),
         **{name: value.tolist() for name, value in vars(read).items() if value is not None},
         "none": [len(groups_of(empty, policy[:0], policy[:0].view(0, 2), None)), empty.pairs.count, len(empty.pairs)],
@@ -182,3 +183,50 @@ def refused() -> str:
 def test_the_group_whose_loss_is_not_finite_is_named(ranks):
     (told,) = ranks(1)(refused)
     assert "step 3: the loss of 1 group is not finite:\n  row 7: loss nan, policy -3 / nan, reference -4 / nan" in told
+
+
+#: A row of three pairs of three answers, and one of a pair; the latter asks for a margin.
+GROUPS = [(1, "A", "B", None), (1, "C", "A", None), (1, "C", "B", None), (2, "A", "B", 0.5)]
+ANSWERS = {"A": (1, 2), "B": (3,), "C": (4, 5, 6)}
+EMPTY = [0]  # the unconditional prompt of ``stored``
+
+
+def made(directory: str) -> dict[str, Any]:
+    """What a pack of these groups has, the second first, once after its own prompt and once after the empty one."""
+    from pathlib import Path
+
+    from megatron_bdpo.data.pool import PairPool
+    from megatron_bdpo.data.records import PreferenceRecord
+    from megatron_bdpo.data.tokenization import PairTokens
+    from megatron_bdpo.data.tokenized_rows import RowsBuilder
+    from megatron_bdpo.training.batches import PackMaker
+
+    builder = RowsBuilder()
+    for row, chosen, rejected, margin in GROUPS:
+        tokens = ([9, 8], ANSWERS[chosen], ANSWERS[rejected])
+        record = PreferenceRecord("", "", "", chosen == "C", rejected == "C", margin=margin)
+        builder.append(PairTokens(*(np.array(part, np.int32) for part in tokens)), row, record)
+    pool, found = PairPool([stored(Path(directory) / "store", builder.finish())]), {}
+    for over_pairs in (False, True):
+        make = PackMaker(pool, 32, over_pairs=over_pairs)
+        batch = make.mixed(np.array([1, 0, 1]), np.array([False, False, True]), 24)
+        pairs = {name: getattr(batch.pairs, name).tolist() for name in ("ids", "answers", "unsafe", "margin", "weight")}
+        of_groups = {"count": batch.pairs.count, "group_weight": batch.attention.group_weight.tolist()}
+        found[over_pairs] = pairs | of_groups | {"tokens": batch.tokens.tolist()[0]}
+        nothing = make(np.zeros(0, np.int64), 8).pairs
+        assert len(nothing) == nothing.count == len(nothing.group_weight) == 0
+    return found
+
+
+def test_pairs_of_a_pack_of_groups(ranks, tmp_path):
+    """Numbered through the pack's answers; what they count is 1 in all of a group, or each."""
+    (found,) = ranks(1)(made, str(tmp_path))
+    a, b, c = ANSWERS.values()
+    for over_pairs, of in found.items():
+        assert of["tokens"] == [9, 8, *a, *b, 9, 8, *a, *b, *c, *EMPTY, *a, *b, *[0] * 7]
+        assert of["ids"] == [3, 0, 1, 2, 3]
+        assert of["answers"] == [[0, 1], [2, 3], [4, 2], [4, 3], [5, 6]]
+        assert of["unsafe"] == [[1, 1], [1, 1], [0, 1], [0, 1], [1, 1]] and of["margin"] == [0.5, 0, 0, 0, 0.5]
+        assert of["weight"] == ([1] * 5 if over_pairs else [1, 1 / 3, 1 / 3, 1 / 3, 1])
+        assert of["group_weight"] == ([1, 3, 1] if over_pairs else [1, 1, 1])
+        assert of["count"] == (5 if over_pairs else 3)
