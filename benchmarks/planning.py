@@ -148,22 +148,22 @@ def write_store(directory: Path, pairs: int) -> None:
             for part in np.array_split(np.empty(pairs, bool), -(-pairs // 2**20))
         ]
     )
-    totals = lengths.sum(axis=1, dtype="<i8")
+    ends = np.cumsum(lengths.ravel(), dtype="<i8")
     report = DataReport(["generated"], rows_read=[pairs], pairs_kept=[pairs])
     columns = {
-        "starts": np.concatenate([[0], np.cumsum(totals)[:-1]]),
+        "starts": (ends - lengths.ravel()).reshape(-1, 3),
         "lengths": lengths,
         "source": np.zeros(pairs, "<i2"),
         "row": np.arange(1, pairs + 1, dtype="<i8"),
         "unsafe": np.full((pairs, 2), -1, "<i1"),
         "margin": np.zeros(0, "<f8"),
         "prompt_of": np.full(pairs, -1, "<i4"),
-        **{name: np.zeros(0, "<i8") for name in ("reference", "context", "own_prompts", "own_lengths")},
+        **{name: np.zeros(0, "<i8") for name in ("reference", "score", "context", "own_prompts", "own_lengths")},
     }
     directory.mkdir()
-    arrays = {"tokens": {"rows": int(totals.sum()), "crc32": 0}}
+    arrays = {"tokens": {"rows": int(ends[-1]), "crc32": 0}}
     with (directory / "tokens.bin").open("wb") as file:
-        file.truncate(4 * int(totals.sum()))
+        file.truncate(4 * int(ends[-1]))
     for name, values in columns.items():
         values.tofile(directory / f"{name}.bin")
         arrays[name] = {"rows": len(values), "crc32": zlib.crc32(values)}

@@ -140,7 +140,8 @@ def run(
         job = Timed(arguments)
         plan, pool = job.job.plan, job.job.pool
         measured.fill, measured.positions = plan.fill, plan.positions.sum() / len(plan.steps)
-        measured.lengths = pool.lengths[plan.steps].astype(np.int64)
+        pairs = [pool.pairs_of(step) for step in plan.steps]  # equally many in each
+        measured.lengths = np.stack([pool.lengths[each] for each in pairs]).astype(np.int64)
         if keep_pairs:
             measured.pairs = [list(_tokens(pool, step)) for step in plan.steps]
         job.pretrain()
@@ -153,5 +154,6 @@ def run(
 
 def _tokens(pool: Any, ids: np.ndarray[Any, Any]) -> Iterator[tuple[Any, ...]]:
     for each in ids:
-        group = pool.group(each).group
-        yield tuple(part.tolist() for part in (group.prompt, *group.answers))
+        group, _, compared = pool.group(each)
+        for better, worse in compared:
+            yield tuple(part.tolist() for part in (group.prompt, group.answers[better], group.answers[worse]))

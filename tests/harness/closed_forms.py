@@ -264,7 +264,7 @@ def expected_rewards(name: str, p: Pair, options: dict[str, Any]) -> tuple[float
         case "cpo":
             return options["beta"] * p.l_w, options["beta"] * p.l_l
         case "orpo" | "sft" | "simpo":
-            scale = {"orpo": options.get("orpo_weight"), "sft": 1.0}.get(name, options.get("beta"))
+            scale = 1.0 if name == "sft" else options["orpo_weight" if name == "orpo" else "beta"]
             return scale * p.l_w / p.n_w, scale * p.l_l / p.n_l
         case "sigmoid_norm":
             return options["beta"] * (p.l_w - p.r_w) / p.n_w, options["beta"] * (p.l_l - p.r_l) / p.n_l

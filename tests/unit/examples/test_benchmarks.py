@@ -115,6 +115,19 @@ def test_vs_trl(tmp_path):
 
 
 @pytest.mark.slow
+def test_groups(tmp_path):
+    """Groups, their pairs and TRL take the same steps; the groups' positions are those of the arithmetic."""
+    pytest.importorskip("trl")
+    flags = ["--lengths", "20", "30", "--rows-per-step=2", "--steps=3", "--rounds=1"]
+    output, (groups, pairs, trl) = measured("groups.py", flags, tmp_path)
+    losses = {row["contender"]: json.loads(row["losses"]) for row in (groups, pairs, trl)}
+    assert losses["pairs"] == pytest.approx(losses["groups"], abs=1e-6)
+    assert losses["trl"] == pytest.approx(losses["groups"], abs=1e-5)
+    assert len(set(losses["groups"])) == 3, "losses that do not move compare nothing"
+    assert 3 < float(pairs["positions"]) / float(groups["positions"]) < 4 and "times the positions" in output
+
+
+@pytest.mark.slow
 def test_lora(tmp_path):
     """From the same adapters, ours and TRL's take the same steps."""
     pytest.importorskip("peft")
