@@ -289,7 +289,7 @@ def hold_out(ids: IntArray, share: float, seed: int) -> tuple[IntArray, IntArray
         raise UserError(f"--eval-share must be at least 0 and below 1, not {share}.")
     count = round(len(ids) * share)
     if share and not count:
-        raise UserError(f"--eval-share {share} of {len(ids)} pairs is not even one. Raise it, or leave it out.")
+        raise UserError(f"--eval-share {share} of {len(ids)} usable rows is not even one. Raise it, or leave it out.")
     chosen = np.random.default_rng([seed, 2]).permutation(len(ids))[:count]
     mask = np.zeros(len(ids), bool)
     mask[chosen] = True

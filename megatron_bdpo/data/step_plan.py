@@ -94,6 +94,7 @@ class PlanSettings:
     seed: int = 1234
     pack_pairs: bool = True  # False: one pair per pack, the oracle
     fixed_length: bool = False  # all packs are as long as they may be
+    unit: str = "pairs"  # what steps are made of, for messages
 
     @property
     def one_length(self) -> bool:
@@ -147,7 +148,8 @@ def plan_steps(
     longest = max((int(sizes[ids].max(initial=0)) for ids, _ in pools), default=0)
     if longest > settings.max_pack_length:
         raise UserError(
-            f"a pair takes {longest} positions, more than a pack of --seq-length {settings.max_pack_length}"
+            f"one of the {settings.unit} takes {longest} positions, more than a pack of --seq-length "
+            f"{settings.max_pack_length}"
         )
     steps = _draw_steps(sizes, settings, num_steps, pools)
     step_sizes = sizes[steps]
@@ -204,7 +206,7 @@ def _draw_steps(
         raise UserError("there is no pair to train on. Give --pair-data with rows that can be used.")
     if per_epoch < per_step:
         raise UserError(
-            f"--pairs-per-step {per_step} is more than the {per_epoch} usable pairs of an epoch. "
+            f"--pairs-per-step {per_step} is more than the {per_epoch} usable {settings.unit} of an epoch. "
             f"Use --pairs-per-step {per_epoch} or less, or more data."
         )
     # Windows depend on the data alone, so that a longer run repeats a shorter one's steps.

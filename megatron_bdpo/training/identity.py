@@ -69,7 +69,7 @@ def identity_of(settings: Settings, job: PairJob, lora: dict[str, Any]) -> RunId
     """
     return RunIdentity(
         data=job.pool.stores[0].fingerprint,
-        pairs=len(job.train.ids),
+        pairs=job.training_pairs,
         pairs_per_step=job.plan.steps.shape[1],
         seed=settings.schedule.seed,
         loss=" ".join(filter(None, (job.loss.spec.name, str(job.loss.options), settings.loss.digest))),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,16 +107,16 @@ class PairJob:
 
     def describe(self) -> list[str]:
         """Loss, pairs and plan in a few lines."""
-        plan, lengths = self.plan, self.pool.group_lengths(self.train.ids)
+        plan, lengths, unit = self.plan, self.pool.group_lengths(self.train.ids), _unit(self.pool)
         unshared, shared = (int(lengths.positions(share_prompts=share).sum()) for share in (False, True))
         lines = [
             f"loss: {self.loss.describe()}",
             f"pairs: {self._counted(self.train)} to train on, {self._counted(self.held_out)} held out"
             + "".join(f"; {note}" for note in self.train.notes + self.held_out.notes),
-            f"plan: {len(plan.steps)} steps of {plan.steps.shape[1]} {self._unit}, each in {plan.data_parallel} ranks "
+            f"plan: {len(plan.steps)} steps of {plan.steps.shape[1]} {unit}, each in {plan.data_parallel} ranks "
             f"x {plan.microbatches} packs of {_range(plan.lengths)} positions; fill {plan.fill:.1%}",
         ]
-        if self._has_groups:
+        if unit == "groups":
             over = "pairs" if self.over_pairs else "groups, of the mean over a group's pairs"
             lines.append(f"groups: pairs of one row and prompt; a step's loss is the mean over its {over}")
         if self.fixed_length:
@@ -130,17 +130,9 @@ class PairJob:
             lines.append(f"prompts: {self.prompts.describe()}, at every evaluation")
         return lines
 
-    @property
-    def _has_groups(self) -> bool:
-        return self.pool.groups < len(self.pool)
-
-    @property
-    def _unit(self) -> str:
-        return "groups" if self._has_groups else "pairs"
-
     def _counted(self, selection: Selection) -> str:
         pairs = str(len(self.pool.pairs_of(selection.ids)))
-        return f"{pairs} in {len(selection.ids)} groups" if self._has_groups else pairs
+        return f"{pairs} in {len(selection.ids)} groups" if _unit(self.pool) == "groups" else pairs
 
     def _describe_context(self) -> str:
         packs = zip(self.plan.packs(0, rank=0), self.plan.lengths[0].tolist(), strict=True)
@@ -156,6 +148,11 @@ class PairJob:
 
 
 _PACKS_LOOKED_AT = 16
+
+
+def _unit(pool: PairPool) -> str:
+    """What steps are made of, in words."""
+    return "groups" if pool.groups < len(pool) else "pairs"
 
 
 def each_once(*ids: IntArray) -> IntArray:
@@ -209,10 +206,10 @@ def _check_loss(settings: Settings, loss: PairLossFunction) -> None:
             f"--reference columns has the log-probs of answers after their prompts; --preference-loss "
             f"{settings.loss.name} reads {reads}. Leave --reference out."
         )
-    if loss.spec.of_groups and settings.steps.mean_over == "pairs":
+    if loss.spec.of_groups and settings.steps.mean_over:
         raise UserError(
-            f"--mean-over pairs: --preference-loss {settings.loss.name} is a loss of groups, and a step's mean is "
-            "over them. Leave it out."
+            f"--mean-over {settings.steps.mean_over}: --preference-loss {settings.loss.name} is a loss of groups, and "
+            "a step's mean is over them. Leave it out."
         )
     if settings.pairs.unconditional_prompt != "empty" and not loss.requirements.comprehension:
         raise UserError(
@@ -229,6 +226,14 @@ def _check_loss(settings: Settings, loss: PairLossFunction) -> None:
             "--reference-model names a reference that nobody reads: "
             + ("the rows bring its log-probs. " if reads_reference else "the loss has none. ")
             + "Leave it out."
+        )
+
+
+def _refuse_without_groups(settings: Settings, pool: PairPool) -> None:
+    if settings.steps.mean_over and pool.groups == len(pool):
+        raise UserError(
+            f"--mean-over {settings.steps.mean_over} makes no difference: no row gives several pairs of one prompt. "
+            "Leave it out, or have more pairs made of rows with ranked answers: --pairs-from all."
         )
 
 
@@ -274,6 +279,7 @@ DEFAULT_ANSWER = 64
 
 
 def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:
+    _refuse_without_groups(settings, pool)
     if len(pool.stores) > 1:
         train, held_out = map(Selection, (pool.groups_of_store(0), pool.groups_of_store(1)))
     else:
@@ -291,7 +297,7 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
     if settings.reference.is_in_columns:
         _check_columns(pool, np.concatenate([train.ids, held_out.ids]))
     sources = pools.by_source(pool, 0, train.ids)
-    for_plan = plan_settings(settings)
+    for_plan = replace(plan_settings(settings), unit=_unit(pool))
     steps, epochs = settings.schedule.train_iters, settings.steps.pair_epochs
     if steps is None:
         assert epochs is not None, "one of both is given: see flags.refusals"

@@ -41,9 +41,9 @@ class StepSettings:
 
     pairs_per_step: int | None = None
     """preference pairs per optimizer step, over all ranks; exact. Of rows with several pairs (--pairs-from), rows"""
-    mean_over: Literal["groups", "pairs"] = "groups"
+    mean_over: str | None = flag(choices=("groups", "pairs"))
     """of rows with several pairs, a step's loss is the mean over its rows of the mean over a row's pairs, or the mean
-    over all its pairs"""
+    over all its pairs (default: groups)"""
     pair_epochs: float | None = flag(type=finite)
     """train for this many passes over the pairs instead of --train-iters"""
     pack_pairs: bool = switch("pack-pairs", True)

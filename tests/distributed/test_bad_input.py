@@ -137,7 +137,7 @@ FLAG_CASES = {
     "an assertion without words": (["--num-attention-heads", "6"], r"Megatron refused the arguments: .+"),
     "nothing to start from": (["--pretrained-checkpoint", "/nowhere"], "/nowhere: there is no checkpoint in it"),
     "nowhere to save": (["--save", "/proc/x", "--save-interval", "1"], "--save /proc/x cannot be written"),
-    "no held-out pairs": (["--eval-share", "0.001"], "--eval-share 0.001 of 48 pairs is not even one"),
+    "no held-out pairs": (["--eval-share", "0.001"], "--eval-share 0.001 of 48 usable rows is not even one"),
     "held-out pairs that are not there": (["--eval-pair-data", "gone.jsonl"], r"gone\.jsonl: there is no such file"),
     "no labels": (
         ["--preference-loss", "safedpo", "--pair-data", "UNLABELLED"],

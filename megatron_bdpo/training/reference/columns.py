@@ -50,7 +50,10 @@ def _lines(found: Scores, counts: list[int]) -> Iterator[str]:
         if len(by_row) < len(ids):
             rows, pairs = np.unique(found.row[ids], return_counts=True)
             several = describe_row(source, int(rows[np.argmax(pairs > 1)]))
-            raise UserError(f"{several} has given several pairs, and has no room for the log-probs of each.")
+            raise UserError(
+                f"{several} has given several pairs, and has no room for the log-probs of each. Score a file in which "
+                "every pair is a row, or one pair of each row: --pairs-from best-worst."
+            )
         for number, row in read_rows(source):
             if isinstance(row, RowProblem) or number not in by_row:
                 counts[1] += 1

@@ -149,6 +149,28 @@ def test_a_pool_is_its_pairs(tmp_path: Path, seed: int) -> None:
             assert of_source.tolist() == [g for g in own if pairs[pool.first_pair[g]].source == source]
 
 
+def test_answers_of_different_stores_are_never_one(tmp_path: Path) -> None:
+    """Although they begin at the same place, each in its own tokens."""
+    stores = []
+    for index, (prompt, first) in enumerate(((ids(1), ids(2, 3)), (ids(1, 2, 3), ids(4)))):
+        builder = RowsBuilder()
+        for chosen, rejected in ((first, ids(5)), (ids(5), first)):
+            builder.append(PairTokens(prompt, chosen, rejected), 1, PreferenceRecord("", "", ""))
+        stores.append(store_of_rows(tmp_path / str(index), builder))
+    pool = PairPool(stores)
+    assert stores[0].starts[0, 2] == stores[1].starts[0, 1] == 3
+    assert pool.group_lengths(np.arange(2)).answers.tolist() == [2, 2]
+    assert pool.sizes(share_prompts=True).tolist() == [4 + 1, 5]
+
+
+def store_of_rows(directory: Path, builder: RowsBuilder) -> PairStore:
+    directory.mkdir()
+    with PairStoreWriter(directory) as writer:
+        writer.extend(builder.finish(), 0)
+        writer.finish(StoreInfo("0", {}, [7, 7], (SourceSpec("a"),), DataReport(["a"])))
+    return PairStore.open(directory)
+
+
 def test_groups_are_held_out_whole(tmp_path: Path) -> None:
     pool = PairPool([store_of(tmp_path / "store", drawn(np.random.default_rng(3), 0, singles=False))])
     train, held_out = hold_out(np.arange(10, 30), 0.25, seed=1)

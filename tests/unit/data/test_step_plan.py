@@ -359,7 +359,7 @@ def test_weights_count_as_usable_pairs():
 
 
 def test_pair_longer_than_a_pack_is_refused():
-    with pytest.raises(UserError, match="a pair takes 129 positions, more than a pack of --seq-length 128"):
+    with pytest.raises(UserError, match="one of the pairs takes 129 positions, more than a pack of --seq-length 128"):
         plan_steps(np.array([10, 129, 10, 10]), PLAN, 1)
 
 
