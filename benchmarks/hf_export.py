@@ -1,4 +1,4 @@
-r"""How long --save-hf takes at the end of a training, each rank's peak in host memory, and what goes between ranks.
+r"""How long --save-hf takes at the end of a training run, each rank's peak in host memory, and what goes between ranks.
 
     python benchmarks/hf_load.py write 1b /tmp/llama-1b            # random weights, bf16
     python benchmarks/hf_export.py /tmp/llama-1b /tmp/exported --ranks 4 --against OTHER_CHECKOUT -- \

@@ -5,8 +5,8 @@ r"""How long a run over a million pairs takes to plan its steps and find its ref
     python benchmarks/planning.py --pairs 10000 1000000 50000000 --without-scores         # a process each, one table
 
 A token store and a directory of reference scores of that size are written first (the tokens themselves as a hole in a
-file: zeros). Then the functions of a training's start run on them, as they do there. Memory is the process's resident
-set at its highest within each stage, mapped files that were read included.
+file: zeros). Then the functions of a training run's start run on them, as they do there. Memory is the process's
+resident set at its highest within each stage, mapped files that were read included.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) 
     with told("plan one epoch"):
         job = jobs._plan_job(planned.settings, loss, pool, None)
     print(job.describe(), flush=True)
-    with told(f"open the store on {ranks} ranks, and lay out a pack on each"):
+    with told(f"open the store on {ranks} ranks and lay out a pack on each"):
         for rank in range(ranks):
             own, step = PairPool([PairStore.open(store_directory)]), len(job.plan.steps) // 2
             first = job.plan.packs(step, rank)[0]
@@ -113,10 +113,10 @@ def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) 
             values = log_probs.table()
     else:
         values = made_up(pool.lengths)
-    with told("settle the temperature, and the quartiles of the imbalance"):
+    with told("compute the temperature and the quartiles of the imbalance"):
         pairs = values.training_values(job)
         of = len(job.train.ids)
-        del job, values, in_use  # a training keeps them: some 100 bytes per pair, known from the lines above
+        del job, values, in_use  # a training run keeps them: some 100 bytes per pair, known from the lines above
         loss, _ = decide_options(loss, pairs, of, {})
         imbalance_edges(loss, pairs, of, [])
 

@@ -30,7 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         train = write_store(Path(directory) / "train", options.pairs, seed=0)
         held_out = write_store(Path(directory) / "held_out", options.held_out, seed=1)
-        with told("held-out prompts that are trained on, as a training looks for them"):
+        with told("held-out prompts that are trained on, as a training run looks for them"):
             leak(train, held_out)
         with told("all of data stats' quality"):
             found = DataQuality.of(train, held_out)

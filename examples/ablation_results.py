@@ -23,7 +23,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Run:
-    """One training: the start, or a loss with a seed."""
+    """One training run: the start, or a loss with a seed."""
 
     name: str
     loss: str

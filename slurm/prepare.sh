@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tokenizes all pairs ahead of a training, on CPU nodes:    RUN_DIR=... sbatch slurm/prepare.sh [flags for the trainer]
-# Each node does its part, and a stop loses a minute's work. The tokens go to the cache in RUN_DIR, where the training
+# Tokenizes all pairs ahead of a training run, on CPU nodes:    RUN_DIR=... sbatch slurm/prepare.sh [flags for the trainer]
+# Each node does its part, and a stop loses a minute's work. The tokens go to the cache in RUN_DIR, where the training run
 # with the same recipe finds them. Settings: slurm/README.md.
 #SBATCH --job-name=prepare
 #SBATCH --nodes=1

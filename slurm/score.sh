@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The reference's log-probs of all pairs, ahead of a training:    RUN_DIR=... sbatch slurm/score.sh [flags for the trainer]
-# They go to the cache in RUN_DIR, where the training with the same recipe finds them. Settings: slurm/README.md.
+# The reference's log-probs of all pairs, ahead of a training run:    RUN_DIR=... sbatch slurm/score.sh [flags for the trainer]
+# They go to the cache in RUN_DIR, where the training run with the same recipe finds them. Settings: slurm/README.md.
 #SBATCH --job-name=score
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -30,7 +30,7 @@ class Sampling:
 
 
 def by_transformers(model: str, prompts: list[Prompt], sampling: Sampling) -> Iterator[list[str]]:
-    """The answers of each prompt, in order. Rendered as the training renders them: text as it is, messages by the
+    """The answers of each prompt, in order. Rendered as the training run renders them: text as it is, messages by the
     model's chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -68,7 +68,7 @@ class Loop:
                 str(directory / "run"),
             ]
             if code := self.train([*own, "--save-interval", "1000000", *self.flags]):
-                raise UserError(f"round {number}: the training has ended with {code}. Its own lines above say why.")
+                raise UserError(f"round {number}: the training run has ended with {code}. Its own lines above say why.")
         return str(made)
 
     def _answers(self, number: int, model: str) -> Iterator[str]:
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1, help="of the answers; each round's is another (1)")
     parser.add_argument("--server", default="", help="address of an OpenAI-compatible API: http://localhost:8000/v1")
     parser.add_argument(
-        "--serve", default="", help="command that serves {model} there; it is ended before the training"
+        "--serve", default="", help="command that serves {model} there; it is ended before the training run"
     )
     return parser
 

@@ -100,7 +100,7 @@ def train(places: Places, model: str, ranks: int, flags: list[str]) -> None:
             log.write(line)
     if process.wait() or not _is_finished(places.run):
         raise UserError(
-            f"the training ended early, with exit code {process.returncode} ({places.run}/log.txt). "
+            f"the training run ended early, with exit code {process.returncode} ({places.run}/log.txt). "
             "The same command goes on from its last checkpoint."
         )
 
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=Path, default=ROOT / "runs" / "smollm2", metavar="DIR", help="(runs/smollm2)")
     add("--model", help="a Hugging Face model instead of fetching: a directory, or a name on the hub")
     add("--ranks", type=int, default=1, help="processes; layouts are flags (1)")
-    add("flags", nargs="*", metavar="-- FLAG ...", help="more flags for the training, after --")
+    add("flags", nargs="*", metavar="-- FLAG ...", help="more flags for the training run, after --")
     try:
         tell(parser.parse_args(argv))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""``megatron-bdpo data``: pair files before a training reads them."""
+"""``megatron-bdpo data``: pair files before a training run reads them."""
 
 from __future__ import annotations
 
@@ -83,9 +83,10 @@ def check(
 ) -> None:
     """Count the rows, and those that give no pair by reason, with their lines.
 
-    Without a tokenizer, so what only tokens show is for `data prepare`. Exit code 2 where a training would stop.
+    Without a tokenizer, so what only tokens show is for `data prepare`. Exit code 2 where a training run would stop.
     """
-    left, repeats = show, Repeats()
+    left, sources = show, parse_sources(pairs)
+    repeats = Repeats(sources)
 
     def show_problem(where: str, problem: RowProblem) -> None:
         nonlocal left
@@ -98,25 +99,25 @@ def check(
             click.echo(visible(reader.known_from))
 
     given = FormatSettings.parse(**{name: value for name, value in form.items() if value is not None})
-    report = check_rows(parse_sources(pairs), show_problem, max_rows, given, show_format, repeats.see)
+    report = check_rows(sources, show_problem, max_rows, given, show_format, repeats.see)
     if as_json:
-        print(json.dumps({**report.to_json(), "repeats": repeats.to_json()}, indent=1))
+        print(json.dumps({**report.to_json(), "repeats": repeats.found().to_json()}, indent=1))
     else:
-        display.show(*report.blocks(), *repeats.lines())
+        display.show(*report.blocks(), *repeats.found().lines())
     problem = excess(report, max_malformed_share, max_dropped_share)
     if problem:
-        raise UserError(f"{problem} Correct these rows, or allow them here and in the training with that flag.")
+        raise UserError(f"{problem} Correct these rows, or allow them here and in the training run with that flag.")
 
 
 def _encoding(function: Any) -> Any:
-    """Where the tokenizer comes from, and the limits that decide the tokens. The names are the training's."""
+    """Where the tokenizer comes from, and the limits that decide the tokens. The names are the training run's."""
     for add in (
         click.option("--unconditional-prompt", type=click.Choice(("empty", "context")), help="B-DPO's, in chats."),
         click.option("--train-on", type=click.Choice(("all-assistant", "last")), help="In answers of several turns."),
         click.option("--chat-template-kwargs", metavar="JSON", help="What the chat template reads beside messages."),
         click.option("--max-response-length", type=POSITIVE, metavar="N", help="Cut responses to so many tokens."),
         click.option("--max-prompt-length", type=POSITIVE, metavar="N", help="Cut prompts to their last N tokens."),
-        click.option("--recipe", multiple=True, metavar="FILE", help="Tokenizer and limits of a training's recipe."),
+        click.option("--recipe", multiple=True, metavar="FILE", help="Tokenizer and limits of a recipe."),
         click.option("--tokenizer-model", metavar="PATH"),
         click.option("--tokenizer-type", metavar="TYPE", help="Megatron's, e.g. SentencePieceTokenizer."),
         click.option("--hf-revision", metavar="REVISION", help="Branch, tag or commit of an --hf-model on the hub."),
@@ -146,7 +147,7 @@ def _tokenized(function: Any) -> Any:
 @_form
 @click.argument("pairs", nargs=1, metavar="FILE")
 def show(row: int, pairs: str, **options: Any) -> None:
-    """Show a row as a training sees it.
+    """Show a row as a training run sees it.
 
     The rendered prompt and answers with | between their tokens, what of them is scored, and how long they are.
     """
@@ -161,9 +162,9 @@ def show(row: int, pairs: str, **options: Any) -> None:
 @data.command("prepare", epilog=example("megatron-bdpo data prepare pairs.jsonl --hf-model MODEL --pair-cache-dir DIR"))
 @_tokenized
 def prepare(**options: Any) -> None:
-    """Tokenize pairs ahead of a training.
+    """Tokenize pairs ahead of a training run.
 
-    A training with the same pairs, tokenizer and limits finds the tokens in its --pair-cache-dir.
+    A training run with the same pairs, tokenizer and limits finds the tokens in its --pair-cache-dir.
     """
     (store,) = _stores(options)
     if options["as_json"]:
@@ -196,7 +197,7 @@ def stats(eval_pair_data: tuple[str, ...], **options: Any) -> None:
 def add_reference(scores: Path, output: Path) -> None:
     """Write the rows of scored pairs with their reference log-probs, as TRL reads them.
 
-    SCORES is a directory that a scoring job or a training has made, OUTPUT a new file of JSON lines: the rows with
+    SCORES is a directory that a scoring job or a training run has made, OUTPUT a new file of JSON lines: the rows with
     ref_chosen_logps and ref_rejected_logps, in nats, summed over the tokens of each answer.
     """
     prepare_platform()
@@ -230,7 +231,7 @@ _FLAGS = (
 
 
 def _stores(options: dict[str, Any], held_out: Sequence[str] = ()) -> list[PairStore]:
-    """The tokenized pairs, and after them the held-out ones, through the training's own parser and reader."""
+    """The tokenized pairs, and after them the held-out ones, through the training run's own parser and reader."""
     flags = _flags(options)
     with contextlib.redirect_stdout(sys.stderr):
         prepare_platform()
@@ -240,7 +241,7 @@ def _stores(options: dict[str, Any], held_out: Sequence[str] = ()) -> list[PairS
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
-    """Those of a training that say the same."""
+    """Those of a training run that say the same."""
     if not (options["hf_model"] or options["tokenizer_type"] or options["recipe"]):
         raise UserError(
             "no tokenizer is given. Name one with --hf-model, with --tokenizer-type and --tokenizer-model, or by a "

@@ -1,4 +1,4 @@
-"""``megatron-bdpo train`` and ``score``: a job on this machine; a training on several ranks, too, through torchrun."""
+"""``megatron-bdpo train`` and ``score``: a job on this machine; training on several ranks, too, through torchrun."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def train(context: click.Context, ranks: int, flags: tuple[str, ...]) -> None:
 def score(context: click.Context, flags: tuple[str, ...]) -> None:
     """Score all pairs of a job's data with its reference, ahead of training; or with a reward model.
 
-    FLAGS are the training's, of which those about steps and optimizer may be left out; they follow below. On several
-    ranks: torchrun --nproc-per-node N -m megatron_bdpo.score FLAGS
+    FLAGS are those of the training run; those about steps and optimizer may be left out. They follow below. On
+    several ranks: torchrun --nproc-per-node N -m megatron_bdpo.score FLAGS
 
     With --objective reward, --hf-model names a reward model, and --rewards the file for the rewards of all answers.
     """

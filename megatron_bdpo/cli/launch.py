@@ -1,4 +1,4 @@
-"""A training on several ranks of this machine, through torchrun."""
+"""A training run on several ranks of this machine, through torchrun."""
 
 from __future__ import annotations
 

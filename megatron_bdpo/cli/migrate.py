@@ -34,7 +34,7 @@ def migrate(
 ) -> None:
     """Turn another trainer's configuration into a recipe.
 
-    FILE is YAML, or a shell script that starts a training, of TRL, ms-swift, LLaMA-Factory, axolotl, NeMo-RL or
+    FILE is YAML, or a shell script that starts a training run, of TRL, ms-swift, LLaMA-Factory, axolotl, NeMo-RL or
     OpenRLHF. Each of its keys becomes a flag, has no effect here, for a reason that is told, or is refused by its name.
     """
     found, program = reading.read(file, {each.name: each.program for each in SOURCES})

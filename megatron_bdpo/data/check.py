@@ -20,9 +20,9 @@ def check_rows(
     max_rows: int | None = None,
     form: FormatSettings = RECOGNISED,
     on_reader: Callable[[RowReader], None] = lambda reader: None,
-    on_pair: Callable[[str, PreferenceRecord], None] = lambda where, record: None,
+    on_pair: Callable[[int, int, PreferenceRecord], None] = lambda source, row, record: None,
 ) -> DataReport:
-    """Read every row as a training would, up to its tokens.
+    """Read every row as a training run would, up to its tokens.
 
     Args:
         sources: the data sets.
@@ -30,7 +30,7 @@ def check_rows(
         max_rows: of each source, only the first so many.
         form: of the rows.
         on_reader: told of each source how its rows are read, before any row.
-        on_pair: told of each pair, as it comes: where it is.
+        on_pair: told of each pair, as it comes: index of its source, number of its row.
 
     Returns:
         The report, without lengths. What only tokens show (responses that are cut to the same, tokens that merge
@@ -40,7 +40,7 @@ def check_rows(
         UserError: a source is missing, empty or unreadable, or some rows are strings and some chat messages.
     """
     report = DataReport([source.path for source in sources])
-    forms: dict[bool, str] = {}
+    forms: dict[bool, tuple[SourceSpec, int]] = {}
     readers = row_readers(sources, form)
     refuse_unused(form, readers)
     for reader in readers:
@@ -48,24 +48,24 @@ def check_rows(
     for index, (source, reader) in enumerate(zip(sources, readers, strict=True)):
         outcome, pairs = Outcome(), 0
         for number, row in itertools.islice(read_rows(source), max_rows):
-            where = describe_row(source, number)
             for record in pair_rows(row, reader):
                 outcome.read += 1
                 try:
                     if isinstance(record, RowProblem):
                         raise record
                     pair = parse_row(record)
-                    forms.setdefault(pair.is_chat, where)
-                    on_pair(where, pair)
+                    forms.setdefault(pair.is_chat, (source, number))
+                    on_pair(index, number, pair)
                     pairs += 1
                 except RowProblem as problem:
                     outcome.add_problem(number, problem.kind, problem.detail)
-                    on_problem(where, problem)
+                    on_problem(describe_row(source, number), problem)
             if not isinstance(row, RowProblem):
                 outcome.add_unread(f"column {name}" for name in reader.unread(row))
         report.add(index, pairs, outcome)
     if len(forms) == 2:
         raise UserError(
-            f"{forms[True]} holds chat messages, {forms[False]} strings. One run takes one form: convert one of them."
+            f"{describe_row(*forms[True])} holds chat messages, {describe_row(*forms[False])} strings. One run takes "
+            "one form: convert one of them."
         )
     return report

@@ -25,6 +25,8 @@ TOOLS, DOCUMENTS, TEMPLATE_KWARGS = "tools", "documents", "chat_template_kwargs"
 #: Columns that a chat template reads beside the messages.
 VARIABLES = (TOOLS, DOCUMENTS, TEMPLATE_KWARGS)
 
+_PLAIN = {"role", "content"}
+
 #: Fields of a message in which the assistant says something, beside its content.
 _SAYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
@@ -92,7 +94,8 @@ def _message(value: Any, where: str) -> Message:
     if message.get("tool_calls"):
         message["tool_calls"] = [_tool_call(call, where) for call in _listed(message["tool_calls"], where)]
     message["content"] = _content(value.get("content"), where, may_be_missing=any(map(message.get, _SAYS)))
-    as_unicode(json.dumps(message, ensure_ascii=False, default=str), where)
+    whole = message.keys() <= _PLAIN  # as nearly every message: spelling it out takes longer
+    as_unicode(message["content"] or "" if whole else json.dumps(message, ensure_ascii=False, default=str), where)
     return message
 
 

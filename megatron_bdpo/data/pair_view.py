@@ -1,5 +1,5 @@
-"""Pairs as a training sees them: the rendered texts with the boundaries of their tokens, what of them is scored, and
-what a pack holds of them."""
+"""Pairs as a training run sees them: the rendered texts with the boundaries of their tokens, what of them is scored,
+and what a pack holds of them."""
 
 from __future__ import annotations
 

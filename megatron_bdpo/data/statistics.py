@@ -1,4 +1,4 @@
-"""What the lengths and labels of tokenized pairs say about the flags of a training."""
+"""What the lengths and labels of tokenized pairs say about the flags of a training run."""
 
 from __future__ import annotations
 

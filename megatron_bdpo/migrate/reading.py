@@ -153,7 +153,7 @@ def _word(value: Value) -> str:
 
 
 def _of_script(text: str, path: Path, programs: Mapping[str, str]) -> tuple[dict[str, Given], str | None]:
-    """The flags of the one command that starts a training, or of a text that holds nothing but flags."""
+    """The flags of the one command that starts a training run, or of a text that holds nothing but flags."""
     lines = re.sub(r"\\[ \t]*\n", " ", re.sub(r"(?m)^\s*#.*$", "", text)).splitlines()
     starts = {
         (line[start.end() :], name)
@@ -162,7 +162,7 @@ def _of_script(text: str, path: Path, programs: Mapping[str, str]) -> tuple[dict
         if (start := re.search(rf"(?<![\w.-])(?:{program})(?=\s|$)", line))
     }
     if len(starts) > 1:
-        raise UserError(f"{path} starts more than one training. Give a file with one of the commands.")
+        raise UserError(f"{path} starts more than one training run. Give a file with one of the commands.")
     command, name = starts.pop() if starts else (" ".join(lines), None)
     try:
         lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
@@ -178,8 +178,8 @@ def _of_script(text: str, path: Path, programs: Mapping[str, str]) -> tuple[dict
         found[key] = Given(key, value, f"{path}, --{key}")
     if not found:
         raise UserError(
-            f"{path}: no flags of a training that this program knows. Give a configuration in YAML, or a shell script "
-            "that starts one."
+            f"{path}: no flags of a training run that this program knows. Give a configuration in YAML, or a shell "
+            "script that starts one."
         )
     return found, name
 

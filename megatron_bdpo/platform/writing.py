@@ -1,8 +1,8 @@
 """How a rank writes and reads the files of a checkpoint, where Megatron's way is not ours.
 
 Files are hashed while they are written, by the thread that writes them, in the rank or in the process of its own that
-``--async-save`` has: Megatron's ``--verify-integrity`` has one rank read all of them again, in the training's loop. An
-error of input or output that is gone at the second try ends nothing, and one that is not keeps its number on the way
+``--async-save`` has: Megatron's ``--verify-integrity`` has one rank read all of them again, in the training run's loop.
+An error of input or output that is gone at the second try ends nothing, and one that is not keeps its number on the way
 through Megatron's queues.
 """
 

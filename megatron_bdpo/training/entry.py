@@ -47,7 +47,7 @@ def score(argv: Sequence[str] | None = None) -> list[Path]:
     """Score a job's pairs with its reference, forward only, and keep the scores for its training.
 
     Args:
-        argv: the flags of the training; those of its steps and its optimizer may be left out.
+        argv: the flags of the training run; those of its steps and its optimizer may be left out.
 
     Returns:
         The directories with the scores of the training pairs and, if there are any, of the held-out ones. Read them
@@ -64,7 +64,7 @@ def tokenize(argv: Sequence[str] | None = None) -> list[Path]:
     """Tokenize a job's pairs ahead of it, each node its part; its training finds them in the cache.
 
     Args:
-        argv: the flags of the training; those of model, steps and optimizer may be left out.
+        argv: the flags of the training run; those of model, steps and optimizer may be left out.
 
     Returns:
         The directories of the training pairs' tokens and, if there are any, of the held-out ones'.

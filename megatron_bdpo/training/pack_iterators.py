@@ -57,7 +57,7 @@ def _train_batches(job: PairJob, first_step: int, workers: int) -> Iterator[Pack
 def _eval_batches(job: PairJob) -> Iterator[PackBatch]:
     own = job.eval_packs[parallel_state.get_data_parallel_rank() :: job.plan.data_parallel]
     order = itertools.cycle(range(len(own)))
-    # Processes of their own would wait through the training for packs that are made in milliseconds.
+    # Processes of their own would wait through the training run for packs that are made in milliseconds.
     return _iterate(job, lambda index: (own[index], job.eval_length), order, workers=0)
 
 

@@ -51,7 +51,7 @@ from megatron_bdpo.training.suspects import likely_cause
 
 
 class PreferenceRun:
-    """One training; implements ``platform.hooks.TrainerHooks``."""
+    """One training run; implements ``platform.hooks.TrainerHooks``."""
 
     arguments: Arguments
     """Megatron's and ours."""

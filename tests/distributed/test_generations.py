@@ -1,4 +1,4 @@
-"""--eval-prompts beside a training: it changes nothing there, and what it leaves behind survives resumes and stops."""
+"""--eval-prompts beside a training run: it changes nothing there, and what it leaves survives resumes and stops."""
 
 from __future__ import annotations
 

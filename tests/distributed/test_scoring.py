@@ -153,7 +153,7 @@ def test_the_program(ranks, tmp_path):
 
 
 def test_scores_of_a_checkpoint(ranks, tmp_path):
-    """The weights that a training starts from, whether Megatron's trainer loads them or the scoring job."""
+    """The weights that a training run starts from, whether Megatron's trainer loads them or the scoring job."""
     start, cache = tmp_path / "start", tmp_path / "cache"
     ranks(1)(train, ["--train-iters", "1", "--save", str(start), "--save-interval", "1"])
     flags = ["--pretrained-checkpoint", str(start)]

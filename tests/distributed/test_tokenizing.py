@@ -1,4 +1,4 @@
-"""Tokenizing as a job: nodes share the work, all of them hear of a stop, and the training finds the tokens."""
+"""Tokenizing as a job: nodes share the work, all of them hear of a stop, and the training run finds the tokens."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
 set -euo pipefail
 quickstart=$1 make_model=$2
 
-# Shows a command and runs it. The training is interrupted once: the same command goes on.
+# Shows a command and runs it. The training run is interrupted once: the same command goes on.
 megatron-bdpo() {
     printf '\n$ megatron-bdpo %s\n' "$*"
     if [ "$1" = train ]; then

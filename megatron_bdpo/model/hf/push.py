@@ -37,7 +37,7 @@ def check_name(name: str) -> None:
 
 
 def make_repository(name: str) -> str:
-    """Make a private repository, or find it as it is. So a token that may not write is told before a training.
+    """Make a private repository, or find it as it is. So a token that may not write is told before a training run.
 
     Returns:
         The full name.

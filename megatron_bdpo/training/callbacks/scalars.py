@@ -54,7 +54,7 @@ class Scalars(Callback):
     def _try(self, logger: Logger, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # of a package, of its network: no reason to lose a training
+        except Exception as error:  # of a package, of its network: no reason to lose a training run
             self._loggers.remove(logger)
             told = " ".join(f"{type(error).__name__}: {error}".split())
             show(f"WARNING: {logger.name} gets no more metrics, which metrics.jsonl goes on to keep: {told}")

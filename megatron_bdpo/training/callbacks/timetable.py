@@ -40,7 +40,7 @@ class Interval:
 class Timetable(Callback):
     """Sets both intervals among Megatron's arguments before every step's end.
 
-    With ``--save-every`` and without ``--save-interval`` only the clock and the end of the training are left;
+    With ``--save-every`` and without ``--save-interval`` only the clock and the end of the training run are left;
     so with ``--eval-every``.
     """
 

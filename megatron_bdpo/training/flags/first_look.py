@@ -23,7 +23,7 @@ EXAMPLE = (
     "--pair-epochs 1 --lr 5e-7 --bf16 --save RUN --save-interval 100"
 )
 
-#: Whatever else is given, a training needs these.
+#: Whatever else is given, a training run needs these.
 _NEEDED = ("pair_data", "pairs_per_step", "seq_length", "lr")
 
 
@@ -35,7 +35,7 @@ def look_at(argv: Sequence[str] | None, program: Program) -> None:
 
     Raises:
         UserError: an unknown flag, a wrong type, a secret, a recipe that cannot be used, an unknown loss or an option
-            that it has not; of a training, what is missing.
+            that it has not; of a training run, what is missing.
         SystemExit: --help, --help-all, --print-config: printed, once.
     """
     flags = sys.argv[1:] if argv is None else list(argv)
@@ -51,7 +51,7 @@ def look_at(argv: Sequence[str] | None, program: Program) -> None:
         return
     if not flags and program == "train":
         raise UserError(
-            "nothing is given. A training needs the model (--hf-model), the pairs (--pair-data) and the steps "
+            "nothing is given. A training run needs the model (--hf-model), the pairs (--pair-data) and the steps "
             f"(--seq-length, --pairs-per-step, --pair-epochs, --lr). For example: {EXAMPLE}"
         )
     parser = table.parser()

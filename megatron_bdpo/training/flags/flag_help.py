@@ -1,4 +1,4 @@
-"""``--help`` of a training: its flags by task, a line each, the rest by name; ``--help-all`` has all of each."""
+"""``--help`` of a training run: its flags by task, a line each, the rest by name; ``--help-all`` has all of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All flags of a training, Megatron's and ours, from a file that is made of their parsers: neither has to be imported.
+"""All flags of a training run, Megatron's and ours, from a file made of their parsers: neither has to be imported.
 
 ``flag_table.json`` is of one version of megatron-core, and of this package's losses. ``python tools/flag_table.py``
 writes it anew, and a test compares it with the parsers.
@@ -112,7 +112,7 @@ class FlagTable:
         return found
 
     def parser(self) -> argparse.ArgumentParser:
-        """A parser that takes what the training's own takes, and of a few types more than that."""
+        """A parser that takes what the training run's own takes, and of a few types more than that."""
         parser = argparse.ArgumentParser(allow_abbrev=False)
         for group in self.groups.values():
             for flag in group:
@@ -149,7 +149,7 @@ def described(parser: argparse.ArgumentParser, version: str, losses: Mapping[str
     """What the file is to hold.
 
     Args:
-        parser: the training's.
+        parser: the training run's.
         version: of megatron-core.
         own: what the titles of our groups end with.
     """

@@ -25,7 +25,7 @@ def check_objective(settings: Settings, *, trains: bool = True) -> None:
     """Refuse flags of a policy beside ``--objective reward``, and those of a reward model without it.
 
     Args:
-        trains: the job is a training, and does not score.
+        trains: the job is a training run, and does not score.
 
     Raises:
         UserError: naming them, with the reason.

@@ -65,12 +65,12 @@ def export_places(settings: Settings) -> dict[str, Path]:
 
 
 def check_save_hf(settings: Settings, last_step: int | None = None) -> None:
-    """Refuse what would fail after the training: called before it. Collective.
+    """Refuse what would fail after the training run: called before it. Collective.
 
     What this run has written itself is no obstacle: its end may have been killed, or it is started once more.
 
     Args:
-        last_step: of the training, once it is known.
+        last_step: of the training run, once it is known.
     """
     places = export_places(settings)
     for name, target in places.items():

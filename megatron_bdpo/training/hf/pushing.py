@@ -16,7 +16,7 @@ _BEAT = 10.0
 
 
 def check_push(settings: Settings) -> None:
-    """Refuse a push that would fail after the training: called before it. Collective.
+    """Refuse a push that would fail after the training run: called before it. Collective.
 
     Raises:
         UserError: on every rank; there is no token, or the hub does not let it write.

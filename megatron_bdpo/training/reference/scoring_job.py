@@ -40,13 +40,13 @@ def score_pairs(arguments: Arguments) -> list[Path]:
     """
     settings = arguments.settings
     if settings.dry_run.is_wanted:
-        raise UserError("--dry-run checks a training. Leave it out to score.")
+        raise UserError("--dry-run checks a training run. Leave it out to score.")
     stop = StopRequest.of(settings)
     try:
         with listening(settings.schedule.exit_signal):
             directories = _score(arguments, stop)
     except StopRequested as stopped:
-        # The status beside --save is the training's: a launcher asks for this one in a place of its own.
+        # The status beside --save is the training run's: a launcher asks for this one in a place of its own.
         write_status("stopped", None, reason=stopped.reason)
         say(f"stopped ({stopped.reason}); the same command goes on.")
         raise
@@ -72,7 +72,7 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
                     f"--preference-loss {setup.settings.loss.name} reads no reference: there is nothing to score."
                 )
             if (kind := setup.settings.reference.reference) != "precomputed":
-                raise UserError(f"--reference {kind} scores nothing ahead of a training. Leave it out to score.")
+                raise UserError(f"--reference {kind} scores nothing ahead of a training run. Leave it out to score.")
         initialize_megatron()
         job = setup.job
         groups = each_once(job.groups_in_use(None), job.train.ids, job.held_out.ids)
@@ -104,7 +104,7 @@ def _without_training(settings: Settings) -> dict[str, object]:
 
 
 def _starting_model(setup: RunSetup) -> list[Any]:
-    """The weights that the training would start from."""
+    """The weights that the training run would start from."""
     setup.add_initial_weights()
     if setup.lora:
         setup.config.pre_wrap_hooks.append(setup.look_at_base)

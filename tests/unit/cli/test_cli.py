@@ -384,7 +384,7 @@ def test_columns_of_other_names_give_the_same_tokens(ranks, tmp_path):
 
 
 def test_prepared_pairs_are_those_of_the_training(ranks, tmp_path):
-    """The training finds the tokens: their directory is named after everything that decides them."""
+    """The training run finds the tokens: their directory is named after everything that decides them."""
     from tests.harness.jobs import train
 
     words = [str(DATA / "train.jsonl"), *TOKENIZER, "--max-pairs", "48", "--pair-cache-dir", str(tmp_path)]

@@ -31,7 +31,7 @@ def test_planning():
         "plan one epoch",
         "open the store on 4 ranks",
         "look the reference scores up",
-        "settle the temperature",
+        "compute the temperature",
     ):
         assert f"\n{part}" in output
     size = ["--ranks", 4, "--pairs-per-step", 64, "--without-scores"]
@@ -44,6 +44,21 @@ def test_planning():
 def test_quality():
     output = run(BENCHMARKS / "quality.py", "--pairs", 1000, "--held-out", 50)
     assert re.search(r"copies of an earlier pair +10 +1,000 +1\.00%", output)
+
+
+@pytest.mark.slow
+def test_start_up():
+    """The tree beside itself; of what is quick."""
+    output = run(BENCHMARKS / "start_up.py", "--tree", f"same={BENCHMARKS.parent}", "--rounds", 1, "--commands", 0, 2)
+    assert "|  | same: processor; clock | now: processor; clock |" in output
+    assert re.search(r"--pairs-per-stp 8` \| 0\.\d\d; \d+\.\d\d \| 0\.\d\d; \d+\.\d\d \|", output)
+
+
+@pytest.mark.slow
+def test_data_check():
+    output = run(BENCHMARKS / "data_check.py", "--rows", 300, "--rounds", 1)
+    for name in ("data check", "load", "parse"):
+        assert re.search(rf"\| {name} \| 300 \| \d+\.\d \| \d+\.\d \| \d+ \|", output), output
 
 
 @pytest.mark.slow

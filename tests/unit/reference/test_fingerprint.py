@@ -29,7 +29,7 @@ EXPERT_LAYOUTS = {
     "EP2 TP2 SP": (f"{TP2} --expert-model-parallel-size 2 --sequence-parallel", 4),
     "EP2 TP2 ETP1": (f"{TP2} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --sequence-parallel", 2),
 }
-#: Of one rank: what a training may have and its scoring may not.
+#: Of one rank: what a training run may have and its scoring may not.
 OF_NO_CONCERN = [
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "--seed 7 --init-method-std 0.1 --lr 1e-5 --hidden-dropout 0.1 --attention-dropout 0.1",

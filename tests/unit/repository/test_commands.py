@@ -1,6 +1,6 @@
 """No command of the documents is only words: each is run on small stand-ins, or what it is given is checked.
 
-A training is run as a dry run at its own number of ranks, with the real models' configurations and a tiny tokenizer;
+A training run becomes a dry run at its own number of ranks, with the real models' configurations and a tiny tokenizer;
 the quick start's is run as it stands. Programs that take hours are asked for their help: the flags have to be in it.
 What another test runs names that test, and what cannot be run here names the reason.
 """
@@ -188,7 +188,7 @@ def place(stage, tmp_path) -> Path:
 
 
 def of_ours(command: Command, ranks, place: Path) -> None:
-    """`megatron-bdpo ...`: run; a training, unless the stage has run it, as a dry run."""
+    """`megatron-bdpo ...`: run; a training run, unless the stage has run it, as a dry run."""
     words = filled_in(command.words[1:])
     if words[0] == "train" and not is_trained_here(command) and ASKING.isdisjoint(words):
         dry_run(command, words[1:], ranks, place)
@@ -198,7 +198,7 @@ def of_ours(command: Command, ranks, place: Path) -> None:
         assert output
 
 
-#: Flags of a training that trains nothing.
+#: Flags of a training run that trains nothing.
 ASKING = {"--help", "--help-all", "--print-config"}
 
 #: Sub-commands that a sentence names, without their arguments.

@@ -25,7 +25,7 @@ entry.main(sys.argv[1:])
 
 
 def started(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A training, as far as its process groups."""
+    """A training run, as far as its process groups."""
     cleared = {name: value for name, value in os.environ.items() if name not in ("NCCL_ALGO",)}
     command = [sys.executable, "-c", START, "--recipe", str(ROOT / "recipes" / "tiny.yaml"), *flags]
     variables = cleared | {"PYTHONPATH": str(ROOT)} | environment
