@@ -113,9 +113,12 @@ def histogram(
         for label, (values, color) in of.items():
             axes.hist(values, edges, histtype="stepfilled", color=color, alpha=0.22)
             axes.hist(values, edges, histtype="step", color=color, linewidth=1.5, label=label or None)
+        shown = [edges[0], edges[-1]]
         if mark is not None:
             axes.axvline(mark, color=NEUTRAL, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_xlim(edges[0], edges[-1])
+            room = 0.02 * (edges[-1] - edges[0])
+            shown = [min(edges[0], mark - room), max(edges[-1], mark + room)]
+        axes.set_xlim(*shown)
         axes.set_ylim(bottom=0)
         show_legend(figure, axes)
         return Picture(name, caption, as_png(figure))

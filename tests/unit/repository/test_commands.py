@@ -55,6 +55,7 @@ ELSEWHERE = {
 NOT_HERE = {
     "git clone https://github.com/NVIDIA/apex": "the network",
     "cd apex": "what was cloned",
+    "git worktree add runs/before d61c32e": "an older commit, which a shallow clone has not",
     "pip install -v --no-build-isolation .": "NVIDIA Apex, which needs nvcc",
     "vllm serve": "another program, and a GPU",
     "lm_eval": "another program, and a GPU",
