@@ -203,7 +203,7 @@ def of_ours(command: Command, ranks, place: Path) -> None:
 ASKING = {"--help", "--help-all", "--print-config"}
 
 #: Sub-commands that a sentence names, without their arguments.
-NAMED = ("report", "data stats", "migrate")
+NAMED = ("report", "data check", "data stats", "migrate")
 
 
 def dry_run(command: Command, words: list[str], ranks, place: Path) -> None:
