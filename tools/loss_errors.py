@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests' oracles
 
-from tests.harness.closed_forms import CASES, CLOSED_FORMS  # noqa: E402
+from tests.harness.closed_forms import CASES, CLOSED_FORMS, STEP_FORMS  # noqa: E402
 from tests.harness.loss_cases import EXTREME, MODIFIERS, PAIRS, evaluate, expected, inputs  # noqa: E402
 from tests.harness.trl_losses import COUNTERPARTS, Counterpart, apart, log_probs, ours  # noqa: E402
 from tests.harness.trl_losses import PAIRS as TRL_PAIRS  # noqa: E402
@@ -42,7 +42,7 @@ def measured() -> dict[str, Any]:
     """What the file is to hold."""
     return {
         "trl": importlib.metadata.version("trl"),
-        "losses": {name: _of_loss(name) for name in sorted(CLOSED_FORMS)},
+        "losses": {name: _of_loss(name) for name in sorted([*CLOSED_FORMS, *STEP_FORMS])},
         "options": {flag: _of_option(given) for flag, given in TRIED.items()},
     }
 

@@ -10,6 +10,7 @@ To add one: a file like `dpo.py` with a `SPEC`, and its line below; from another
 
 from megatron_bdpo.losses import (
     alphapo,
+    aot,
     apo,
     bco_pair,
     bdpo,
@@ -41,6 +42,8 @@ from megatron_bdpo.losses.registry import OptionField, all_specs, build_options,
 
 for _spec in (
     alphapo.SPEC,
+    aot.PAIRED,
+    aot.UNPAIRED,
     apo.ZERO,
     apo.DOWN,
     bco_pair.SPEC,

@@ -48,6 +48,10 @@ class PairLogProbs:
     """Sum over y_w's tokens of -log sum_v pi_theta(v|x, before)^2, without gradient"""
     rejected_collision_entropy: Tensor | None = None
     """The same of y_l"""
+    chosen_target: Tensor | None = None
+    """What `LossSpec.of_step` has found for the pair among those of its step; None where no step is looked at"""
+    rejected_target: Tensor | None = None
+    """The other of the two"""
     chosen_score: Tensor | None = None
     """What a loss of a difference compares in the place of Delta_w (`modifiers`); None: Delta_w"""
     rejected_score: Tensor | None = None
@@ -163,6 +167,10 @@ class LossSpec[Options, Answers, Losses]:
 
     Their safety labels [P, 2] decide, of chosen and rejected: 1 unsafe, 0 safe, -1 unknown (never with
     `Requirements.safety`: there a pair without labels ends the run). An answer takes its label with it."""
+    of_step: Callable[[Answers, Options], tuple[Tensor, Tensor]] | None = None
+    """Looks at all pairs of a step before its gradients, detached, [P]: what the loss of each is a function of beside
+    its own log-probs (`PairLogProbs.chosen_target`, `rejected_target`). It costs a forward pass of the policy per step;
+    evaluations do without."""
     of_difference: bool = False
     """It reads the reference through `terms.log_ratios` alone, and those in differences of chosen and rejected, so that
     other scores may take their place: it gets the options of `modifiers.ScoreOptions`."""

@@ -16,6 +16,7 @@ def describe(spec: AnyLossSpec) -> dict[str, Any]:
         "reference": needs.reference,
         "comprehension": needs.comprehension,
         "safety labels": needs.safety,
+        "its step": spec.of_step is not None,
     }
     options = [
         {

@@ -69,7 +69,19 @@ def mix(name: str, get: Callable[[str], AnyLossSpec]) -> AnyLossSpec:
         requirements=lambda options: _requirements(terms, options),
         summary=f"weighted sum of {', '.join(names)}",
         source="; ".join(term.spec.source for term in terms),
+        of_step=_of_step(terms, name),
     )
+
+
+def _of_step(terms: list[Term], name: str) -> Callable[[PairLogProbs, Any], Any] | None:
+    """That of the term that looks at steps, if one does."""
+    looking = [(term, term.spec.of_step) for term in terms if term.spec.of_step]
+    if not looking:
+        return None
+    if len(looking) > 1:
+        raise UserError(f"--preference-loss {name}: more than one term sorts the pairs of a step. Keep one.")
+    term, of_step = looking[0]
+    return lambda pairs, options: of_step(pairs, term.options(options))
 
 
 def _each(terms: list[Term], pairs: PairLogProbs, options: Any) -> list[tuple[float, PairLosses]]:

@@ -206,6 +206,8 @@ def _load(point: EntryPoint) -> _Plugin:
 def _check(spec: AnyLossSpec) -> None:
     if not isinstance(spec, LossSpec):
         raise UserError(f"a loss has to be a LossSpec, not {type(spec).__name__}")
+    if spec.of_groups and spec.of_step:
+        raise UserError(f"the loss '{spec.name}' is of groups, and of_step is for losses of pairs. Leave it out")
     options = spec.options
     if not (isinstance(options, type) and is_dataclass(options) and options.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise UserError(f"the options of loss '{spec.name}' have to be a frozen dataclass type, not {options!r}")

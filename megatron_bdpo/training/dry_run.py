@@ -189,6 +189,8 @@ class Work:
             scored = len(plan.steps) * plan.steps.shape[1]
         # A forward pass is a third of all this; answers without their prompts are shorter than pairs.
         scoring = passes * scored / plan.steps.shape[1] * whole / 3
+        if job.loss.spec.of_step:  # looks at each step once more
+            step += whole / 3
         steps = len(plan.steps)
         layout = arguments.settings.layout
         waits = (layout.pipeline - 1) / layout.chunks

@@ -43,6 +43,13 @@ class ReferenceValues(Protocol):
         """(conditional, unconditional) log-probs of the batch's pairs, each [P, 2] float64 or None if not needed."""
 
 
+class StepTargets(Protocol):
+    """What the losses of a batch's pairs hang on beside the pairs: other pairs of the step (``LossSpec.of_step``)."""
+
+    def lookup(self, batch: PackBatch) -> tuple[Tensor, Tensor]:
+        """[P] each, on the device, in a training step."""
+
+
 def score_pack(model: Any, batch: PackBatch, scoring: TokenScoring) -> Tensor:
     """Run one pipeline stage on a pack: see ``score_answers`` on the last stage, hidden states on the others.
 
@@ -104,6 +111,8 @@ class PreferenceStep:
     pipeline stage."""
     gate: StepZeroGate | None = None
     """During the first step: told how far each pair's loss is from its value at policy == reference."""
+    targets: StepTargets | None = None
+    """Where the loss looks at whole steps."""
     imbalance_edges: Tensor | None = None
     """[3] on the device, between the quartiles of the training pairs' imbalance; None: not known beforehand."""
 
@@ -117,6 +126,9 @@ class PreferenceStep:
         if collision_entropy is not None:
             collision_entropy = collision_entropy.detach()[batch.pairs.answers]
         pairs = pairs_of(batch, policy, *self.reference.lookup(batch), collision_entropy)
+        if self.targets is not None and not self.evaluates:
+            chosen, rejected = self.targets.lookup(batch)
+            pairs = dataclasses.replace(pairs, chosen_target=chosen, rejected_target=rejected)
         losses = self.loss(pairs)
         loss_sum = weighted_sum(losses.loss, batch)
         if self.check_nan:

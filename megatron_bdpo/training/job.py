@@ -291,6 +291,11 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
     _refuse_no_pairs(train, len(pool.stores[0]), len(pool.pairs_of(held_out.ids)))
+    if loss.spec.of_step and settings.steps.mean_over != "pairs" and len(pool.pairs_of(train.ids)) > len(train.ids):
+        raise UserError(
+            f"--preference-loss {loss.spec.name} sorts a step's pairs, each of which is to count alike; in a mean over "
+            "rows with several pairs they do not. Add --mean-over pairs."
+        )
     asked = int(np.isfinite(pool.margins()[pool.pairs_of(train.ids)]).sum())
     if not settings.objective.is_reward and asked:
         train.notes.append(f"margins of {asked} not read: they are for --objective reward")

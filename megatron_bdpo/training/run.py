@@ -31,7 +31,7 @@ from megatron_bdpo.training.distributed import say
 from megatron_bdpo.training.evaluation_portions import EvaluationPortions
 from megatron_bdpo.training.finite import gradients_named
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.forward import PreferenceStep
+from megatron_bdpo.training.forward import PreferenceStep, ScoringStep
 from megatron_bdpo.training.group_step import GroupStep
 from megatron_bdpo.training.hf.exporting import export_places
 from megatron_bdpo.training.job import PairJob
@@ -46,6 +46,7 @@ from megatron_bdpo.training.reward_step import RewardStep
 from megatron_bdpo.training.saves import RunSaves
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup, forget_global_state, set_up
+from megatron_bdpo.training.step_targets import SortedStep
 from megatron_bdpo.training.stopping import StopRequest, StopRequested, listening
 from megatron_bdpo.training.suspects import likely_cause
 
@@ -144,6 +145,8 @@ class PreferenceRun:
         self.step.reference = reference
         if isinstance(reference, ReferenceTable):
             known = _decide_by_data(self, reference, known, resumed=resumed)
+        if self.step.loss.spec.of_step is not None:
+            self.step.targets = SortedStep(self.job, self.step.loss, reference, ScoringStep(self.scoring))
         self.identity = known
         self._keep_identity()
         log_probs = reference.directories if isinstance(reference, ReferenceTable) else {}
@@ -177,7 +180,11 @@ class PreferenceRun:
     def wrap_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
         """Give each step the length of its packs, time it, and let a resident reference score before it."""
         reference = self.step.reference
-        inner = reference.wrap(schedule) if isinstance(reference, ResidentReference) else schedule
+        inner = schedule
+        if isinstance(self.step.targets, SortedStep):
+            inner = self.step.targets.wrap(inner, self.model, lambda: self.iteration)
+        if isinstance(reference, ResidentReference):
+            inner = reference.wrap(inner)
 
         def run(*args: Any, seq_length: int, forward_only: bool = False, **kwargs: Any) -> Any:
             if not forward_only:

@@ -185,6 +185,31 @@ def safedpo(p: Pair, beta: float, safedpo_delta: float) -> Expected:
     return softplus(-z), -beta * sigmoid(-z), beta * sigmoid(-z)
 
 
+def aot(pairs: list[Pair], beta: float, label_smoothing: float) -> list[Expected]:
+    """Of the pairs of a step."""
+    found = [(0.0, 0.0, 0.0)] * len(pairs)
+    reference = sorted(p.r_w - p.r_l for p in pairs)
+    for place, i in enumerate(sorted(range(len(pairs)), key=lambda i: pairs[i].l_w - pairs[i].l_l)):
+        as_if = pairs[i]._replace(r_w=reference[place], r_l=0.0)
+        found[i] = dpo(as_if, beta, label_smoothing)
+    return found
+
+
+def aot_unpaired(pairs: list[Pair], beta: float, label_smoothing: float) -> list[Expected]:
+    """Of the pairs of a step: a loss is told with the chosen answer's pair."""
+    chosen = sorted(range(len(pairs)), key=lambda i: pairs[i].l_w - pairs[i].r_w)
+    rejected = sorted(range(len(pairs)), key=lambda i: pairs[i].l_l - pairs[i].r_l)
+    losses, grads_w, grads_l = [0.0] * len(pairs), [0.0] * len(pairs), [0.0] * len(pairs)
+    for i, j in zip(chosen, rejected, strict=True):
+        met = pairs[i]._replace(l_l=pairs[j].l_l, r_l=pairs[j].r_l)
+        losses[i], grads_w[i], grads_l[j] = dpo(met, beta, label_smoothing)
+    return list(zip(losses, grads_w, grads_l, strict=True))
+
+
+#: Of losses that look at whole steps.
+STEP_FORMS: dict[str, Callable[..., list[Expected]]] = {"aot": aot, "aot_unpaired": aot_unpaired}
+
+
 def score(log_ratio: float, f_divergence: str, f_alpha_divergence_coef: float) -> tuple[float, float]:
     """f'(t) of log t, and its slope in log t; t at least e^(-80 / a)."""
     match f_divergence:
@@ -300,6 +325,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("orpo", {"orpo_weight": 1.0}),
     ("orpo", {"orpo_weight": 0.0}),
     ("safedpo", {"safedpo_delta": 3.0, "nll_weight": 0.5}),
+    ("aot", {}),
+    ("aot", {"beta": 0.5, "label_smoothing": 0.2, "nll_weight": 0.5}),
+    ("aot_unpaired", {}),
+    ("aot_unpaired", {"beta": 0.5, "label_smoothing": 0.2, "nll_weight": 0.5}),
     ("dpo", {"f_divergence": "forward_kl", "nll_weight": 0.5}),
     ("dpo", {"f_divergence": "js_divergence", "label_smoothing": 0.2}),
     ("dpo", {"f_divergence": "alpha_divergence"}),

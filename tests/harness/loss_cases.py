@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict
-from typing import NamedTuple
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_bdpo import losses
-from megatron_bdpo.losses import PairLogProbs, PairLosses
-from tests.harness.closed_forms import CLOSED_FORMS, Pair, with_modifiers
+from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses
+from tests.harness.closed_forms import CLOSED_FORMS, STEP_FORMS, Pair, with_modifiers
 
 MODIFIERS = {name for name, each in losses.option_fields().items() if each.is_modifier}
 
@@ -62,12 +62,32 @@ class Result(NamedTuple):
     grad_l: torch.Tensor
 
 
+def with_targets(spec: LossSpec[Any, Any, Any], pairs: PairLogProbs, options: Any) -> PairLogProbs:
+    """The pairs as those of one step."""
+    if spec.of_step is None:
+        return pairs
+    detached = replace(
+        pairs, policy_chosen=pairs.policy_chosen.detach(), policy_rejected=pairs.policy_rejected.detach()
+    )
+    chosen, rejected = spec.of_step(detached, options)
+    return replace(pairs, chosen_target=chosen, rejected_target=rejected)
+
+
 def evaluate(name: str, given: dict[str, object], pairs: PairLogProbs) -> tuple[Result, PairLosses]:
-    out = losses.get(name).function(pairs, losses.build_options(name, given))
+    spec, options = losses.get(name), losses.build_options(name, given)
+    out = spec.function(with_targets(spec, pairs, options), options)
     return Result(out.loss, *torch.autograd.grad(out.loss.sum(), (pairs.policy_chosen, pairs.policy_rejected))), out
 
 
 def expected(name: str, given: dict[str, object], pairs: list[Pair]) -> Result:
     values = asdict(losses.build_options(name, given))
-    rows = [with_modifiers(CLOSED_FORMS[name], p, **values) for p in pairs]
+    if name in STEP_FORMS:
+        nll_weight, weighs = values.pop("nll_weight"), values.pop("use_weighting")
+        assert not weighs
+        rows = [
+            (loss - nll_weight * p.l_w / p.n_w, grad_w - nll_weight / p.n_w, grad_l)
+            for p, (loss, grad_w, grad_l) in zip(pairs, STEP_FORMS[name](pairs, **values), strict=True)
+        ]
+    else:
+        rows = [with_modifiers(CLOSED_FORMS[name], p, **values) for p in pairs]
     return Result(*torch.tensor(rows, dtype=torch.float64).unbind(1))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_bdpo import losses
 from megatron_bdpo.losses import PairLogProbs
+from tests.harness.loss_cases import with_targets
 
 PAIRS = 16
 BETA = 0.3
@@ -143,6 +144,8 @@ class Counterpart:
 
 COUNTERPARTS: dict[str, Counterpart] = {
     "alphapo": Counterpart("simpo", {"alpha": 0.25}, {"simpo_gamma": GAMMA, "alphapo_alpha": 0.25}, cpo_trainer),
+    "aot": Counterpart("aot", {"label_smoothing": 0.1}),
+    "aot_unpaired": Counterpart("aot_unpaired", {"label_smoothing": 0.1}),
     "apo_down": Counterpart("apo_down"),
     "apo_zero": Counterpart("apo_zero"),
     "bco_pair": Counterpart("bco_pair"),
@@ -174,7 +177,8 @@ def ours(
         chosen, rejected = tokens * collision_entropies
         pairs = replace(pairs, chosen_collision_entropy=chosen, rejected_collision_entropy=rejected)
         known["use_weighting"] = True
-    return losses.get(name).function(pairs, losses.build_options(name, known | options)).loss.mean()
+    spec, all_options = losses.get(name), losses.build_options(name, known | options)
+    return spec.function(with_targets(spec, pairs, all_options), all_options).loss.mean()
 
 
 def apart(own: Callable[[Values], Tensor], theirs: Callable[[Values], Tensor], values: Callable[[], Values]) -> float:

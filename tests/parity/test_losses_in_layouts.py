@@ -36,6 +36,26 @@ CONDITIONED: dict[str, tuple[list[str], dict[str, Any]]] = {
 }
 
 
+#: Of losses whose pairs hang on others of the step: on other ranks, in other microbatches.
+OF_STEPS = [spec.name for spec in registry.all_specs() if spec.of_step]
+DATA_PARALLEL = {"DP4": "", "PP2 DP2": PP2}
+
+
+@pytest.mark.parametrize("layout", DATA_PARALLEL)
+@pytest.mark.parametrize("loss", OF_STEPS)
+def test_a_step_is_looked_at_across_ranks(run, one_process, loss, layout):
+    flags, overrides = ["--preference-loss", loss], MODELS["dense"].overrides
+    found = run(4, [*DATA_PARALLEL[layout].split(), *flags], overrides)
+    assert beyond(deviations(found, one_process(flags, overrides)), ALLOWED) == {}
+
+
+@pytest.mark.parametrize("loss", OF_STEPS)
+def test_a_step_is_looked_at_beside_a_resident_reference(run, one_process, loss):
+    flags, overrides = ["--preference-loss", loss], MODELS["dense"].overrides
+    found = run(2, [*CP2.split(), *flags, "--reference", "resident"], overrides)
+    assert beyond(deviations(found, one_process(flags, overrides)), ALLOWED) == {}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_in_a_layout(run, one_process, loss, layout):

@@ -22,7 +22,7 @@ import torch
 from megatron_bdpo import losses
 from megatron_bdpo.losses import LossSpec, modifiers, terms
 from tests.harness.closed_forms import CASES, expected_rewards
-from tests.harness.loss_cases import MODIFIERS, expected, inputs, random_pairs
+from tests.harness.loss_cases import MODIFIERS, expected, inputs, random_pairs, with_targets
 
 #: Some with an unsafe chosen answer, which `select` would have swapped: the loss takes what it is given.
 PAIRS = [p._replace(h_w=row % 2) for row, p in enumerate(random_pairs(40, seed=1))]
@@ -105,24 +105,27 @@ def run(tree: ast.Module, module: ModuleType) -> dict[str, Any]:
 
 
 def is_right(spec: LossSpec, cases: list[dict[str, Any]]) -> bool:
-    """Whether loss, gradient and, without modifiers, rewards are those of the closed forms; errors are mistakes."""
-    for given in cases:
-        pairs = inputs(PAIRS, torch.float64)
-        try:
-            found = spec.function(pairs, spec.options(**given))
-            gradient = torch.autograd.grad(found.loss.sum(), (pairs.policy_chosen, pairs.policy_rejected))
-        except (AssertionError, AttributeError, NameError, RuntimeError, TypeError, ValueError):
-            return False
-        wanted = [*expected(spec.name, given, PAIRS)]
-        own = [found.loss, *gradient]
-        if not MODIFIERS & given.keys():
-            values = vars(losses.build_options(spec.name, given))
-            rewards = [expected_rewards(spec.name, p, values) for p in PAIRS]
-            wanted += torch.tensor(rewards, dtype=torch.float64).unbind(1)
-            own += [found.chosen_reward, found.rejected_reward]
-        if not all(torch.allclose(one, two, rtol=1e-9, atol=1e-12) for one, two in zip(own, wanted, strict=True)):
-            return False
-    return True
+    """Whether the losses are those of the closed forms. One that looks at steps is DPO where there is none."""
+    alone = ["dpo"] if spec.of_step else []
+    return all(agrees(spec, given, name) for given in cases for name in (spec.name, *alone))
+
+
+def agrees(spec: LossSpec, given: dict[str, Any], name: str) -> bool:
+    """Whether loss, gradient and, without modifiers, rewards are those of a closed form; errors are mistakes."""
+    pairs = inputs(PAIRS, torch.float64)
+    try:
+        options = spec.options(**given)
+        found = spec.function(with_targets(spec, pairs, options) if name == spec.name else pairs, options)
+        gradient = torch.autograd.grad(found.loss.sum(), (pairs.policy_chosen, pairs.policy_rejected))
+    except (AssertionError, AttributeError, NameError, RuntimeError, TypeError, ValueError):
+        return False
+    wanted, own = [*expected(name, given, PAIRS)], [found.loss, *gradient]
+    if not MODIFIERS & given.keys():
+        values = vars(losses.build_options(name, given))
+        rewards = [expected_rewards(name, p, values) for p in PAIRS]
+        wanted += torch.tensor(rewards, dtype=torch.float64).unbind(1)
+        own += [found.chosen_reward, found.rejected_reward]
+    return all(torch.allclose(one, two, rtol=1e-9, atol=1e-12) for one, two in zip(own, wanted, strict=True))
 
 
 def cases_of(name: str, *, modified: bool) -> list[dict[str, Any]]:

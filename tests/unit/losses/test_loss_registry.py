@@ -38,6 +38,8 @@ from tests.harness.loss_cases import PAIRS, evaluate, inputs, random_pairs
         ("orpo", {}, Requirements(length_normalised=True)),
         ("alphapo", {}, Requirements(length_normalised=True)),
         ("sft", {}, Requirements()),
+        ("aot", {}, Requirements(reference=True)),
+        ("aot_unpaired", {}, Requirements(reference=True)),
         ("sft", {"use_weighting": True}, Requirements(collision_entropy=True)),
         ("dpo", {"use_weighting": True}, Requirements(reference=True, collision_entropy=True)),
         ("sigmoid_norm", {}, Requirements(reference=True, length_normalised=True)),
@@ -62,6 +64,8 @@ def test_options_and_defaults():
     expected_defaults = {
         **dict.fromkeys(("apo_down", "apo_zero", "bco_pair", "nca_pair", "sppo_hard"), usual),
         "alphapo": {"beta": 2.0, "simpo_gamma": 0.5, "alphapo_alpha": 0.25, "nll_weight": 0.0},
+        "aot": {**usual, "label_smoothing": 0.0},
+        "aot_unpaired": {**usual, "label_smoothing": 0.0},
         "discopop": {**usual, "discopop_tau": 0.05},
         "dpop": {**usual, "dpop_lambda": 50.0},
         "exo_pair": {**usual, "label_smoothing": 1e-3},
@@ -199,7 +203,7 @@ def test_an_option_the_loss_does_not_use_is_refused():
     expected_message = (
         "--label-smoothing is not used by the loss 'simpo', which uses: --beta, --simpo-gamma, --nll-weight, "
         "--use-weighting. "
-        "It is an option of: dpo, exo_pair, robust."
+        "It is an option of: aot, aot_unpaired, dpo, exo_pair, robust."
     )
     assert str(caught.value) == expected_message
 
@@ -210,7 +214,7 @@ def test_an_option_the_loss_does_not_use_is_refused():
 def test_an_unknown_loss_is_refused_with_a_suggestion():
     with pytest.raises(UserError, match=r"unknown loss 'bpdo'; did you mean 'bdpo'.*simpo"):
         losses.get("bpdo")
-    with pytest.raises(UserError, match=r"unknown loss 'xyz'\. Known losses: alphapo, apo_down"):
+    with pytest.raises(UserError, match=r"unknown loss 'xyz'\. Known losses: alphapo, aot, aot_unpaired"):
         losses.get("xyz")
 
 
@@ -219,7 +223,8 @@ def test_option_fields_are_the_union_over_the_losses():
     assert set(union) == {f.name for spec in losses.all_specs() for f in fields(spec.options)}
     assert all(f.help for f in union.values())
 
-    assert union["label_smoothing"].defaults == {"dpo": 0.0, "exo_pair": 1e-3, "robust": 0.1}
+    smoothing = {"aot": 0.0, "aot_unpaired": 0.0, "dpo": 0.0, "exo_pair": 1e-3, "robust": 0.1}
+    assert union["label_smoothing"].defaults == smoothing
     assert union["beta"].defaults["simpo"] == 2.0
     assert union["bdpo_temperature"].flag == "--bdpo-temperature"
     assert union["bdpo_weights"].type is bool

@@ -16,7 +16,7 @@ from megatron_bdpo import losses
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import LossOptions, LossSpec, PairLossFunction, Requirements, option
 from megatron_bdpo.losses.modifiers import ScoreOptions, modified, scored
-from tests.harness.loss_cases import PAIRS, evaluate, inputs, random_pairs
+from tests.harness.loss_cases import PAIRS, evaluate, inputs, random_pairs, with_targets
 
 #: Losses that compare the two answers' scores.
 OF_DIFFERENCE = ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm")
@@ -49,7 +49,7 @@ def test_options_are_sent_between_ranks(name):
 def test_by_default_they_change_no_bit(name):
     found, out = evaluate(name, {}, inputs(random_pairs(100), torch.float32))
     spec, pairs = as_written(name), inputs(random_pairs(100), torch.float32)
-    expected = spec.function(pairs, spec.options())
+    expected = spec.function(with_targets(spec, pairs, spec.options()), spec.options())
     expected.loss.sum().backward()
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(found.grad_w, pairs.policy_chosen.grad)

@@ -83,7 +83,20 @@ EVERY_LOSS = [
     {"loss": "hinge"},
     {"loss": "robust"},
     {"loss": "safedpo"},
-    *({"loss": name} for name in ("apo_down", "apo_zero", "bco_pair", "discopop", "dpop", "exo_pair", "nca_pair")),
+    *(
+        {"loss": name}
+        for name in (
+            "aot",
+            "aot_unpaired",
+            "apo_down",
+            "apo_zero",
+            "bco_pair",
+            "discopop",
+            "dpop",
+            "exo_pair",
+            "nca_pair",
+        )
+    ),
     *({"loss": name} for name in ("sigmoid_norm", "sppo_hard")),
     *({"loss": name} for name in ("pl_dpo", "infonca", "nca", "bdpo_list")),
     {"loss": "bdpo_list", "bdpo_list_form": "all-pairs"},

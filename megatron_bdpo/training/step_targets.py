@@ -1,0 +1,97 @@
+"""Losses whose pairs hang on one another: what each pair needs of its whole step, before the step's gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_bdpo.losses import PairLogProbs, PairLossFunction
+from megatron_bdpo.training.batches import IntArray, PackBatch
+from megatron_bdpo.training.forward import ReferenceValues, ScoringStep, forward_only
+from megatron_bdpo.training.job import PairJob
+
+
+class SortedStep:
+    """A pass of the policy over the step's microbatches just before it, and what ``LossSpec.of_step`` makes of that.
+
+    Attributes:
+        job: with the plan of the steps.
+        loss: its ``of_step`` is asked.
+        reference: has scored the step's microbatches already.
+        step: a forward step that collects [P, 2] of each pack's pairs.
+    """
+
+    def __init__(self, job: PairJob, loss: PairLossFunction, reference: ReferenceValues, step: ScoringStep) -> None:
+        self.job, self.loss, self.reference, self.step = job, loss, reference, step
+        self._targets: dict[bytes, tuple[Tensor, Tensor]] = {}
+
+    def lookup(self, batch: PackBatch) -> tuple[Tensor, Tensor]:
+        """See ``forward.StepTargets``."""
+        return self._targets[batch.pairs.ids.tobytes()]
+
+    def wrap(self, schedule: Callable[..., Any], model: list[Any], done: Callable[[], int]) -> Callable[..., Any]:
+        """A schedule that makes this pass first. Where it only evaluates, it runs as before.
+
+        Args:
+            model: the policy's chunks.
+            done: says how many steps are done.
+        """
+
+        def run(
+            *args: Any, data_iterator: Any, num_microbatches: int, forward_only: bool = False, **kwargs: Any
+        ) -> Any:
+            if not forward_only:
+                iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+                batches = [[next(iterator) for _ in range(num_microbatches)] for iterator in iterators]
+                self._look(batches, model, done())
+                again: list[Iterator[PackBatch]] = [iter(chunk) for chunk in batches]
+                data_iterator = again if isinstance(data_iterator, list) else again[0]
+            more = {"num_microbatches": num_microbatches, "forward_only": forward_only}
+            return schedule(*args, data_iterator=data_iterator, **more, **kwargs)
+
+        return run
+
+    def _look(self, batches: list[list[PackBatch]], model: list[Any], step: int) -> None:
+        iterators = [iter(chunk) for chunk in batches]
+        scores = forward_only(model, self.step, iterators, len(batches[0]), batches[0][0].length)
+        if not scores:  # not the last stage, which alone has a loss
+            return
+        own = [
+            _columns(batch, score, self.reference.lookup(batch)[0])
+            for batch, score in zip(batches[-1], scores, strict=True)
+        ]
+        start, everyone = self._gathered(torch.cat(own), step)
+        tokens, policy, *reference = everyone.unflatten(1, (-1, 2)).unbind(1)
+        pairs = PairLogProbs.of_pairs(tokens, policy, *reference)
+        assert self.loss.spec.of_step is not None
+        targets = self.loss.spec.of_step(pairs, self.loss.options)
+        counts = [len(each) for each in own]
+        chosen, rejected = (each[start : start + sum(counts)].split(counts) for each in targets)
+        keys = [batch.pairs.ids.tobytes() for batch in batches[-1]]
+        self._targets = dict(zip(keys, zip(chosen, rejected, strict=True), strict=True))
+
+    def _gathered(self, own: Tensor, step: int) -> tuple[int, Tensor]:
+        """[p, columns] -> where this rank's rows begin in those of all data-parallel ranks, and these."""
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        counts = [self._pairs_of(step, each) for each in range(ranks)]
+        start = sum(counts[:rank])
+        everyone = own.new_zeros((sum(counts), own.shape[1]))
+        everyone[start : start + len(own)] = own
+        torch.distributed.all_reduce(everyone, group=parallel_state.get_data_parallel_group())
+        return start, everyone
+
+    def _pairs_of(self, step: int, rank: int) -> int:
+        """The number of pairs in a rank's packs."""
+        groups: IntArray = np.concatenate(self.job.plan.packs(step, rank))
+        return len(self.job.pool.pairs_of(groups))
+
+
+def _columns(batch: PackBatch, policy: Tensor, reference: Tensor | None) -> Tensor:
+    """[P, 4 or 6] float64: tokens, policy's and reference's log-probs of chosen and rejected."""
+    tokens = batch.answer_tokens[batch.pairs.answers].to(policy.device, torch.float64)
+    return torch.cat([tokens, policy, *([] if reference is None else [reference])], dim=1)
