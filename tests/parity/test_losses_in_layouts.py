@@ -8,7 +8,9 @@ import pytest
 
 from megatron_bdpo.losses import registry
 from tests.harness.parity import beyond, deviations
+from tests.harness.ranks import RankFailure
 from tests.parity.matrix import ALLOWED, CP2, MODELS, PP2, TP2
+from tests.parity.test_groups import job, pairs_of, rows
 
 LAYOUTS = {"TP2 PP2": f"{TP2} {PP2}", "TP2 CP2": f"{TP2} {CP2}", "PP2 CP2": f"{PP2} {CP2}"}
 
@@ -54,6 +56,20 @@ def test_a_step_is_looked_at_beside_a_resident_reference(run, one_process, loss)
     flags, overrides = ["--preference-loss", loss], MODELS["dense"].overrides
     found = run(2, [*CP2.split(), *flags, "--reference", "resident"], overrides)
     assert beyond(deviations(found, one_process(flags, overrides)), ALLOWED) == {}
+
+
+def test_pairs_of_groups_are_sorted_as_pairs_are(run, one_process, tmp_path):
+    made = [pair for row in rows() for pair in pairs_of(row)]
+    flags, overrides = job(tmp_path / "pairs.jsonl", made, preference_loss="aot")
+    of_groups, together = job(tmp_path / "groups.jsonl", rows(), pairs_from="all", preference_loss="aot")
+    found = run(2, [*of_groups, "--mean-over", "pairs"], together)
+    assert beyond(deviations(found, one_process(flags, overrides)), ALLOWED) == {}
+
+
+def test_sorted_pairs_count_alike(run, tmp_path):
+    flags, overrides = job(tmp_path / "groups.jsonl", rows(), pairs_from="all", preference_loss="aot")
+    with pytest.raises(RankFailure, match="sorts a step's pairs, each of which is to count alike"):
+        run(1, flags, overrides)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -270,6 +270,11 @@ class TestRegister:
         odd = dataclass(frozen=True)(type("Odd", (), {"__annotations__": {"margins": tuple}, "margins": ()}))
         with pytest.raises(UserError, match=r"Odd\.margins: .* not <class 'tuple'>"):
             losses.register(spec("mine", odd))
+
+    def test_a_loss_of_groups_that_looks_at_steps(self):
+        both = replace(spec("mine", LossOptions), of_groups=True, of_step=lambda groups, options: None)
+        with pytest.raises(UserError, match="of_step is for losses of pairs"):
+            losses.register(both)
 
     def test_one_option_name_with_two_types(self):
         losses.register(spec("mine", ClashingOptions))

@@ -55,9 +55,19 @@ def test_requirements_are_those_of_any_term(name, expected):
     assert losses.get(name).requirements(losses.build_options(name, {})) == expected
 
 
+def test_one_term_may_sort_the_pairs_of_a_step():
+    name, given = "aot=1.0,sft=0.5", {"beta": 0.3}
+    found, _ = evaluate(name, given, inputs(PAIRS, torch.float64))
+    aot, _ = evaluate("aot", given, inputs(PAIRS, torch.float64))
+    sft, _ = evaluate("sft", {}, inputs(PAIRS, torch.float64))
+    torch.testing.assert_close(found.loss, aot.loss + 0.5 * sft.loss, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(found.grad_w, aot.grad_w + 0.5 * sft.grad_w, rtol=1e-14, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("name", "given", "expected"),
     [
+        ("aot=1,aot_unpaired=1", {}, "more than one term sorts the pairs of a step. Keep one."),
         ("dpo,sft=1", {}, "'dpo' has no weight above 0"),
         ("dpo=x", {}, "'dpo=x' has no weight above 0"),
         ("dpo=0,sft=1", {}, "'dpo=0' has no weight above 0"),
