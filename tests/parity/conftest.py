@@ -31,7 +31,7 @@ def run(ranks, tmp_path_factory) -> Run:
         world_size: int, flags: list[str], overrides: dict[str, Any], mistake: Mistake | None = None
     ) -> Recording[WholeTensors]:
         caches = {"pair_cache_dir": str(directory / "tokens")}
-        if "resident" not in flags:
+        if not {"resident", "columns"} & set(flags):
             caches["reference_cache"] = str(Path(tempfile.mkdtemp(dir=directory)) / "reference")
         job = TINY_MODEL | WELL_CONDITIONED | TELLING | overrides | caches
         return merge(ranks(world_size)(train_and_record, flags, mistake=mistake, **job))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import random
 from typing import Any
 
 import pytest
 
 from megatron_bdpo.losses import registry
+from tests.harness.jobs import DATA
 from tests.harness.parity import beyond, deviations
 from tests.harness.ranks import RankFailure
 from tests.parity.matrix import ALLOWED, CP2, MODELS, PP2, TP2
@@ -43,10 +46,22 @@ OF_STEPS = [spec.name for spec in registry.all_specs() if spec.of_step]
 DATA_PARALLEL = {"DP4": "", "PP2 DP2": PP2}
 
 
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """Flags and overrides of a job whose reference orders the pairs otherwise than the policy: the rows bring it."""
+    path, generator = tmp_path_factory.mktemp("pairs") / "pairs.jsonl", random.Random(0)
+    pairs = [json.loads(line) for line in (DATA / "train.jsonl").read_text("utf-8").splitlines()[:24]]
+    for pair in pairs:
+        pair |= {f"ref_{name}_logps": -generator.uniform(50, 500) for name in ("chosen", "rejected")}
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
+    overrides = MODELS["dense"].overrides | {"pair_data": (str(path),)}
+    return ["--reference", "columns", "--no-step-zero-check"], overrides
+
+
 @pytest.mark.parametrize("layout", DATA_PARALLEL)
 @pytest.mark.parametrize("loss", OF_STEPS)
-def test_a_step_is_looked_at_across_ranks(run, one_process, loss, layout):
-    flags, overrides = ["--preference-loss", loss], MODELS["dense"].overrides
+def test_a_step_is_looked_at_across_ranks(run, one_process, foreign, loss, layout):
+    flags, overrides = [*foreign[0], "--preference-loss", loss], foreign[1]
     found = run(4, [*DATA_PARALLEL[layout].split(), *flags], overrides)
     assert beyond(deviations(found, one_process(flags, overrides)), ALLOWED) == {}
 
