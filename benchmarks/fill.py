@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from benchmarks.common import models, rounds
-from megatron_bdpo.data.packs import group_tokens
+from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.data.step_plan import IntArray, PlanSettings, plan_steps
 from megatron_bdpo.errors import UserError
 
@@ -53,7 +53,8 @@ def sizes_of_file(path: Path) -> IntArray:
         )
         with distributed.process_groups(arguments.settings.process):
             (store,) = token_stores.open_stores(arguments)
-            return group_tokens(np.asarray(store.lengths), share_prompts=True)
+            pool = PairPool([store])
+            return pool.group_lengths(np.arange(pool.groups)).positions(share_prompts=True)
 
 
 def made_up_sizes(pairs: int) -> IntArray:

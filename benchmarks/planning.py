@@ -3,6 +3,7 @@ r"""How long a run over a million pairs takes to plan its steps and find its ref
     python benchmarks/planning.py                       # 1,000,000 pairs of generated lengths, 64 ranks, no model
     python benchmarks/planning.py --pairs 100000 --ranks 8
     python benchmarks/planning.py --pairs 10000 1000000 50000000 --without-scores         # a process each, one table
+    python benchmarks/planning.py --pairs 1200000 --answers 4 --seq-length 8192          # all pairs of 200,000 rows
 
 A token store and a directory of reference scores of that size are written first (the tokens themselves as a hole in a
 file: zeros). Then the functions of a training run's start run on them, as they do there. Memory is the process's
@@ -11,6 +12,7 @@ resident set at its highest within each stage, mapped files that were read inclu
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import subprocess
@@ -29,6 +31,7 @@ REFERENCE = {"weights": "0123456789abcdef"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, nargs="+", default=[1_000_000])
+    parser.add_argument("--answers", type=int, default=2, help="of each row, which gives all pairs of them")
     parser.add_argument("--ranks", type=int, default=64, help="data-parallel ranks")
     parser.add_argument("--pairs-per-step", type=int, default=512)
     parser.add_argument("--seq-length", type=int, default=4096)
@@ -54,7 +57,7 @@ def main() -> None:
     arguments = Arguments.parse(flags.split())
     with tempfile.TemporaryDirectory() as directory, distributed.process_groups(arguments.settings.process):
         arguments.set(reference_cache=str(Path(directory) / "scores"))
-        write_store(Path(directory) / "store", options.pairs[0])
+        write_store(Path(directory) / "store", options.pairs[0], options.answers)
         measure(arguments, Path(directory) / "store", options.ranks, with_scores=not options.without_scores)
 
 
@@ -135,35 +138,42 @@ def made_up(lengths):
     return ReferenceTable(values(), values())
 
 
-def write_store(directory: Path, pairs: int) -> None:
+def write_store(directory: Path, pairs: int, answers: int) -> None:
     """A token store of ``pairs`` log-normal lengths: prompts of 200 tokens, answers of 150, in the median."""
     from megatron_bdpo.data.row_report import DataReport
     from megatron_bdpo.data.store import FORMAT_NAME, FORMAT_VERSION
 
     rng = np.random.default_rng(0)
-    medians, spread = np.array([200, 150, 150], "<f4"), np.array([0.8, 0.7, 0.7], "<f4")
-    lengths = np.concatenate(
+    compared = np.array(list(itertools.combinations(range(1, answers + 1), 2)))
+    rows = pairs // len(compared)
+    pairs = rows * len(compared)
+    medians, spread = np.array([200, *[150] * answers], "<f4"), np.array([0.8, *[0.7] * answers], "<f4")
+    parts = np.concatenate(
         [
-            np.clip(medians * np.exp(spread * rng.standard_normal((len(part), 3), "<f4")), 1, 1300).astype("<i4")
-            for part in np.array_split(np.empty(pairs, bool), -(-pairs // 2**20))
+            np.clip(medians * np.exp(spread * rng.standard_normal((len(part), 1 + answers), "<f4")), 1, 1300).astype(
+                "<i4"
+            )
+            for part in np.array_split(np.empty(rows, bool), -(-rows // 2**20))
         ]
     )
-    ends = np.cumsum(lengths.ravel(), dtype="<i8")
+    ends = np.cumsum(parts.ravel(), dtype="<i8").reshape(parts.shape)
+    of_pairs = np.concatenate([np.zeros((len(compared), 1), int), compared], axis=1)  # prompt, chosen, rejected
     report = DataReport(["generated"], rows_read=[pairs], pairs_kept=[pairs])
     columns = {
-        "starts": (ends - lengths.ravel()).reshape(-1, 3),
-        "lengths": lengths,
+        "starts": np.ascontiguousarray((ends - parts)[:, of_pairs]).reshape(-1, 3),
+        "lengths": np.ascontiguousarray(parts[:, of_pairs]).reshape(-1, 3),
         "source": np.zeros(pairs, "<i2"),
-        "row": np.arange(1, pairs + 1, dtype="<i8"),
+        "row": np.repeat(np.arange(1, rows + 1, dtype="<i8"), len(compared)),
         "unsafe": np.full((pairs, 2), -1, "<i1"),
-        "margin": np.zeros(0, "<f8"),
         "prompt_of": np.full(pairs, -1, "<i4"),
-        **{name: np.zeros(0, "<i8") for name in ("reference", "score", "context", "own_prompts", "own_lengths")},
+        **{name: np.zeros(0, "<f8") for name in ("reference", "margin", "score")},
+        **{name: np.zeros(0, "<i8") for name in ("context", "own_prompts", "own_lengths")},
     }
+    totals = int(parts.sum(dtype="<i8"))
     directory.mkdir()
-    arrays = {"tokens": {"rows": int(ends[-1]), "crc32": 0}}
+    arrays = {"tokens": {"rows": totals, "crc32": 0}}
     with (directory / "tokens.bin").open("wb") as file:
-        file.truncate(4 * int(ends[-1]))
+        file.truncate(4 * totals)
     for name, values in columns.items():
         values.tofile(directory / f"{name}.bin")
         arrays[name] = {"rows": len(values), "crc32": zlib.crc32(values)}

@@ -132,18 +132,18 @@ class PairPool:
         """Tokens of a group: its prompt, or with ``unconditional`` the empty one, the answers of the pairs that take
         part, in the order in which they name them, chosen first; and the pairs."""
         ids = self.pairs_of(np.array([group_id]))
+        store, first = self._locate(int(self.first_pair[group_id]))
+        before = int(self.first_pair[group_id]) - first  # pairs of the stores before
         answers: dict[int, tuple[TokenArray, npt.NDArray[np.bool_] | None]] = {}
         compared = np.zeros((len(ids), 2), np.int64)
         places: dict[int, int] = {}
         for number, pair_id in enumerate(ids.tolist()):
-            store, row = self._locate(pair_id)
-            pair, (_, *starts) = store.pair(row), store.starts[row].tolist()
+            pair, (_, *starts) = store.pair(pair_id - before), store.starts[pair_id - before].tolist()
             sides = list(zip(starts, pair.parts[1:], pair.scored, strict=True))
             for side, (start, tokens, scored) in enumerate(reversed(sides) if self.swapped[pair_id] else sides):
                 compared[number, side] = places.setdefault(start, len(places))
                 answers[start] = tokens, scored
-        store, row = self._locate(int(self.first_pair[group_id]))
-        prompt = store.unconditional_prompt(row) if unconditional else store.pair(row).prompt
+        prompt = store.unconditional_prompt(first) if unconditional else pair.prompt
         tokens, scored = zip(*answers.values(), strict=True)
         return ComparedGroup(Group(prompt, tokens, scored), ids, compared)
 

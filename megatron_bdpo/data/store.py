@@ -396,8 +396,9 @@ def _check_consistency(directory: Path, info: StoreInfo, arrays: dict[str, npt.N
     first = np.diff(starts[:, 0])
     if (first < 0).any():
         raise _damaged(directory, "its groups are not in order")
+    more = np.flatnonzero(first == 0) + 1  # pairs of the group before them
     of_one_group = (lengths[:, 0], arrays["source"], arrays["row"], arrays["prompt_of"])
-    if any(np.diff(each)[first == 0].any() for each in of_one_group):
+    if any((each[more] != each[more - 1]).any() for each in of_one_group):
         raise _damaged(directory, "the pairs of a group are not of one row and prompt")
     if not info.empty_prompt:
         raise _damaged(directory, f"{_META} has no empty prompt")
