@@ -20,7 +20,7 @@ from megatron_bdpo.report.figures import Picture, comprehension_pictures, qualit
 from megatron_bdpo.report.heldout import HeldOutPairs, held_out_pairs
 from megatron_bdpo.report.heldout_figures import heldout_pictures
 from megatron_bdpo.report.run_files import ReportSources, find_sources
-from megatron_bdpo.report.scored_pairs import Comprehension, comprehension_of
+from megatron_bdpo.report.scored_pairs import Comprehension, comprehension_of, has_comprehension
 from megatron_bdpo.report.style import require_matplotlib
 from megatron_bdpo.training.reference.cache import open_scores
 from megatron_bdpo.training.reporting import generations_file, heldout_file
@@ -153,7 +153,7 @@ def build_report(directory: Path, settings: ReportSettings, scores: Path | None 
     rewards = _read(read_heldout, sources.run / heldout_file.NAME) if sources.run else []
     held_out = held_out_pairs(rewards)
     answers = _answers(sources.run) if sources.run else None
-    pairs = _comprehension(sources, settings) if sources.scores else None
+    pairs = _comprehension(sources, settings, is_wanted=not sources.run or scores is not None)
     texts = pairs.texts(pairs.largest(settings.pairs)) if pairs and settings.show_text else {}
     quality, trouble = _quality(sources.stores) if settings.quality else (None, {})
     what = "Run" if sources.run else "Reference scores"
@@ -186,17 +186,20 @@ def _read[Row](read: Callable[[Path], list[Row]], path: Path) -> list[Row]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _comprehension(sources: ReportSources, settings: ReportSettings) -> Comprehension | None:
-    assert sources.scores is not None
+def _comprehension(sources: ReportSources, settings: ReportSettings, *, is_wanted: bool) -> Comprehension | None:
+    """None where there are no scores, or, unless it ``is_wanted``, none of what a loss without comprehension reads."""
+    if sources.scores is None:
+        return None
+    scores = open_scores(sources.scores, unfinished=True)
+    if not (is_wanted or has_comprehension(scores)):
+        return None
     options, default = sources.record.get("loss_options", {}), BdpoOptions()
     found = _number(options.get("bdpo_temperature")) or _number(default.bdpo_temperature)
     temperature = settings.temperature or found or math.inf
     per_token = settings.per_token
     if per_token is None:
         per_token = options.get("bdpo_comprehension", default.bdpo_comprehension) == "per-token"
-    return comprehension_of(
-        open_scores(sources.scores, unfinished=True), temperature, per_token=per_token, where=str(sources.scores)
-    )
+    return comprehension_of(scores, temperature, per_token=per_token, where=str(sources.scores))
 
 
 def _number(value: Any) -> float | None:

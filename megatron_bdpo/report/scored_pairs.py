@@ -115,6 +115,16 @@ class Comprehension:
         return found
 
 
+def has_comprehension(scores: Scores) -> bool:
+    """Whether some pair has both scores."""
+    return bool(_are_known(scores).any())
+
+
+def _are_known(scores: Scores) -> npt.NDArray[np.bool_]:
+    """[P] pairs that have both."""
+    return np.isfinite(scores.conditional).all(axis=1) & np.isfinite(scores.unconditional).all(axis=1)
+
+
 def comprehension_of(
     scores: Scores, temperature: float | Literal["auto"], *, per_token: bool, where: str
 ) -> Comprehension:
@@ -127,8 +137,7 @@ def comprehension_of(
     Raises:
         UserError: no pair has both scores.
     """
-    known = np.isfinite(scores.conditional).all(axis=1) & np.isfinite(scores.unconditional).all(axis=1)
-    ids = np.flatnonzero(known)
+    ids = np.flatnonzero(_are_known(scores))
     if not len(ids):
         raise UserError(
             f"{where}: no pair has both the conditional and the unconditional score, so there is no comprehension to "

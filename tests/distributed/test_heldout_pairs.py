@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_bdpo.cli.main import main
 from megatron_bdpo.report.heldout import Evaluated
 from megatron_bdpo.training.reporting.heldout_file import NAME, HeldOutRewards, read_heldout
 from tests.harness.jobs import train
@@ -41,6 +42,7 @@ def alone(ranks, tmp_path_factory) -> list[HeldOutRewards]:
         assert np.allclose(means, expected, rtol=1e-5, atol=1e-6)
         assert Evaluated.of(found).right == pytest.approx(reported["rewards/accuracies"])
     assert np.abs(first.rewards).max() < 1e-5 < np.abs(last.rewards).min()
+    assert main(["report", str(run), "--text-only"]) == 0
     return [first, last]
 
 
@@ -61,6 +63,7 @@ def test_a_reward_model_has_them_too(ranks, tmp_path):
     last = kept(tmp_path)[-1]
     assert len(last.pairs) == PAIRS
     assert np.allclose(last.rewards.mean(axis=0)[0], outcome.evaluations[-1]["rewards/chosen"], rtol=1e-5)
+    assert main(["report", str(tmp_path), "--text-only"]) == 0
 
 
 def test_a_resumed_run_forgets_what_it_does_again(ranks, tmp_path):

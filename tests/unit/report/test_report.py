@@ -232,6 +232,15 @@ def test_run_takes_temperature_and_scores_from_its_record(scores, tmp_path, caps
     assert "20 of 20 pairs, nats per token; weights and scale at tau 2" in output
 
 
+def test_run_whose_loss_reads_no_comprehension(tmp_path, capsys):
+    """Its scores are of answers after their prompts alone. A report on other scores is one that is asked for."""
+    scores = make_scores(tmp_path / "scores", unconditional=np.full((PAIRS, 2), np.nan))
+    run = make_run(tmp_path / "run", record={"loss": "dpo", "reference_scores": {"train": str(scores)}})
+    output = report(capsys, run, "--text-only")
+    assert "training, steps 1 to 90" in output and "omprehension" not in output
+    assert "no pair has both" in refusal(capsys, run, "--scores", scores)
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_run_that_has_just_begun(tmp_path, capsys, steps):
     report(capsys, make_run(tmp_path / "run", steps))
