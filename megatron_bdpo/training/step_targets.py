@@ -93,5 +93,5 @@ class SortedStep:
 
 def _columns(batch: PackBatch, policy: Tensor, reference: Tensor | None) -> Tensor:
     """[P, 4 or 6] float64: tokens, policy's and reference's log-probs of chosen and rejected."""
-    tokens = batch.answer_tokens[batch.pairs.answers].to(policy.device, torch.float64)
+    tokens = batch.answer_tokens[batch.pairs.answers].double().pin_memory().cuda(non_blocking=True)
     return torch.cat([tokens, policy, *([] if reference is None else [reference])], dim=1)

@@ -17,6 +17,9 @@ JOBS = {
     "dpo": ["--preference-loss", "dpo"],
     "bdpo, with quartiles": ["--preference-loss", "bdpo"],
     "entropy": ["--preference-loss", "dpo", "--log-entropy"],
+    "weights of pairs": ["--preference-loss", "dpo", "--use-weighting"],
+    "another divergence": ["--preference-loss", "dpo", "--f-divergence", "forward_kl"],
+    "sorted steps": ["--preference-loss", "aot"],
     "resident": ["--preference-loss", "bdpo", "--reference", "resident"],
     "plain log-probs": ["--preference-loss", "dpo", "--log-probs", "plain"],
 }
