@@ -3,7 +3,8 @@
     python tools/pages.py             writes it anew (`make pages`)
     python tools/pages.py --check     says which pages are not current; a test does the same
 
-and, beside them, the table of all flags that stands in for the parsers (`tools/flag_table.py`).
+and, beside them, the table of all flags that stands in for the parsers (`tools/flag_table.py`), and the terminal that
+shows wrong flags (`tools/terminals.py`).
 
 A page marks a place, whose content is everything up to the end:
 
@@ -207,8 +208,9 @@ def main() -> int:
         if old:
             print(f"not as the source says: {names}. `make pages` writes them anew.", file=sys.stderr)
         return int(bool(old))
-    # In a process of its own: it prepares the platform for Megatron.
-    subprocess.run([sys.executable, ROOT / "tools" / "flag_table.py"], check=True, stdout=subprocess.DEVNULL)
+    # In processes of their own: the first prepares the platform for Megatron.
+    for script, *words in (("flag_table.py",), ("terminals.py", "wrong-flags")):
+        subprocess.run([sys.executable, ROOT / "tools" / script, *words], check=True, stdout=subprocess.DEVNULL)
     for page in old:
         page.write_text(filled(page.read_text("utf-8")), "utf-8")
     print(f"written: {names}" if old else "all pages are current")
