@@ -269,14 +269,15 @@ class _Translator:
         """A reward model has no adapters and no reference."""
         if self.result.settings.get("objective") != "reward":
             return
+        why = "is not for reward models: all weights are trained, and there is no reference. Take it out."
         for flag in [flag for flag in self.result.settings if flag.startswith(("lora-", "reference"))]:
-            origin = self.result.origins[flag]
-            if origin in self.all and origin not in self.result.refused:
-                self.result.refused[origin] = (
-                    f"{self.all[origin].where}: --{flag} is not for reward models: all weights are trained, and there "
-                    "is no reference. Take it out."
-                )
-            del self.result.settings[flag], self.result.origins[flag]
+            origin = self.result.origins.pop(flag)
+            del self.result.settings[flag]
+            given = [self.all[key] for key in origin.split(", ") if key in self.all and not self.all[key].is_default]
+            for each in given:
+                self.result.refuse(each, f"--{flag} {why}")
+            if not given and flag == "lora-rank":  # adapters without a rank, which has a default
+                self.result.refused[origin] = f"{origin}: --{flag} {why}"
 
     def _products(self) -> None:
         for flag, parts in self.factors.items():

@@ -162,6 +162,16 @@ def test_adapters_of_a_reward_model_are_refused(tmp_path):
     assert not any(flag.startswith("lora") for flag in result.settings)
 
 
+def test_adapters_of_a_reward_model_are_refused_where_only_a_default_has_their_rank(tmp_path):
+    result = translated(tmp_path, ".sh", TRL_REWARD.replace("trl reward", "trl reward --use_peft true"))
+    (why,) = result.refused.values()
+    assert why.startswith("TRL's RewardTrainer's default of lora_r: --lora-rank is not for reward models")
+    several = AXOLOTL_RM + "adapter: lora\nlora_r: 8\nlora_target_linear: true\nlora_target_modules: all\n"
+    assert {"lora_r", "lora_target_linear", "lora_target_modules"} <= translated(
+        tmp_path, ".yml", several
+    ).refused.keys()
+
+
 def test_todays_names_of_openrlhf(tmp_path):
     """They are in groups, with points."""
     result = translated(tmp_path, ".sh", OPENRLHF_DPO)
