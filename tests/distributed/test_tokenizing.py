@@ -27,11 +27,11 @@ prepare_platform()
 from megatron_bdpo.data import tokenizing
 tokenizing.CHUNK_ROWS, tokenizing.CHUNKS = 20, 3
 encode = tokenizing.PairTokenizer.encode
-def counted(self, record):
+def counted(self, record, known=None):
     time.sleep(float(os.environ["SLOW"]))
     with open(f"{os.environ['MARKS']}.{os.environ['RANK']}", "a") as marks:
         marks.write(f"{str(record.prompt).split()[0]}\\n")
-    return encode(self, record)
+    return encode(self, record, known)
 tokenizing.PairTokenizer.encode = counted
 from megatron_bdpo.training.entry import tokenize_main
 tokenize_main()

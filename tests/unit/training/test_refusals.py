@@ -27,7 +27,6 @@ REFUSED = {
     "--async-save --use-persistent-ckpt-worker": "--async-save needs --use-persistent-ckpt-worker",
     f"{ASYNC} --optimizer-cpu-offload": "--async-save needs --use-persistent-ckpt-worker",
     f"--loss-file {OWN_LOSS} --preference-loss dpo": "--loss-file: --preference-loss names",
-    "--preference-loss pl_dpo": "--preference-loss names a loss of all answers",
     "--push-to-hub me/model": "--push-to-hub sends what --save-hf has written",
     "--eval-prompt-tokens 9": "--eval-prompt-tokens: at least 1",
     "--eval-prompts ask.jsonl --eval-prompt-tokens 0": "--eval-prompt-tokens: at least 1",
