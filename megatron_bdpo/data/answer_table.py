@@ -5,6 +5,7 @@ Shapes: p pairs of G groups, A answers of all groups, K answers of the group tha
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ class AnswerTable:
     place: IntArray  # [p, 2] of each pair's answers in the table, [G, K] in one row
     present: npt.NDArray[np.bool_]  # [G, K]
 
-    @property
+    @functools.cached_property
     def source(self) -> IntArray:
         """[G, K] ``first`` of each answer; 0 where there is none."""
         table = np.zeros(self.present.shape, np.int64)

@@ -55,6 +55,11 @@ class PackPairs:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def key(self) -> bytes:
+        """Equal for packs of the same pairs: a pair may come twice in a step, in packs with other pairs."""
+        return self.ids.tobytes()
+
 
 _NONE, _NO_NUMBERS = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
 _NO_INDICES = np.zeros(0, np.int64)
@@ -172,14 +177,11 @@ class PackMaker:
         return to_batch(context_part(pack, self.context), length, self.limit, self._pairs(found))
 
     def _pairs(self, groups: Sequence[ComparedGroup]) -> PackPairs:
-        if not groups:
-            none = np.zeros((0, 2), np.int64)
-            table = self._table(_NO_INDICES, none, _NO_INDICES) if self.with_tables else None
-            return dataclasses.replace(NO_PAIRS, table=table)
-        ids = np.concatenate([each.pairs for each in groups])
+        ids = np.concatenate([_NO_INDICES, *(each.pairs for each in groups)])
         first = np.cumsum([0, *(len(each.group.answers) for each in groups)])
-        answers = np.concatenate([each.answers + start for each, start in zip(groups, first, strict=False)])
-        sizes = np.array([len(each.pairs) for each in groups])
+        compared = [each.answers + start for each, start in zip(groups, first, strict=False)]
+        answers = np.concatenate([np.zeros((0, 2), np.int64), *compared])
+        sizes = np.array([len(each.pairs) for each in groups], np.int64)
         weight = np.ones(len(ids)) if self.over_pairs else 1 / np.repeat(sizes, sizes)
         return PackPairs(
             ids,

@@ -243,6 +243,27 @@ def _collect(found: Tensor, non_loss_data: bool = True) -> Tensor:
     return found.detach()
 
 
+def looking_ahead(
+    schedule: Callable[..., Any], look: Callable[[list[list[PackBatch]]], list[Iterator[PackBatch]]]
+) -> Callable[..., Any]:
+    """A schedule whose microbatches are looked at before it runs.
+
+    What looks may run the model over them, in a schedule of its own: started inside a forward step that would
+    dead-lock pipeline stages.
+
+    Args:
+        look: gets the microbatches of each chunk, and returns what the schedule is to go through.
+    """
+
+    def run(*args: Any, data_iterator: Any, num_microbatches: int, **kwargs: Any) -> Any:
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        again = look([[next(iterator) for _ in range(num_microbatches)] for iterator in iterators])
+        data_iterator = again if isinstance(data_iterator, list) else again[0]
+        return schedule(*args, data_iterator=data_iterator, num_microbatches=num_microbatches, **kwargs)
+
+    return run
+
+
 @torch.no_grad()
 def forward_only(
     model: list[Any], step: Callable[..., Any], iterators: list[Iterator[Any]], count: int, length: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +78,7 @@ class PairJob:
             with_tables=self.loss.spec.of_groups,
         )
 
-    @property
+    @functools.cached_property
     def training_pairs(self) -> int:
         """Number of pairs to train on."""
         return len(self.pool.pairs_of(self.train.ids))
@@ -296,9 +297,9 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
             f"--preference-loss {loss.spec.name} sorts a step's pairs, each of which is to count alike; in a mean over "
             "rows with several pairs they do not. Add --mean-over pairs."
         )
-    asked = int(np.isfinite(pool.margins()[pool.pairs_of(train.ids)]).sum())
-    if not settings.objective.is_reward and asked:
-        train.notes.append(f"margins of {asked} not read: they are for --objective reward")
+    if not settings.objective.is_reward:
+        asked = int(np.isfinite(pool.margins()[pool.pairs_of(train.ids)]).sum())
+        train.notes += [f"margins of {asked} not read: they are for --objective reward"] if asked else []
     if settings.reference.is_in_columns:
         _check_columns(pool, np.concatenate([train.ids, held_out.ids]))
     sources = pools.by_source(pool, 0, train.ids)

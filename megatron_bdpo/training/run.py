@@ -97,8 +97,7 @@ class PreferenceRun:
         self.settings, self.job, self.config, self.scoring = setup.settings, setup.job, setup.config, setup.scoring
         schedule, job = self.settings.schedule, self.job
         step = RewardStep if self.settings.objective.is_reward else PreferenceStep
-        if job.loss.spec.of_groups:
-            step = GroupStep
+        step = GroupStep if job.loss.spec.of_groups else step
         self.step = step(
             job.loss,
             NoReference(),

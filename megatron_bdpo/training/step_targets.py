@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_bdpo.losses import PairLogProbs, PairLossFunction
 from megatron_bdpo.training.batches import IntArray, PackBatch
-from megatron_bdpo.training.forward import ReferenceValues, ScoringStep, forward_only
+from megatron_bdpo.training.forward import ReferenceValues, ScoringStep, forward_only, looking_ahead
 from megatron_bdpo.training.job import PairJob
 
 
@@ -32,7 +32,7 @@ class SortedStep:
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor, Tensor]:
         """See ``forward.StepTargets``."""
-        return self._targets[batch.pairs.ids.tobytes()]
+        return self._targets[batch.pairs.key]
 
     def wrap(self, schedule: Callable[..., Any], model: list[Any], done: Callable[[], int]) -> Callable[..., Any]:
         """A schedule that makes this pass first. Where it only evaluates, it runs as before.
@@ -42,17 +42,14 @@ class SortedStep:
             done: says how many steps are done.
         """
 
-        def run(
-            *args: Any, data_iterator: Any, num_microbatches: int, forward_only: bool = False, **kwargs: Any
-        ) -> Any:
-            if not forward_only:
-                iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-                batches = [[next(iterator) for _ in range(num_microbatches)] for iterator in iterators]
-                self._look(batches, model, done())
-                again: list[Iterator[PackBatch]] = [iter(chunk) for chunk in batches]
-                data_iterator = again if isinstance(data_iterator, list) else again[0]
-            more = {"num_microbatches": num_microbatches, "forward_only": forward_only}
-            return schedule(*args, data_iterator=data_iterator, **more, **kwargs)
+        def look(batches: list[list[PackBatch]]) -> list[Iterator[PackBatch]]:
+            self._look(batches, model, done())
+            return [iter(chunk) for chunk in batches]
+
+        training = looking_ahead(schedule, look)
+
+        def run(*args: Any, forward_only: bool = False, **kwargs: Any) -> Any:
+            return (schedule if forward_only else training)(*args, forward_only=forward_only, **kwargs)
 
         return run
 
@@ -72,7 +69,7 @@ class SortedStep:
         targets = self.loss.spec.of_step(pairs, self.loss.options)
         counts = [len(each) for each in own]
         chosen, rejected = (each[start : start + sum(counts)].split(counts) for each in targets)
-        keys = [batch.pairs.ids.tobytes() for batch in batches[-1]]
+        keys = [batch.pairs.key for batch in batches[-1]]
         self._targets = dict(zip(keys, zip(chosen, rejected, strict=True), strict=True))
 
     def _gathered(self, own: Tensor, step: int) -> tuple[int, Tensor]:

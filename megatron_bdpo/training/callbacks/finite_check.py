@@ -15,14 +15,14 @@ from megatron_bdpo.training.finite import Describe, broken_gradient, reject_brok
 class FiniteCheck(Callback):
     """Looks at the gradients' norm after each update, and at the weights before each checkpoint."""
 
-    def __init__(self, pairs: Callable[[int], IntArray], describe: Describe, suspect: str) -> None:
+    def __init__(self, groups: Callable[[int], IntArray], describe: Describe, suspect: str) -> None:
         """
         Args:
             groups: ids of a step's groups.
             describe: a group's name for messages.
             suspect: see ``suspects.likely_cause``.
         """
-        self._pairs, self._describe, self._suspect = pairs, describe, suspect
+        self._groups, self._describe, self._suspect = groups, describe, suspect
         self._model: list[Any] = []
 
     def after_load(self, start: Start) -> None:
@@ -34,8 +34,8 @@ class FiniteCheck(Callback):
             NotFiniteError, DivergedError: with the step's pairs.
         """
         if not math.isfinite(grad_norm):
-            pairs = self._pairs(iteration)
-            raise broken_gradient(f"norm {grad_norm}", iteration, pairs, self._describe, self._suspect)
+            groups = self._groups(iteration)
+            raise broken_gradient(f"norm {grad_norm}", iteration, groups, self._describe, self._suspect)
 
     def saving(self, directory: Path) -> None:
         """Collective.

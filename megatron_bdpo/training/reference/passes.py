@@ -21,7 +21,7 @@ from megatron_bdpo.losses import GroupLogProbs, PairLogProbs, Requirements
 from megatron_bdpo.model.lora.attach import adapters_off
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import sum_over_ranks
-from megatron_bdpo.training.forward import ScoringStep, forward_only
+from megatron_bdpo.training.forward import ScoringStep, forward_only, looking_ahead
 from megatron_bdpo.training.job import PairJob
 
 FloatArray = npt.NDArray[np.float64]
@@ -104,24 +104,16 @@ class ResidentReference:
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
         """See ``forward.ReferenceValues``."""
-        return self._values[_batch_key(batch)]
+        return self._values[batch.pairs.key]
 
     def wrap(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
-        """A schedule that first scores its microbatches with the reference, then runs as before.
+        """A schedule that first scores its microbatches with the reference, then runs as before."""
 
-        The reference's pass is a schedule of its own, before the policy's: started inside a forward step it would
-        dead-lock pipeline stages.
-        """
-
-        def run(*args: Any, data_iterator: Any, num_microbatches: int, **kwargs: Any) -> Any:
-            iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-            batches = [[next(iterator) for _ in range(num_microbatches)] for iterator in iterators]
+        def look(batches: list[list[PackBatch]]) -> list[Iterator[PackBatch]]:
             self._score(batches)
-            again = [map(_conditional, chunk) for chunk in batches]
-            data_iterator = again if isinstance(data_iterator, list) else again[0]
-            return schedule(*args, data_iterator=data_iterator, num_microbatches=num_microbatches, **kwargs)
+            return [map(_conditional, chunk) for chunk in batches]
 
-        return run
+        return looking_ahead(schedule, look)
 
     def _score(self, batches: list[list[PackBatch]]) -> None:
         """One pass over the step's packs, each followed by its answers after the empty prompt if they are needed."""
@@ -132,7 +124,7 @@ class ResidentReference:
             scores = forward_only(self.model, ScoringStep(self.scoring), iterators, count, length)
         # Only the last stage has scores, and only it looks them up; its last chunk's batches are the ones it uses.
         self._values = {
-            _batch_key(batch): (values[0], values[1] if len(values) > 1 else None)
+            batch.pairs.key: (values[0], values[1] if len(values) > 1 else None)
             for batch, values in zip(batches[-1], itertools.batched(scores, per_batch), strict=False)
         }
 
@@ -147,11 +139,6 @@ def _with_unconditional(batches: list[PackBatch]) -> Iterator[PackBatch]:
 def _conditional(batch: PackBatch) -> PackBatch:
     """It alone, so that the device does not get its answers after the empty prompt with it."""
     return dataclasses.replace(batch, unconditional=None)
-
-
-def _batch_key(batch: PackBatch) -> bytes:
-    """All pair ids: a pair may come twice in a step, in packs with other pairs. Equal packs have equal values."""
-    return batch.pairs.ids.tobytes()
 
 
 @dataclass(frozen=True)
