@@ -54,7 +54,7 @@ def sizes_of_file(path: Path) -> IntArray:
         with distributed.process_groups(arguments.settings.process):
             (store,) = token_stores.open_stores(arguments)
             pool = PairPool([store])
-            return pool.group_lengths(np.arange(pool.groups)).positions(share_prompts=True)
+            return pool.group_lengths(np.arange(len(pool.grouping))).positions(share_prompts=True)
 
 
 def made_up_sizes(pairs: int) -> IntArray:

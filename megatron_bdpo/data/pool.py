@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bdpo.data.answer_table import AnswerTable, answer_table
+from megatron_bdpo.data.grouping import Grouping
 from megatron_bdpo.data.packs import Group, GroupLengths
 from megatron_bdpo.data.sources import describe_row
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import TokenArray
-from megatron_bdpo.data.tokenized_rows import first_pairs
 from megatron_bdpo.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
@@ -43,8 +43,7 @@ class PairPool:
         unsafe: [P, 2] of chosen, rejected: 1 unsafe, 0 safe, -1 unknown.
         swapped: [P] pairs whose chosen and rejected change places, as the loss wants it; applies to everything but
             the stores' own numbers.
-        kept: [P] pairs that take part; the others of a group do not, nor do answers that none of its pairs is left of.
-        first_pair: [G + 1] the first pair of each group, and P.
+        grouping: which pairs are of which group, and take part.
     """
 
     def __init__(self, stores: Sequence[PairStore]) -> None:
@@ -54,10 +53,8 @@ class PairPool:
         self._starts = _joined([store.starts for store in stores])  # in each store's tokens
         self.unsafe = _joined([store.unsafe for store in stores])
         self._scored = _joined([store.scored for store in stores]) if any(each.has_context for each in stores) else None
-        firsts = [first_pairs(store.starts) + offset for store, offset in zip(stores, self.offsets, strict=False)]
-        self.first_pair = np.concatenate([*firsts, self.offsets[-1:]])
-        self.group_offsets = np.cumsum([0, *map(len, firsts)])
-        self.swapped, self.kept = np.zeros(len(self.lengths), bool), np.ones(len(self.lengths), bool)
+        self.swapped = np.zeros(len(self.lengths), bool)
+        self.grouping = Grouping([store.starts for store in stores])
 
     def __len__(self) -> int:
         """P."""
@@ -89,30 +86,6 @@ class PairPool:
             [np.full(len(each), np.nan) if each.margin is None else each.margin for each in self.stores]
         )
 
-    def groups_of_store(self, index: int) -> IntArray:
-        """Ids of the groups of the store at ``index``, in the store's order."""
-        return np.arange(self.group_offsets[index], self.group_offsets[index + 1])
-
-    def pairs_of(self, groups: IntArray) -> IntArray:
-        """Ids of the pairs of these groups that take part, group after group."""
-        return self.pairs_and_places(groups)[0]
-
-    def pairs_and_places(self, groups: IntArray) -> tuple[IntArray, IntArray]:
-        """:meth:`pairs_of`, and for each pair the place of its group in ``groups``."""
-        if self._has_single_pairs:
-            kept = self.kept[groups]
-            return groups[kept], np.flatnonzero(kept)
-        counts = self.first_pair[groups + 1] - self.first_pair[groups]
-        place = np.repeat(np.arange(len(groups)), counts)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        pairs = self.first_pair[groups][place] + within
-        kept = self.kept[pairs]
-        return pairs[kept], place[kept]
-
-    def groups_of(self, pairs: IntArray) -> IntArray:
-        """The group of each pair."""
-        return np.searchsorted(self.first_pair, pairs, side="right").astype(np.int64) - 1
-
     def swap(self, ids: IntArray) -> None:
         """Exchange chosen and rejected of these pairs."""
         if not len(ids):
@@ -131,9 +104,9 @@ class PairPool:
     def group(self, group_id: int, *, unconditional: bool = False) -> ComparedGroup:
         """Tokens of a group: its prompt, or with ``unconditional`` the empty one, the answers of the pairs that take
         part, in the order in which they name them, chosen first; and the pairs."""
-        ids = self.pairs_of(np.array([group_id]))
-        store, first = self._locate(int(self.first_pair[group_id]))
-        before = int(self.first_pair[group_id]) - first  # pairs of the stores before
+        ids = self.grouping.pairs_of(np.array([group_id]))
+        store, first = self._locate(int(self.grouping.first_pair[group_id]))
+        before = int(self.grouping.first_pair[group_id]) - first  # pairs of the stores before
         answers: dict[int, tuple[TokenArray, npt.NDArray[np.bool_] | None]] = {}
         compared = np.zeros((len(ids), 2), np.int64)
         places: dict[int, int] = {}
@@ -149,15 +122,16 @@ class PairPool:
 
     def group_lengths(self, groups: IntArray) -> GroupLengths:
         """Of these groups, with the answers of the pairs that take part."""
-        if self._has_single_pairs:
+        if self.grouping.has_single_pairs:
             return GroupLengths.of_table(self.lengths[groups])
         pairs, table = self.answers_of(groups)
         tokens = self.lengths[pairs, 1:].ravel().astype(np.int64)
-        return GroupLengths.of_answers(self.lengths[self.first_pair[groups], 0], table.group, tokens[table.first])
+        prompts = self.lengths[self.grouping.first_pair[groups], 0]
+        return GroupLengths.of_answers(prompts, table.group, tokens[table.first])
 
     def answers_of(self, groups: IntArray) -> tuple[IntArray, AnswerTable]:
-        """:meth:`pairs_of` these groups, and their answers."""
-        pairs, place = self.pairs_and_places(groups)
+        """The pairs of these groups that take part, and their answers."""
+        pairs, place = self.grouping.pairs_and_places(groups)
         return pairs, answer_table(self._starts[pairs, 1:], place, len(groups))
 
     def scores(self) -> npt.NDArray[np.float64]:
@@ -169,14 +143,14 @@ class PairPool:
 
         So every pack that holds some groups also holds them after the empty prompt, which the resident reference needs.
         """
-        groups = np.arange(self.groups)
+        groups = np.arange(len(self.grouping))
         lengths = self.group_lengths(groups)
         longer = np.maximum(lengths.prompt, self.unconditional_lengths(groups))
         return lengths.with_prompts(longer).positions(share_prompts=share_prompts)
 
     def unconditional_lengths(self, groups: IntArray) -> npt.NDArray[np.int32]:
         """[n] tokens of each group's unconditional prompt."""
-        return np.concatenate([store.unconditional for store in self.stores])[self.first_pair[groups]]
+        return np.concatenate([store.unconditional for store in self.stores])[self.grouping.first_pair[groups]]
 
     def describe(self, pair_id: int) -> str:
         """Where a pair comes from, for messages."""
@@ -185,22 +159,12 @@ class PairPool:
 
     def describe_group(self, group_id: int) -> str:
         """Where a group comes from, for messages."""
-        return self.describe(int(self.first_pair[group_id]))
+        return self.describe(int(self.grouping.first_pair[group_id]))
 
     def origin(self, pair_id: int) -> tuple[str, int]:
         """The data set that a pair comes from, and its row there, counted from 1."""
         store, row = self._locate(pair_id)
         return store.sources[store.source[row]].path, int(store.row[row])
-
-    @property
-    def groups(self) -> int:
-        """G."""
-        return len(self.first_pair) - 1
-
-    @property
-    def _has_single_pairs(self) -> bool:
-        """Every group is a pair: a group's id is its pair's."""
-        return self.groups == len(self)
 
     def _locate(self, pair_id: int) -> tuple[PairStore, int]:
         index = int(np.searchsorted(self.offsets, pair_id, side="right")) - 1
@@ -212,7 +176,7 @@ def by_source(pool: PairPool, index: int, groups: IntArray) -> list[tuple[IntArr
     store = pool.stores[index]
     if len(store.sources) == 1:
         return [(groups, store.sources[0].weight)]
-    source = store.source[pool.first_pair[groups] - pool.offsets[index]]
+    source = store.source[pool.grouping.first_pair[groups] - pool.offsets[index]]
     return [(groups[source == number], spec.weight) for number, spec in enumerate(store.sources)]
 
 
@@ -243,15 +207,15 @@ def drop_long(pool: PairPool, selection: Selection, sizes: IntArray, limit: int,
     if fits.all():
         return
     longest = int(selection.ids[np.argmax(sizes[selection.ids])])
-    dropped = pool.pairs_of(selection.ids[~fits])
+    dropped, of = (len(pool.grouping.pairs_of(groups)) for groups in (selection.ids[~fits], selection.ids))
     if not drop:
         raise UserError(
-            f"{len(dropped)} of {len(pool.pairs_of(selection.ids))} pairs do not fit a pack of --seq-length {limit}; "
-            f"the longest ({pool.describe_group(longest)}) takes {sizes[longest]} positions. Raise --seq-length, "
-            "truncate with --max-prompt-length / --max-response-length, or leave them out with --long-pairs drop."
+            f"{dropped} of {of} pairs do not fit a pack of --seq-length {limit}; the longest "
+            f"({pool.describe_group(longest)}) takes {sizes[longest]} positions. Raise --seq-length, truncate with "
+            "--max-prompt-length / --max-response-length, or leave them out with --long-pairs drop."
         )
     selection.ids = selection.ids[fits]
-    selection.notes.append(f"{len(dropped)} pairs longer than --seq-length {limit} dropped")
+    selection.notes.append(f"{dropped} pairs longer than --seq-length {limit} dropped")
 
 
 def select(pool: PairPool, selection: Selection, choose: Choose, *, labelled: bool) -> None:
@@ -264,7 +228,7 @@ def select(pool: PairPool, selection: Selection, choose: Choose, *, labelled: bo
     Raises:
         UserError: if a pair has none.
     """
-    pairs = pool.pairs_of(selection.ids)
+    pairs = pool.grouping.pairs_of(selection.ids)
     labels = pool.unsafe[pairs]
     if labelled and (unlabelled := (labels < 0).any(axis=1)).any():
         example = int(pairs[np.argmax(unlabelled)])
@@ -274,9 +238,9 @@ def select(pool: PairPool, selection: Selection, choose: Choose, *, labelled: bo
         )
     keep, swap = choose(labels)
     pool.swap(pairs[swap])
-    pool.kept[pairs[~keep]] = False
-    has_pairs = np.zeros(pool.groups, bool)
-    has_pairs[pool.groups_of(pairs[keep])] = True
+    pool.grouping.kept[pairs[~keep]] = False
+    has_pairs = np.zeros(len(pool.grouping), bool)
+    has_pairs[pool.grouping.groups_of(pairs[keep])] = True
     selection.ids = selection.ids[has_pairs[selection.ids]]
     if len(labels) and (labelled or swap.any() or not keep.all()):
         dropped = int((~keep).sum())

@@ -49,7 +49,7 @@ class PairStatistics:
     def of(cls, store: PairStore) -> PairStatistics:
         """Read the lengths and labels of a store; its tokens are not touched."""
         pool = PairPool([store])
-        groups = pool.group_lengths(np.arange(pool.groups))
+        groups = pool.group_lengths(np.arange(len(pool.grouping)))
         positions, separate = (groups.positions(share_prompts=share) for share in (True, False))
         too_long: dict[int, int] = {}
         for length in _PACK_LENGTHS:
@@ -59,7 +59,7 @@ class PairStatistics:
         difference = store.lengths[:, 1].astype(np.int64) - store.lengths[:, 2]
         return cls(
             pairs=len(store),
-            groups=pool.groups,
+            groups=len(pool.grouping),
             answers=int(groups.answers.sum()),
             mean_positions=float(positions.mean()),
             positions={share: int(np.percentile(positions, share, method="higher")) for share in _SHARES},

@@ -65,7 +65,7 @@ def needs(arguments: Arguments, job: PairJob) -> list[Need]:
     if not job.resident:
         cache = settings.reference.reference_cache
         place = Path(cache) if cache else cache_directory(settings)
-        pairs = job.training_pairs + len(job.pool.pairs_of(job.held_out.ids))
+        pairs = job.training_pairs + len(job.pool.grouping.pairs_of(job.held_out.ids))
         found.append(Need("reference scores", place, _BYTES_OF_SCORES * pairs))
     return found
 

@@ -224,7 +224,7 @@ class Work:
 
 def _squares(job: PairJob) -> IntArray:
     """[G] attention of every group of the pool."""
-    return job.pool.group_lengths(np.arange(job.pool.groups)).squares(share_prompts=job.share_prompts)
+    return job.pool.group_lengths(np.arange(len(job.pool.grouping))).squares(share_prompts=job.share_prompts)
 
 
 def _operations(arguments: Arguments, packs: int, squares: float, positions: float) -> float:

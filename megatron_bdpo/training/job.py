@@ -81,7 +81,7 @@ class PairJob:
     @functools.cached_property
     def training_pairs(self) -> int:
         """Number of pairs to train on."""
-        return len(self.pool.pairs_of(self.train.ids))
+        return len(self.pool.grouping.pairs_of(self.train.ids))
 
     @property
     def compared(self) -> int:
@@ -95,7 +95,7 @@ class PairJob:
     def counted_in_step(self, iteration: int) -> int:
         """What the mean of a step is over: its groups, or its pairs."""
         groups = self.groups_of_step(iteration)
-        return len(self.pool.pairs_of(groups)) if self.over_pairs else len(groups)
+        return len(self.pool.grouping.pairs_of(groups)) if self.over_pairs else len(groups)
 
     def groups_in_use(self, evaluated_after: int | None) -> IntArray:
         """Ids of the groups that steps and evaluations read, in the order in which they come first.
@@ -132,7 +132,7 @@ class PairJob:
         return lines
 
     def _counted(self, selection: Selection) -> str:
-        pairs = str(len(self.pool.pairs_of(selection.ids)))
+        pairs = str(len(self.pool.grouping.pairs_of(selection.ids)))
         return f"{pairs} in {len(selection.ids)} groups" if _unit(self.pool) == "groups" else pairs
 
     def _describe_context(self) -> str:
@@ -153,7 +153,7 @@ _PACKS_LOOKED_AT = 16
 
 def _unit(pool: PairPool) -> str:
     """What steps are made of, in words."""
-    return "groups" if pool.groups < len(pool) else "pairs"
+    return "groups" if len(pool.grouping) < len(pool) else "pairs"
 
 
 def each_once(*ids: IntArray) -> IntArray:
@@ -231,7 +231,7 @@ def _check_loss(settings: Settings, loss: PairLossFunction) -> None:
 
 
 def _refuse_without_groups(settings: Settings, pool: PairPool) -> None:
-    if settings.steps.mean_over and pool.groups == len(pool):
+    if settings.steps.mean_over and len(pool.grouping) == len(pool):
         raise UserError(
             f"--mean-over {settings.steps.mean_over} makes no difference: no row gives several pairs of one prompt. "
             "Leave it out, or have more pairs made of rows with ranked answers: --pairs-from all."
@@ -250,7 +250,7 @@ def _refuse_no_pairs(train: Selection, usable: int, held_out: int) -> None:
 
 def _check_columns(pool: PairPool, groups: IntArray) -> None:
     """All pairs of these groups bring their reference's log-probs."""
-    ids = pool.pairs_of(groups)
+    ids = pool.grouping.pairs_of(groups)
     missing = np.isnan(pool.reference()[ids]).any(axis=1)
     if missing.any():
         example = pool.describe(int(ids[np.argmax(missing)]))
@@ -282,23 +282,24 @@ DEFAULT_ANSWER = 64
 def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:
     _refuse_without_groups(settings, pool)
     if len(pool.stores) > 1:
-        train, held_out = map(Selection, (pool.groups_of_store(0), pool.groups_of_store(1)))
+        train, held_out = map(Selection, (pool.grouping.of_store(0), pool.grouping.of_store(1)))
     else:
-        shares = pools.hold_out(pool.groups_of_store(0), settings.pairs.eval_share, settings.schedule.seed)
+        shares = pools.hold_out(pool.grouping.of_store(0), settings.pairs.eval_share, settings.schedule.seed)
         train, held_out = map(Selection, shares)
     for selection in (train, held_out):
         pools.select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
     sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
-    _refuse_no_pairs(train, len(pool.stores[0]), len(pool.pairs_of(held_out.ids)))
-    if loss.spec.of_step and settings.steps.mean_over != "pairs" and len(pool.pairs_of(train.ids)) > len(train.ids):
+    _refuse_no_pairs(train, len(pool.stores[0]), len(pool.grouping.pairs_of(held_out.ids)))
+    has_several = len(pool.grouping.pairs_of(train.ids)) > len(train.ids)
+    if loss.spec.of_step and settings.steps.mean_over != "pairs" and has_several:
         raise UserError(
             f"--preference-loss {loss.spec.name} sorts a step's pairs, each of which is to count alike; in a mean over "
             "rows with several pairs they do not. Add --mean-over pairs."
         )
     if not settings.objective.is_reward:
-        asked = int(np.isfinite(pool.margins()[pool.pairs_of(train.ids)]).sum())
+        asked = int(np.isfinite(pool.margins()[pool.grouping.pairs_of(train.ids)]).sum())
         train.notes += [f"margins of {asked} not read: they are for --objective reward"] if asked else []
     if settings.reference.is_in_columns:
         _check_columns(pool, np.concatenate([train.ids, held_out.ids]))

@@ -59,7 +59,7 @@ def write_rewards(setup: RunSetup, model: list[Any], pause: Callable[[], None]) 
     """
     job, target = setup.job, Path(setup.settings.objective.rewards or "")
     groups = np.sort(np.concatenate([job.train.ids, job.held_out.ids]))
-    ids = job.pool.pairs_of(groups)
+    ids = job.pool.grouping.pairs_of(groups)
     start = time.perf_counter()
     rewards = _rewards(setup, model, groups, pause)
     with all_ranks_agree():

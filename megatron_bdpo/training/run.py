@@ -223,7 +223,7 @@ class PreferenceRun:
         self.iteration, plan = iteration, self.job.plan
         seconds = time.perf_counter() - self._step_started
         tokens = int(plan.real_tokens[iteration - 1])
-        pairs = len(self.job.pool.pairs_of(self.job.groups_of_step(iteration)))
+        pairs = len(self.job.pool.grouping.pairs_of(self.job.groups_of_step(iteration)))
         result = StepResult(iteration, losses, skipped, seconds, pairs, tokens)
         for each in self.callbacks:
             each.after_step(result)

@@ -85,7 +85,7 @@ class SortedStep:
     def _pairs_of(self, step: int, rank: int) -> int:
         """The number of pairs in a rank's packs."""
         groups: IntArray = np.concatenate(self.job.plan.packs(step, rank))
-        return len(self.job.pool.pairs_of(groups))
+        return len(self.job.pool.grouping.pairs_of(groups))
 
 
 def _columns(batch: PackBatch, policy: Tensor, reference: Tensor | None) -> Tensor:

@@ -164,4 +164,4 @@ def drawn_pairs(flags: list[str], **overrides: Any) -> list[list[int]]:
     from tests.harness.jobs import run_job
 
     run, _ = run_job(flags, overrides)
-    return [run.job.pool.pairs_of(groups).tolist() for groups in run.job.plan.steps]
+    return [run.job.pool.grouping.pairs_of(groups).tolist() for groups in run.job.plan.steps]

@@ -59,7 +59,7 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
         found.append(MovingReference(step, every, 1.0 if mix is None else mix))
     suspect = step.suspect
     found += [FiniteCheck(job.groups_of_step, job.pool.describe_group, suspect), Divergence(suspect)]
-    held_out = job.pool.pairs_of(job.held_out.ids)
+    held_out = job.pool.grouping.pairs_of(job.held_out.ids)
     if save:
         pairs = {"train": job.training_pairs, "heldout": len(held_out)}
         found.append(RunRecord(Path(save), pairs, functools.partial(provenance, setup.arguments, job)))

@@ -47,7 +47,7 @@ class ReferenceTable:
         return self._groups(job) if job.loss.spec.of_groups else self._pairs(job)
 
     def _groups(self, job: PairJob) -> GroupLogProbs:
-        pairs, place = job.pool.pairs_and_places(job.train.ids)
+        pairs, place = job.pool.grouping.pairs_and_places(job.train.ids)
         is_known = np.ones(len(job.train.ids), bool)
         is_known[place[np.isnan(self.conditional[pairs]).any(axis=1)]] = False
         pairs, table = job.pool.answers_of(job.train.ids[is_known])
@@ -67,7 +67,7 @@ class ReferenceTable:
         )
 
     def _pairs(self, job: PairJob) -> PairLogProbs:
-        ids = job.pool.pairs_of(job.train.ids)
+        ids = job.pool.grouping.pairs_of(job.train.ids)
         ids = ids[~np.isnan(self.conditional[ids]).any(axis=1)]
         tokens, conditional, unsafe = map(
             torch.from_numpy, (job.pool.scored[ids], self.conditional[ids], job.pool.unsafe[ids])
@@ -227,7 +227,7 @@ class GroupScorer:
         with adapters_off(self.model):
             scores = forward_only(self.model, self.step, made_once, len(own), blocks[0].length)
         ids = np.concatenate([block.groups.ids for block in blocks])
-        first = np.searchsorted(self.make.pool.pairs_and_places(ids)[1], np.arange(len(ids) + 1))
+        first = np.searchsorted(self.make.pool.grouping.pairs_and_places(ids)[1], np.arange(len(ids) + 1))
         result = np.zeros((int(first[-1]), 2))
         if is_one_of_each_replica():
             for (_, _, places), score in zip(own, scores, strict=True):

@@ -70,7 +70,7 @@ class PrecomputedReference:
     def _of_store(self, index: int) -> Arrays:
         """The values of a store's pairs by kind, [pairs, 2] in the store's order; NaN of those that are not needed."""
         pool, groups, directory = self.setup.job.pool, self._groups_in_use(index), self.directory(index)
-        store, rows = pool.stores[index], pool.pairs_of(groups) - pool.offsets[index]
+        store, rows = pool.stores[index], pool.grouping.pairs_of(groups) - pool.offsets[index]
         if not len(rows):
             return {kind: np.full((len(store), 2), np.nan) for kind in self._kinds}
         cache: ScoreCache | None = None
@@ -123,7 +123,7 @@ class PrecomputedReference:
 
     def _groups_in_use(self, index: int) -> IntArray:
         """Those of ``groups`` that belong to a store."""
-        first, stop = self.setup.job.pool.group_offsets[index : index + 2]
+        first, stop = self.setup.job.pool.grouping.offsets[index : index + 2]
         return self.groups[(self.groups >= first) & (self.groups < stop)]
 
     def _score(
@@ -134,7 +134,7 @@ class PrecomputedReference:
         Args:
             missing: by kind, of the store's pairs.
         """
-        pairs, place = self.setup.job.pool.pairs_and_places(groups)
+        pairs, place = self.setup.job.pool.grouping.pairs_and_places(groups)
         of_pairs = np.stack([mask[pairs - self.setup.job.pool.offsets[index]] for mask in missing.values()], axis=1)
         is_missing = np.zeros((len(groups), len(missing)), bool)
         np.logical_or.at(is_missing, place, of_pairs)

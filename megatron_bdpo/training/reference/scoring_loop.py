@@ -110,7 +110,7 @@ class ScoringLoop:
 
     def _pairs(self, groups: Groups) -> tuple[IntArray, BoolArray]:
         """Ids of the groups' pairs, and whether they are scored after the empty prompt."""
-        pairs, place = self.setup.job.pool.pairs_and_places(groups.ids)
+        pairs, place = self.setup.job.pool.grouping.pairs_and_places(groups.ids)
         return pairs, groups.unconditional[place]
 
     def _write(self, groups: Groups) -> None:
@@ -129,7 +129,7 @@ class ScoringLoop:
 
     def _record(self, groups: Groups, tokens: int, seconds: float) -> dict[str, Any]:
         """Say how fast it was. Returns who has scored, for the manifest."""
-        settings, pairs = self.setup.settings, len(self.setup.job.pool.pairs_of(np.unique(groups.ids)))
+        settings, pairs = self.setup.settings, len(self.setup.job.pool.grouping.pairs_of(np.unique(groups.ids)))
         say(
             f"reference: {pairs} pairs, {len(groups)} groups scored in {seconds:.1f} s: "
             f"{pairs / seconds:,.1f} pairs/s, {tokens / seconds:,.0f} tokens/s"

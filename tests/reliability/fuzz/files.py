@@ -214,7 +214,7 @@ def stores() -> Check:
             error.as_text()
             return False
         store.report.format()
-        assert len(store) == 3 and pool.groups == 2 and store.pair(2).rejected.tolist() == parts[2].tolist()
+        assert len(store) == 3 and len(pool.grouping) == 2 and store.pair(2).rejected.tolist() == parts[2].tolist()
         pool.describe(1), pool.group(1, unconditional=True), pool.sizes(share_prompts=True)
         assert store.report.malformed_share >= 0 and sum(len(ids) for ids, _ in by_source(pool, 0, np.arange(2))) == 2
         return True

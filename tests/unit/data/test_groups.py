@@ -144,7 +144,7 @@ def test_a_limit_of_pairs_cuts_a_group(tmp_path: Path, numbers: PairTokenizer) -
     assert len(whole) == 6 and len(some) == 4
     for name in ("starts", "lengths", "row"):
         assert np.array_equal(getattr(some, name), getattr(whole, name)[:4])
-    assert PairPool([some]).first_pair.tolist() == [0, 3, 4]
+    assert PairPool([some]).grouping.first_pair.tolist() == [0, 3, 4]
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -159,7 +159,7 @@ def test_answers_of_several_turns_that_begin_alike(tmp_path: Path, chats: PairTo
     settings = settings_of(tmp_path, row)
     store = prepare_pairs(settings, chats)
     pool = PairPool([store])
-    assert np.diff(pool.first_pair).tolist() == [5, 1]
+    assert np.diff(pool.grouping.first_pair).tolist() == [5, 1]
     assert [len(pool.group(group).group.answers) for group in (0, 1)] == [4, 2]
     one_by_one = [
         {"prompt": row["prompt"], "chosen": answers[a], "rejected": answers[b]}
@@ -248,4 +248,4 @@ def test_the_order_of_a_file_of_pairs_is_kept(tmp_path: Path, numbers: PairToken
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     store = prepare_pairs(PairDataSettings((SourceSpec(str(path)),), tmp_path / "cache"), numbers)
     assert [int(store.pair(i).chosen[0]) for i in range(3)] == [5, 3, 4]
-    assert PairPool([store]).groups == 3
+    assert len(PairPool([store]).grouping) == 3

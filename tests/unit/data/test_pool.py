@@ -114,15 +114,15 @@ class RankedStore(Store):
 def test_pairs_of_a_row_are_one_group():
     """Its answers come once, its pairs name them; sizes and attention are those of four answers."""
     pool = PairPool([RankedStore(), Store(LABELS)])
-    assert len(pool) == 11 and pool.groups == 6 and pool.first_pair.tolist() == [0, 6, 7, 8, 9, 10, 11]
+    assert len(pool) == 11 and len(pool.grouping) == 6 and pool.grouping.first_pair.tolist() == [0, 6, 7, 8, 9, 10, 11]
     found = pool.group(0)
     assert [answer.tolist()[0] for answer in found.group.answers] == [10, 12, 15, 19] and len(found.group.prompt) == 10
     assert found.answers.tolist() == [list(each) for each in RankedStore.PAIRS] and found.pairs.tolist() == [*range(6)]
     assert pool.sizes(share_prompts=True).tolist()[:3] == [10 + 2 + 3 + 4 + 5, 7 + 1 + 6, 1 + 2 + 6]
     assert pool.sizes(share_prompts=False).tolist()[0] == 4 * 10 + 14
-    assert pool.pairs_of(np.array([1, 0])).tolist() == [6, 0, 1, 2, 3, 4, 5]
-    assert pool.pairs_and_places(np.array([1, 0, 1]))[1].tolist() == [0, *[1] * 6, 2]
-    assert pool.groups_of(np.array([0, 5, 6, 10])).tolist() == [0, 0, 1, 5]
+    assert pool.grouping.pairs_of(np.array([1, 0])).tolist() == [6, 0, 1, 2, 3, 4, 5]
+    assert pool.grouping.pairs_and_places(np.array([1, 0, 1]))[1].tolist() == [0, *[1] * 6, 2]
+    assert pool.grouping.groups_of(np.array([0, 5, 6, 10])).tolist() == [0, 0, 1, 5]
     twice = pool.group_lengths(np.array([0, 0]))
     assert twice.positions(share_prompts=True).tolist() == [24, 24], "a group may come twice"
 

@@ -93,17 +93,17 @@ def test_a_pool_is_its_pairs(tmp_path: Path, seed: int) -> None:
     pairs = [*itertools.chain.from_iterable(of_stores)]
     swapped, left_out = np.flatnonzero(rng.random(len(pairs)) < 0.3), np.flatnonzero(rng.random(len(pairs)) < 0.2)
     pool.swap(swapped)
-    pool.kept[left_out] = False
+    pool.grouping.kept[left_out] = False
     pairs = [each.swapped() if place in swapped else each for place, each in enumerate(pairs)]
     groups = list(dict.fromkeys(each.group for each in pairs))
-    assert pool.groups == len(groups)
+    assert len(pool.grouping) == len(groups)
     of_group = [
         [place for place, each in enumerate(pairs) if each.group == group and place not in left_out] for group in groups
     ]
 
-    assert pool.groups_of(np.arange(len(pairs))).tolist() == [groups.index(each.group) for each in pairs]
+    assert pool.grouping.groups_of(np.arange(len(pairs))).tolist() == [groups.index(each.group) for each in pairs]
     some = rng.integers(len(groups), size=7)
-    found, places = pool.pairs_and_places(some)
+    found, places = pool.grouping.pairs_and_places(some)
     assert found.tolist() == [pair for group in some for pair in of_group[group]]
     assert places.tolist() == [place for place, group in enumerate(some) for _ in of_group[group]]
 
@@ -139,14 +139,14 @@ def test_a_pool_is_its_pairs(tmp_path: Path, seed: int) -> None:
     with_pairs = [place for place, group in enumerate(some) if of_group[group] and seed % 4]
     assert lengths.answer_tokens[with_pairs].tolist() == [expected[some[place]][2] for place in with_pairs]
     assert lengths.answers[with_pairs].tolist() == [expected[some[place]][3] for place in with_pairs]
-    assert lengths.prompt.tolist() == [len(pairs[pool.first_pair[group]].pair.prompt) for group in some]
+    assert lengths.prompt.tolist() == [len(pairs[pool.grouping.first_pair[group]].pair.prompt) for group in some]
 
     for index in (0, 1):
-        own = pool.groups_of_store(index)
+        own = pool.grouping.of_store(index)
         assert [groups[group][0] for group in own] == [index] * len(own)
         for source, (of_source, weight) in enumerate(by_source(pool, index, own)):
             assert weight == (1.0, 0.5)[source]
-            assert of_source.tolist() == [g for g in own if pairs[pool.first_pair[g]].source == source]
+            assert of_source.tolist() == [g for g in own if pairs[pool.grouping.first_pair[g]].source == source]
 
 
 def test_answers_of_different_stores_are_never_one(tmp_path: Path) -> None:
@@ -177,8 +177,8 @@ def test_groups_are_held_out_whole(tmp_path: Path) -> None:
     assert len(held_out) == 5 and sorted([*train, *held_out]) == [*range(10, 30)]
     assert (np.diff(train) > 0).all() and (np.diff(held_out) > 0).all()
     sizes = pool.sizes(share_prompts=True)
-    selection, longest = Selection(np.arange(pool.groups)), int(sizes.max())
-    dropped = len(pool.pairs_of(np.flatnonzero(sizes == longest)))
+    selection, longest = Selection(np.arange(len(pool.grouping))), int(sizes.max())
+    dropped = len(pool.grouping.pairs_of(np.flatnonzero(sizes == longest)))
     assert dropped > (sizes == longest).sum(), "of several pairs each"
     with pytest.raises(UserError, match=f"{dropped} of {len(pool)} pairs do not fit .*takes {longest} positions"):
         drop_long(pool, selection, sizes, longest - 1, drop=False)
