@@ -165,6 +165,7 @@ def write_store(directory: Path, pairs: int, answers: int) -> None:
         "source": np.zeros(pairs, "<i2"),
         "row": np.repeat(np.arange(1, rows + 1, dtype="<i8"), len(compared)),
         "unsafe": np.full((pairs, 2), -1, "<i1"),
+        "label": np.full(pairs, -1, "<i1"),
         "prompt_of": np.full(pairs, -1, "<i4"),
         **{name: np.zeros(0, "<f8") for name in ("reference", "margin", "score")},
         **{name: np.zeros(0, "<i8") for name in ("context", "own_prompts", "own_lengths")},

@@ -56,6 +56,7 @@ def check_rows(
                     pair = parse_row(record)
                     forms.setdefault(pair.is_chat, (source, number))
                     on_pair(index, number, pair)
+                    outcome.add_label(pair.label)
                     pairs += 1
                 except RowProblem as problem:
                     outcome.add_problem(number, problem.kind, problem.detail)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from megatron_bdpo.data.format_options import FormatOptions
 from megatron_bdpo.data.messages import ASSISTANT, USER
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
+from megatron_bdpo.data.records import COMPLETION, LABEL, is_labelled
 from megatron_bdpo.data.row_parts import (
     FOR_TEMPLATE,
     OF_ANSWERS,
@@ -34,8 +35,8 @@ from megatron_bdpo.data.row_parts import (
 
 
 def as_it_is(row: Row, options: FormatOptions) -> list[Row]:
-    """``parse_row`` reads it."""
-    for name in ("chosen", "rejected"):
+    """``parse_row`` reads it, a pair or a labelled answer."""
+    for name in (COMPLETION, LABEL) if is_labelled(row) else ("chosen", "rejected"):
         column_of(row, name, null=True)
     return [row]
 
@@ -58,10 +59,14 @@ def orca(row: Row, options: FormatOptions) -> list[Row]:
 
 
 def alpaca(row: Row, options: FormatOptions) -> list[Row]:
+    """See :func:`alpaca_prompt`."""
+    return answered_row(row, alpaca_prompt(row))
+
+
+def alpaca_prompt(row: Row) -> Messages:
     """``instruction``, a line break and ``input`` are one turn of the user; ``history`` holds earlier turns."""
     parts = [text_of(row, "instruction"), text_of(row, "input") if row.get("input") is not None else ""]
-    prompt = [*_history(row), turn_of(USER, "\n".join(part for part in parts if part))]
-    return answered_row(row, prompt)
+    return [*_history(row), turn_of(USER, "\n".join(part for part in parts if part))]
 
 
 def _history(row: Row) -> Messages:

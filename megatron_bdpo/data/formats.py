@@ -1,4 +1,4 @@
-"""The formats that preference pairs are published in: how each is recognised, and which of its columns are read.
+"""The formats that pairs and labelled answers are published in: how each is recognised, which of its columns are read.
 
 The first that recognises a row wins. Those at the head are read as they are, by ``records.parse_row``.
 """
@@ -11,19 +11,28 @@ from functools import partial
 from typing import Any
 
 from megatron_bdpo.data import format_converters as converters
+from megatron_bdpo.data import labelled_answers as labelled
 from megatron_bdpo.data import ranked_answers as ranked
 from megatron_bdpo.data.format_options import FormatOptions
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.ranked_answers import OF_EACH_ANSWER
-from megatron_bdpo.data.records import ASSISTANT_MARKER, SCORE_COLUMNS
+from megatron_bdpo.data.records import (
+    ANSWER_REFERENCE,
+    ASSISTANT_MARKER,
+    COMPLETION,
+    LABEL,
+    SCORE_COLUMNS,
+    is_labelled,
+)
 from megatron_bdpo.data.row_parts import FOR_TEMPLATE, OF_ANSWERS, Row
 from megatron_bdpo.errors import UserError
 
 AUTO = "auto"
 
 _PAIR = ("chosen", "rejected")
-#: All that ``records.parse_row`` reads.
+#: All that ``records.parse_row`` reads of a pair, and of a labelled answer.
 _OURS = ("prompt", *_PAIR, *FOR_TEMPLATE, *OF_ANSWERS, *SCORE_COLUMNS)
+_OUR_ANSWER = ("prompt", COMPLETION, LABEL, *FOR_TEMPLATE, ANSWER_REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,10 @@ class RowFormat:
 
     def unread(self, row: Row) -> list[str]:
         """Columns of the row that hold something which is neither read nor left out for a known reason."""
-        known = {*self.reads, *self.ignores}
+        reads = self.reads
+        if self.is_ours:  # pairs and labelled answers may be mixed
+            reads = _OUR_ANSWER if is_labelled(row) else _OURS
+        known = {*reads, *self.ignores}
         return sorted(name for name, value in row.items() if value is not None and name not in known)
 
 
@@ -130,6 +142,32 @@ def _is_orca(row: Row) -> bool:
     return _has(_PAIR, row) and (_has(("question",), row) or (_has(("input",), row) and "system" in row))
 
 
+def _is_unpaired(row: Row) -> bool:
+    """The answer is text or messages, and a prompt is in a column of its own or in the messages."""
+    if not (is_labelled(row) and _has((COMPLETION, LABEL), row)):
+        return False
+    completion = row[COMPLETION]
+    if row.get("prompt") is not None:
+        return isinstance(completion, str | list)
+    return isinstance(completion, list) and all(isinstance(each, dict) and "role" in each for each in completion)
+
+
+def _is_axolotl_kto(row: Row) -> bool:
+    if not (is_labelled(row) and _has((COMPLETION, LABEL), row)):
+        return False
+    return any(_has((name,), row) for name in ("instruction", "question")) or (
+        _has(("prompt",), row) and "system" in row
+    )
+
+
+def _is_llama_factory_kto(row: Row) -> bool:
+    return _has((labelled.KTO_TAG,), row) and any(_has((name,), row) for name in ("conversations", "messages"))
+
+
+def _is_openrlhf_kto(row: Row) -> bool:
+    return _has(("input", "output", LABEL), row) and row.get("instruction") is None
+
+
 # What they leave out --------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +216,21 @@ FORMATS = (
         converters.as_it_is,
     ),
     RowFormat("hh-rlhf", "HH-RLHF: `chosen`, `rejected` as whole dialogues in text", _is_hh_rlhf, converters.as_it_is),
+    RowFormat(
+        "axolotl-kto",
+        "axolotl's KTO: `instruction`, `question` or `prompt`, `system`, `completion`, `label`",
+        _is_axolotl_kto,
+        labelled.axolotl,
+        reads=(*labelled.AXOLOTL_PROMPTS, "system", COMPLETION, LABEL, *FOR_TEMPLATE, ANSWER_REFERENCE),
+    ),
+    RowFormat(
+        "unpaired",
+        "TRL's KTO: `prompt`, `completion`, in text or in messages (then also as a whole conversation), and `label`, "
+        "true or false",
+        _is_unpaired,
+        converters.as_it_is,
+        reads=_OUR_ANSWER,
+    ),
     RowFormat(
         "pku-saferlhf",
         "PKU-SafeRLHF: `response_0`, `response_1`, both with safety labels; `--pair-preference` says which is chosen",
@@ -257,6 +310,30 @@ FORMATS = (
         reads=("messages", "rejected_response", "rejected_messages", "system", *FOR_TEMPLATE, *OF_ANSWERS),
     ),
     RowFormat(
+        "llama-factory-kto",
+        "LLaMA-Factory's KTO: `conversations` in `from` and `value`, or `messages`, that end in the answer, `kto_tag`",
+        _is_llama_factory_kto,
+        labelled.llama_factory,
+        reads=("conversations", "messages", labelled.KTO_TAG, "system", *FOR_TEMPLATE, ANSWER_REFERENCE),
+    ),
+    RowFormat(
+        "alpaca-kto",
+        "LLaMA-Factory's KTO in Alpaca's form: `instruction`, `input`, `output`, `kto_tag`, `system`, `history`",
+        partial(_has, ("instruction", "output", labelled.KTO_TAG)),
+        labelled.alpaca,
+        reads=(
+            *("instruction", "input", "output", labelled.KTO_TAG, "system", "history", *FOR_TEMPLATE),
+            ANSWER_REFERENCE,
+        ),
+    ),
+    RowFormat(
+        "ms-swift-kto",
+        "ms-swift's KTO: `messages` that end in the answer, `label`",
+        partial(_has, ("messages", LABEL)),
+        labelled.ms_swift,
+        reads=("messages", LABEL, "system", *FOR_TEMPLATE, ANSWER_REFERENCE),
+    ),
+    RowFormat(
         "sharegpt",
         "ShareGPT, LLaMA-Factory: `conversations` in `from` and `value`, `chosen`, `rejected`, `system`",
         partial(_has, ("conversations", *_PAIR)),
@@ -306,6 +383,13 @@ FORMATS = (
         partial(_has, ("input", *_PAIR)),
         converters.openrlhf,
         reads=("input", *_PAIR, *FOR_TEMPLATE, *OF_ANSWERS),
+    ),
+    RowFormat(
+        "openrlhf-kto",
+        "OpenRLHF's KTO: `input`, `output`, each in text, joined as they are, or in messages, `label`",
+        _is_openrlhf_kto,
+        labelled.openrlhf,
+        reads=("input", "output", LABEL, *FOR_TEMPLATE, ANSWER_REFERENCE),
     ),
 )
 

@@ -41,6 +41,7 @@ class PairPool:
     Attributes:
         lengths: [P, 3] tokens of prompt, chosen, rejected.
         unsafe: [P, 2] of chosen, rejected: 1 unsafe, 0 safe, -1 unknown.
+        label: [P] of labelled answers, which are pairs of themselves: 1 desirable, 0 undesirable; -1: a pair.
         swapped: [P] pairs whose chosen and rejected change places, as the loss wants it; applies to everything but
             the stores' own numbers.
         grouping: which pairs are of which group, and take part.
@@ -52,6 +53,7 @@ class PairPool:
         self.lengths = _joined([store.lengths for store in stores])
         self._starts = _joined([store.starts for store in stores])  # in each store's tokens
         self.unsafe = _joined([store.unsafe for store in stores])
+        self.label = _joined([store.label for store in stores])
         self._scored = _joined([store.scored for store in stores]) if any(each.has_context for each in stores) else None
         self.swapped = np.zeros(len(self.lengths), bool)
         self.grouping = Grouping([store.starts for store in stores])
@@ -87,7 +89,8 @@ class PairPool:
         )
 
     def swap(self, ids: IntArray) -> None:
-        """Exchange chosen and rejected of these pairs."""
+        """Exchange chosen and rejected of these pairs; of a labelled answer there is nothing to exchange."""
+        ids = ids[self.label[ids] < 0]
         if not len(ids):
             return
         if not self.lengths.flags.writeable:
@@ -122,7 +125,7 @@ class PairPool:
 
     def group_lengths(self, groups: IntArray) -> GroupLengths:
         """Of these groups, with the answers of the pairs that take part."""
-        if self.grouping.has_single_pairs:
+        if self.grouping.has_single_pairs and (self.label[groups] < 0).all():
             return GroupLengths.of_table(self.lengths[groups])
         pairs, table = self.answers_of(groups)
         tokens = self.lengths[pairs, 1:].ravel().astype(np.int64)
@@ -218,12 +221,33 @@ def drop_long(pool: PairPool, selection: Selection, sizes: IntArray, limit: int,
     selection.notes.append(f"{dropped} pairs longer than --seq-length {limit} dropped")
 
 
+def refuse_labelled_answers(pool: PairPool, selection: Selection, loss: str, readers: Sequence[str]) -> None:
+    """For a loss that compares the answers of pairs, or of groups.
+
+    Args:
+        loss: its name.
+        readers: names of the losses that read labels of answers.
+
+    Raises:
+        UserError: one of the groups is a labelled answer.
+    """
+    pairs = pool.grouping.pairs_of(selection.ids)
+    is_labelled = pool.label[pairs] >= 0
+    if is_labelled.any():
+        example = pool.describe(int(pairs[np.argmax(is_labelled)]))
+        instead = f", or take a loss that reads labels: {', '.join(readers)}" if readers else ""
+        raise UserError(
+            f"{loss} compares the answers of a pair, but {int(is_labelled.sum())} of {len(pairs)} rows hold one answer "
+            f"with a label ({example}). Leave these rows out{instead}."
+        )
+
+
 def select(pool: PairPool, selection: Selection, choose: Choose, *, labelled: bool) -> None:
     """Keep the pairs that a loss trains on, and swap the answers of those that it wants the other way round.
 
     Args:
         choose: the loss's choice, by the pairs' safety labels (see ``losses.LossSpec.select``).
-        labelled: the loss reads the labels, so every pair must have them.
+        labelled: the loss reads the safety labels, so every pair must have them.
 
     Raises:
         UserError: if a pair has none.
@@ -237,6 +261,7 @@ def select(pool: PairPool, selection: Selection, choose: Choose, *, labelled: bo
             f"({pool.describe(example)}). Add boolean columns chosen_safe and rejected_safe, or choose another loss."
         )
     keep, swap = choose(labels)
+    swap = swap & (pool.label[pairs] < 0)
     pool.swap(pairs[swap])
     pool.grouping.kept[pairs[~keep]] = False
     has_pairs = np.zeros(len(pool.grouping), bool)

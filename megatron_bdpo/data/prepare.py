@@ -233,7 +233,7 @@ def _write_store(
         raise UserError(f"No row of the pair data can be used.\n{_explained(report, settings)}")
     if form != CHATS and (given := [flag for name, flag in FOR_CHATS.items() if name in decisive]):
         raise UserError(f"{given[0]}: the pairs are strings, which no chat template is applied to. Leave it out.")
-    report.set_lengths(writer.lengths, writer.starts)
+    report.set_lengths(writer.lengths, writer.starts, writer.label)
     _check_shares(report, settings)
     empty_prompt = tokenizer.empty_prompt(form == CHATS).tolist()
     fingerprint = _fingerprint(decisive, settings.max_pairs)

@@ -12,6 +12,11 @@ implicit messages     absent                   whole conversations with a common
 ====================  =======================  ==========================================================
 
 Everything that both answers begin with belongs to the prompt; what follows is the answer, of one turn or of several.
+
+A *labelled answer* is one answer that is known to be good or bad (KTO's thumbs up and down), in columns ``prompt``,
+``completion`` and ``label`` (true or 1: desirable). Text needs the prompt. Messages may be the whole conversation, of
+which the last turns of the assistant are the answer. ``ref_logps``, as TRL writes it, is its log-prob by a reference.
+
 For what messages may hold, and the columns that go with them, see ``messages``. Optional columns ``chosen_safe`` and
 ``rejected_safe`` (true/false or 1/0; absent or null means unknown) carry safety labels, and ``ref_chosen_logps`` and
 ``ref_rejected_logps``, as TRL writes them, the log-probs of a reference; ``margin``, as TRL reads it, is by how much a
@@ -44,7 +49,7 @@ USER_MARKER = "\n\nHuman:"
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """One prompt and its two responses, either all strings or all chat messages."""
+    """One prompt and its two responses, either all strings or all chat messages; or one response with a label."""
 
     prompt: str | list[Message]
     """The text, or the messages before the response. The text may be empty, the messages may not."""
@@ -62,6 +67,8 @@ class PreferenceRecord:
     """Of the rewards of ``chosen`` and ``rejected``, that a reward model should have at least; None: not asked for."""
     scores: tuple[float, float] | None = None
     """A judge's of ``chosen`` and ``rejected``, the higher the better; None when unknown."""
+    label: bool | None = None
+    """Of a labelled answer, which ``chosen`` and ``rejected`` both are: whether it is desirable. None: it is a pair."""
     is_dialogue: bool = False
     """Strings that may hold further turns, which HH-RLHF's markers tell apart."""
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +79,21 @@ class PreferenceRecord:
         """True when the record is made of messages and needs a chat template."""
         return not isinstance(self.prompt, str)
 
+    @property
+    def answers(self) -> dict[str, str | list[Message]]:
+        """Each by the name that messages give it."""
+        if self.label is not None:
+            return {COMPLETION: self.chosen}
+        return {"chosen": self.chosen, "rejected": self.rejected}
+
+
+COMPLETION, LABEL = "completion", "label"
+
+
+def is_labelled(row: Mapping[str, Any]) -> bool:
+    """Whether the row is a labelled answer, whole or not: it has columns of one, and nothing in those of a pair."""
+    return (COMPLETION in row or LABEL in row) and row.get("chosen") is None and row.get("rejected") is None
+
 
 def parse_row(row: dict[str, Any]) -> PreferenceRecord:
     """Read one row of any of the forms in this module's docstring.
@@ -79,6 +101,10 @@ def parse_row(row: dict[str, Any]) -> PreferenceRecord:
     Raises:
         RowProblem: the row is malformed or unusable.
     """
+    return _parse_answer(row) if is_labelled(row) else _parse_pair(row)
+
+
+def _parse_pair(row: dict[str, Any]) -> PreferenceRecord:
     prompt = _text_or_messages(row, "prompt") if row.get("prompt") is not None else None
     chosen = _text_or_messages(row, "chosen")
     rejected = _text_or_messages(row, "rejected")
@@ -93,11 +119,13 @@ def parse_row(row: dict[str, Any]) -> PreferenceRecord:
     else:
         assert isinstance(chosen, list) and isinstance(rejected, list)
         parts = _from_messages(prompt, chosen, rejected)
-    _check_responses(*parts[1:])
+    if parts[1] == parts[2]:  # of two columns of which one repeats the prompt
+        raise RowProblem(ProblemKind.IDENTICAL_RESPONSES, "after the prompt, chosen and rejected are the same")
+    _check_responses(chosen=parts[1], rejected=parts[2])
     return PreferenceRecord(
         *parts,
-        chosen_safe=_label(row, "chosen_safe"),
-        rejected_safe=_label(row, "rejected_safe"),
+        chosen_safe=as_label(row.get("chosen_safe"), "column 'chosen_safe'"),
+        rejected_safe=as_label(row.get("rejected_safe"), "column 'rejected_safe'"),
         reference=_reference(row),
         margin=_number(row, MARGIN_COLUMN),
         scores=_scores(row),
@@ -106,10 +134,68 @@ def parse_row(row: dict[str, Any]) -> PreferenceRecord:
     )
 
 
-def _check_responses(chosen: str | list[Message], rejected: str | list[Message]) -> None:
-    if chosen == rejected:  # of two columns of which one repeats the prompt
-        raise RowProblem(ProblemKind.IDENTICAL_RESPONSES, "after the prompt, chosen and rejected are the same")
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
+def _parse_answer(row: dict[str, Any]) -> PreferenceRecord:
+    """A labelled answer, as a pair of itself."""
+    prompt = _text_or_messages(row, "prompt") if row.get("prompt") is not None else None
+    completion, label = _text_or_messages(row, COMPLETION), is_desirable(row, LABEL)
+    if isinstance(completion, str):
+        if prompt is None:
+            raise _missing(row, "prompt")
+        answer: str | list[Message] = completion
+        if not isinstance(prompt, str):
+            answer = [{"role": ASSISTANT, "content": completion}]
+    else:
+        prompt, answer = _split_conversation(prompt, completion)
+    _check_responses(completion=answer)
+    log_prob = row.get(ANSWER_REFERENCE)
+    return PreferenceRecord(
+        prompt,
+        answer,
+        answer,
+        reference=None if log_prob is None else (as_log_prob(log_prob, f"column '{ANSWER_REFERENCE}'"),) * 2,
+        label=label,
+        variables={} if isinstance(prompt, str) else template_variables(row),
+    )
+
+
+def _split_conversation(
+    prompt: str | list[Message] | None, completion: list[Message]
+) -> tuple[list[Message], list[Message]]:
+    """Prompt and answer of a row whose completion is messages: the answer alone, or the conversation with it."""
+    if isinstance(prompt, list):
+        completion = _without_prompt(prompt, completion)
+    elif prompt is not None and completion[0]["role"] != ASSISTANT:  # as UltraFeedback's: a user's turn once more
+        if all((message["content"] or "").strip() != prompt.strip() for message in completion):
+            raise RowProblem(ProblemKind.NO_COMMON_PROMPT, "the prompt column is no message of the conversation")
+        prompt = None
+    before = [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt or []
+    start = 0
+    if completion[0]["role"] != ASSISTANT:  # what comes before the assistant's last turns is more of the prompt
+        start = len(completion)
+        while start and completion[start - 1]["role"] == ASSISTANT:
+            start -= 1
+    if not (before or start):
+        raise RowProblem(ProblemKind.NO_COMMON_PROMPT, "the conversation has nothing before the assistant's answer")
+    return before + completion[:start], completion[start:]
+
+
+def is_desirable(row: Mapping[str, Any], column: str) -> bool:
+    """The label of an answer: true or 1 says that it is desirable, false or 0 that it is not.
+
+    Raises:
+        RowProblem: it is something else, null or missing.
+    """
+    value = row.get(column)
+    if value is None:
+        raise _missing(row, column)
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    needed = "true or 1 (a desirable answer), false or 0 (an undesirable one)"
+    raise RowProblem(ProblemKind.WRONG_TYPE, f"column '{column}' is {value!r}; {needed} is needed")
+
+
+def _check_responses(**responses: str | list[Message]) -> None:
+    for name, response in responses.items():
         if isinstance(response, str):
             if not response.strip():
                 raise RowProblem(ProblemKind.EMPTY_RESPONSE, f"{name} has no text")
@@ -203,8 +289,7 @@ def _text_or_messages(row: dict[str, Any], column: str) -> str | list[Message]:
     """The column's value, checked: a string, or a non-empty list of messages."""
     value = row.get(column)
     if value is None:
-        held = "is null" if column in row else f"is missing; the row has {', '.join(sorted(row)) or 'no columns'}"
-        raise RowProblem(ProblemKind.MISSING_COLUMN, f"column '{column}' {held}")
+        raise _missing(row, column)
     if isinstance(value, str):
         return as_unicode(value, column)
     if isinstance(value, list):
@@ -214,8 +299,9 @@ def _text_or_messages(row: dict[str, Any], column: str) -> str | list[Message]:
     )
 
 
-def _label(row: dict[str, Any], column: str) -> bool | None:
-    return as_label(row.get(column), f"column '{column}'")
+def _missing(row: Mapping[str, Any], column: str) -> RowProblem:
+    held = "is null" if column in row else f"is missing; the row has {', '.join(sorted(row)) or 'no columns'}"
+    return RowProblem(ProblemKind.MISSING_COLUMN, f"column '{column}' {held}")
 
 
 def as_label(value: Any, where: str) -> bool | None:
@@ -260,6 +346,8 @@ def _scores(row: dict[str, Any]) -> tuple[float, float] | None:
 
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+#: Of a labelled answer.
+ANSWER_REFERENCE = "ref_logps"
 
 
 def _reference(row: dict[str, Any]) -> tuple[float, float] | None:

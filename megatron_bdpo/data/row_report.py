@@ -11,14 +11,21 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bdpo.data.problems import ProblemKind, printable
-from megatron_bdpo.data.tokenized_rows import MAX_EXAMPLES, Outcome, Problem, first_pairs
+from megatron_bdpo.data.tokenized_rows import (
+    DESIRABLE,
+    MAX_EXAMPLES,
+    PAIR,
+    UNDESIRABLE,
+    Outcome,
+    Problem,
+    first_pairs,
+)
 from megatron_bdpo.display import Block, Table, plain
 from megatron_bdpo.json_shape import Each, is_count, is_number, schema_error
 
 _MAX_LINES = 20
 _MAX_NAMES = 12
 _MAX_SPELLED = 4
-_PARTS = ("prompt", "chosen", "rejected")
 
 
 @dataclass
@@ -64,9 +71,13 @@ class DataReport:
     """Control tokens that texts spell out. They become real ones."""
     truncated_prompts: int = 0
     truncated_responses: int = 0  # a pair counts twice when both of its responses are cut
-    tokens: dict[str, LengthStats] = field(default_factory=dict)  # by part: prompt, chosen, rejected
+    tokens: dict[str, LengthStats] = field(default_factory=dict)
+    """By part: prompt; chosen and rejected of pairs; desirable and undesirable labelled answers"""
     prompt_token_share: float = 0.0  # prompt tokens / all tokens, each prompt and answer counted once per group
     groups: int = 0  # of the pairs kept; 0: not known
+    desirable: int = 0
+    """Of the pairs kept, labelled answers: a pair of itself each"""
+    undesirable: int = 0
 
     def __post_init__(self) -> None:
         self.rows_read = self.rows_read or [0] * len(self.sources)
@@ -96,6 +107,8 @@ class DataReport:
         """Count the rows of a source that follow those before."""
         self.rows_read[source] += outcome.read
         self.pairs_kept[source] += pairs
+        self.desirable += outcome.desirable
+        self.undesirable += outcome.undesirable
         self.truncated_prompts += outcome.truncated_prompts
         self.truncated_responses += outcome.truncated_responses
         for name, count in outcome.unread.items():
@@ -115,11 +128,22 @@ class DataReport:
                 known.count += new.count
                 known.rows = (known.rows + new.rows)[:MAX_EXAMPLES]
 
-    def set_lengths(self, lengths: npt.NDArray[np.int32], starts: npt.NDArray[np.int64]) -> None:
-        """Fill in the token statistics from the kept pairs' lengths and starts, [P, 3]: prompt, chosen, rejected."""
-        for part, column in zip(_PARTS, lengths.T, strict=True):
-            p50, p95 = np.percentile(column, (50, 95))
-            self.tokens[part] = LengthStats(float(column.mean()), float(p50), float(p95), int(column.max()))
+    def set_lengths(
+        self, lengths: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], label: npt.NDArray[np.int8]
+    ) -> None:
+        """Fill in the token statistics from the kept pairs.
+
+        Args:
+            lengths, starts: [P, 3] of prompt, chosen, rejected.
+            label: [P] of labelled answers; -1: a pair.
+        """
+        prompt, chosen, rejected = lengths.T
+        parts = {"prompt": prompt, "chosen": chosen[label == PAIR], "rejected": rejected[label == PAIR]}
+        parts |= {"desirable": chosen[label == DESIRABLE], "undesirable": chosen[label == UNDESIRABLE]}
+        for part, column in parts.items():
+            if len(column):
+                p50, p95 = np.percentile(column, (50, 95))
+                self.tokens[part] = LengthStats(float(column.mean()), float(p50), float(p95), int(column.max()))
         first = first_pairs(starts)
         self.groups = len(first)
         self.prompt_token_share = float(lengths[first, 0].sum(dtype=np.int64) / (starts + lengths).max())
@@ -133,12 +157,17 @@ class DataReport:
         read, kept = sum(self.rows_read), sum(self.pairs_kept)
         groups = f" in {self.groups:,} groups" if 0 < self.groups < kept else ""
         dropped = f"({self.dropped_rows:,} dropped, {self.dropped_share:.2%})"
-        lines = [f"pairs: {kept:,}{groups} kept of {read:,} {'pairs' if groups else 'rows'} {dropped}"]
+        what, labelled = "pairs", self.desirable + self.undesirable
+        if labelled:
+            what = "labelled answers" if labelled == kept else "pairs and labelled answers"
+        lines = [f"{what}: {kept:,}{groups} kept of {read:,} {'pairs' if groups else 'rows'} {dropped}"]
+        if labelled:
+            lines.append(f"  {self._describe_labels()}")
         if len(self.sources) > 1:
             per_source = zip(self.sources, self.pairs_kept, self.rows_read, strict=True)
             lines += _at_most(4, [f"  {name}: {pairs:,} of {rows:,}" for name, pairs, rows in per_source])
         problems = sorted(self.problems, key=lambda problem: -problem.count)
-        room = _MAX_LINES - len(lines) - len(_PARTS) - 2 - bool(self.unread) - bool(self.spelled_out)
+        room = _MAX_LINES - len(lines) - max(3, len(self.tokens)) - 2 - bool(self.unread) - bool(self.spelled_out)
         lines += _at_most(room, [_describe(problem, self.sources) for problem in problems])
         if self.unread:
             lines.append(_not_read(self.unread))
@@ -157,6 +186,13 @@ class DataReport:
             )
         return blocks
 
+    def _describe_labels(self) -> str:
+        labelled = self.desirable + self.undesirable
+        share = self.desirable / labelled
+        told = f"{self.desirable:,} desirable ({share:.1%}), {self.undesirable:,} undesirable ({1 - share:.1%})"
+        pairs = sum(self.pairs_kept) - labelled
+        return f"{pairs:,} pairs, {labelled:,} labelled answers: {told}" if pairs else told
+
     def to_json(self) -> dict[str, Any]:
         """The report as an object for `json.dump`; `from_json` reads it back."""
         return dataclasses.asdict(self)
@@ -168,7 +204,7 @@ class DataReport:
         Raises:
             ValueError: it is no report.
         """
-        fields = {"spelled_out": [], "groups": 0, **fields}  # younger than the file
+        fields = {"spelled_out": [], "groups": 0, "desirable": 0, "undesirable": 0, **fields}  # younger than the file
         if wrong := schema_error(fields, _SHAPE):
             raise ValueError(f"in its report, {wrong}")
         sources = len(fields["sources"])
@@ -209,6 +245,8 @@ _SHAPE = {
     "tokens": Each({"mean": is_number, "p50": is_number, "p95": is_number, "max": is_count}),
     "prompt_token_share": is_number,
     "groups": is_count,
+    "desirable": is_count,
+    "undesirable": is_count,
 }
 
 

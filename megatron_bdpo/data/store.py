@@ -8,6 +8,7 @@ A store is a directory, written once and never changed:
     source.bin       int16  [P]     index of the source the pair comes from
     row.bin          int64  [P]     its row there, counted from 1
     unsafe.bin       int8   [P, 2]  safety of chosen, rejected: 0 safe, 1 unsafe, -1 unknown
+    label.bin        int8   [P]     of a labelled answer: 1 desirable, 0 undesirable; -1: it is a pair
     reference.bin    fp64   [P, 2]  log-probs of chosen, rejected that the rows bring, NaN: none; empty if none does
     margin.bin       fp64   [P]     margin of rewards that the rows ask for, NaN: none; empty if none does
     score.bin        fp64   [P, 2]  a judge's of chosen, rejected, NaN: none; empty if none has any
@@ -18,7 +19,8 @@ A store is a directory, written once and never changed:
     meta.json                       shapes, sizes, checksums, fingerprint, report; written last
 
 A *group* is the pairs of one row with the same prompt: they lie beside each other, and have one start of their prompts.
-An answer of several of them is stored once.
+An answer of several of them is stored once. A *labelled answer* is a pair of itself: chosen and rejected begin at the
+same place. The two answers of a pair never do.
 
 The arrays are raw and little-endian: nothing is pickled, and a file's size alone shows that it was cut short.
 """
@@ -40,6 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bdpo.artifact import write_whole
+from megatron_bdpo.data import store_arrays
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec, describe_row
 from megatron_bdpo.data.tokenization import BoolArray, PairTokens, TokenArray
@@ -49,32 +52,12 @@ from megatron_bdpo.json_shape import is_count, is_number, parse_json, schema_err
 from megatron_bdpo.user_files import open_regular, read_regular
 
 FORMAT_NAME = "megatron_bdpo pair store"
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 _META = "meta.json"
-_TOKENS = "tokens"
-# Name -> dtype and columns.
-_ARRAYS: dict[str, tuple[str, int | None]] = {
-    _TOKENS: ("<i4", None),
-    "starts": ("<i8", 3),
-    "lengths": ("<i4", 3),
-    "source": ("<i2", None),
-    "row": ("<i8", None),
-    "unsafe": ("<i1", 2),
-    "reference": ("<f8", 2),
-    "margin": ("<f8", None),
-    "score": ("<f8", 2),
-    "context": ("<i8", 2),
-    "prompt_of": ("<i4", None),
-    "own_prompts": ("<i4", None),
-    "own_lengths": ("<i4", None),
-}
+_TOKENS = store_arrays.TOKENS
+_ARRAYS = store_arrays.ARRAYS
 _VERIFIED_AT_ONCE = 2**24  # tokens
-_MAY_BE_EMPTY = frozenset({"reference", "margin", "score", "context", "own_prompts", "own_lengths"})
-#: Those that have a row for each pair, or none where no pair has any.
-_OPTIONAL = ("reference", "margin", "score")
-#: Those that have a row for each pair.
-_BY_PAIR = ("starts", "lengths", "source", "row", "unsafe", "prompt_of")
 
 
 @dataclass(frozen=True)
@@ -107,6 +90,7 @@ class PairStore:
         source: int16 [P], index into ``sources``.
         row: int64 [P], row or line in that source, counted from 1.
         unsafe: int8 [P, 2], safety of chosen and rejected: 0 safe, 1 unsafe, -1 unknown.
+        label: int8 [P], of labelled answers, whose chosen and rejected are one: 1 desirable, 0 undesirable; -1: a pair.
         reference: float64 [P, 2], log-probs of chosen and rejected that the rows bring; NaN: none. None: no row does.
         margin: float64 [P], margin of rewards that the rows ask for; NaN: none. None: no row does.
         score: float64 [P, 2], a judge's of chosen and rejected; NaN: none. None: no row has any.
@@ -129,6 +113,7 @@ class PairStore:
         self.source: npt.NDArray[np.int16] = arrays["source"]
         self.row: npt.NDArray[np.int64] = arrays["row"]
         self.unsafe: npt.NDArray[np.int8] = arrays["unsafe"]
+        self.label: npt.NDArray[np.int8] = arrays["label"]
         self.reference: npt.NDArray[np.float64] | None = arrays["reference"] if len(arrays["reference"]) else None
         self.margin: npt.NDArray[np.float64] | None = arrays["margin"] if len(arrays["margin"]) else None
         self.score: npt.NDArray[np.float64] | None = arrays["score"] if len(arrays["score"]) else None
@@ -165,7 +150,10 @@ class PairStore:
         except ValueError as error:
             raise _damaged(directory, f"{_META}: {error}") from error
         arrays = {name: _open_array(directory, name, meta["arrays"][name]) for name in _ARRAYS}
-        _check_consistency(directory, info, arrays)
+        if not info.empty_prompt:
+            raise _damaged(directory, f"{_META} has no empty prompt")
+        if wrong := store_arrays.inconsistency(arrays, len(info.sources)):
+            raise _damaged(directory, wrong)
         return cls(directory, info, arrays)
 
     def __len__(self) -> int:
@@ -187,6 +175,8 @@ class PairStore:
             raise IndexError(f"pair {index} of a store of {len(self)} pairs")
         bounds = [(int(a), int(a + n)) for a, n in zip(self.starts[index], self.lengths[index], strict=True)]
         prompt, chosen, rejected = (self._tokens[start:stop] for start, stop in bounds)
+        if self.label[index] >= 0:
+            rejected = chosen
         counts = (int(count) for count in self.scored[index])
         scored = (self._mask(*each, count) for each, count in zip(bounds[1:], counts, strict=True))
         return PairTokens(prompt, chosen, rejected, *scored)
@@ -232,7 +222,7 @@ class PairStore:
 
 
 class PairStoreWriter:
-    """Writes a new store; tokens go to disk as they come, 59 bytes per pair stay in memory.
+    """Writes a new store; tokens go to disk as they come, 93 bytes per pair stay in memory.
 
     A context manager that closes the file; `finish` makes the store complete. Without it there is no meta.json, and
     nothing that `PairStore.open` would take for a store.
@@ -271,6 +261,11 @@ class PairStoreWriter:
         """Where the parts begin, so far, int64 [P, 3]."""
         return np.concatenate([np.zeros((0, 3), np.int64), *self._columns["starts"]])
 
+    @property
+    def label(self) -> npt.NDArray[np.int8]:
+        """Labels of answers so far, int8 [P]."""
+        return np.concatenate([np.zeros(0, np.int8), *self._columns["label"]])
+
     def extend(self, rows: TokenizedRows, source: int) -> None:
         """Add the pairs of some rows of a source."""
         data = rows.tokens.astype("<i4", copy=False).tobytes()
@@ -282,6 +277,7 @@ class PairStoreWriter:
             "source": np.full(len(rows), source),
             "row": rows.row,
             "unsafe": rows.unsafe,
+            "label": rows.label,
             "reference": rows.reference,
             "margin": rows.margin,
             "score": rows.score,
@@ -300,7 +296,7 @@ class PairStoreWriter:
         self._tokens.flush()
         os.fsync(self._tokens.fileno())
         arrays = {_TOKENS: {"rows": self._written, "crc32": self._crc32}}
-        for optional in _OPTIONAL:
+        for optional in store_arrays.OPTIONAL:
             if all(np.isnan(part).all() for part in self._columns[optional]):
                 self._columns[optional] = []
         for name, columns in self._columns.items():
@@ -370,7 +366,7 @@ def _open_array(directory: Path, name: str, described: dict[str, int]) -> npt.ND
     try:
         with open_regular(path) as file:
             found_bytes = os.fstat(file.fileno()).st_size
-        if found_bytes != expected_bytes or not (expected_bytes or name in _MAY_BE_EMPTY):
+        if found_bytes != expected_bytes or not (expected_bytes or name in store_arrays.MAY_BE_EMPTY):
             raise _damaged(directory, f"{path.name} has {found_bytes} bytes instead of {expected_bytes}")
         if not expected_bytes:  # which cannot be mapped
             return np.zeros(shape, dtype)
@@ -381,37 +377,6 @@ def _open_array(directory: Path, name: str, described: dict[str, int]) -> npt.ND
         raise _damaged(directory, f"the checksum of {path.name} is wrong")
     # Plain ndarray views of the map: np.memmap's own subclass makes every slice several times slower.
     return mapped.view(np.ndarray)
-
-
-def _check_consistency(directory: Path, info: StoreInfo, arrays: dict[str, npt.NDArray[Any]]) -> None:
-    """The arrays fit each other: one row per pair, and no part goes beyond the tokens. And they fit the sources."""
-    pairs = len(arrays["lengths"])
-    if any(len(arrays[name]) != pairs for name in _BY_PAIR) or any(
-        len(arrays[name]) not in (0, pairs) for name in _OPTIONAL
-    ):
-        raise _damaged(directory, "its arrays are of different numbers of pairs")
-    starts, lengths = arrays["starts"], arrays["lengths"]
-    if pairs and not (starts.min() >= 0 and lengths.min() >= 0 and (starts + lengths).max() == len(arrays[_TOKENS])):
-        raise _damaged(directory, "its pairs do not end where the tokens do")
-    first = np.diff(starts[:, 0])
-    if (first < 0).any():
-        raise _damaged(directory, "its groups are not in order")
-    more = np.flatnonzero(first == 0) + 1  # pairs of the group before them
-    of_one_group = (lengths[:, 0], arrays["source"], arrays["row"], arrays["prompt_of"])
-    if any((each[more] != each[more - 1]).any() for each in of_one_group):
-        raise _damaged(directory, "the pairs of a group are not of one row and prompt")
-    if not info.empty_prompt:
-        raise _damaged(directory, f"{_META} has no empty prompt")
-    if int(arrays["source"].max(initial=-1)) >= len(info.sources):
-        raise _damaged(directory, "pairs are of more sources than it names")
-    own = arrays["own_lengths"]
-    if int(own.min(initial=1)) < 1 or int(own.sum(dtype=np.int64)) != len(arrays["own_prompts"]):
-        raise _damaged(directory, "the unconditional prompts are not as long as it says")
-    if int(arrays["prompt_of"].max(initial=-1)) >= len(arrays["own_lengths"]):
-        raise _damaged(directory, "pairs have unconditional prompts that are not there")
-    edges = arrays["context"].reshape(-1)
-    if (np.diff(edges) < 0).any() or (len(edges) and not 0 <= edges[0] <= edges[-1] <= len(arrays[_TOKENS])):
-        raise _damaged(directory, "the stretches of context are not in order")
 
 
 def _prompt_lengths(

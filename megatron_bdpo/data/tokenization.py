@@ -52,7 +52,10 @@ RULES_VERSION = 2
 
 @dataclass(frozen=True, eq=False)
 class PairTokens:
-    """Token ids of one pair; each is int32 [length]. ``prompt`` includes the start token, the responses their end."""
+    """Token ids of one pair; each is int32 [length]. ``prompt`` includes the start token, the responses their end.
+
+    A labelled answer is a pair of itself: ``rejected`` is the array that ``chosen`` is.
+    """
 
     prompt: TokenArray
     chosen: TokenArray
@@ -70,6 +73,11 @@ class PairTokens:
     def scored(self) -> tuple[BoolArray | None, BoolArray | None]:
         """Which tokens of chosen and of rejected are scored; None: all."""
         return self.chosen_scored, self.rejected_scored
+
+    @property
+    def is_one_answer(self) -> bool:
+        """It is a labelled answer."""
+        return self.rejected is self.chosen
 
 
 #: Settings that concern chats alone, by their names in ``PairTokenizer.settings``, and their flags.
@@ -134,7 +142,7 @@ class PairTokenizer:
             UserError: a chat record, and the tokenizer has no chat template or one that cannot be used at all.
         """
         is_chat = record.is_chat
-        prompt_text, *rendered = render_chat(self.template, record) if is_chat else render_strings(record)
+        prompt_text, rendered = render_chat(self.template, record) if is_chat else render_strings(record)
         mark = self._encoder.last_mark(self.template.opening) if is_chat else None
         texts = [prompt_text, *(each.text for each in rendered)]
         prompt, *joint = (
@@ -143,7 +151,7 @@ class PairTokenizer:
         end = [self._end] if not is_chat or self.template.leaves_turn_open else []
         responses: list[TokenArray] = []
         scored: list[BoolArray | None] = []
-        for name, ids, each in zip(("chosen", "rejected"), joint, rendered, strict=True):
+        for name, ids, each in zip(record.answers, joint, rendered, strict=True):
             response = _ended(_after(prompt, ids, name), end, name)
             responses.append(_int32(response))
             scored.append(None)
@@ -151,14 +159,14 @@ class PairTokenizer:
                 spans = each.spans[-1:] if self._train_on == "last" else each.spans
                 added = len(response) - len(ids) + len(prompt)
                 scored[-1] = _scored(self._encoder, each.text, spans, added, len(response), name)
-        chosen, rejected = responses
-        if np.array_equal(chosen, rejected):
+        chosen, rejected = responses[0], responses[-1]  # of a labelled answer, the same
+        if record.label is None and np.array_equal(chosen, rejected):
             raise RowProblem(ProblemKind.IDENTICAL_TOKENS, "chosen and rejected give the same tokens")
-        return PairTokens(_int32(self.start.put(prompt, is_chat)), chosen, rejected, *scored)
+        return PairTokens(_int32(self.start.put(prompt, is_chat)), chosen, rejected, scored[0], scored[-1])
 
     def spelled_out(self, record: PreferenceRecord) -> set[str]:
         """Control tokens that the record's own texts spell out, which become real ones."""
-        return self._encoder.spelled_out([record.prompt, record.chosen, record.rejected])
+        return self._encoder.spelled_out([record.prompt, *record.answers.values()])
 
     def _prompt(self, text: str, *, chat: bool) -> TokenArray:
         return _int32(self.start.put(self.start.strip(self._encoder.encode(text), chat), chat))

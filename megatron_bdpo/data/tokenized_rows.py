@@ -23,6 +23,7 @@ from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.tokenization import BoolArray, PairTokens, TokenArray
 
 UNKNOWN, SAFE, UNSAFE = -1, 0, 1
+PAIR, UNDESIRABLE, DESIRABLE = -1, 0, 1
 CHATS, STRINGS = "chat messages", "strings"
 MAX_EXAMPLES = 3
 _MOST_NAMES = 100
@@ -46,6 +47,9 @@ class Outcome:
     """Counts over rows: ``read`` is pairs kept plus the counts of ``problems``, where a row gives one pair."""
 
     read: int = 0
+    desirable: int = 0
+    """Of the pairs kept, labelled answers"""
+    undesirable: int = 0
     truncated_prompts: int = 0
     truncated_responses: int = 0
     problems: dict[str, Problem] = field(default_factory=dict)
@@ -69,6 +73,11 @@ class Outcome:
             known = name if name in self.unread or len(self.unread) < _MOST_NAMES else "others"
             self.unread[known] = self.unread.get(known, 0) + rows
 
+    def add_label(self, label: bool | None) -> None:
+        """Count what is kept of a row; None: a pair, which has none."""
+        self.desirable += label is True
+        self.undesirable += label is False
+
     def add_spelled_out(self, token: str, pairs: int, rows: list[int]) -> None:
         """Count pairs whose texts spell out a control token."""
         count, *first = self.spelled_out.get(token, [0])
@@ -77,6 +86,8 @@ class Outcome:
     def add(self, other: Outcome) -> None:
         """Count the rows that follow."""
         self.read += other.read
+        self.desirable += other.desirable
+        self.undesirable += other.undesirable
         self.truncated_prompts += other.truncated_prompts
         self.truncated_responses += other.truncated_responses
         for name, problem in other.problems.items():
@@ -99,7 +110,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TokenizedRows:
-    """Pairs in the order of their rows, and the outcome of all the rows."""
+    """Pairs in the order of their rows, and the outcome of all the rows.
+
+    A labelled answer is a pair whose chosen and rejected are one answer.
+    """
 
     tokens: TokenArray
     """int32 [N] the prompts and answers, each group's together"""
@@ -111,6 +125,8 @@ class TokenizedRows:
     """int64 [P] row of the source, counted from 1"""
     unsafe: npt.NDArray[np.int8]
     """int8 [P, 2] safety of chosen, rejected: 0 safe, 1 unsafe, -1 unknown"""
+    label: npt.NDArray[np.int8]
+    """int8 [P] of labelled answers: 1 desirable, 0 undesirable; -1: a pair"""
     reference: npt.NDArray[np.float64]
     """float64 [P, 2] log-probs of chosen, rejected that the rows bring, in nats; NaN: none"""
     margin: npt.NDArray[np.float64]
@@ -174,6 +190,7 @@ class RowsBuilder:
         self._lengths: list[tuple[int, int, int]] = []
         self._rows: list[int] = []
         self._unsafe: list[tuple[int, int]] = []
+        self._label: list[int] = []
         self._reference: list[tuple[float, float]] = []
         self._margin: list[float] = []
         self._score: list[tuple[float, float]] = []
@@ -188,7 +205,9 @@ class RowsBuilder:
     def append(
         self, pair: PairTokens, row: int, record: PreferenceRecord, own_prompt: TokenArray | None = None
     ) -> None:
-        """Add one pair; of the record only safety labels, the reference's log-probs, margin and scores are kept.
+        """Add one pair, or a labelled answer as a pair of itself.
+
+        Of the record only labels, the reference's log-probs, margin and scores are kept.
 
         Args:
             own_prompt: the pair's unconditional prompt, where it is not the one that all share.
@@ -202,11 +221,13 @@ class RowsBuilder:
         self._starts.append((self._prompt_start, first, second))
         self._lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
         self._rows.append(row)
-        self._unsafe.append((_label(record.chosen_safe), _label(record.rejected_safe)))
+        self._unsafe.append((_safety(record.chosen_safe), _safety(record.rejected_safe)))
+        self._label.append(PAIR if record.label is None else int(record.label))
         self._reference.append(record.reference or (math.nan, math.nan))
         self._margin.append(math.nan if record.margin is None else record.margin)
         self._score.append(record.scores or (math.nan, math.nan))
         self._prompt_of.append(known)
+        self.outcome.add_label(record.label)
         self.outcome.forms.setdefault(CHATS if record.is_chat else STRINGS, row)
 
     def _add(self, tokens: TokenArray) -> int:
@@ -239,6 +260,7 @@ class RowsBuilder:
             lengths=np.array(self._lengths, np.int32).reshape(-1, 3),
             row=np.array(self._rows, np.int64),
             unsafe=np.array(self._unsafe, np.int8).reshape(-1, 2),
+            label=np.array(self._label, np.int8),
             reference=np.array(self._reference, np.float64).reshape(-1, 2),
             margin=np.array(self._margin, np.float64),
             score=np.array(self._score, np.float64).reshape(-1, 2),
@@ -278,5 +300,5 @@ def _joined(arrays: list[TokenArray]) -> TokenArray:
     return np.concatenate(arrays).astype(np.int32, copy=False) if arrays else np.zeros(0, np.int32)
 
 
-def _label(safe: bool | None) -> int:
+def _safety(safe: bool | None) -> int:
     return UNKNOWN if safe is None else SAFE if safe else UNSAFE

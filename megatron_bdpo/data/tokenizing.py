@@ -138,6 +138,8 @@ class RowTokenizer:
         prompt_cut, *responses_cut = (len(after) < len(before) for after, before in parts)
         has_context = any(mask is not None for mask in made.pair.scored)
         # The row's log-probs are those of the whole pair.
+        if made.pair.is_one_answer:
+            responses_cut = responses_cut[:1]
         has_others = prompt_cut or any(responses_cut) or has_context
         record = replace(made.record, reference=None) if has_others else made.record
         builder.append(made.pair, number, record, made.own_prompt)

@@ -18,15 +18,15 @@ class Rendered(NamedTuple):
     spans: Spans | None = None
 
 
-def render_strings(record: PreferenceRecord) -> tuple[str, Rendered, Rendered]:
-    """Texts of the prompt and of the prompt with either response."""
-    assert isinstance(record.prompt, str) and isinstance(record.chosen, str) and isinstance(record.rejected, str)
-    start = len(record.prompt)
-    chosen, rejected = (
-        Rendered(record.prompt + response, _dialogue_spans(response, start) if record.is_dialogue else None)
-        for response in (record.chosen, record.rejected)
-    )
-    return record.prompt, chosen, rejected
+def render_strings(record: PreferenceRecord) -> tuple[str, list[Rendered]]:
+    """Texts of the prompt and of the prompt with each of ``record.answers``."""
+    assert isinstance(record.prompt, str)
+    start, rendered = len(record.prompt), []
+    for response in record.answers.values():
+        assert isinstance(response, str)
+        spans = _dialogue_spans(response, start) if record.is_dialogue else None
+        rendered.append(Rendered(record.prompt + response, spans))
+    return record.prompt, rendered
 
 
 _TURN = re.compile(f"{USER_MARKER}.*?(?:{ASSISTANT_MARKER}|$)", re.DOTALL)
@@ -42,18 +42,18 @@ def _dialogue_spans(response: str, start: int) -> Spans | None:
     return [(start + begin, start + end) for begin, end in bounds if end > begin]
 
 
-def render_chat(template: ChatTemplate, record: PreferenceRecord) -> tuple[str, Rendered, Rendered]:
-    """Texts of the prompt and of the two whole conversations: rules 4 and 6 of ``tokenization``.
+def render_chat(template: ChatTemplate, record: PreferenceRecord) -> tuple[str, list[Rendered]]:
+    """Texts of the prompt and of the whole conversation with each answer: rules 4 and 6 of ``tokenization``.
 
     Raises:
         RowProblem: the template writes something else where the response begins, or between its turns.
     """
     assert isinstance(record.prompt, list)
-    responses = [response for response in (record.chosen, record.rejected) if isinstance(response, list)]
-    opened = all(response[0]["role"] == ASSISTANT for response in responses)
+    responses = {name: response for name, response in record.answers.items() if isinstance(response, list)}
+    opened = all(response[0]["role"] == ASSISTANT for response in responses.values())
     prompt = template.apply(record.prompt, record.variables, add_generation_prompt=opened)
     texts = []
-    for name, response in zip(("chosen", "rejected"), responses, strict=True):
+    for name, response in responses.items():
         text = template.apply(record.prompt + response, record.variables, add_generation_prompt=False)
         if not text.startswith(prompt):
             raise RowProblem(
@@ -63,7 +63,7 @@ def render_chat(template: ChatTemplate, record: PreferenceRecord) -> tuple[str, 
             )
         spans = None if len(response) == 1 else _spans(template, record, response, text, len(prompt), name)
         texts.append(Rendered(text, spans))
-    return prompt, texts[0], texts[1]
+    return prompt, texts
 
 
 def _spans(

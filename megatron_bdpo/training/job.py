@@ -286,7 +286,9 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
     else:
         shares = pools.hold_out(pool.grouping.of_store(0), settings.pairs.eval_share, settings.schedule.seed)
         train, held_out = map(Selection, shares)
+    named = "--objective reward" if settings.objective.is_reward else f"--preference-loss {loss.spec.name}"
     for selection in (train, held_out):
+        pools.refuse_labelled_answers(pool, selection, named, readers=())
         pools.select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
     sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length
     for selection in (train, held_out):

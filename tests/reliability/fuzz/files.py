@@ -186,14 +186,16 @@ def stores() -> Check:
 
     directory = own_directory()
     parts = [np.arange(n, dtype=np.int32) for n in (3, 2, 4)]
-    report = DataReport(["a.jsonl"], [3], [3])
+    report = DataReport(["a.jsonl"], [4], [4])
     with PairStoreWriter(directory) as writer:
         rows = RowsBuilder()
         for row in (1, 3, 3):  # the latter is a group
             scored = np.array([True, False, True, True])
             rows.append(PairTokens(*parts, None, scored), row, PreferenceRecord("p", "a", "b", True), parts[1] + row)
+        labelled = PreferenceRecord("p", "a", "a", label=True)
+        rows.append(PairTokens(parts[0], parts[1], parts[1]), 4, labelled)
         writer.extend(rows.finish(), 0)
-        report.set_lengths(writer.lengths, writer.starts)
+        report.set_lengths(writer.lengths, writer.starts, writer.label)
         writer.finish(StoreInfo("0" * 64, {"data": ["x"]}, [1], (SourceSpec("a.jsonl"),), report))
     files = {path: path.read_bytes() for path in sorted(directory.iterdir())}
     meta = directory / "meta.json"
@@ -214,9 +216,10 @@ def stores() -> Check:
             error.as_text()
             return False
         store.report.format()
-        assert len(store) == 3 and len(pool.grouping) == 2 and store.pair(2).rejected.tolist() == parts[2].tolist()
+        assert len(store) == 4 and len(pool.grouping) == 3 and store.pair(2).rejected.tolist() == parts[2].tolist()
+        assert store.label.tolist() == [-1, -1, -1, 1] and len(pool.group(2).group.answers) == 1
         pool.describe(1), pool.group(1, unconditional=True), pool.sizes(share_prompts=True)
-        assert store.report.malformed_share >= 0 and sum(len(ids) for ids, _ in by_source(pool, 0, np.arange(2))) == 2
+        assert store.report.malformed_share >= 0 and sum(len(ids) for ids, _ in by_source(pool, 0, np.arange(3))) == 3
         return True
 
     return check

@@ -28,10 +28,15 @@ def check_record(record: PreferenceRecord) -> None:
     for text in texts:
         text.encode()
     if record.is_chat:
-        assert record.prompt and len(record.chosen) == len(record.rejected) == 1
-        assert record.chosen[0]["role"] == record.rejected[0]["role"] == "assistant"
-    assert record.chosen != record.rejected
-    again = parse_row(dataclasses.asdict(record))
+        assert record.prompt and record.chosen[-1]["role"] == record.rejected[-1]["role"] == "assistant"
+        assert record.label is not None or len(record.chosen) == len(record.rejected) == 1
+    if record.label is None:
+        assert record.chosen != record.rejected
+        again = parse_row(dataclasses.asdict(record))
+    else:
+        assert record.chosen == record.rejected
+        row = {"prompt": record.prompt, "completion": record.chosen, "label": record.label}
+        again = parse_row(row | ({} if record.reference is None else {"ref_logps": record.reference[0]}))
     assert again == record
 
 

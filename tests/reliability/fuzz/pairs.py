@@ -57,13 +57,14 @@ def draw_row(draw: Draw) -> dict[str, Any]:
 
     row: dict[str, Any] = {}
     shared = [{"role": "user", "content": draw.text(2)}] if draw.chance(4) else []
-    for column in ("prompt", "chosen", "rejected"):
+    labelled = draw.chance(6)
+    for column in ("prompt", "completion") if labelled else ("prompt", "chosen", "rejected"):
         if not draw.chance(8):
             row[column] = value()
             if shared and isinstance(row[column], list):
                 row[column] = shared + row[column]
-    for column in ("chosen_safe", "rejected_safe"):
-        if draw.chance(4):
+    for column in ("label",) if labelled else ("chosen_safe", "rejected_safe"):
+        if labelled or draw.chance(4):
             row[column] = draw.pick((True, False, 0, 1, None, draw.json(1)))
     if draw.chance(8):
         row[draw.text()] = draw.json(1)

@@ -31,9 +31,15 @@ any_json = st.recursive(
 roles = st.sampled_from(["user", "assistant", "system"])
 messages = st.fixed_dictionaries({"role": roles | any_text, "content": any_text | any_json})
 answers = any_text | st.lists(messages, max_size=3) | any_json
-any_row = st.fixed_dictionaries(
-    {}, optional={"prompt": answers, "chosen": answers, "rejected": answers, "chosen_safe": any_json}
-) | st.dictionaries(any_text, any_json, max_size=3)
+any_row = (
+    st.fixed_dictionaries(
+        {}, optional={"prompt": answers, "chosen": answers, "rejected": answers, "chosen_safe": any_json}
+    )
+    | st.fixed_dictionaries(
+        {"completion": answers, "label": st.booleans() | any_json}, optional={"prompt": answers, "ref_logps": any_json}
+    )
+    | st.dictionaries(any_text, any_json, max_size=3)
+)
 
 ASK, YES = {"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}
 

@@ -23,6 +23,7 @@ class Store:
 
     def __init__(self, labels: list[tuple[int, int]]) -> None:
         self.unsafe = np.array(labels, np.int8).reshape(-1, 2)
+        self.label = np.full(len(self.unsafe), -1, np.int8)
         self.lengths = np.array([[1, 2 + i, 6 + i] for i in range(len(labels))], np.int32).reshape(-1, 3)
         self.starts = np.cumsum([0, *self.lengths.ravel()])[:-1].reshape(-1, 3)
 

@@ -255,6 +255,10 @@ def test_malformed_and_unusable_are_told_apart() -> None:
     assert {kind for kind in ProblemKind if kind.malformed} == expected_malformed
 
 
+#: That none of four pairs is a labelled answer.
+PAIRS = np.full(4, -1, np.int8)
+
+
 def test_report_stays_short_and_survives_json() -> None:
     report = DataReport([f"source{i}.jsonl" for i in range(40)])
     for source in range(40):
@@ -262,7 +266,7 @@ def test_report_stays_short_and_survives_json() -> None:
         for kind in ProblemKind:
             outcome.add_problem(7, kind, "detail")
         report.add(source, 0, outcome)
-    report.set_lengths(np.array([[10, 4, 6], [30, 5, 5]], np.int32), np.array([[0, 10, 14], [20, 50, 55]]))
+    report.set_lengths(np.array([[10, 4, 6], [30, 5, 5]], np.int32), np.array([[0, 10, 14], [20, 50, 55]]), PAIRS[:2])
 
     assert len(report.format().splitlines()) <= 20
     assert report.prompt_token_share == 40 / 60
@@ -275,7 +279,7 @@ def test_report_of_groups() -> None:
     report = DataReport(["rows.jsonl"])
     report.add(0, 4, Outcome(read=5))
     lengths = np.array([[10, 4, 6], [10, 4, 5], [10, 6, 5], [30, 5, 5]], np.int32)
-    report.set_lengths(lengths, np.array([[0, 10, 14], [0, 10, 20], [0, 14, 20], [25, 55, 60]]))
+    report.set_lengths(lengths, np.array([[0, 10, 14], [0, 10, 20], [0, 14, 20], [25, 55, 60]]), PAIRS)
     assert report.groups == 2 and report.prompt_token_share == 40 / 65
     assert report.format().splitlines()[0] == "pairs: 4 in 2 groups kept of 5 pairs (0 dropped, 0.00%)"
 

@@ -360,7 +360,7 @@ def test_short_work_is_done_silently(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", ["tokens", "starts", "lengths", "source", "row", "unsafe"])
+@pytest.mark.parametrize("name", ["tokens", "starts", "lengths", "source", "row", "unsafe", "label"])
 def test_damaged_arrays(settings: PairDataSettings, tokenizer: PairTokenizer, name: str) -> None:
     directory = prepare_pairs(settings, tokenizer).directory
     path = directory / f"{name}.bin"
