@@ -34,6 +34,7 @@ from megatron_bdpo.losses import (
     sigmoid_norm,
     simpo,
     sppo_hard,
+    tpo,
 )
 from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, PairLossFunction, Requirements
 from megatron_bdpo.losses.groups import GroupLogProbs, GroupLosses
@@ -68,6 +69,7 @@ for _spec in (
     sigmoid_norm.SPEC,
     simpo.SPEC,
     sppo_hard.SPEC,
+    tpo.SPEC,
 ):
     register(_spec)
 

@@ -31,6 +31,13 @@ def rewards(group: Group, beta: float) -> list[float]:
     return [beta * (a.l - a.r) for a in group]
 
 
+def expected_rewards(name: str, group: Group, options: dict[str, Any]) -> list[float]:
+    """What a loss tells of a group's answers."""
+    if name == "tpo":
+        return [options["beta"] * each for each in tpo_scores(group, options["tpo_length_normalized"])]
+    return rewards(group, options["beta"])
+
+
 def log_sum_exp(values: list[float]) -> float:
     largest = max(values)
     return largest + math.log(sum(math.exp(value - largest) for value in values))
@@ -135,8 +142,30 @@ def bdpo_list(group: Group, beta: float, bdpo_list_form: str, **options: Any) ->
     return loss, slopes
 
 
+def tpo_scores(group: Group, per_token: bool) -> list[float]:
+    return [a.l / a.n if per_token else a.l for a in group]
+
+
+def tpo(group: Group, beta: float, tpo_length_normalized: bool, tpo_gamma: float) -> Expected:
+    """The mean over all orders in which no answer stands above one of a higher score."""
+    s, loss, slopes = tpo_scores(group, tpo_length_normalized), 0.0, [0.0] * len(group)
+    orders = [
+        order
+        for order in itertools.permutations(range(len(group)))
+        if all(group[i].score >= group[j].score for i, j in itertools.pairwise(order))
+    ]
+    for first, second, *_, last in ((*order, order[-1]) for order in orders):
+        w = second if group[second].score > group[last].score else first
+        if group[w].score > group[last].score:
+            z = beta * (s[w] - s[last]) - tpo_gamma
+            loss += softplus(-z) / len(orders)
+            for i, sign in ((w, -1), (last, 1)):
+                slopes[i] += sign * beta * sigmoid(-z) / (group[i].n if tpo_length_normalized else 1) / len(orders)
+    return loss, slopes
+
+
 GROUP_FORMS: dict[str, Callable[..., Expected]] = {
-    each.__name__: each for each in (bdpo_list, infonca, lipo_lambda, nca, pl_dpo)
+    each.__name__: each for each in (bdpo_list, infonca, lipo_lambda, nca, pl_dpo, tpo)
 }
 
 
@@ -158,6 +187,8 @@ GROUP_CASES: list[tuple[str, dict[str, Any]]] = [
     ("infonca", {"nca_alpha": 20.0}),
     ("nca", {"beta": 0.02, "nca_alpha": 1e-4, "nll_weight": 0.3}),
     ("nca", {"nca_alpha": 20.0}),
+    ("tpo", {"beta": 0.1, "nll_weight": 0.0}),
+    ("tpo", {"beta": 2.0, "tpo_length_normalized": True, "tpo_gamma": 1.6, "nll_weight": 0.05}),
     ("lipo_lambda", {"beta": 0.5, "lipo_labels": "score", "nll_weight": 0.3}),
     ("bdpo_list", {"bdpo_weights": False}),
     ("bdpo_list", {"bdpo_scale": False}),

@@ -130,7 +130,16 @@ def test_the_mean_over_groups(one_process, groups, tmp_path):
     assert over_pairs.metrics["logps/chosen"] != pytest.approx(found.metrics["logps/chosen"], rel=1e-3), "not the same"
 
 
-LISTS = ["pl_dpo", "infonca", "nca", "lipo_lambda", "bdpo_list", "bdpo_list --bdpo-list-form all-pairs"]
+LISTS = [
+    "pl_dpo",
+    "infonca",
+    "nca",
+    "lipo_lambda",
+    "bdpo_list",
+    "bdpo_list --bdpo-list-form all-pairs",
+    "tpo",
+    "tpo --tpo-length-normalized --tpo-gamma 0.5 --beta 2",
+]
 
 
 @pytest.mark.parametrize("loss", LISTS)
@@ -146,10 +155,12 @@ def test_losses_of_lists_in_a_layout(run, one_process, groups, loss, layout):
     assert beyond(deviations(found, expected), ALLOWED) == {}
 
 
-@pytest.mark.parametrize(("of_lists", "of_pairs"), [("pl_dpo", "dpo"), ("bdpo_list", "bdpo")])
+@pytest.mark.parametrize(
+    ("of_lists", "of_pairs"), [("pl_dpo", "dpo"), ("bdpo_list", "bdpo"), ("tpo --beta 0.1", "cpo")]
+)
 def test_a_list_of_two_is_a_pair(one_process, pairs, of_lists, of_pairs):
     """Rows of pairs give no scores: the chosen answer has the higher one."""
-    found = one_process(["--preference-loss", of_lists], pairs[1])
+    found = one_process(["--preference-loss", *of_lists.split()], pairs[1])
     expected = one_process(["--preference-loss", of_pairs], pairs[1])
     assert beyond(deviations(found, expected), ALLOWED) == {}
     for name in expected.steps[2].metrics.keys() - {"loss"}:

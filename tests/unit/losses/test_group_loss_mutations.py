@@ -15,8 +15,8 @@ import torch
 
 from megatron_bdpo import losses
 from megatron_bdpo.losses import LossSpec, group_terms
-from tests.harness.group_forms import GROUP_CASES, GROUP_FORMS, rewards, with_nll
-from tests.unit.losses.test_group_losses import AT_THE_REFERENCE, inputs, random_groups
+from tests.harness.group_cases import AT_THE_REFERENCE, inputs, random_groups
+from tests.harness.group_forms import GROUP_CASES, GROUP_FORMS, expected_rewards, with_nll
 from tests.unit.losses.test_loss_mutations import mistakes, run, source, unseen
 
 GROUPS = random_groups(30, seed=1) + AT_THE_REFERENCE
@@ -50,7 +50,7 @@ def is_right(spec: LossSpec, cases: list[dict[str, Any]]) -> bool:
         compared = [
             (found.loss, torch.tensor([loss for loss, _ in wanted], dtype=torch.float64)),
             (gradient, table([slopes for _, slopes in wanted])),
-            (found.reward, table([rewards(group, values["beta"]) for group in GROUPS])),
+            (found.reward, table([expected_rewards(spec.name, group, values) for group in GROUPS])),
         ]
         if not all(torch.allclose(one, two, rtol=1e-9, atol=1e-12) for one, two in compared):
             return False

@@ -92,6 +92,7 @@ def test_options_and_defaults():
         "lipo_lambda": {**usual, "lipo_labels": "win-rate"},
         "nca": {**usual, "nca_alpha": 1.0},
         "pl_dpo": usual,
+        "tpo": {"beta": 0.01, "tpo_length_normalized": False, "tpo_gamma": 0.0, "nll_weight": 1.0},
         "cpo": {"beta": 0.1, "nll_weight": 1.0},
         "dpo": {"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0},
         "hinge": {"beta": 0.1, "nll_weight": 0.0},
@@ -104,7 +105,7 @@ def test_options_and_defaults():
     scores = {"f_divergence": "reverse_kl", "f_alpha_divergence_coef": 0.5, "reference_free": False}
     for name in ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm"):
         expected_defaults[name] = expected_defaults[name] | scores
-    for name in expected_defaults.keys() - {"bdpo_list", "infonca", "lipo_lambda", "nca", "pl_dpo"}:
+    for name in expected_defaults.keys() - {"bdpo_list", "infonca", "lipo_lambda", "nca", "pl_dpo", "tpo"}:
         expected_defaults[name] = expected_defaults[name] | {"use_weighting": False}
     assert {name: asdict(losses.build_options(name, {})) for name in losses.names()} == expected_defaults
 
