@@ -1,9 +1,11 @@
-"""Preference losses: pure functions of log-probs, of pairs or of whole groups, and the registry that names them.
+"""Preference losses: pure functions of log-probs, of pairs, groups or labelled answers, and the registry of them.
 
     options = build_options("bdpo", {"beta": 0.05})
     losses = get("bdpo").function(pairs, options)      # PairLogProbs -> PairLosses, every tensor [P]
 
     losses = get("pl_dpo").function(groups, options)   # GroupLogProbs -> GroupLosses, where the spec is `of_groups`
+
+    losses = get("kto").function(answers, options)     # AnswerLogProbs -> AnswerLosses, where it is `of_answers`
 
 To add one: a file like `dpo.py` with a `SPEC`, and its line below; from another package, see `registry`.
 """
@@ -12,6 +14,8 @@ from megatron_bdpo.losses import (
     alphapo,
     aot,
     apo,
+    apo_zero_unpaired,
+    bco,
     bco_pair,
     bdpo,
     bdpo_list,
@@ -23,6 +27,7 @@ from megatron_bdpo.losses import (
     hinge,
     infonca,
     ipo,
+    kto,
     lipo_lambda,
     nca,
     nca_pair,
@@ -36,6 +41,7 @@ from megatron_bdpo.losses import (
     sppo_hard,
     tpo,
 )
+from megatron_bdpo.losses.answers import AnswerLogProbs, AnswerLosses
 from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, PairLossFunction, Requirements
 from megatron_bdpo.losses.groups import GroupLogProbs, GroupLosses
 from megatron_bdpo.losses.options import LossOptions, Range, option
@@ -47,6 +53,8 @@ for _spec in (
     aot.UNPAIRED,
     apo.ZERO,
     apo.DOWN,
+    apo_zero_unpaired.SPEC,
+    bco.SPEC,
     bco_pair.SPEC,
     bdpo.SPEC,
     bdpo_list.SPEC,
@@ -58,6 +66,7 @@ for _spec in (
     hinge.SPEC,
     infonca.SPEC,
     ipo.SPEC,
+    kto.SPEC,
     lipo_lambda.SPEC,
     nca.SPEC,
     nca_pair.SPEC,
@@ -74,6 +83,8 @@ for _spec in (
     register(_spec)
 
 __all__ = [
+    "AnswerLogProbs",
+    "AnswerLosses",
     "GroupLogProbs",
     "GroupLosses",
     "LossOptions",

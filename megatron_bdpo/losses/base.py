@@ -129,6 +129,9 @@ class Requirements:
     """The policy's `*_collision_entropy`."""
     length_normalised: bool = False
     """The preference term compares log-probs per token, not their sums."""
+    mismatched: bool = False
+    """Log-probs of the step's answers after other prompts than their own: `LossSpec.of_step` of a loss of labelled
+    answers gets those in the place of the answers' own."""
 
 
 def keep_all(labels: npt.NDArray[np.int8]) -> tuple[BoolArray, BoolArray]:
@@ -138,7 +141,8 @@ def keep_all(labels: npt.NDArray[np.int8]) -> tuple[BoolArray, BoolArray]:
 
 @dataclass(frozen=True)
 class LossSpec[Options, Answers, Losses]:
-    """A preference loss as the registry holds it: of `PairLogProbs`, or of `groups.GroupLogProbs`.
+    """A preference loss as the registry holds it: of `PairLogProbs`, `groups.GroupLogProbs` or
+    `answers.AnswerLogProbs`.
 
     `options` is a frozen dataclass type whose fields all have defaults and are float, int, bool, str or a `Literal` of
     strings; each becomes a command-line flag (see `option`). Equally named fields of two losses mean the same thing.
@@ -167,10 +171,10 @@ class LossSpec[Options, Answers, Losses]:
 
     Their safety labels [P, 2] decide, of chosen and rejected: 1 unsafe, 0 safe, -1 unknown (never with
     `Requirements.safety`: there a pair without labels ends the run). An answer takes its label with it."""
-    of_step: Callable[[Answers, Options], tuple[Tensor, Tensor]] | None = None
+    of_step: Callable[[Answers, Options], tuple[Tensor, Tensor] | Tensor] | None = None
     """Looks at all pairs of a step before its gradients, detached, [P]: what the loss of each is a function of beside
-    its own log-probs (`PairLogProbs.chosen_target`, `rejected_target`). It costs a forward pass of the policy per step;
-    evaluations do without."""
+    its own log-probs (`PairLogProbs.chosen_target`, `rejected_target`); or at all of its labelled answers, [N], for one
+    number (`AnswerLogProbs.shift`). It costs a forward pass of the policy per step; evaluations do without."""
     of_difference: bool = False
     """It reads the reference through `terms.log_ratios` alone, and those in differences of chosen and rejected, so that
     other scores may take their place: it gets the options of `modifiers.ScoreOptions`."""
@@ -178,6 +182,10 @@ class LossSpec[Options, Answers, Losses]:
     """Its value jumps somewhere near policy == reference, so that the first step's check judges log-probs alone."""
     of_groups: bool = False
     """Of all answers to a prompt and their scores: `groups.GroupLogProbs` in, `groups.GroupLosses` out."""
+    of_answers: bool = False
+    """Of labelled answers: `answers.AnswerLogProbs` in, `answers.AnswerLosses` out. A pair is read as two."""
+    advise: Callable[[int, int, Options], str | None] | None = None
+    """Of labelled answers: what to tell of the numbers of desirable and undesirable ones that are trained on."""
 
 
 AnyLossSpec = LossSpec[Any, Any, Any]

@@ -9,13 +9,15 @@ from megatron_bdpo.losses.base import AnyLossSpec
 
 
 def describe(spec: AnyLossSpec) -> dict[str, Any]:
-    """Name, summary, whether it is of pairs or groups, what it reads with its default options, options, source."""
+    """Name, summary, what it is of, what it reads with its default options, options, source."""
     needs = spec.requirements(spec.options())
     reads = {
         "scores of all answers": spec.of_groups,
+        "labels of answers": spec.of_answers,
         "reference": needs.reference,
         "comprehension": needs.comprehension,
         "safety labels": needs.safety,
+        "answers after other prompts": needs.mismatched,
         "its step": spec.of_step is not None,
     }
     options = [
@@ -32,7 +34,7 @@ def describe(spec: AnyLossSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "summary": spec.summary,
-        "of": "groups" if spec.of_groups else "pairs",
+        "of": "groups" if spec.of_groups else "answers" if spec.of_answers else "pairs",
         "reads": [name for name, needed in reads.items() if needed],
         "options": options,
         "source": spec.source,

@@ -1,4 +1,4 @@
-"""A loss in a plain Python file: the file is run, and its ``SPEC`` tried on two pairs or groups before a job has it."""
+"""A loss in a plain Python file: the file is run, and its ``SPEC`` tried on two pairs, groups or answers first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import linecache
 import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_bdpo.errors import UserError
+from megatron_bdpo.losses.answers import AnswerLogProbs, AnswerLosses
 from megatron_bdpo.losses.base import AnyLossSpec, LossSpec, PairLogProbs, PairLosses, Requirements
 from megatron_bdpo.losses.groups import GroupLogProbs, GroupLosses
 from megatron_bdpo.user_files import read_regular
@@ -80,7 +82,7 @@ def _run(path: Path, text: bytes) -> ModuleType:
 
 
 def try_loss(file: LossFile) -> None:
-    """Compute the loss of two pairs, or groups, with its default options, and look at what comes out.
+    """Compute the loss of two pairs, groups or labelled answers, with its default options, and look at what comes out.
 
     Raises:
         UserError: it is not what a step can use; the message names the file and what is wrong.
@@ -91,14 +93,14 @@ def try_loss(file: LossFile) -> None:
         needs = spec.requirements(options)
         if not isinstance(needs, Requirements):
             raise UserError(_wrong(file, f"requirements returns a {type(needs).__name__}", "Return Requirements(...)."))
-        answers = _two_groups(needs) if spec.of_groups else _two_pairs(needs)
-        found = spec.function(answers, options)
+        kind = _kind(spec)
+        made = kind.made(needs)
+        problem = _problem(spec.function(made, options), kind) or _problem_in_a_step(spec, made, options, kind)
     except UserError:
         raise
     except Exception as error:  # it may raise anything
         advice = "Say in requirements what it reads beyond the policy's log-probs: the rest is None."
         raise _failed(file.path, error, f"the loss '{spec.name}' cannot be computed", advice) from error
-    problem = _problem(found, _OF_GROUPS if spec.of_groups else _OF_PAIRS)
     if problem:
         raise UserError(_wrong(file, *problem))
 
@@ -107,23 +109,27 @@ def _wrong(file: LossFile, what: str, advice: str) -> str:
     return f"{FLAG} {file.path}: the loss '{file.spec.name}': {what}. {advice}"
 
 
-class _Wanted(NamedTuple):
-    """What a loss of two pairs, or of two groups of at most three answers, gives back."""
+class _Kind(NamedTuple):
+    """What a loss is tried on, two pairs, groups of at most three answers, or answers; and what it gives back."""
 
-    losses: type[PairLosses] | type[GroupLosses]
+    made: Callable[[Requirements], Any]
+    losses: type[PairLosses] | type[GroupLosses] | type[AnswerLosses]
     rewards: dict[str, list[int]]
     """Their shapes, by field; loss and metrics are [2]."""
     what: str
-    policy: str
+    policy: str = "policy"
 
 
-_OF_PAIRS = _Wanted(
-    PairLosses, {"chosen_reward": [2], "rejected_reward": [2]}, "pair", "policy_chosen and policy_rejected"
-)
-_OF_GROUPS = _Wanted(GroupLosses, {"reward": [2, 3]}, "group", "policy")
+def _kind(spec: AnyLossSpec) -> _Kind:
+    if spec.of_groups:
+        return _Kind(_two_groups, GroupLosses, {"reward": [2, 3]}, "group")
+    if spec.of_answers:
+        return _Kind(_two_answers, AnswerLosses, {"reward": [2]}, "answer")
+    rewards = {"chosen_reward": [2], "rejected_reward": [2]}
+    return _Kind(_two_pairs, PairLosses, rewards, "pair", "policy_chosen and policy_rejected")
 
 
-def _problem(found: Any, wanted: _Wanted) -> tuple[str, str] | None:
+def _problem(found: Any, wanted: _Kind) -> tuple[str, str] | None:
     """What is wrong with a loss's results, and what to do."""
     result, first = wanted.losses.__name__, next(iter(wanted.rewards))
     if not isinstance(found, wanted.losses):
@@ -141,6 +147,17 @@ def _problem(found: Any, wanted: _Wanted) -> tuple[str, str] | None:
     if not found.loss.requires_grad:
         return "its loss has no gradient", f"Compute it from {wanted.policy}, in torch."
     return None
+
+
+def _problem_in_a_step(spec: AnyLossSpec, answers: Any, options: Any, kind: _Kind) -> tuple[str, str] | None:
+    """Of labelled answers that are those of a step, where the loss looks at it."""
+    if not (spec.of_answers and spec.of_step):
+        return None
+    shift = spec.of_step(replace(answers, policy=answers.policy.detach()), options)
+    if not isinstance(shift, torch.Tensor) or shift.ndim:
+        found = list(shift.shape) if isinstance(shift, torch.Tensor) else type(shift).__name__
+        return f"of_step of two answers is {found}, not []", "Give one number for the step, a tensor of no dimension."
+    return _problem(spec.function(replace(answers, shift=shift), options), kind)
 
 
 def _two_pairs(needs: Requirements) -> PairLogProbs:
@@ -161,6 +178,17 @@ def _two_pairs(needs: Requirements) -> PairLogProbs:
         *reference,
         *unconditional,
         *labels,
+    )
+
+
+def _two_answers(needs: Requirements) -> AnswerLogProbs:
+    """A desirable and an undesirable one, of a policy that is its reference; without what is not asked for."""
+    reference = torch.tensor([-12.0, -20.0])
+    return AnswerLogProbs(
+        policy=reference.clone().requires_grad_(),
+        tokens=torch.tensor([6, 8]),
+        desirable=torch.tensor([True, False]),
+        reference=reference if needs.reference else None,
     )
 
 

@@ -47,7 +47,7 @@ def mix(name: str, get: Callable[[str], AnyLossSpec]) -> AnyLossSpec:
         get: a loss by its name.
 
     Raises:
-        UserError: a term is no loss, has no weight above 0, comes twice, selects pairs, or is of groups.
+        UserError: a term is no loss, has no weight above 0, comes twice, selects pairs, or is not of pairs.
     """
     terms = [_term(text.strip(), name, get) for text in name.split(",")]
     names = [term.spec.name for term in terms]
@@ -106,6 +106,11 @@ def _term(text: str, name: str, get: Callable[[str], AnyLossSpec]) -> Term:
         raise UserError(
             f"--preference-loss {name}: '{loss}' is a loss of all answers to a prompt, and a mix is of pairs. "
             "Train with it alone; its --nll-weight adds supervised fine-tuning."
+        )
+    if spec.of_answers:
+        raise UserError(
+            f"--preference-loss {name}: '{loss}' is a loss of labelled answers, each by itself, and a mix is of pairs. "
+            "Train with it alone."
         )
     return Term(number, spec)
 

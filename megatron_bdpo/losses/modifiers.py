@@ -101,12 +101,12 @@ def weighted(losses: PairLosses, pairs: PairLogProbs) -> PairLosses:
 
 
 def modified(spec: AnyLossSpec) -> AnyLossSpec:
-    """The loss with the options of this module that go with it, behind its own: none with one of groups.
+    """The loss with the options of this module that go with it, behind its own: only losses of pairs have any.
 
     Raises:
         UserError: it has an option of such a name itself.
     """
-    if spec.of_groups:
+    if spec.of_groups or spec.of_answers:
         return spec
     own = spec.function
 

@@ -18,7 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses.base import AnyLossSpec, LossSpec
+from megatron_bdpo.losses.base import AnyLossSpec, LossSpec, keep_all
 from megatron_bdpo.losses.loss_file import FLAG, LossFile, read_loss_file, try_loss
 from megatron_bdpo.losses.mix import is_mix, mix
 from megatron_bdpo.losses.modifiers import modified
@@ -208,6 +208,7 @@ def _check(spec: AnyLossSpec) -> None:
         raise UserError(f"a loss has to be a LossSpec, not {type(spec).__name__}")
     if spec.of_groups and spec.of_step:
         raise UserError(f"the loss '{spec.name}' is of groups, and of_step is for losses of pairs. Leave it out")
+    _check_answers(spec)
     options = spec.options
     if not (isinstance(options, type) and is_dataclass(options) and options.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise UserError(f"the options of loss '{spec.name}' have to be a frozen dataclass type, not {options!r}")
@@ -215,6 +216,16 @@ def _check(spec: AnyLossSpec) -> None:
         if f.default is MISSING:
             raise UserError(f"the option {flag(f.name)} of loss '{spec.name}' has no default")
     field_types(options)
+
+
+def _check_answers(spec: AnyLossSpec) -> None:
+    """What goes with labelled answers alone, and what does not."""
+    others = {"of_groups": spec.of_groups, "of_difference": spec.of_difference, "settle": spec.settle is not None}
+    others["select"] = spec.select is not keep_all
+    if spec.of_answers and (found := [name for name, is_there in others.items() if is_there]):
+        raise UserError(f"the loss '{spec.name}' is of labelled answers, which {found[0]} is not for. Leave it out")
+    if spec.advise and not spec.of_answers:
+        raise UserError(f"the loss '{spec.name}': advise is for losses of labelled answers. Leave it out")
 
 
 def _unused(key: str, spec: AnyLossSpec) -> str:

@@ -195,6 +195,11 @@ def _check_loss(settings: Settings, loss: PairLossFunction) -> None:
     Raises:
         UserError: with the flag.
     """
+    if loss.spec.of_answers:
+        raise UserError(
+            f"--preference-loss {settings.loss.name} is a loss of labelled answers, which runs do not train with yet: "
+            "it is a function of `megatron_bdpo.losses`. Train with a loss of pairs."
+        )
     if loss.requirements.all_pairs and settings.reference.is_resident:
         raise UserError(
             "--reference resident knows no scores before the first step, and an option of the loss is to follow "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_bdpo import losses
-from megatron_bdpo.losses import PairLogProbs
+from megatron_bdpo.losses import AnswerLogProbs, PairLogProbs
 from tests.harness.loss_cases import with_targets
 
 PAIRS = 16
@@ -87,6 +88,52 @@ def dpo_trainer(
     return loss
 
 
+def mismatched(values: Values) -> tuple[Tensor, Tensor]:
+    """Log-probs of policy and reference, [2 PAIRS] per token and without gradient, of the answers after other prompts:
+    on the mean the policy's are higher, so that z is above 0."""
+    policy, reference = (torch.stack(each, 1).flatten().detach().roll(1) for each in (values[:2], values[2:]))
+    return policy + 1, reference
+
+
+def kto_trainer(
+    kind: str, tokens: int, values: Values, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Tensor:
+    """KTOTrainer's loss, twice the mean over answers: of each pair two, desirable and undesirable."""
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    def per_token(each: Tensor) -> SimpleNamespace:
+        spread = each[:, None].expand(-1, tokens)
+        nothing = torch.zeros_like(spread)
+        return SimpleNamespace(log_probs=spread, entropy=nothing, mean_logits=nothing)
+
+    completion = torch.ones(2 * PAIRS, 1 + tokens, dtype=torch.int64)
+    completion[:, 0] = 0
+    policy, reference = (torch.stack(each, 1).flatten() for each in (values[:2], values[2:]))
+    other_policy, other_reference = mismatched(values)
+    model = mock.Mock(training=False, side_effect=[per_token(other_policy), per_token(policy)][kind != "kto" :])
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=mock.Mock(device="cpu", gather_for_metrics=lambda each: each),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        loss_type=kind,
+        calculate_KL=kind == "kto",
+        beta=BETA,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )
+    trainer._compute_kl_logps = partial(KTOTrainer._compute_kl_logps, trainer)
+    names = {"input_ids": torch.zeros_like(completion), "attention_mask": torch.ones_like(completion)}
+    given = {name: value for prefix in ("", "KL_") for name, value in ((prefix + key, names[key]) for key in names)}
+    given |= {"completion_mask": completion, "KL_completion_mask": completion}
+    given |= {"label": torch.tensor([True, False] * PAIRS)}
+    given |= {"ref_logps": reference * tokens, "ref_KL_logps": other_reference * tokens}
+    loss: Tensor = KTOTrainer._compute_loss(trainer, model, given, return_outputs=False)
+    return 2 * loss
+
+
 def cpo_trainer(kind: str, tokens: int, values: Values, alpha: float = 0.0) -> Tensor:
     """CPOTrainer's loss without its NLL. ``simpo`` is one of log-probs per token, as it hands them over."""
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
@@ -130,7 +177,8 @@ class Counterpart:
     @property
     def name(self) -> str:
         """For a table."""
-        trainer = {dpo_trainer: "DPOTrainer", cpo_trainer: "CPOTrainer", orpo_trainer: "ORPOTrainer"}[self.trainer]
+        names = {dpo_trainer: "DPO", cpo_trainer: "CPO", orpo_trainer: "ORPO", kto_trainer: "KTO"}
+        trainer = f"{names[self.trainer]}Trainer"
         return f"{trainer}, `{self.kind}`" if self.kind else trainer
 
     @property
@@ -142,12 +190,15 @@ class Counterpart:
         return self.trainer(self.kind, tokens, values, **self.settings, **more)
 
 
+LABELS = {"desirable_weight": 1.5, "undesirable_weight": 0.75}
+
 COUNTERPARTS: dict[str, Counterpart] = {
     "alphapo": Counterpart("simpo", {"alpha": 0.25}, {"simpo_gamma": GAMMA, "alphapo_alpha": 0.25}, cpo_trainer),
     "aot": Counterpart("aot", {"label_smoothing": 0.1}),
     "aot_unpaired": Counterpart("aot_unpaired", {"label_smoothing": 0.1}),
     "apo_down": Counterpart("apo_down"),
     "apo_zero": Counterpart("apo_zero"),
+    "apo_zero_unpaired": Counterpart("apo_zero_unpaired", LABELS, trainer=kto_trainer),
     "bco_pair": Counterpart("bco_pair"),
     "cpo": Counterpart("sigmoid", {}, {"nll_weight": 0.0}, cpo_trainer),
     "discopop": Counterpart("discopop", {"discopop_tau": 0.5}),
@@ -155,6 +206,7 @@ COUNTERPARTS: dict[str, Counterpart] = {
     "exo_pair": Counterpart("exo_pair", {"label_smoothing": 0.1}, in_single=True),
     "hinge": Counterpart("hinge"),
     "ipo": Counterpart("ipo"),
+    "kto": Counterpart("kto", LABELS, trainer=kto_trainer),
     "nca_pair": Counterpart("nca_pair"),
     "orpo": Counterpart("", {}, {"orpo_weight": BETA}, orpo_trainer, in_single=True),
     "robust": Counterpart("robust", {"label_smoothing": 0.2}),
@@ -168,7 +220,9 @@ COUNTERPARTS: dict[str, Counterpart] = {
 def ours(
     name: str, options: dict[str, Any], tokens: int, values: Values, collision_entropies: Tensor | None = None
 ) -> Tensor:
-    """Our loss, a mean over the pairs."""
+    """Our loss, a mean over the pairs; of labelled answers the mean of what a pair's two add up to."""
+    if losses.get(name).of_answers:
+        return ours_of_answers(name, options, tokens, values)
     known: dict[str, Any] = {"beta": BETA} if "beta" in vars(losses.build_options(name, {})) else {}
     length = torch.full((PAIRS,), tokens)
     chosen, rejected, *reference = (each * tokens for each in values)
@@ -179,6 +233,19 @@ def ours(
         known["use_weighting"] = True
     spec, all_options = losses.get(name), losses.build_options(name, known | options)
     return spec.function(with_targets(spec, pairs, all_options), all_options).loss.mean()
+
+
+def ours_of_answers(name: str, options: dict[str, Any], tokens: int, values: Values) -> Tensor:
+    spec, all_options = losses.get(name), losses.build_options(name, {"beta": BETA} | options)
+    policy, reference = (tokens * torch.stack(each, 1).flatten() for each in (values[:2], values[2:]))
+    length, labels = torch.full((2 * PAIRS,), tokens), torch.tensor([True, False] * PAIRS)
+    answers = AnswerLogProbs(policy, length, labels, reference)
+    if spec.of_step:
+        others = (tokens * each for each in mismatched(values))
+        seen = replace(answers, **dict(zip(("policy", "reference"), others, strict=True)))
+        answers = replace(answers, shift=spec.of_step(seen, all_options))
+        assert answers.shift is not None and answers.shift > 0
+    return 2 * spec.function(answers, all_options).loss.mean()
 
 
 def apart(own: Callable[[Values], Tensor], theirs: Callable[[Values], Tensor], values: Callable[[], Values]) -> float:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_bdpo import losses
-from tests.harness.trl_losses import COUNTERPARTS, PAIRS, apart, cpo_trainer, dpo_trainer, log_probs, ours
+from tests.harness.trl_losses import COUNTERPARTS, PAIRS, apart, cpo_trainer, dpo_trainer, kto_trainer, log_probs, ours
 
 trl_dpo = pytest.importorskip("trl.trainer.dpo_trainer", reason="the oracle is TRL's DPOTrainer")
 
@@ -96,6 +96,13 @@ def test_every_loss_of_trl_is_compared():
     source = Path(trl_dpo.__file__).read_text("utf-8")
     known = set(re.findall(r'loss_type == "(\w+)"', source))
     assert known == {each.kind for each in OF_DPO_TRAINER.values()}
+
+
+def test_every_loss_of_its_kto_trainer_is_compared():
+    from trl import KTOConfig
+
+    choices = KTOConfig.__dataclass_fields__["loss_type"].metadata["choices"]
+    assert set(choices) == {each.kind for each in COUNTERPARTS.values() if each.trainer is kto_trainer}
 
 
 def test_alphapo_below_zero():

@@ -233,6 +233,8 @@ def test_losses(capsys):
     assert tuple(losses) == registry.names()
     assert losses["bdpo"]["reads"] == ["reference", "comprehension"] and losses["simpo"]["reads"] == []
     assert losses["safedpo"]["reads"] == ["reference", "safety labels"]
+    assert losses["kto"]["reads"] == ["labels of answers", "reference", "answers after other prompts", "its step"]
+    assert [losses[name]["of"] for name in ("bdpo", "pl_dpo", "kto")] == ["pairs", "groups", "answers"]
     for name, loss in losses.items():
         given = {option["flag"][2:].replace("-", "_"): option["default"] for option in loss["options"]}
         assert registry.build_options(name, given) == registry.get(name).options()

@@ -120,6 +120,45 @@ def test_what_is_wrong_with_a_loss_of_groups(file, case):
     assert expected in str(caught.value) and "spread" not in registry.names()
 
 
+OF_ANSWERS = """
+from megatron_bdpo.losses import AnswerLosses, LossOptions, LossSpec, Requirements
+
+def pulled(answers, options):
+    delta = answers.policy - answers.reference
+    return AnswerLosses((delta - (0 if answers.shift is None else answers.shift)) ** 2, delta.detach())
+
+def mean(answers, options):
+    return (answers.policy - answers.reference).mean()
+
+READS = Requirements(reference=True)
+SPEC = LossSpec("pulled", pulled, LossOptions, lambda options: READS, "", "", of_answers=True, of_step=mean)
+"""
+
+WRONG_OF_ANSWERS = {
+    "no-result": ("return AnswerLosses", "AnswerLosses", "returns a NoneType. Return AnswerLosses(loss, reward, ...)."),
+    "mean": (") ** 2", ").mean() ** 2", "loss of two answers is [], not [2]. Give a value per answer"),
+    "carried": ("delta.detach()", "delta", "reward carries a gradient. Detach it"),
+    "unread": ("reference=True", "", "Say in requirements what it reads"),
+    "without-a-step": ("0 if answers.shift is None else ", "", "cannot be computed: TypeError"),
+    "shift": (").mean()", ")", "of_step of two answers is [2], not []. Give one number for the step"),
+    "no-shift": ("return (answers.policy - answers.reference).mean()", "return 0.5", "of two answers is float, not []"),
+}
+
+
+def test_a_loss_of_answers_in_a_file(file):
+    found = registry.use_file(file(OF_ANSWERS))
+    assert found is not None and found.spec.of_answers and "pulled" in registry.names()
+
+
+@pytest.mark.parametrize("case", WRONG_OF_ANSWERS)
+def test_what_is_wrong_with_a_loss_of_answers(file, case):
+    before, after, expected = WRONG_OF_ANSWERS[case]
+    assert OF_ANSWERS.count(before) == 1
+    with pytest.raises(UserError) as caught:
+        registry.use_file(file(OF_ANSWERS.replace(before, after)))
+    assert expected in str(caught.value) and "pulled" not in registry.names()
+
+
 WRONG = {
     "no-python": (changed("def shifted(", "def shifted"), r", line \d+: cannot be run: "),
     "raises": (

@@ -28,10 +28,11 @@ from tests.harness.loss_cases import MODIFIERS, expected, inputs, random_pairs, 
 PAIRS = [p._replace(h_w=row % 2) for row, p in enumerate(random_pairs(40, seed=1))]
 
 #: What a function returns that computes a part of a loss.
-COMPUTES = re.compile(r"Tensor|(Pair|Group)(Losses|LogProbs)")
+COMPUTES = re.compile(r"Tensor|(Pair|Group|Answer)(Losses|LogProbs)")
 
 #: The end of a name that is one answer's -> that of the other's.
 ANSWERS = {"chosen": "rejected", "rejected": "chosen", "_w": "_l", "_l": "_w"}
+ANSWERS |= {"undesirable": "desirable", "desirable": "undesirable"}
 
 DEFAULTS = SimpleNamespace(
     **{name: next(iter(each.defaults.values())) for name, each in losses.option_fields().items()}
@@ -77,13 +78,15 @@ def mistakes_at(node: ast.AST, names: set[str]) -> Iterator[str]:
             yield from changed(node, "id", other, f"{other}")
         case ast.Attribute(value=ast.Name(id="options"), attr=name) if name in losses.option_fields():
             yield from changed(node, "value", ast.Name("DEFAULTS", ast.Load()), f"{name} as by default")
+            if (other := of_the_other(name)) is not None:
+                yield from changed(node, "attr", other, other)
         case ast.Attribute(attr=name) if (other := of_the_other(name)) is not None:
             yield from changed(node, "attr", other, other)
 
 
 def of_the_other(name: str) -> str | None:
     """The name of the same of the other answer."""
-    found = re.search("|".join(f"{end}(?=$|_score$|_tokens$|_unsafe$)" for end in ANSWERS), name)
+    found = re.search("|".join(f"{end}(?=$|_score$|_tokens$|_unsafe$|_weight$)" for end in ANSWERS), name)
     return None if found is None else name[: found.start()] + ANSWERS[found[0]] + name[found.end() :]
 
 

@@ -61,6 +61,7 @@ def test_requirements_are_stated_and_suffice(name, given, expected_requirements)
 
 def test_options_and_defaults():
     usual = {"beta": 0.1, "nll_weight": 0.0}
+    of_labels = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
     expected_defaults = {
         **dict.fromkeys(("apo_down", "apo_zero", "bco_pair", "nca_pair", "sppo_hard"), usual),
         "alphapo": {"beta": 2.0, "simpo_gamma": 0.5, "alphapo_alpha": 0.25, "nll_weight": 0.0},
@@ -88,6 +89,7 @@ def test_options_and_defaults():
             "nll_weight": 0.0,
             "bdpo_list_form": "ranking",
         },
+        **dict.fromkeys(("apo_zero_unpaired", "bco", "kto"), of_labels),
         "infonca": {**usual, "nca_alpha": 1.0},
         "lipo_lambda": {**usual, "lipo_labels": "win-rate"},
         "nca": {**usual, "nca_alpha": 1.0},
@@ -105,7 +107,8 @@ def test_options_and_defaults():
     scores = {"f_divergence": "reverse_kl", "f_alpha_divergence_coef": 0.5, "reference_free": False}
     for name in ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm"):
         expected_defaults[name] = expected_defaults[name] | scores
-    for name in expected_defaults.keys() - {"bdpo_list", "infonca", "lipo_lambda", "nca", "pl_dpo", "tpo"}:
+    of_others = {"bdpo_list", "infonca", "lipo_lambda", "nca", "pl_dpo", "tpo", *("apo_zero_unpaired", "bco", "kto")}
+    for name in expected_defaults.keys() - of_others:
         expected_defaults[name] = expected_defaults[name] | {"use_weighting": False}
     assert {name: asdict(losses.build_options(name, {})) for name in losses.names()} == expected_defaults
 
@@ -138,6 +141,8 @@ def test_options_and_defaults():
         ("orpo", "orpo_weight", -0.1, "--orpo-weight must be at least 0 and at most 10,000"),
         ("safedpo", "safedpo_delta", -1.0, "--safedpo-delta must be at least 0 and at most 10,000"),
         ("simpo", "simpo_gamma", -1.0, "--simpo-gamma must be at least 0 and at most 10,000"),
+        ("kto", "desirable_weight", 0.0, "--desirable-weight must be above 0 and at most 10,000"),
+        ("bco", "undesirable_weight", -1.0, "--undesirable-weight must be above 0 and at most 10,000"),
         *[(name, "beta", -1.0, "--beta must be") for name in sorted(set(CLOSED_FORMS) - {"orpo", "sft"})],
         *[(name, "nll_weight", -1.0, "--nll-weight must be") for name in sorted(set(CLOSED_FORMS) - {"orpo", "sft"})],
     ],
@@ -276,6 +281,24 @@ class TestRegister:
         both = replace(spec("mine", LossOptions), of_groups=True, of_step=lambda groups, options: None)
         with pytest.raises(UserError, match="of_step is for losses of pairs"):
             losses.register(both)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("of_groups", True),
+            ("of_difference", True),
+            ("settle", lambda answers, options: (options, "")),
+            ("select", lambda labels: (labels[:, 0] == 0, labels[:, 0] == 1)),
+        ],
+    )
+    def test_what_a_loss_of_labelled_answers_has_no_use_for(self, field, value):
+        with pytest.raises(UserError, match=f"is of labelled answers, which {field} is not for"):
+            losses.register(replace(spec("mine", LossOptions), of_answers=True, **{field: value}))
+
+    def test_advice_about_labels_that_are_not_there(self):
+        advising = replace(spec("mine", LossOptions), advise=lambda desirable, undesirable, options: None)
+        with pytest.raises(UserError, match="advise is for losses of labelled answers"):
+            losses.register(advising)
 
     def test_one_option_name_with_two_types(self):
         losses.register(spec("mine", ClashingOptions))

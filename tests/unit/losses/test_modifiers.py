@@ -20,8 +20,7 @@ from tests.harness.loss_cases import PAIRS, evaluate, inputs, random_pairs, with
 
 #: Losses that compare the two answers' scores.
 OF_DIFFERENCE = ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm")
-#: All but those of groups.
-OF_PAIRS = tuple(each.name for each in losses.all_specs() if not each.of_groups)
+OF_PAIRS = tuple(each.name for each in losses.all_specs() if not (each.of_groups or each.of_answers))
 
 
 def as_written(name: str) -> LossSpec:
