@@ -32,7 +32,7 @@ _SHARE = click.FloatRange(min=0, max=1)
 
 @click.group("data", epilog=example("megatron-bdpo data check pairs.jsonl"))
 def data() -> None:
-    """Check, tokenize and measure preference pairs.
+    """Check, tokenize and measure preference pairs and labelled answers.
 
     PAIRS are JSONL(.gz), Parquet or Arrow files, directories, or Hugging Face data sets.
     """

@@ -17,6 +17,7 @@ from megatron_bdpo.data.truncation import truncate
 from megatron_bdpo.errors import visible
 
 _WIDTH = 96
+_LABELLED = {True: "desirable answer", False: "undesirable answer"}
 
 
 def pair_view(
@@ -36,7 +37,8 @@ def pair_view(
     own = tokenizer.own_unconditional_prompt(record)
     unconditional = tokenizer.empty_prompt(record.is_chat) if own is None else own
     lines = _part("prompt", pair.prompt, whole.prompt, pieces, "")
-    answers = zip(("chosen", "rejected"), pair.parts[1:], whole.parts[1:], pair.scored, strict=True)
+    names = ["chosen", "rejected"] if record.label is None else [_LABELLED[record.label]]
+    answers = zip(names, pair.parts[1:], whole.parts[1:], pair.scored, strict=False)
     for name, tokens, before, scored in answers:
         count = len(tokens) if scored is None else int(scored.sum())
         lines += _part(name, tokens, before, pieces, f", {count} of them scored", scored)

@@ -67,6 +67,12 @@ class PairPool:
         """[P, 2] tokens of chosen and rejected that are scored: all but the turns of others in them."""
         return self.lengths[:, 1:] if self._scored is None else self._scored
 
+    @property
+    def noun(self) -> str:
+        """What the P are, for messages."""
+        is_labelled = self.label >= 0
+        return "answers" if is_labelled.all() else "rows" if is_labelled.any() else "pairs"
+
     def reference(self) -> npt.NDArray[np.float64]:
         """[P, 2] log-probs of chosen and rejected that the rows bring, in nats; NaN: none."""
         return self._by_side([store.reference for store in self.stores])
@@ -213,12 +219,12 @@ def drop_long(pool: PairPool, selection: Selection, sizes: IntArray, limit: int,
     dropped, of = (len(pool.grouping.pairs_of(groups)) for groups in (selection.ids[~fits], selection.ids))
     if not drop:
         raise UserError(
-            f"{dropped} of {of} pairs do not fit a pack of --seq-length {limit}; the longest "
+            f"{dropped} of {of} {pool.noun} do not fit a pack of --seq-length {limit}; the longest "
             f"({pool.describe_group(longest)}) takes {sizes[longest]} positions. Raise --seq-length, truncate with "
             "--max-prompt-length / --max-response-length, or leave them out with --long-pairs drop."
         )
     selection.ids = selection.ids[fits]
-    selection.notes.append(f"{dropped} pairs longer than --seq-length {limit} dropped")
+    selection.notes.append(f"{dropped} {pool.noun} longer than --seq-length {limit} dropped")
 
 
 def refuse_labelled_answers(pool: PairPool, selection: Selection, loss: str, readers: Sequence[str]) -> None:

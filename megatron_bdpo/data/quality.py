@@ -1,4 +1,4 @@
-"""What can be wrong with preference pairs and stops nothing: copies, exchanged labels, leaks, and a bias of length.
+"""What can be wrong with pairs and labelled answers and stops nothing: copies, exchanged labels, leaks, bias of length.
 
 Exact, by digests of 64 bits of the parts' tokens: of n different prompts two have the same one with a probability of
 n^2 / 2^65, which is 7e-5 at 50 million.
@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.length_bias import LabelBias, LengthBias
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import TokenArray
+from megatron_bdpo.data.tokenized_rows import DESIRABLE, PAIR, UNDESIRABLE
 from megatron_bdpo.display import Block, Facts, Table
 
 IntArray = npt.NDArray[np.int64]
@@ -35,7 +37,6 @@ NEAR = 0.8
 MOST_PROMPTS = 500_000
 #: Pairs that the start of a training run looks at for leaks, at most: the other ranks wait, some 5 seconds per million.
 MOST_AT_START = 1_000_000
-_BINS = 60
 
 
 @dataclass(frozen=True)
@@ -52,60 +53,27 @@ class Found:
 
 
 @dataclass(frozen=True)
-class LengthBias:
-    """What the length of an answer says about its being chosen.
-
-    Attributes:
-        longer, shorter: shares of the pairs whose chosen answer has more, fewer tokens than the rejected one.
-        rule: share of the pairs that a judge who knows nothing but lengths gets right, equal ones counted half.
-        correlation: of an answer's tokens with its being chosen, over all answers, in [-1, 1].
-        mean_difference: of chosen minus rejected, in tokens.
-        edges, pairs: a histogram of that difference: [n + 1] and [n].
-    """
-
-    longer: float
-    shorter: float
-    rule: float
-    correlation: float
-    mean_difference: float
-    edges: list[float]
-    pairs: list[int]
-
-    @classmethod
-    def of(cls, store: PairStore) -> LengthBias:
-        answers = store.scored
-        difference = answers[:, 0] - answers[:, 1]
-        longer, shorter = float((difference > 0).mean()), float((difference < 0).mean())
-        mean, spread = float(difference.mean(dtype=np.float64)), float(answers.std(dtype=np.float64))
-        widest = max(1.0, float(np.abs(np.percentile(difference, [0.5, 99.5])).max()))
-        pairs, edges = np.histogram(difference, np.linspace(-widest, widest, _BINS + 1))
-        return cls(
-            longer,
-            shorter,
-            rule=max(longer, shorter) + (1 - longer - shorter) / 2,
-            correlation=mean / (2 * spread) if spread else 0.0,
-            mean_difference=mean,
-            edges=edges.tolist(),
-            pairs=pairs.tolist(),
-        )
-
-
-@dataclass(frozen=True)
 class DataQuality:
-    """Of the pairs that are trained on, and of held-out ones where they are given.
+    """Of the pairs and labelled answers that are trained on, and of held-out ones where they are given.
+
+    A labelled answer is a pair with its label in the place of another answer.
 
     Attributes:
+        pairs: their number, of labelled answers too.
+        labelled: of them, labelled answers.
         prompts: number of different ones; several pairs of one prompt are no fault.
         copies: pairs that an earlier one equals in all tokens.
-        flips: pairs whose two answers another pair of the same prompt prefers the other way round.
-        contradictions: pairs beside those of which an answer is preferred here and rejected in another pair of the
-            same prompt, or the other way round. In ranked lists that is as it should be.
+        flips: pairs whose two answers another pair of the same prompt prefers the other way round, and labelled
+            answers that are labelled the other way elsewhere.
+        contradictions: pairs beside those of which an answer is preferred or desirable here and rejected or undesirable
+            in another pair of the same prompt, or the other way round. In ranked lists that is as it should be.
         near: prompts that are nearly the same as another one, of those looked at.
         leaked_prompts: held-out pairs whose prompt is trained on; leaked_pairs: of which all tokens are.
         leaked_near: different held-out prompts, none of them trained on, that are nearly the same as one that is.
     """
 
     pairs: int
+    labelled: int
     prompts: int
     copies: Found
     flips: Found
@@ -114,17 +82,18 @@ class DataQuality:
     leaked_prompts: Found | None
     leaked_pairs: Found | None
     leaked_near: Found | None
-    length: LengthBias
+    length: LengthBias | None
+    labels: LabelBias | None
 
     @classmethod
     def of(
         cls, train: PairStore, held_out: PairStore | None = None, *, most_prompts: int = MOST_PROMPTS
     ) -> DataQuality:
         """Read all tokens of the stores; 24 bytes per pair stay in memory, and sorting them takes as much again."""
-        digests = _digests(train)
-        prompt, chosen, rejected = digests.T
+        prompt, chosen, rejected = _sides(train)
         pair, exchanged = _together(prompt, chosen, rejected), _together(prompt, rejected, chosen)
-        preferred, refused = _together(prompt, chosen), _together(prompt, rejected)
+        preferred = np.where(chosen == _NO_ANSWER, np.uint64(1), _together(prompt, chosen))
+        refused = np.where(rejected == _NO_ANSWER, np.uint64(2), _together(prompt, rejected))
         flips = np.isin(pair, exchanged)
         contradictions = (np.isin(preferred, refused) | np.isin(refused, preferred)) & ~flips
         contradicted_by = functools.partial(_first_of, (refused, preferred), (preferred, refused))
@@ -132,14 +101,15 @@ class DataQuality:
         leaked_prompts = leaked_pairs = None
         other = np.zeros(0, np.int64)
         if held_out is not None:
-            theirs = _digests(held_out)
-            leaked_prompts = _leaked(theirs[:, 0], prompt, held_out, train)
-            leaked_pairs = _leaked(_together(*theirs.T), pair, held_out, train)
-            other = np.sort(np.unique(theirs[:, 0], return_index=True)[1])
-            other = other[~np.isin(theirs[other, 0], prompt)]
+            theirs = _sides(held_out)
+            leaked_prompts = _leaked(theirs[0], prompt, held_out, train)
+            leaked_pairs = _leaked(_together(*theirs), pair, held_out, train)
+            other = np.sort(np.unique(theirs[0], return_index=True)[1])
+            other = other[~np.isin(theirs[0][other], prompt)]
         near, leaked_near = _near(train, first, held_out, other, most_prompts)
         return cls(
             pairs=len(train),
+            labelled=int((train.label != PAIR).sum()),
             prompts=len(first),
             copies=_found(_repeated(pair), train, train, functools.partial(_first_of, (pair,), (pair,))),
             flips=_found(flips, train, train, functools.partial(_first_of, (exchanged,), (pair,))),
@@ -149,42 +119,54 @@ class DataQuality:
             leaked_pairs=leaked_pairs,
             leaked_near=leaked_near,
             length=LengthBias.of(train),
+            labels=LabelBias.of(train),
         )
+
+    @property
+    def what(self) -> str:
+        """What was looked at, in words."""
+        if not self.labelled:
+            return "pairs"
+        return "labelled answers" if self.labelled == self.pairs else "pairs and labelled answers"
 
     def rows(self) -> list[tuple[str, Found]]:
         """What was looked for, in words, and what was found."""
+        one, several, both = _WORDS[self.what]
         named = [
-            ("copies of an earlier pair", self.copies),
-            ("labels exchanged in another pair", self.flips),
-            ("an answer both chosen and rejected", self.contradictions),
+            (f"copies of an earlier {one}", self.copies),
+            (both, self.flips),
+            ("an answer both chosen and rejected", self.contradictions if self.labelled < self.pairs else None),
             (f"prompts nearly the same (from {NEAR:.0%})", self.near),
-            ("held-out pairs whose prompt is trained on", self.leaked_prompts),
-            ("held-out pairs that are trained on", self.leaked_pairs),
+            (f"held-out {several} whose prompt is trained on", self.leaked_prompts),
+            (f"held-out {several} that are trained on", self.leaked_pairs),
             ("held-out prompts nearly trained on", self.leaked_near),
         ]
         return [(words, found) for words, found in named if found is not None]
 
     def length_facts(self) -> list[tuple[str, str]]:
-        """The bias of length in words; the first of them is in ``PairStatistics`` too."""
-        bias = self.length
-        equal = 1 - bias.longer - bias.shorter
-        return [
-            ("chosen is longer", f"{bias.longer:.1%}, shorter {bias.shorter:.1%}, equal {equal:.1%} of the pairs"),
-            ("a rule that knows only lengths", f"is right in {bias.rule:.1%}"),
-            ("length and being chosen", f"correlation {bias.correlation:+.3f}, {bias.mean_difference:+.1f} tokens"),
-        ]
+        """The bias of length in words; ``chosen is longer`` is in ``PairStatistics`` too."""
+        return [fact for bias in (self.length, self.labels) if bias for fact in bias.facts()]
 
     def blocks(self) -> list[Block]:
         """To be shown."""
         cells = [[words, f"{found.count:,}", f"{found.of:,}", f"{found.share:.2%}"] for words, found in self.rows()]
-        table = Table(["", "number", "of", "share"], cells, title=f"quality of {self.pairs:,} pairs")
+        table = Table(["", "number", "of", "share"], cells, title=f"quality of {self.pairs:,} {self.what}")
         examples = [(words, found.example) for words, found in self.rows() if found.example]
         told: list[Block] = ["the first of them", Facts(examples)] if examples else []
-        return [table, Facts([("different prompts", f"{self.prompts:,}"), *self.length_facts()[1:]]), *told]
+        facts = [fact for fact in self.length_facts() if fact[0] != "chosen is longer"]
+        return [table, Facts([("different prompts", f"{self.prompts:,}"), *facts]), *told]
 
     def to_json(self) -> dict[str, Any]:
         """As an object for ``json.dump``."""
         return dataclasses.asdict(self)
+
+
+#: What was looked at -> one of them, several, and two that contradict each other.
+_WORDS = {
+    "pairs": ("pair", "pairs", "labels exchanged in another pair"),
+    "labelled answers": ("labelled answer", "answers", "answers labelled both ways"),
+    "pairs and labelled answers": ("row", "rows", "labels exchanged in another row"),
+}
 
 
 def leak(train: PairStore, held_out: PairStore, *, most_pairs: int = MOST_AT_START) -> Found:
@@ -209,6 +191,20 @@ def _digests(store: PairStore, parts: int = 3, most: int | None = None) -> Diges
         )
         digests[some.start : some.stop] = np.frombuffer(joined, np.uint64).reshape(-1, parts)
     return digests
+
+
+_NO_ANSWER = np.uint64(1)  # no more likely to be that of an answer than any other
+
+
+def _sides(store: PairStore) -> tuple[Digests, Digests, Digests]:
+    """[P] each: prompt, chosen and rejected. A labelled answer is chosen or rejected, against what is no answer.
+
+    So the same answer with the same label is the same pair, and with the other label the same pair exchanged.
+    """
+    prompt, chosen, rejected = _digests(store).T
+    chosen[store.label == UNDESIRABLE] = _NO_ANSWER
+    rejected[store.label == DESIRABLE] = _NO_ANSWER
+    return prompt, chosen, rejected
 
 
 def _together(*columns: Digests) -> Digests:

@@ -1,4 +1,4 @@
-"""What the lengths and labels of tokenized pairs say about the flags of a training run."""
+"""What the lengths and labels of tokenized rows say about the flags of a training run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.data.store import PairStore
-from megatron_bdpo.data.tokenized_rows import SAFE, UNKNOWN, UNSAFE
+from megatron_bdpo.data.tokenized_rows import DESIRABLE, PAIR, SAFE, UNDESIRABLE, UNKNOWN, UNSAFE
 from megatron_bdpo.display import Block, Facts, Table
 
 _PACK_LENGTHS = tuple(2**exponent for exponent in range(9, 18))  # 512 to 131,072 positions
@@ -19,17 +19,19 @@ _SHARES = (50, 95, 99, 100)
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """Of all pairs of a store. Positions are those of a pack that shares prompts: a prompt and its answers once.
+    """Of all pairs and labelled answers of a store. Positions are those of a pack that shares prompts: a prompt and its
+    answers once.
 
     Attributes:
-        pairs: their number.
+        pairs: their number, of labelled answers too.
+        desirable, undesirable: of them, labelled answers.
         groups: what packs and steps are made of: the pairs of one row and prompt. Most rows give one pair.
         answers: of all groups, each once in its own.
         mean_positions: per group; what ``megatron-bdpo plan --tokens-per-pair`` asks for.
         positions: percentile -> positions of a group.
         too_long: pack length (``--seq-length``) -> groups that do not fit one, up to the first length that fits all.
-        chosen_longer: share of pairs whose chosen response has more tokens than the rejected one.
-        length_difference: mean of chosen minus rejected, in tokens.
+        chosen_longer: share of pairs whose chosen response has more tokens than the rejected one; None: no pairs.
+        length_difference: mean of chosen minus rejected, in tokens; None: no pairs.
         labels: (chosen, rejected) safety in words -> pairs; empty where no pair has a label.
         shared_prompt_saving: share of a training's tokens that encoding each prompt once saves.
     """
@@ -40,10 +42,12 @@ class PairStatistics:
     mean_positions: float
     positions: dict[int, int]
     too_long: dict[int, int]
-    chosen_longer: float
-    length_difference: float
+    chosen_longer: float | None
+    length_difference: float | None
     labels: dict[str, int]
     shared_prompt_saving: float
+    desirable: int
+    undesirable: int
 
     @classmethod
     def of(cls, store: PairStore) -> PairStatistics:
@@ -56,7 +60,8 @@ class PairStatistics:
             too_long[length] = int((positions > length).sum())
             if not too_long[length]:
                 break
-        difference = store.lengths[:, 1].astype(np.int64) - store.lengths[:, 2]
+        of_pairs = store.lengths[store.label == PAIR, 1:].astype(np.int64)
+        difference = of_pairs[:, 0] - of_pairs[:, 1]
         return cls(
             pairs=len(store),
             groups=len(pool.grouping),
@@ -64,31 +69,43 @@ class PairStatistics:
             mean_positions=float(positions.mean()),
             positions={share: int(np.percentile(positions, share, method="higher")) for share in _SHARES},
             too_long=too_long,
-            chosen_longer=float((difference > 0).mean()),
-            length_difference=float(difference.mean()),
+            chosen_longer=float((difference > 0).mean()) if len(difference) else None,
+            length_difference=float(difference.mean()) if len(difference) else None,
             labels=_labels(store),
             shared_prompt_saving=float(1 - positions.sum() / separate.sum()),
+            desirable=int((store.label == DESIRABLE).sum()),
+            undesirable=int((store.label == UNDESIRABLE).sum()),
         )
+
+    @property
+    def labelled(self) -> int:
+        """Number of labelled answers."""
+        return self.desirable + self.undesirable
+
+    @property
+    def unit(self) -> str:
+        """What packs and steps are made of, in words."""
+        if self.groups < self.pairs:
+            return "group"
+        return "answer" if self.labelled == self.pairs else "row" if self.labelled else "pair"
 
     def blocks(self) -> list[Block]:
         """To be shown."""
-        of, unit = {50: "median", 95: "95 %", 99: "99 %", 100: "largest"}, "pair"
+        of, unit = {50: "median", 95: "95 %", 99: "99 %", 100: "largest"}, self.unit
         facts = []
         if self.groups < self.pairs:
-            unit = "group"
             facts.append(("groups", f"{self.groups:,}, of {self.answers:,} answers in {self.pairs:,} pairs"))
         facts += [
             (
-                f"positions of a {unit}",
+                f"positions of {'an' if unit == 'answer' else 'a'} {unit}",
                 f"mean {self.mean_positions:.1f}, "
                 + ", ".join(f"{of[share]} {value:,}" for share, value in self.positions.items()),
             ),
             ("shared prompts", f"{self.shared_prompt_saving:.1%} fewer tokens than one prompt per answer"),
-            (
-                "chosen is longer",
-                f"in {self.chosen_longer:.1%} of the pairs, by {self.length_difference:+.1f} tokens on average",
-            ),
         ]
+        if self.chosen_longer is not None:
+            told = f"in {self.chosen_longer:.1%} of the pairs, by {self.length_difference:+.1f} tokens on average"
+            facts.append(("chosen is longer", told))
         too_long = [
             [f"{length:,}", f"{count:,}", f"{count / self.groups:.2%}"] for length, count in self.too_long.items()
         ]

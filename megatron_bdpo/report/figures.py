@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bdpo.data.length_bias import LengthBias
 from megatron_bdpo.data.quality import DataQuality
 from megatron_bdpo.report import style
 from megatron_bdpo.report.curves import QUARTILES, Curves, Series, smoothed
@@ -138,9 +139,23 @@ def _edges(values: FloatArray, *, bounded: bool) -> tuple[list[float], int]:
 
 
 def quality_pictures(quality: DataQuality) -> list[Picture]:
-    """How much longer chosen answers are, and which shares of the pairs have something wrong with them."""
-    bias, found = quality.length, quality.rows()[::-1]
-    outside = quality.pairs - sum(bias.pairs)
+    """How much longer chosen answers are, and which shares of the rows have something wrong with them."""
+    lengths = [_length_picture(quality.length)] if quality.length else []
+    found, what = quality.rows()[::-1], quality.what
+    with panel(f"What is wrong with the {what}", "share, %", "") as (figure, axes):
+        shares = [100 * each.share for _, each in found]
+        bars = axes.barh([words for words, _ in found], shares, color=REJECTED, height=0.6)
+        axes.bar_label(bars, [f"{each.count:,}" for _, each in found], padding=3)
+        axes.set_xlim(0, max(1.0, 1.15 * max(shares)))
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", labelsize=8)
+        caption = f"Shares of the {what} or prompts that were looked at; beside each bar their number."
+        return [*lengths, Picture("quality", caption, as_png(figure))]
+
+
+def _length_picture(bias: LengthBias) -> Picture:
+    outside = bias.compared - sum(bias.pairs)
     x = "tokens of chosen − rejected" + (f"  ({outside} outside of the picture)" if outside else "")
     with panel("How much longer the chosen answer is", x, "pairs") as (figure, axes):
         style.whole_numbers(axes.yaxis)
@@ -152,17 +167,7 @@ def quality_pictures(quality: DataQuality) -> list[Picture]:
             f"Right of zero the chosen answer is longer: {bias.longer:.0%} of the pairs; on average it is by "
             f"{bias.mean_difference:+.1f} tokens. A judge who knows nothing but lengths is right in {bias.rule:.0%}."
         )
-        lengths = Picture("length_difference", caption, as_png(figure))
-    with panel("What is wrong with the pairs", "share, %", "") as (figure, axes):
-        shares = [100 * each.share for _, each in found]
-        bars = axes.barh([words for words, _ in found], shares, color=REJECTED, height=0.6)
-        axes.bar_label(bars, [f"{each.count:,}" for _, each in found], padding=3)
-        axes.set_xlim(0, max(1.0, 1.15 * max(shares)))
-        axes.grid(axis="x")
-        axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", labelsize=8)
-        caption = "Shares of the pairs or prompts that were looked at; beside each bar their number."
-        return [lengths, Picture("quality", caption, as_png(figure))]
+        return Picture("length_difference", caption, as_png(figure))
 
 
 # Training -------------------------------------------------------------------------------------------------------------

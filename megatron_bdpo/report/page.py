@@ -122,13 +122,13 @@ def largest_section(pairs: Comprehension, count: int, texts: Mapping[int, Mappin
 
 
 def quality_section(quality: DataQuality, pictures: Sequence[Picture]) -> Section:
-    """What is wrong with the pairs, as pictures and numbers."""
-    note = f"Of {quality.pairs:,} pairs of {quality.prompts:,} prompts that are trained on. " + "; ".join(
+    """What is wrong with the pairs and labelled answers, as pictures and numbers."""
+    note = f"Of {quality.pairs:,} {quality.what} of {quality.prompts:,} prompts that are trained on. " + "; ".join(
         f"{name}: {value}" for name, value in quality.length_facts()
     )
     rows = [[words, f"{f.count:,}", f"{f.of:,}", f"{f.share:.2%}", f.example] for words, f in quality.rows()]
     header = ["", "number", "of", "share", "the first one"]
-    return Section("Quality of the pairs", note, pictures, header=header, rows=rows, kind="places")
+    return Section(f"Quality of the {quality.what}", note, pictures, header=header, rows=rows, kind="places")
 
 
 def answers_section(answers: SideBySide) -> Section:

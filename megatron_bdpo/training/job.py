@@ -112,7 +112,7 @@ class PairJob:
         unshared, shared = (int(lengths.positions(share_prompts=share).sum()) for share in (False, True))
         lines = [
             f"loss: {self.loss.describe()}",
-            f"pairs: {self._counted(self.train)} to train on, {self._counted(self.held_out)} held out"
+            f"{self.pool.noun}: {self._counted(self.train)} to train on, {self._counted(self.held_out)} held out"
             + "".join(f"; {note}" for note in self.train.notes + self.held_out.notes),
             f"plan: {len(plan.steps)} steps of {plan.steps.shape[1]} {unit}, each in {plan.data_parallel} ranks "
             f"x {plan.microbatches} packs of {_range(plan.lengths)} positions; fill {plan.fill:.1%}",
@@ -153,7 +153,7 @@ _PACKS_LOOKED_AT = 16
 
 def _unit(pool: PairPool) -> str:
     """What steps are made of, in words."""
-    return "groups" if len(pool.grouping) < len(pool) else "pairs"
+    return "groups" if len(pool.grouping) < len(pool) else pool.noun
 
 
 def each_once(*ids: IntArray) -> IntArray:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bdpo.artifact import write_whole
+from megatron_bdpo.data import formats
 from megatron_bdpo.data.problems import RowProblem
-from megatron_bdpo.data.records import REFERENCE_COLUMNS
+from megatron_bdpo.data.records import ANSWER_REFERENCE, REFERENCE_COLUMNS
 from megatron_bdpo.data.sources import SourceSpec, content_digest, describe_row, read_rows
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.reference.cache import Scores, open_scores
@@ -18,6 +19,8 @@ from megatron_bdpo.training.reference.cache import Scores, open_scores
 
 def add_columns(scores: Path, output: Path) -> tuple[int, int]:
     """Write the rows of scored pairs as JSON lines, with ``ref_chosen_logps`` and ``ref_rejected_logps``.
+
+    Of a labelled answer, ``ref_logps``.
 
     Args:
         scores: directory of a scoring job that has ended.
@@ -59,5 +62,8 @@ def _lines(found: Scores, counts: list[int]) -> Iterator[str]:
                 counts[1] += 1
                 continue
             counts[0] += 1
-            columns = dict(zip(REFERENCE_COLUMNS, by_row[number], strict=True))
+            chosen, rejected = by_row[number]
+            columns = dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True))
+            if formats.is_labelled_form(row):
+                columns = {ANSWER_REFERENCE: chosen}
             yield json.dumps({**row, **columns}, default=str) + "\n"  # a table's values may be dates, for example

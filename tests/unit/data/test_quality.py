@@ -38,14 +38,23 @@ def tokenizer(megatron_tokenizer: Callable[..., Any]) -> PairTokenizer:
 
 
 @pytest.fixture
-def make(tmp_path: Path, tokenizer: PairTokenizer) -> Callable[..., PairStore]:
+def make_rows(tmp_path: Path, tokenizer: PairTokenizer) -> Callable[..., PairStore]:
     """A store of rows."""
 
-    def store(rows: list[Row], name: str = "train") -> PairStore:
+    def store(rows: list[dict[str, Any]], name: str = "train") -> PairStore:
         path = tmp_path / f"{name}.jsonl"
-        keys = ("prompt", "chosen", "rejected")
-        path.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return prepare_pairs(PairDataSettings((SourceSpec(str(path)),), tmp_path / "cache"), tokenizer)
+
+    return store
+
+
+@pytest.fixture
+def make(make_rows: Callable[..., PairStore]) -> Callable[..., PairStore]:
+    """A store of pairs."""
+
+    def store(rows: list[Row], name: str = "train") -> PairStore:
+        return make_rows([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows], name)
 
     return store
 
@@ -157,3 +166,58 @@ def test_what_is_shown(make):
     assert "copies of an earlier pair" in text and "25.00%" in text and "line 3; see" in text
     assert "held-out pairs that are trained on" in text and "100.00%" in text
     assert json.loads(json.dumps(found.to_json()))["flips"]["count"] == 2
+
+
+#: The same of labelled answers: prompt, answer, label.
+LABELLED = [
+    ("1 2 3", " 4 5", True),  # line 1
+    ("7 8", " 9", False),
+    ("1 2 3", " 4 5", True),  # a copy of line 1
+    ("7 8", " 9", True),  # line 2 with the other label
+    ("1 2 3", " 6", False),
+    ("1 2 3", " 10 11 12", False),
+    ("1 2", " 3 4 5", False),  # the tokens of line 1, cut elsewhere: nothing
+]
+
+
+def labelled(rows: list[tuple[str, str, bool]]) -> list[dict[str, Any]]:
+    return [dict(zip(("prompt", "completion", "label"), row, strict=True)) for row in rows]
+
+
+def test_labelled_answers(make_rows, tmp_path):
+    """A copy has the same label; a copy with the other one is a contradiction; equal prompts alone are nothing."""
+    train, other = make_rows(labelled(LABELLED)), make_rows(labelled([LABELLED[4], ("7 8", " 9 9", True)]), "other")
+    found = DataQuality.of(train, other)
+    assert (found.pairs, found.labelled, found.prompts, found.length) == (7, 7, 3, None)
+    assert (found.copies.count, found.flips.count, found.contradictions.count) == (1, 2, 0)
+    name = tmp_path / "train.jsonl"
+    assert found.copies.example == f"{name}, line 3; see {name}, line 1"
+    assert found.flips.example == f"{name}, line 2; see {name}, line 4"
+    assert found.leaked_pairs is not None and found.leaked_prompts is not None
+    assert (found.leaked_pairs.count, found.leaked_prompts.count) == (1, 2)
+    bias = found.labels
+    assert bias is not None and (bias.desirable, bias.undesirable) == (3, 4)
+    assert (bias.mean_desirable, bias.mean_undesirable) == pytest.approx((8 / 3, 3))
+    tokens, labels = [3, 2, 3, 2, 2, 4, 4], [1, 0, 1, 1, 0, 0, 0]
+    assert bias.correlation == pytest.approx(np.corrcoef(tokens, labels)[0, 1])
+    text = plain(found.blocks())
+    assert "quality of 7 labelled answers" in text and "answers labelled both ways" in text and "pair" not in text
+    assert "3 desirable (42.9%), 4 undesirable" in text
+    json.dumps(found.to_json())
+
+
+def test_labelled_answers_beside_pairs(make_rows):
+    """An answer that is desirable here and rejected there is a contradiction; chosen there, it is none."""
+    rows = labelled([("1", " 2", True), ("1", " 3", False), ("5", " 6", False)])
+    pairs = [{"prompt": "1", "chosen": " 4", "rejected": " 2"}, {"prompt": "1", "chosen": " 7", "rejected": " 3"}]
+    found = DataQuality.of(make_rows([*rows, *pairs]))
+    assert (found.pairs, found.labelled, found.copies.count, found.flips.count) == (5, 3, 0, 0)
+    assert found.contradictions.count == 2, "the answer 2, in two rows"
+    assert found.length is not None and found.length.compared == 2
+    assert "quality of 5 pairs and labelled answers" in plain(found.blocks())
+
+
+def test_labels_of_one_kind(make_rows):
+    """Nothing to compare is no bias, and no warning of NumPy's."""
+    bias = DataQuality.of(make_rows(labelled([("1", " 2", True), ("2", " 3 4", True)]))).labels
+    assert bias is not None and (bias.correlation, bias.mean_undesirable) == (0, 0)

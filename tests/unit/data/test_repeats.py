@@ -1,4 +1,4 @@
-"""Copies and contradictions among pairs are those that a plain search finds."""
+"""Copies and contradictions among pairs and labelled answers are those that a plain search finds."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from megatron_bdpo.data.sources import SourceSpec
 SOURCES = [SourceSpec("a"), SourceSpec("b")]
 
 
-def expected(records: list[PreferenceRecord], of: str) -> Repeated:
-    """By looking at all pairs before each."""
+def expected(records: list[PreferenceRecord], of: str, *, labelled: bool = False) -> Repeated:
+    """By looking at all rows before each."""
     found = []
     for place, record in enumerate(records):
-        texts = (record.prompt, record.chosen, record.rejected)
-        wanted = texts if of == "copies" else (texts[0], texts[2], texts[1])
-        before = [(each.prompt, each.chosen, each.rejected) for each in records[:place]]
-        if wanted in before:
+        texts = (record.prompt, record.chosen, record.rejected, record.label)
+        other = None if record.label is None else not record.label
+        wanted = texts if of == "copies" else (texts[0], texts[2], texts[1], other)
+        before = [(each.prompt, each.chosen, each.rejected, each.label) for each in records[:place]]
+        if wanted in before and (record.label is not None) == labelled:
             found.append((place, before.index(wanted)))
     return Repeated(len(found), *map(where, found[0])) if found else Repeated()
 
@@ -45,9 +46,16 @@ def test_what_is_found_is_what_a_plain_search_finds(seed):
         PreferenceRecord(draw.choice(words), *draw.sample(["1", "2", "3", "4"], 2))
         for _ in range(draw.choice([3, 12, 60]))
     ]
+    records += [
+        PreferenceRecord(draw.choice(words), answer, answer, label=draw.random() < 0.5)
+        for answer in draw.choices(["1", "2", "3"], k=draw.choice([0, 4, 30]))
+    ]
+    draw.shuffle(records)
     found = seen(records).found()
     assert found.copies == expected(records, "copies")
     assert found.exchanged == expected(records, "exchanged")
+    assert found.labelled_copies == expected(records, "copies", labelled=True)
+    assert found.labelled_both_ways == expected(records, "exchanged", labelled=True)
 
 
 def test_nothing_is_found_where_nothing_repeats():

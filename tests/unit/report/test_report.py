@@ -277,6 +277,22 @@ def test_run_whose_pairs_are_still_there(stores, tmp_path, capsys):
     assert "quality of" not in report(capsys, run, "--no-quality", "--text-only")
 
 
+def test_run_of_labelled_answers(tmp_path, megatron_tokenizer, capsys):
+    """No pair is compared, so there is no picture of differences of length; all else is told of answers."""
+    rows = [{"prompt": "1 2", "completion": " 3 4", "label": label} for label in (True, True, False)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = PairDataSettings((SourceSpec(str(tmp_path / "train.jsonl")),), tmp_path / "cache")
+    tokenizer = PairTokenizer(megatron_tokenizer("NullTokenizer", vocab_size=100))
+    stores = {"train": str(prepare_pairs(settings, tokenizer).directory)}
+    run = make_run(tmp_path / "run", record={"reference_scores": {}, "pair_stores": stores})
+    output = report(capsys, run)
+    assert "quality of 3 labelled answers" in output and "2 desirable (66.7%), 1 undesirable" in output
+    assert re.search(r"answers labelled both ways +3 +3 +100\.00%\n", output)
+    pictures = {path.name for path in (run / "report").glob("*.png")}
+    assert pictures == CURVES | QUARTILE_CURVES | {"quality.png"}
+    assert "Quality of the labelled answers" in (run / "report" / "report.html").read_text()
+
+
 def test_run_whose_pairs_are_gone(stores, tmp_path, capsys):
     record = {"reference_scores": {}, "pair_stores": {**stores, "train": str(tmp_path / "gone")}}
     output = report(capsys, make_run(tmp_path / "run", record=record), "--text-only")
