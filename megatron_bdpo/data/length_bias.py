@@ -89,10 +89,10 @@ class LabelBias:
         if not is_one.any():
             return None
         tokens, label = store.scored[is_one, 0].astype(np.float64), store.label[is_one] == DESIRABLE
-        means = [float(tokens[which].mean()) if which.any() else 0.0 for which in (label, ~label)]
+        desirable, undesirable = (float(tokens[which].mean()) if which.any() else 0.0 for which in (label, ~label))
         is_known = label.any() and not label.all() and tokens.std() > 0
         correlation = float(np.corrcoef(tokens, label)[0, 1]) if is_known else 0.0
-        return cls(int(label.sum()), int((~label).sum()), *means, correlation)
+        return cls(int(label.sum()), int((~label).sum()), desirable, undesirable, correlation)
 
     def facts(self) -> list[tuple[str, str]]:
         """In words."""
