@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shlex
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import batched
+from typing import Any, NamedTuple
 
 from megatron_bdpo.errors import UserError
 
 type Prompt = str | list[dict[str, Any]]
+
+
+class Answer(NamedTuple):
+    text: str
+    ended: bool
+    """By the model itself; False where ``Sampling.tokens`` cut it."""
+
+
+type Generate = Callable[[list[Prompt], int], list[list[Answer]]]
+"""Some prompts and a seed, to the answers of each."""
 
 
 @dataclass(frozen=True)
@@ -25,56 +38,94 @@ class Sampling:
     answers: int
     """For each prompt."""
     tokens: int
+    """Of an answer, at most."""
     temperature: float
-    seed: int
 
 
-def by_transformers(model: str, prompts: list[Prompt], sampling: Sampling) -> Iterator[list[str]]:
-    """The answers of each prompt, in order. Rendered as the training run renders them: text as it is, messages by the
-    model's chat template."""
+def by_transformers(model: str, sampling: Sampling) -> Generate:
+    """The prompts of a call are one batch, each rendered as the training run renders it: text as it is, messages by the
+    model's chat template. A call raises UserError where there are messages and no template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(sampling.seed)
-    for prompt in prompts:
-        text = prompt
-        if not isinstance(text, str):
-            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=isinstance(prompt, str), return_tensors="pt").input_ids
+    ends = policy.generation_config.eos_token_id
+    ends = torch.tensor([tokenizer.eos_token_id] if ends is None else ends, device=policy.device)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    def encode(prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return list(tokenizer(prompt).input_ids)
+        if not tokenizer.chat_template:
+            raise UserError(f"{model} has no chat template, and prompts are messages. Give prompts in text.")
+        rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(rendered, add_special_tokens=False).input_ids)
+
+    def decode(prompt: Prompt, before: list[int], new: list[int]) -> str:
+        if not isinstance(prompt, str):
+            return str(tokenizer.decode(new, skip_special_tokens=True))
+        text, whole = (tokenizer.decode(each, skip_special_tokens=True) for each in (before, before + new))
+        return str(whole[len(text) :])  # by itself, sentencepiece's first token loses its space
+
+    def generate(prompts: list[Prompt], seed: int) -> list[list[Answer]]:
+        ids = {"input_ids": [encode(prompt) for prompt in prompts]}
+        batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(policy.device)
+        torch.manual_seed(seed)
         made = policy.generate(
-            ids.to(policy.device),
+            **batch,
             do_sample=True,
             temperature=sampling.temperature,
             num_return_sequences=sampling.answers,
             max_new_tokens=sampling.tokens,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        yield tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+            pad_token_id=tokenizer.pad_token_id,
+        )[:, batch.input_ids.shape[1] :]
+        before = [each for each in zip(prompts, ids["input_ids"], strict=True) for _ in range(sampling.answers)]
+        texts = (decode(*each, new) for each, new in zip(before, made.tolist(), strict=True))
+        answers = map(Answer, texts, torch.isin(made, ends).any(dim=1).tolist())
+        return [list(each) for each in batched(answers, sampling.answers)]
+
+    return generate
 
 
-def by_server(server: str, model: str, prompts: list[Prompt], sampling: Sampling) -> Iterator[list[str]]:
-    """The same of a server: messages through /chat/completions, text through /completions.
+def release_gpu() -> None:
+    """Give back what dropped models hold of it: the training run is another process."""
+    import torch
 
-    Raises:
-        UserError: it does not answer, or with an error.
-    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def by_server(server: str, model: str, sampling: Sampling) -> Generate:
+    """The same of a server, which is asked for all prompts of a call at once: for messages through /chat/completions,
+    for text through /completions. A call raises UserError where the server does not answer, or with an error."""
     settings = {
         "model": model,
         "n": sampling.answers,
         "max_tokens": sampling.tokens,
         "temperature": sampling.temperature,
-        "seed": sampling.seed,
     }
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            choices = _asked(f"{server}/completions", settings | {"prompt": prompt})
-            yield [choice["text"] for choice in choices]
-        else:
-            choices = _asked(f"{server}/chat/completions", settings | {"messages": prompt})
-            yield [choice["message"]["content"] for choice in choices]
+
+    def generate(prompts: list[Prompt], seed: int) -> list[list[Answer]]:
+        def ask(prompt: Prompt) -> list[Answer]:
+            if isinstance(prompt, str):
+                choices = _asked(f"{server}/completions", settings | {"seed": seed, "prompt": prompt})
+                return [Answer(choice["text"], _has_ended(choice)) for choice in choices]
+            choices = _asked(f"{server}/chat/completions", settings | {"seed": seed, "messages": prompt})
+            return [Answer(choice["message"]["content"] or "", _has_ended(choice)) for choice in choices]
+
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            return list(threads.map(ask, prompts))
+
+    return generate
+
+
+def _has_ended(choice: dict[str, Any]) -> bool:
+    return choice.get("finish_reason") != "length"
 
 
 def _asked(address: str, body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
-"""Rounds of iterative DPO: the policy answers, a judge scores, the best and the worst answer are a pair, it is trained.
+"""Rounds of iterative DPO: the policy answers, a judge scores the answers to each prompt, it is trained on them.
 
-    python examples/iterative/loop.py --model MODEL --prompts prompts.jsonl --output runs/iterative \
-        --rounds 2 -- --seq-length 2048 --pairs-per-step 64 --pair-epochs 1 --lr 5e-7 --bf16
+    python examples/iterative/loop.py --model MODEL --prompts prompts.jsonl --held-out held_out.jsonl --rounds 2 \
+        -- --seq-length 2048 --pairs-per-step 64 --pair-epochs 1 --lr 5e-7 --bf16
 
 What follows `--` are flags of `megatron-bdpo train`, the same in every round. Round N is runs/iterative/N:
-answers.jsonl (prompt, answers, scores), pairs.jsonl, run (metrics, checkpoint), model (for transformers, and the next
-round's start and reference). What is there is not made again: the same command goes on where the last one stopped.
+answers.jsonl (prompt, responses, scores, ended), train.jsonl (what of them is trained on), run (metrics, checkpoint),
+model (for transformers, and the next round's start and reference), held_out.jsonl (its answers to the held-out
+prompts; 0/ has those of the start). What is there is not made again: the same command goes on where the last one
+stopped.
 """
 
 from __future__ import annotations
@@ -20,86 +22,173 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file, it is in no package
 
-from examples.iterative.generate import Prompt, Sampling, by_server, by_transformers, served
+from examples.iterative.generate import Answer, Prompt, Sampling, by_server, by_transformers, release_gpu, served
 from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 
 type Judge = Callable[[Prompt, str], float]
+type Row = dict[str, Any]
 type Train = Callable[[list[str]], int]
 """``megatron-bdpo train`` with these flags; its exit code."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Who answers, and who judges the answers."""
+
+    judge: Judge
+    sampling: Sampling
+    seed: int
+    at_once: int
+    """Prompts that are answered together."""
+    server: str
+    serve: str
+
+    def answers(self, what: str, number: int, model: str, prompts: list[Prompt], path: Path) -> list[Row]:
+        """The judged answers of a round's model, one row for each prompt. They are kept in a file, batch by batch."""
+        rows = _kept(path, prompts)
+        if len(rows) == len(prompts):
+            return rows
+        del rows[len(rows) // self.at_once * self.at_once :]  # batches are made whole, so that their seeds are theirs
+        path.write_text("".join(map(_line, rows)), "utf-8")
+        with (
+            served(self.serve, self.server, model),
+            path.open("a", encoding="utf-8") as file,
+            tqdm(prompts, f"{what} of round {number}", initial=len(rows), unit="prompt") as bar,
+        ):
+            for new in self._batches(number, model, prompts, len(rows)):
+                file.writelines(map(_line, new))
+                file.flush()
+                rows += new
+                bar.update(len(new))
+        release_gpu()
+        return rows
+
+    def _batches(self, number: int, model: str, prompts: list[Prompt], start: int) -> Iterator[list[Row]]:
+        """The judged answers to the prompts from one on."""
+        to = by_server(self.server, model, self.sampling) if self.server else by_transformers(model, self.sampling)
+        for first in range(start, len(prompts), self.at_once):
+            batch = prompts[first : first + self.at_once]
+            answers = to(batch, self.seed + 1_000_000 * number + first)
+            yield [self._judged(*each) for each in zip(batch, answers, strict=True)]
+
+    def _judged(self, prompt: Prompt, answers: list[Answer]) -> Row:
+        texts = [each.text for each in answers]
+        scores = [self.judge(prompt, text) for text in texts]
+        return {"prompt": prompt, "responses": texts, "scores": scores, "ended": [each.ended for each in answers]}
 
 
 @dataclass(frozen=True)
 class Loop:
     """What all rounds share."""
 
+    answering: Answering
     prompts: list[Prompt]
-    judge: Judge
-    sampling: Sampling
-    server: str
-    serve: str
+    held_out: list[Prompt]
+    directory: Path
+    cut_penalty: float
     train: Train
     flags: list[str]
 
-    def round(self, number: int, model: str, directory: Path) -> str:
-        """The model that a round makes of another."""
-        made, answers, pairs = directory / "model", directory / "answers.jsonl", directory / "pairs.jsonl"
+    def run(self, model: str, rounds: int) -> str:
+        """The model of the last round."""
+        told = [self._on_held_out(0, model)]
+        for number in range(1, rounds + 1):
+            model = self._round(number, model)
+            told.append(self._on_held_out(number, model))
+        print(*(line for line in told if line), sep="\n")
+        return model
+
+    def _round(self, number: int, model: str) -> str:
+        directory = self.directory / str(number)
         directory.mkdir(parents=True, exist_ok=True)
-        if not answers.is_file():
-            write_whole(answers, self._answers(number, model))
-        if not pairs.is_file():
-            rows = [json.loads(line) for line in answers.read_text("utf-8").splitlines()]
-            found = [row for row in map(pair_of, rows) if row]
-            print(f"round {number}: {len(found)} pairs of {len(rows)} prompts; the answers to the others score equally")
-            write_whole(pairs, "".join(json.dumps(row) + "\n" for row in found))
-        if not (made / "config.json").is_file():
-            own = [
-                "--hf-model",
-                model,
-                "--pair-data",
-                str(pairs),
-                "--save-hf",
-                str(made),
-                "--save",
-                str(directory / "run"),
-            ]
-            if code := self.train([*own, "--save-interval", "1000000", *self.flags]):
-                raise UserError(f"round {number}: the training run has ended with {code}. Its own lines above say why.")
+        made, data = directory / "model", directory / "train.jsonl"
+        if (made / "config.json").is_file():
+            return str(made)
+        answers = self.answering.answers("answers", number, model, self.prompts, directory / "answers.jsonl")
+        rows = [row for row in (trained_on(row, self.cut_penalty) for row in answers) if row]
+        print(f"round {number}: {len(rows)} of {len(answers)} prompts have answers to compare")
+        if not rows:
+            raise UserError(
+                f"{directory}/answers.jsonl: no prompt has an answer that ended and another of a lower score. Raise "
+                "--tokens if they are cut, or give --cut-penalty 0; raise --temperature if they are alike, or take a "
+                "judge that tells them apart."
+            )
+        write_whole(data, map(_line, rows))
+        own = ["--hf-model", model, "--pair-data", str(data), "--save-hf", str(made), "--save", str(directory / "run")]
+        if code := self.train([*own, "--save-interval", "1000000", *self.flags]):
+            raise UserError(f"round {number}: the training run has ended with {code}. Its own lines above say why.")
         return str(made)
 
-    def _answers(self, number: int, model: str) -> Iterator[str]:
-        drawn = Sampling(
-            self.sampling.answers, self.sampling.tokens, self.sampling.temperature, self.sampling.seed + number
-        )
-        with served(self.serve, self.server, model):
-            of = by_server(self.server, model, self.prompts, drawn) if self.server else None
-            for prompt, answers in zip(self.prompts, of or by_transformers(model, self.prompts, drawn), strict=True):
-                scores = [self.judge(prompt, answer) for answer in answers]
-                yield json.dumps({"prompt": prompt, "answers": answers, "scores": scores}) + "\n"
+    def _on_held_out(self, number: int, model: str) -> str:
+        """What the judge says of a round's model, in a line; empty without such prompts."""
+        if not self.held_out:
+            return ""
+        path = self.directory / str(number) / "held_out.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = self.answering.answers("held-out answers", number, model, self.held_out, path)
+        return f"held out, round {number}: {_summary(rows)}"
 
 
-def pair_of(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The best and the worst answer as a row of training data; None where none is better, or one is empty."""
-    ranked = sorted(zip(row["scores"], row["answers"], strict=True))
-    (worst, rejected), (best, chosen) = ranked[0], ranked[-1]
-    if best == worst or not rejected.strip() or not chosen.strip():
+def _summary(rows: list[Row]) -> str:
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    score = mean([each for row in rows for each in row["scores"]])
+    ended = mean([each for row in rows for each in row["ended"]])
+    characters = mean([len(each) for row in rows for each in row["responses"]])
+    return f"mean score {score:.4f}, {ended:.1%} of the answers ended, {characters:.0f} characters each"
+
+
+def trained_on(row: Row, cut_penalty: float) -> Row | None:
+    """A row of training data: the answers, scored and not empty; None where there is nothing to compare.
+
+    The chat template ends every answer, also one that the limit cut. Such an answer loses the penalty, and where it is
+    the best nevertheless, the row is left out: no model is to learn that an answer ends in the middle. Without a
+    penalty, cut answers are like any other.
+    """
+    kept = [
+        (score if ended else score - cut_penalty, ended, text)
+        for text, score, ended in zip(row["responses"], row["scores"], row["ended"], strict=True)
+        if text.strip()
+    ]
+    scores = [score for score, _, _ in kept]
+    best_was_cut = any(not ended for score, ended, _ in kept if score == max(scores))
+    if len(set(scores)) < 2 or (best_was_cut and cut_penalty):
         return None
-    if isinstance(row["prompt"], str):
-        return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
-    answers = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-    return {"prompt": row["prompt"], **dict(zip(("chosen", "rejected"), answers, strict=True))}
+    return {"prompt": row["prompt"], "responses": [text for _, _, text in kept], "scores": scores}
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The column ``prompt`` of JSON lines."""
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _kept(path: Path, prompts: list[Prompt]) -> list[Row]:
+    """Rows that an earlier start has written; a last line without its end is none."""
+    text = path.read_text("utf-8") if path.is_file() else ""
+    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if [row["prompt"] for row in rows] != prompts[: len(rows)]:
+        raise UserError(f"{path} answers other prompts. Give those of the earlier start, or name another --output.")
+    return rows
+
+
+def read_prompts(flag: str, path: Path | None) -> list[Prompt]:
+    """The column ``prompt`` of JSON lines; none of no file."""
+    if path is None:
+        return []
     try:
-        return [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines() if line.strip()]
+        prompts = [json.loads(line)["prompt"] for line in path.read_text("utf-8").split("\n") if line.strip()]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--prompts {path}: {error!r}. Give JSON lines with a column prompt.") from error
+        raise UserError(f"{flag} {path}: {error!r}. Give JSON lines with a column prompt.") from error
+    if not prompts:
+        raise UserError(f"{flag} {path} has no rows. Give JSON lines with a column prompt.")
+    return prompts
 
 
 def load_judge(path: Path) -> Judge:
@@ -125,15 +214,14 @@ def main(argv: list[str] | None = None, train: Train = run_training) -> int:
     try:
         if options.serve and not options.server:
             raise UserError("--serve starts what --server names. Give its address, too.")
-        sampling = Sampling(options.answers, options.tokens, options.temperature, options.seed)
+        sampling = Sampling(options.answers, options.tokens, options.temperature)
         judge = load_judge(options.judge)
-        loop = Loop(
-            read_prompts(options.prompts), judge, sampling, options.server, options.serve, train, words[cut + 1 :]
-        )
-        model = options.model
-        for number in range(1, options.rounds + 1):
-            model = loop.round(number, model, options.output / str(number))
-        print(f"{options.rounds} rounds: {model}")
+        answering = Answering(judge, sampling, options.seed, options.at_once, options.server, options.serve)
+        prompts = read_prompts("--prompts", options.prompts)
+        held_out = read_prompts("--held-out", options.held_out)
+        flags = words[cut + 1 :]
+        loop = Loop(answering, prompts, held_out, options.output, options.cut_penalty, train, flags)
+        print(f"{options.rounds} rounds: {loop.run(options.model, options.rounds)}")
     except UserError as error:
         print(error.as_text(), file=sys.stderr)
         return 2
@@ -146,13 +234,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompts", type=Path, required=True, help="JSON lines with a column prompt: text, or messages"
     )
+    parser.add_argument("--held-out", type=Path, help="more such prompts, answered and judged before and after")
     parser.add_argument("--output", type=Path, default=Path("runs/iterative"), help="(runs/iterative)")
     parser.add_argument("--rounds", type=int, default=2, help="(2)")
     parser.add_argument("--judge", type=Path, default=HERE / "judge.py", help="Python file with score(prompt, answer)")
     parser.add_argument("--answers", type=int, default=4, help="to each prompt (4)")
     parser.add_argument("--tokens", type=int, default=512, help="of an answer, at most (512)")
     parser.add_argument("--temperature", type=float, default=1.0, help="(1.0)")
-    parser.add_argument("--seed", type=int, default=1, help="of the answers; each round's is another (1)")
+    parser.add_argument(
+        "--cut-penalty",
+        type=float,
+        default=1.0,
+        help="what an answer that --tokens cut loses of its score; 0: such answers are like any other (1.0)",
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the answers; each batch's is another (1)")
+    parser.add_argument("--at-once", type=int, default=16, help="prompts that are answered together (16)")
     parser.add_argument("--server", default="", help="address of an OpenAI-compatible API: http://localhost:8000/v1")
     parser.add_argument(
         "--serve", default="", help="command that serves {model} there; it is ended before the training run"

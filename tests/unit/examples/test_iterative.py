@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.iterative.generate import Sampling, by_transformers
 from megatron_bdpo.errors import UserError
 from tests.unit.cli.test_cli import run
 
@@ -49,7 +51,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_two_rounds(loop, made, ranks, tmp_path, capsys):
-    """Each round's pairs are its own model's answers, and its model is the next one's start; a stop loses nothing."""
+    """Each round trains on its own model's answers, and its model is the next one's start; a stop loses nothing."""
     trained: list[list[str]] = []
 
     def train(flags: list[str]) -> int:
@@ -59,7 +61,9 @@ def test_two_rounds(loop, made, ranks, tmp_path, capsys):
         return code
 
     words = ["--model", str(made / "MODEL"), "--prompts", str(made / "prompts.jsonl"), "--output", str(tmp_path)]
-    words += ["--tokens", "12", "--answers", "3"]
+    words += ["--held-out", str(made / "prompts.jsonl"), "--tokens", "12", "--answers", "3", "--cut-penalty", "0"]
+    (tmp_path / "judge.py").write_text("def score(prompt, answer):\n    return len(answer)\n")
+    words += ["--judge", str(tmp_path / "judge.py")]
     assert loop.main([*words, "--rounds", "1", *FLAGS], train) == 0
     assert loop.main([*words, "--rounds", "2", *FLAGS], train) == 0
     starts = [flags[flags.index("--hf-model") + 1] for flags in trained]
@@ -67,13 +71,44 @@ def test_two_rounds(loop, made, ranks, tmp_path, capsys):
     models = [made / "MODEL", tmp_path / "1" / "model", tmp_path / "2" / "model"]
     assert len({(model / "model.safetensors").read_bytes() for model in models}) == 3
     for number in ("1", "2"):
-        answers = {row["prompt"]: row for row in lines(tmp_path / number / "answers.jsonl")}
-        assert len(answers) == 8 and all(len(row["answers"]) == 3 for row in answers.values())
-        for pair in lines(tmp_path / number / "pairs.jsonl"):
-            row = answers[pair["prompt"]]
-            score = dict(zip(row["answers"], row["scores"], strict=True))
-            assert score[pair["chosen"]] == max(row["scores"]) > min(row["scores"]) == score[pair["rejected"]]
+        answers = lines(tmp_path / number / "answers.jsonl")
+        assert len(answers) == 8 and all(len(row["responses"]) == 3 for row in answers)
     assert lines(tmp_path / "1" / "answers.jsonl") != lines(tmp_path / "2" / "answers.jsonl")
+    held_out = lines(tmp_path / "2" / "held_out.jsonl")
+    expected = sum(len(text) for row in held_out for text in row["responses"]) / 24
+    assert f"held out, round 2: mean score {expected:.4f}" in capsys.readouterr().out
+
+
+def test_answers_of_a_batch_are_those_of_its_prompts_alone(made, tmp_path):
+    """Text and messages, of different lengths, in one batch: padding is seen by none. At no temperature to speak of."""
+    model = shutil.copytree(made / "MODEL", tmp_path / "MODEL")
+    prompts = [json.loads(line)["prompt"] for line in (made / "prompts.jsonl").read_text().splitlines()][:2]
+    prompts.append([{"role": "user", "content": "a much longer question, of a few more words than the others have?"}])
+    sampling = Sampling(answers=2, tokens=12, temperature=1e-4)
+    with pytest.raises(UserError, match="has no chat template"):
+        by_transformers(str(model), sampling)(prompts, 1)
+    (model / "chat_template.jinja").write_text("{% for message in messages %}[{{ message.content }}]{% endfor %}")
+    generate = by_transformers(str(model), sampling)
+    for prompt, (answer, again) in zip(prompts, generate(prompts, 1), strict=True):
+        assert [[answer, again]] == generate([prompt], 2)
+        assert answer == again and answer.text
+
+
+def test_generation_goes_on_where_it_stopped(loop, made, tmp_path, monkeypatch):
+    """A file with a batch and a half, its last line cut, becomes the one of an undisturbed start, byte for byte."""
+    words = ["--model", str(made / "MODEL"), "--prompts", str(made / "prompts.jsonl"), "--rounds", "1"]
+    words += ["--tokens", "8", "--answers", "2", "--at-once", "3", *FLAGS]
+    words[-len(FLAGS) : -len(FLAGS)] = ["--output", str(tmp_path)]
+    monkeypatch.setattr(loop, "trained_on", lambda row, penalty: {})
+    assert loop.main(words) == 2
+    path = tmp_path / "1" / "answers.jsonl"
+    expected = path.read_bytes()
+    path.write_bytes(b"".join(expected.splitlines(keepends=True)[:5])[:-9])
+    assert loop.main(words) == 2
+    assert path.read_bytes() == expected
+    path.write_text(json.dumps({"prompt": "another"}) + "\n")
+    with pytest.raises(UserError, match="answers other prompts"):
+        loop._kept(path, ["a"])
 
 
 class _Server(BaseHTTPRequestHandler):
@@ -84,6 +119,7 @@ class _Server(BaseHTTPRequestHandler):
         chat = self.path == "/v1/chat/completions"
         texts = [f"{asked['model']} {number}" for number in range(asked["n"])]
         choices = [{"message": {"content": text}} if chat else {"text": text} for text in texts]
+        choices[2]["finish_reason"] = "length"
         body = json.dumps({"choices": choices}).encode() if "lost" not in asked["model"] else b"no"
         self.send_response(200)
         self.end_headers()
@@ -107,18 +143,16 @@ def test_answers_of_a_server(loop, server, tmp_path):
     words = ["--prompts", str(tmp_path / "prompts.jsonl"), "--judge", str(tmp_path / "judge.py"), "--server", server]
     words += ["--output", str(tmp_path), "--rounds", "1"]
     assert loop.main(["--model", "m", *words], lambda flags: 0) == 0
-    assistant = [[{"role": "assistant", "content": f"m {number}"}] for number in (3, 0)]
-    assert lines(tmp_path / "1" / "pairs.jsonl") == [
-        {"prompt": "a", "chosen": "m 3", "rejected": "m 0"},
-        {"prompt": chat, "chosen": assistant[0], "rejected": assistant[1]},
-    ]
+    row = {"responses": [f"m {number}" for number in range(4)], "scores": [0, 1, 2 - 1, 3]}
+    assert lines(tmp_path / "1" / "train.jsonl") == [{"prompt": prompt, **row} for prompt in ("a", chat)]
+    assert lines(tmp_path / "1" / "answers.jsonl")[0]["ended"] == [True, True, False, True]
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         assert loop.main(["--model", "lost", *words, "--output", str(tmp_path / "x")], lambda flags: 0) == 2
         assert loop.main(["--model", "m", *words], lambda flags: 3) == 2
         assert loop.main(["--model", "m", *words[:4], "--serve", "x"], lambda flags: 0) == 2
     assert "gave no answers" in errors.getvalue() and "has ended with 3" in errors.getvalue()
-    assert not (tmp_path / "x" / "1" / "answers.jsonl").exists()
+    assert not (tmp_path / "x" / "1" / "answers.jsonl").read_text()
 
 
 def test_a_server_is_started_for_a_model_and_ended(loop, tmp_path):
@@ -137,6 +171,18 @@ def test_a_server_is_started_for_a_model_and_ended(loop, tmp_path):
         pass
 
 
-def test_equal_scores_make_no_pair(loop):
-    assert loop.pair_of({"prompt": "a", "answers": ["b", "c"], "scores": [1.0, 1.0]}) is None
-    assert loop.pair_of({"prompt": "a", "answers": ["b", " "], "scores": [1.0, 0.0]}) is None
+@pytest.mark.parametrize(
+    ("texts", "scores", "ended", "expected"),
+    [
+        pytest.param(["b", "c"], [1, 1], [True, True], None, id="equal scores"),
+        pytest.param(["b", " "], [1, 0], [True, True], None, id="one is empty"),
+        pytest.param(["b", " ", "c"], [1, 0, 2], [True, True, True], [1, 2], id="an empty one of three"),
+        pytest.param(["b", "c"], [1, 2], [True, False], None, id="the best was cut"),
+        pytest.param(["b", "c"], [1, 2], [False, False], None, id="all were cut"),
+        pytest.param(["b", "c"], [1, 1], [True, False], [1, 0.5], id="a cut one is worse"),
+    ],
+)
+def test_what_is_trained_on(loop, texts, scores, ended, expected):
+    """At a penalty of 0.5."""
+    row = loop.trained_on({"prompt": "a", "responses": texts, "scores": scores, "ended": ended}, 0.5)
+    assert (row and row["scores"]) == expected
