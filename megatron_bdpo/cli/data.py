@@ -195,16 +195,19 @@ def stats(eval_pair_data: tuple[str, ...], **options: Any) -> None:
 @click.argument("scores", type=PATH)
 @click.argument("output", type=PATH)
 def add_reference(scores: Path, output: Path) -> None:
-    """Write the rows of scored pairs with their reference log-probs, as TRL reads them.
+    """Write the scored rows with their reference log-probs, as TRL reads them.
 
     SCORES is a directory that a scoring job or a training run has made, OUTPUT a new file of JSON lines: the rows with
-    ref_chosen_logps and ref_rejected_logps, in nats, summed over the tokens of each answer.
+    ref_chosen_logps and ref_rejected_logps (of labelled answers ref_logps, of responses ref_responses_logps), in nats,
+    summed over the tokens of each answer.
     """
     prepare_platform()
     from megatron_bdpo.training.reference.columns import add_columns  # imports Megatron
 
     written, left_out = add_columns(scores, output)
-    display.show(f"{output}: {written:,} rows" + (f"; {left_out:,} rows have no scored pair" if left_out else ""))
+    display.show(
+        f"{output}: {written:,} rows" + (f"; {left_out:,} rows are not scored, or not wholly" if left_out else "")
+    )
 
 
 _FLAGS = (

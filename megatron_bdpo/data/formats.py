@@ -83,14 +83,6 @@ def recognise(row: Row) -> RowFormat | None:
     return next((each for each in FORMATS if each.recognises(row)), None)
 
 
-def is_labelled_form(row: Row) -> bool:
-    """Whether the row holds a labelled answer, in any of these forms."""
-    found = recognise(row)
-    if found is None or found.is_ours:
-        return is_labelled(row)
-    return LABEL in found.reads or labelled.KTO_TAG in found.reads
-
-
 def named(name: str) -> RowFormat:
     """The format of that name.
 

@@ -30,16 +30,17 @@ from megatron_bdpo.data.row_parts import (
     wrong_type,
 )
 
-_SAFE, _REFERENCE = "responses_safe", "ref_responses_logps"
+RESPONSES, RESPONSES_REFERENCE = "responses", "ref_responses_logps"
+_SAFE = "responses_safe"
 #: What a row may say of each of its answers -> what of a pair's two it becomes.
-OF_EACH_ANSWER = {_SAFE: "{}_safe", _REFERENCE: "ref_{}_logps"}
+OF_EACH_ANSWER = {_SAFE: "{}_safe", RESPONSES_REFERENCE: "ref_{}_logps"}
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def responses(row: Row, options: FormatOptions) -> list[Row | RowProblem]:
     """``responses`` with ``scores``, the highest the best, or with ``ranks``, the lowest the best."""
-    prompt, texts = column_of(row, "prompt"), _listed(row, "responses", 2)
+    prompt, texts = column_of(row, "prompt"), _listed(row, RESPONSES, 2)
     if not all(isinstance(each, str) for each in (prompt, *texts)):  # else text, as it is
         prompt = as_conversation(prompt, "column 'prompt'")
         texts = [as_answer(each, f"'responses', answer {number}") for number, each in enumerate(texts, start=1)]
@@ -50,8 +51,8 @@ def responses(row: Row, options: FormatOptions) -> list[Row | RowProblem]:
     answers = [{"answer": text, **{name: each[i] for name, each in beside.items()}} for i, text in enumerate(texts)]
     for number, each in enumerate(answers, start=1):
         as_label(each.get(_SAFE), f"'{_SAFE}' of answer {number}")
-        if each.get(_REFERENCE) is not None:
-            as_log_prob(each[_REFERENCE], f"'{_REFERENCE}' of answer {number}")
+        if each.get(RESPONSES_REFERENCE) is not None:
+            as_log_prob(each[RESPONSES_REFERENCE], f"'{RESPONSES_REFERENCE}' of answer {number}")
     return _compared({"prompt": prompt, **passed_on(row, *FOR_TEMPLATE)}, answers, ranks, by, options)
 
 
@@ -155,7 +156,7 @@ def _compared(
             pairs.append(RowProblem(ProblemKind.TIED, tie))
             continue
         pair = dict(shared)
-        has_reference = all(answers[place].get(_REFERENCE) is not None for place in (better, worse))
+        has_reference = all(answers[place].get(RESPONSES_REFERENCE) is not None for place in (better, worse))
         for side, place in (("chosen", better), ("rejected", worse)):
             pair[side] = answers[place]["answer"]
             if all(map(is_finite, scores)):
@@ -163,7 +164,7 @@ def _compared(
             if answers[place].get(_SAFE) is not None:
                 pair[OF_EACH_ANSWER[_SAFE].format(side)] = answers[place][_SAFE]
             if has_reference:
-                pair[OF_EACH_ANSWER[_REFERENCE].format(side)] = answers[place][_REFERENCE]
+                pair[OF_EACH_ANSWER[RESPONSES_REFERENCE].format(side)] = answers[place][RESPONSES_REFERENCE]
         pairs.append(pair)
     if not pairs:
         raise RowProblem(ProblemKind.TIED, f"no two answers are {options.margin:g} apart in '{by}'")

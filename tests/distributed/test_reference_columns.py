@@ -10,6 +10,7 @@ import pytest
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.reference.columns import add_columns
 from tests.harness.jobs import DATA, last_stage, train
+from tests.parity.test_groups import rows as groups
 
 JOB = {"max_pairs": 16, "train_iters": 2}
 DPO = ["--preference-loss", "dpo"]
@@ -54,6 +55,21 @@ def test_columns_train_as_scores_do(scored, ranks, tmp_path, layout):
     assert not list(tmp_path.glob("**/manifest.json")), "nothing is scored"
     for step, expected_step in zip(found, expected, strict=True):
         assert step == pytest.approx(expected_step, rel=1e-5, abs=1e-6) if layout else step == expected_step
+
+
+def test_answers_of_lists_train_as_their_scores_do(ranks, tmp_path):
+    """Rows of two to five answers, all pairs; some answers are equally good."""
+    job = JOB | {"max_pairs": None, "pairs_per_step": 4, "pairs_from": "all"}
+    data = tmp_path / "groups.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in groups()))
+    cache = tmp_path / "cache"
+    expected = steps(ranks(1)(train, DPO, **job, pair_data=[str(data)], pair_cache_dir=str(cache)))
+    (manifest,) = cache.glob("**/manifest.json")
+    rows = tmp_path / "rows.jsonl"
+    assert add_columns(manifest.parent, rows) == (len(groups()), 0)
+    flags = [*DPO, "--reference", "columns"]
+    found = steps(ranks(1)(train, flags, **job, pair_data=[str(rows)], pair_cache_dir=str(tmp_path / "other")))
+    assert found == expected and not list((tmp_path / "other").glob("**/manifest.json"))
 
 
 def test_values_that_do_not_fit_are_refused(scored, ranks, tmp_path):
