@@ -65,7 +65,7 @@ def _table(described: list[dict[str, Any]]) -> Table:
         [
             loss["name"],
             f"{loss['summary']}\nreads {_reads(loss)}\n{loss['source']}",
-            "\n".join(map(_with_default, _own(loss))),
+            "\n".join(_with_default(option).replace(" (or", "\n  (or") for option in _own(loss)),
         ]
         for loss in described
     ]

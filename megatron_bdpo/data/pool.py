@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from megatron_bdpo.data.answer_table import AnswerTable, answer_table
 from megatron_bdpo.data.grouping import Grouping
 from megatron_bdpo.data.packs import Group, GroupLengths
+from megatron_bdpo.data.prompt_kinds import PromptKind, other_groups
 from megatron_bdpo.data.sources import describe_row
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import TokenArray
@@ -110,9 +112,9 @@ class PairPool:
         self._starts[ids] = self._starts[ids][:, [0, 2, 1]]
         self.unsafe[ids] = self.unsafe[ids][:, ::-1]
 
-    def group(self, group_id: int, *, unconditional: bool = False) -> ComparedGroup:
-        """Tokens of a group: its prompt, or with ``unconditional`` the empty one, the answers of the pairs that take
-        part, in the order in which they name them, chosen first; and the pairs."""
+    def group(self, group_id: int, after: PromptKind = PromptKind.OWN) -> ComparedGroup:
+        """Tokens of a group: the prompt that its answers are to follow, the answers of the pairs that take part, in the
+        order in which they name them, chosen first; and the pairs."""
         ids = self.grouping.pairs_of(np.array([group_id]))
         store, first = self._locate(int(self.grouping.first_pair[group_id]))
         before = int(self.grouping.first_pair[group_id]) - first  # pairs of the stores before
@@ -125,9 +127,30 @@ class PairPool:
             for side, (start, tokens, scored) in enumerate(reversed(sides) if self.swapped[pair_id] else sides):
                 compared[number, side] = places.setdefault(start, len(places))
                 answers[start] = tokens, scored
-        prompt = store.unconditional_prompt(first) if unconditional else pair.prompt
         tokens, scored = zip(*answers.values(), strict=True)
-        return ComparedGroup(Group(prompt, tokens, scored), ids, compared)
+        return ComparedGroup(Group(self._prompt(group_id, after), tokens, scored), ids, compared)
+
+    def _prompt(self, group_id: int, kind: PromptKind) -> TokenArray:
+        of = int(self.other_group[group_id]) if kind == PromptKind.OTHER else group_id
+        store, first = self._locate(int(self.grouping.first_pair[of]))
+        return store.unconditional_prompt(first) if kind == PromptKind.EMPTY else store.pair(first).prompt
+
+    @functools.cached_property
+    def other_group(self) -> IntArray:
+        """[G] the group whose prompt each group's mismatched answers follow, of the same store.
+
+        Raises:
+            UserError: a store has one prompt alone.
+        """
+        found = [other_groups(store) for store in self.stores]
+        for store, each in zip(self.stores, found, strict=True):
+            if each is None:
+                raise UserError(
+                    f"all rows of {', '.join(source.path for source in store.sources)} have one prompt. The loss needs "
+                    "answers to other prompts (KTO's estimate of the KL divergence): add rows with other prompts."
+                )
+        offsets = self.grouping.offsets
+        return np.concatenate([each + offset for each, offset in zip(found, offsets, strict=False) if each is not None])
 
     def group_lengths(self, groups: IntArray) -> GroupLengths:
         """Of these groups, with the answers of the pairs that take part."""
@@ -154,12 +177,15 @@ class PairPool:
         """
         groups = np.arange(len(self.grouping))
         lengths = self.group_lengths(groups)
-        longer = np.maximum(lengths.prompt, self.unconditional_lengths(groups))
+        longer = np.maximum(lengths.prompt, self.prompt_lengths(groups, PromptKind.EMPTY))
         return lengths.with_prompts(longer).positions(share_prompts=share_prompts)
 
-    def unconditional_lengths(self, groups: IntArray) -> npt.NDArray[np.int32]:
-        """[n] tokens of each group's unconditional prompt."""
-        return np.concatenate([store.unconditional for store in self.stores])[self.grouping.first_pair[groups]]
+    def prompt_lengths(self, groups: IntArray, kind: PromptKind) -> npt.NDArray[np.int32]:
+        """[n] tokens of the prompt that each group's answers are to follow."""
+        if kind == PromptKind.EMPTY:
+            return np.concatenate([store.unconditional for store in self.stores])[self.grouping.first_pair[groups]]
+        of = self.other_group[groups] if kind == PromptKind.OTHER else groups
+        return self.lengths[self.grouping.first_pair[of], 0]
 
     def describe(self, pair_id: int) -> str:
         """Where a pair comes from, for messages."""

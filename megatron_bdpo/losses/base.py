@@ -174,7 +174,8 @@ class LossSpec[Options, Answers, Losses]:
     of_step: Callable[[Answers, Options], tuple[Tensor, Tensor] | Tensor] | None = None
     """Looks at all pairs of a step before its gradients, detached, [P]: what the loss of each is a function of beside
     its own log-probs (`PairLogProbs.chosen_target`, `rejected_target`); or at all of its labelled answers, [N], for one
-    number (`AnswerLogProbs.shift`). It costs a forward pass of the policy per step; evaluations do without."""
+    number (`AnswerLogProbs.shift`). It costs a forward pass of the policy per step.
+    Evaluations of pairs do without; of labelled answers each has a shift of its own."""
     of_difference: bool = False
     """It reads the reference through `terms.log_ratios` alone, and those in differences of chosen and rejected, so that
     other scores may take their place: it gets the options of `modifiers.ScoreOptions`."""

@@ -11,7 +11,7 @@ The step, not the microbatch, is what delta is a mean over, and no step before i
 and so has every layout. It costs a forward pass of the policy per step. TRL's BCOTrainer (of its versions before 1.16,
 which has none) takes the mean over all microbatches of all processes from the first of the run to this one, each answer
 alike whatever the step: one that forgets nothing, and that begins anew where a run is resumed without its file. An
-evaluation looks at no step: there delta is 0, TRL's the last of training.
+evaluation has a delta of its own, over all that is held out; TRL's is the last of training.
 
 Not here: the paper's underlying distribution matching, which weighs undesirable answers by a classifier of their
 prompts' embeddings (UDM; TRL's `embedding_func`). Of pairs, with no delta: `bco_pair`.

@@ -5,7 +5,7 @@
     z = max(0, mean over the step of log pi_theta(y'|x) - log pi_ref(y'|x))
 
     Delta = log pi_theta(y|x) - log pi_ref(y|x), summed over the response
-    y'    = the answer to another prompt of the step: an estimate of KL(pi_theta || pi_ref), without gradient
+    y'    = the step's answers, each after another row's prompt: an estimate of KL(pi_theta || pi_ref), without gradient
     lambda_D, lambda_U = desirable_weight, undesirable_weight
 
 The paper's loss is lambda - v(x, y): so is this, as TRL has it. Its `reward` is beta Delta, and `shift` is beta z; the
@@ -14,7 +14,8 @@ metric `kl` is z, in nats.
 The step, not the microbatch, is what z is a mean over: all microbatches of all data-parallel ranks, so that a step does
 not hang on the layout. What the policy makes of the other answers has to be known before the first gradient: a step has
 one more forward pass of it. TRL's z is one of the answers of one microbatch of each process, each put after the prompt
-before it. An evaluation looks at no step: there z is 0.
+before it. Ours is after the prompt of the nearest row before it in the data that has another one. An evaluation has a z
+of its own, over all that is held out.
 
 Source: arXiv 2402.01306, eq. 7.
 """

@@ -21,8 +21,10 @@ from torch import Tensor
 from megatron_bdpo.data.answer_table import answer_table
 from megatron_bdpo.data.bin_packing import round_up
 from megatron_bdpo.data.context import ALONE, ContextRank, context_part
+from megatron_bdpo.data.labels import labelled_sides
 from megatron_bdpo.data.packs import IntArray, Pack, lay_out
 from megatron_bdpo.data.pool import ComparedGroup, PairPool
+from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.logprobs import ScoredPositions
 from megatron_bdpo.model.attention import AttentionPlan
 from megatron_bdpo.model.reward_head import AnswerEnds
@@ -39,6 +41,15 @@ class PackTable:
 
 
 @dataclass(frozen=True)
+class PackSides:
+    """The sides of a pack's pairs one by one, for losses of labelled answers: see ``data.labels``. N of them."""
+
+    source: Tensor  # [N] which of the 2 P sides of the pairs
+    desirable: Tensor  # [N] bool
+    weight: Tensor  # [N] float64, in the step's mean: a pair's is shared by its sides
+
+
+@dataclass(frozen=True)
 class PackPairs:
     """The P pairs of a pack's groups: which of its A answers are compared, and what each counts."""
 
@@ -51,6 +62,7 @@ class PackPairs:
     first: IntArray  # [G] the first pair of each group, on the host
     group_weight: Tensor  # [G] float64, the sum of the weights of a group's pairs
     table: PackTable | None = None  # where the loss is of groups
+    sides: PackSides | None = None  # where it is of labelled answers
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -143,6 +155,7 @@ class PackMaker:
         padding_token: see ``lay_out``.
         over_pairs: every pair counts 1 in the step's mean; otherwise every group does, its pairs alike.
         with_tables: batches have a ``PackTable``.
+        with_sides: batches have ``PackSides``.
     """
 
     pool: PairPool
@@ -153,6 +166,7 @@ class PackMaker:
     context: ContextRank = ALONE
     over_pairs: bool = False
     with_tables: bool = False
+    with_sides: bool = False
 
     @functools.cached_property
     def _margins(self) -> npt.NDArray[np.float64]:
@@ -164,14 +178,15 @@ class PackMaker:
 
     def __call__(self, ids: IntArray, length: int) -> PackBatch:
         """The pack of these groups, of ``length`` positions."""
-        batch = self.mixed(ids, np.zeros(len(ids), bool), length)
+        batch = self.mixed(ids, np.full_like(ids, PromptKind.OWN), length)
         if not self.with_unconditional:
             return batch
-        return dataclasses.replace(batch, unconditional=self.mixed(ids, np.ones(len(ids), bool), length))
+        unconditional = self.mixed(ids, np.full_like(ids, PromptKind.EMPTY), length)
+        return dataclasses.replace(batch, unconditional=unconditional)
 
-    def mixed(self, ids: IntArray, unconditional: npt.NDArray[np.bool_], length: int) -> PackBatch:
-        """A pack in which the answers of some groups follow the empty prompt: those with True in ``unconditional``."""
-        found = [self.pool.group(each, unconditional=empty) for each, empty in zip(ids, unconditional, strict=True)]
+    def mixed(self, ids: IntArray, after: IntArray, length: int) -> PackBatch:
+        """A pack in which each group's answers follow the prompt of a kind of their own (``PromptKind``)."""
+        found = [self.pool.group(each, PromptKind(kind)) for each, kind in zip(ids, after, strict=True)]
         groups = [each.group for each in found]
         pack = lay_out(groups, length, share_prompts=self.share_prompts, padding_token=self.padding_token)
         return to_batch(context_part(pack, self.context), length, self.limit, self._pairs(found))
@@ -193,7 +208,14 @@ class PackMaker:
             first=np.cumsum(sizes) - sizes,
             group_weight=torch.from_numpy(sizes.astype(np.float64) if self.over_pairs else np.ones(len(sizes))),
             table=self._table(ids, answers, sizes) if self.with_tables else None,
+            sides=self._sides(ids, weight) if self.with_sides else None,
         )
+
+    def _sides(self, ids: IntArray, weight: npt.NDArray[np.float64]) -> PackSides:
+        sides = labelled_sides(self.pool.label[ids])
+        shares = np.broadcast_to((weight / sides.sum(axis=1))[:, None], sides.shape)
+        source = np.flatnonzero(sides)
+        return PackSides(*map(torch.from_numpy, (source, source % 2 == 0, shares[sides])))
 
     def _table(self, ids: IntArray, answers: IntArray, sizes: IntArray) -> PackTable:
         table = answer_table(answers, np.repeat(np.arange(len(sizes)), sizes), len(sizes))

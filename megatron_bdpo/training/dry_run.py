@@ -183,7 +183,7 @@ class Work:
         layers = _operations(arguments, plan.packs_per_step, 0.0, positions)
         step = whole - layers / 3 if arguments.settings.lora.is_wanted else whole
         needs = job.loss.requirements
-        passes = int(needs.reference or needs.comprehension) + int(needs.comprehension)
+        passes = sum([needs.reference or needs.comprehension, needs.comprehension, needs.mismatched])
         scored = len(job.train.ids) + len(job.held_out.ids)
         if job.resident:
             scored = len(plan.steps) * plan.steps.shape[1]

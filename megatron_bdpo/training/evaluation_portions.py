@@ -41,10 +41,7 @@ class EvaluationPortions:
         size = self._stages
         results: list[Any] = []
         while microbatches > 0:
-            if self._was_left or any(self._stop.signals_received()):
-                self._was_left = True
-                self._after_leaving()
-                raise EvaluationLeft
+            self.leave_if_asked()
             began, count = time.monotonic(), min(size, microbatches)
             results += evaluate(num_microbatches=count)
             microbatches -= count
@@ -52,6 +49,17 @@ class EvaluationPortions:
                 fitting = int(size * _SECONDS[self._stages > 1] / max(time.monotonic() - began, 1e-6))
                 size = broadcast(self._stages * max(1, min(fitting, 2 * size) // self._stages))
         return results
+
+    def leave_if_asked(self) -> None:
+        """To be called now and then while an evaluation is on. Collective.
+
+        Raises:
+            EvaluationLeft: on all ranks, when the run is to stop.
+        """
+        if self._was_left or any(self._stop.signals_received()):
+            self._was_left = True
+            self._after_leaving()
+            raise EvaluationLeft
 
     def leave_if_left(self) -> None:
         """A run without its last evaluation is not finished.

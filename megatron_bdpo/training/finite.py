@@ -23,7 +23,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_bdpo.errors import PassingError, UserError
-from megatron_bdpo.losses import GroupLogProbs, PairLogProbs
+from megatron_bdpo.losses import AnswerLogProbs, GroupLogProbs, PairLogProbs
 from megatron_bdpo.losses.bradley_terry import PairRewards
 from megatron_bdpo.training.distributed import gather
 
@@ -52,9 +52,13 @@ def _not_finite(message: str, suspect: str) -> UserError:
     return NotFiniteError(f"{message} The same command with --load tries once more.")
 
 
+#: What a loss is of, in words.
+_NOUNS: dict[type, str] = {GroupLogProbs: "group", AnswerLogProbs: "answer"}
+
+
 def check_losses(
     losses: Tensor,
-    pairs: PairLogProbs | PairRewards | GroupLogProbs,
+    pairs: PairLogProbs | PairRewards | GroupLogProbs | AnswerLogProbs,
     ids: npt.NDArray[np.int64],
     describe: Describe,
     place: str = "",
@@ -63,8 +67,8 @@ def check_losses(
     """Refuse a microbatch with a loss, [P], that is not finite.
 
     Args:
-        pairs: or groups.
-        ids: [P] of the pairs, or of one of each group.
+        pairs: or groups, or labelled answers.
+        ids: [P] of the pairs, or of one of each group, or of each answer's.
         place: the step or evaluation.
         suspect: the flag that is the likely cause; see ``suspects.likely_cause``.
 
@@ -75,7 +79,7 @@ def check_losses(
         return
     broken = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
     named = [f"{describe(int(ids[row]))}: loss {float(losses[row].detach())}, {_values(pairs, row)}" for row in broken]
-    where, noun = f"{place}: " if place else "", "group" if isinstance(pairs, GroupLogProbs) else "pair"
+    where, noun = f"{place}: " if place else "", _NOUNS.get(type(pairs), "pair")
     raise _not_finite(
         f"{where}the loss of {_count(broken, noun)} is not finite:\n{_listed(named)}\nThe step was not taken, and "
         "the last checkpoint is good. Look at these pairs, at the weights the run began with, and at --lr.",
@@ -148,8 +152,12 @@ def reject_broken_weights(model: list[Any], directory: Path) -> None:
         )
 
 
-def _values(pairs: PairLogProbs | PairRewards | GroupLogProbs, row: int) -> str:
-    """What a pair's or a group's loss has been made of."""
+def _values(pairs: PairLogProbs | PairRewards | GroupLogProbs | AnswerLogProbs, row: int) -> str:
+    """What a loss has been made of."""
+    if isinstance(pairs, AnswerLogProbs):
+        values = {"policy": pairs.policy[row], "reference": None if pairs.reference is None else pairs.reference[row]}
+        values["shift"] = pairs.shift
+        return ", ".join(f"{name} {float(each.detach()):.6g}" for name, each in values.items() if each is not None)
     if isinstance(pairs, GroupLogProbs):
         answers = {"policy": pairs.policy, "reference": pairs.reference}
         return ", ".join(

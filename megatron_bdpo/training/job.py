@@ -8,17 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_bdpo.data import pool as pools
 from megatron_bdpo.data.bin_packing import pack_evenly, per_pack, round_up
 from megatron_bdpo.data.context import ContextRank, imbalance
+from megatron_bdpo.data.labels import labelled_sides
 from megatron_bdpo.data.packs import lay_out
 from megatron_bdpo.data.pool import PairPool, Selection
+from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.data.prompts import EvalPrompts, PromptRow, encode_prompts, read_prompts
 from megatron_bdpo.data.step_plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses import PairLossFunction
+from megatron_bdpo.losses import PairLossFunction, registry
 from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
 from megatron_bdpo.model.hf.classifier import padding_token
 from megatron_bdpo.training.batches import PackMaker
@@ -76,12 +79,38 @@ class PairJob:
             context,
             self.over_pairs,
             with_tables=self.loss.spec.of_groups,
+            with_sides=self.loss.spec.of_answers,
         )
+
+    @functools.cached_property
+    def sizes_after_other(self) -> IntArray:
+        """[G] pack positions that each group takes after another group's prompt (``PromptKind.OTHER``)."""
+        groups = np.arange(len(self.pool.grouping))
+        lengths = self.pool.group_lengths(groups).with_prompts(self.pool.prompt_lengths(groups, PromptKind.OTHER))
+        return lengths.positions(share_prompts=self.share_prompts)
+
+    @property
+    def fits_after_other(self) -> npt.NDArray[np.bool_]:
+        """[G] whether that fits a pack. Groups that do not have no part in what mismatched answers are for."""
+        return self.sizes_after_other <= self.max_pack_length
 
     @functools.cached_property
     def training_pairs(self) -> int:
         """Number of pairs to train on."""
         return len(self.pool.grouping.pairs_of(self.train.ids))
+
+    @property
+    def labelled_answers(self) -> tuple[int, int]:
+        """Number of desirable and undesirable answers to train on, where pairs are read as such (``data.labels``)."""
+        label = self.pool.label[self.pool.grouping.pairs_of(self.train.ids)]
+        desirable, undesirable = labelled_sides(label).sum(axis=0).tolist()
+        return desirable, undesirable
+
+    def about_labels(self) -> list[str]:
+        """What the loss has to say of the number of desirable and undesirable answers, for a warning."""
+        advise = self.loss.spec.advise
+        found = advise(*self.labelled_answers, self.loss.options) if advise else None
+        return [found] if found else []
 
     @property
     def compared(self) -> int:
@@ -120,6 +149,8 @@ class PairJob:
         if unit == "groups":
             over = "pairs" if self.over_pairs else "groups, of the mean over a group's pairs"
             lines.append(f"groups: pairs of one row and prompt; a step's loss is the mean over its {over}")
+        if self.loss.spec.of_answers:
+            lines.append("answers: {} desirable, {} undesirable to train on".format(*self.labelled_answers))
         if self.fixed_length:
             fullest = per_pack(self.sizes[plan.steps], plan.pack_of, plan.packs_per_step).max()
             lines.append(f"fixed length of packs: the fullest one of the plan holds {fullest} tokens")
@@ -195,19 +226,16 @@ def _check_loss(settings: Settings, loss: PairLossFunction) -> None:
     Raises:
         UserError: with the flag.
     """
-    if loss.spec.of_answers:
-        raise UserError(
-            f"--preference-loss {settings.loss.name} is a loss of labelled answers, which runs do not train with yet: "
-            "it is a function of `megatron_bdpo.losses`. Train with a loss of pairs."
-        )
     if loss.requirements.all_pairs and settings.reference.is_resident:
         raise UserError(
             "--reference resident knows no scores before the first step, and an option of the loss is to follow "
             "from them (auto). Give it a value, or leave --reference out."
         )
     reads_reference = loss.requirements.reference or loss.requirements.comprehension
-    if settings.reference.is_in_columns and (loss.requirements.comprehension or not loss.requirements.reference):
-        reads = "the unconditional log-probs too" if loss.requirements.comprehension else "no reference"
+    needs = loss.requirements
+    if settings.reference.is_in_columns and (needs.comprehension or needs.mismatched or not needs.reference):
+        others = "the unconditional log-probs too" if needs.comprehension else "those after other prompts too"
+        reads = others if needs.comprehension or needs.mismatched else "no reference"
         raise UserError(
             f"--reference columns has the log-probs of answers after their prompts; --preference-loss "
             f"{settings.loss.name} reads {reads}. Leave --reference out."
@@ -284,23 +312,31 @@ def _prompts(arguments: Arguments, rows: list[PromptRow], store: PairStore) -> E
 DEFAULT_ANSWER = 64
 
 
-def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:
-    _refuse_without_groups(settings, pool)
+def _selected(settings: Settings, loss: PairLossFunction, pool: PairPool) -> tuple[Selection, Selection]:
+    """The groups to train on and those held out, as the loss takes them."""
     if len(pool.stores) > 1:
         train, held_out = map(Selection, (pool.grouping.of_store(0), pool.grouping.of_store(1)))
     else:
         shares = pools.hold_out(pool.grouping.of_store(0), settings.pairs.eval_share, settings.schedule.seed)
         train, held_out = map(Selection, shares)
     named = "--objective reward" if settings.objective.is_reward else f"--preference-loss {loss.spec.name}"
+    readers = [spec.name for spec in registry.all_specs() if spec.of_answers]
     for selection in (train, held_out):
-        pools.refuse_labelled_answers(pool, selection, named, readers=())
+        if not loss.spec.of_answers:
+            pools.refuse_labelled_answers(pool, selection, named, readers)
         pools.select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
+    return train, held_out
+
+
+def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:
+    _refuse_without_groups(settings, pool)
+    train, held_out = _selected(settings, loss, pool)
     sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
     _refuse_no_pairs(train, len(pool.stores[0]), len(pool.grouping.pairs_of(held_out.ids)))
     has_several = len(pool.grouping.pairs_of(train.ids)) > len(train.ids)
-    if loss.spec.of_step and settings.steps.mean_over != "pairs" and has_several:
+    if loss.spec.of_step and not loss.spec.of_answers and settings.steps.mean_over != "pairs" and has_several:
         raise UserError(
             f"--preference-loss {loss.spec.name} sorts a step's pairs, each of which is to count alike; in a mean over "
             "rows with several pairs they do not. Add --mean-over pairs."

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.data.pool import PairPool
+from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.batches import IntArray
@@ -79,7 +80,7 @@ def _rewards(setup: RunSetup, model: list[Any], groups: IntArray, pause: Callabl
     """[P, 2] of chosen and rejected of the groups' pairs, on every rank."""
     scorer = make_scorer(setup, model, groups)
     found = []
-    for blocks in itertools.batched(scorer.blocks(Groups(groups, np.zeros(len(groups), bool))), _BLOCKS):
+    for blocks in itertools.batched(scorer.blocks(Groups.of(groups, PromptKind.OWN)), _BLOCKS):
         found.append(scorer(blocks))
         pause()
     return np.concatenate(found)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.utils import unwrap_model
@@ -23,6 +24,7 @@ from megatron_bdpo.model.evaluation import weights_at_rest
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.seams import trainer_seams
 from megatron_bdpo.training import identity
+from megatron_bdpo.training.answer_step import AnswerStep
 from megatron_bdpo.training.callbacks.callback import Callback, Start, StepResult
 from megatron_bdpo.training.callbacks.progress import LogInterval, Progress
 from megatron_bdpo.training.callbacks.standard import standard_callbacks
@@ -31,7 +33,7 @@ from megatron_bdpo.training.distributed import say
 from megatron_bdpo.training.evaluation_portions import EvaluationPortions
 from megatron_bdpo.training.finite import gradients_named
 from megatron_bdpo.training.flags.arguments import Arguments
-from megatron_bdpo.training.forward import PreferenceStep, ScoringStep
+from megatron_bdpo.training.forward import PreferenceStep, ReferenceValues, ScoringStep
 from megatron_bdpo.training.group_step import GroupStep
 from megatron_bdpo.training.hf.exporting import export_places
 from megatron_bdpo.training.job import PairJob
@@ -40,15 +42,20 @@ from megatron_bdpo.training.phases import WARM_UP_STEPS, beat, clock, phase
 from megatron_bdpo.training.reference.options_from_data import decide_options, imbalance_edges
 from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.reference.provider import ReferenceProvider
+from megatron_bdpo.training.reference.scoring_loop import make_scorer
 from megatron_bdpo.training.reporting.advice import about_data
 from megatron_bdpo.training.reporting.summary import summarize
 from megatron_bdpo.training.reward_step import RewardStep
 from megatron_bdpo.training.saves import RunSaves
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup, forget_global_state, set_up
+from megatron_bdpo.training.step_shift import StepShift, passes_of, values_of
 from megatron_bdpo.training.step_targets import SortedStep
 from megatron_bdpo.training.stopping import StopRequest, StopRequested, listening
 from megatron_bdpo.training.suspects import likely_cause
+
+Schedule = Callable[..., Any]
+"""Megatron's, of one step or evaluation."""
 
 
 class PreferenceRun:
@@ -97,7 +104,7 @@ class PreferenceRun:
         self.settings, self.job, self.config, self.scoring = setup.settings, setup.job, setup.config, setup.scoring
         schedule, job = self.settings.schedule, self.job
         step = RewardStep if self.settings.objective.is_reward else PreferenceStep
-        step = GroupStep if job.loss.spec.of_groups else step
+        step = GroupStep if job.loss.spec.of_groups else AnswerStep if job.loss.spec.of_answers else step
         self.step = step(
             job.loss,
             NoReference(),
@@ -122,8 +129,9 @@ class PreferenceRun:
         self.iteration = 0
         self._step_started = 0.0
         self._steps_here = 0
+        self._looking_at_steps: Callable[[Schedule], Schedule] = _as_it_is
         say("", summarize(arguments, job))
-        for advice in about_data(job.pool.stores[0].report, job.plan):
+        for advice in (*about_data(job.pool.stores[0].report, job.plan), *job.about_labels()):
             say(f"WARNING: {advice}")
         # Megatron's loop asks after each step whether to stop; and it is not Megatron that deletes checkpoints.
         arguments.set(exit_signal_handler=True, save_retain_interval=None)
@@ -144,8 +152,7 @@ class PreferenceRun:
         self.step.reference = reference
         if isinstance(reference, ReferenceTable):
             known = _decide_by_data(self, reference, known, resumed=resumed)
-        if self.step.loss.spec.of_step is not None:
-            self.step.targets = SortedStep(self.job, self.step.loss, reference, ScoringStep(self.scoring))
+        self._looking_at_steps = _looking_at_steps(self, reference)
         self.identity = known
         self._keep_identity()
         log_probs = reference.directories if isinstance(reference, ReferenceTable) else {}
@@ -179,9 +186,7 @@ class PreferenceRun:
     def wrap_schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
         """Give each step the length of its packs, time it, and let a resident reference score before it."""
         reference = self.step.reference
-        inner = schedule
-        if isinstance(self.step.targets, SortedStep):
-            inner = self.step.targets.wrap(inner, self.model, lambda: self.iteration)
+        inner = self._looking_at_steps(schedule)
         if isinstance(reference, ResidentReference):
             inner = reference.wrap(inner)
 
@@ -269,6 +274,30 @@ def in_megatron(run: PreferenceRun) -> Iterator[None]:
 def tables(run: PreferenceRun) -> list[Block]:
     """What the callbacks have to show of a run that is over. On the last rank."""
     return [block for each in run.callbacks if (table := each.table()) for block in ("", table)]
+
+
+def _as_it_is(schedule: Schedule) -> Schedule:
+    return schedule
+
+
+def _looking_at_steps(run: PreferenceRun, reference: ReferenceValues) -> Callable[[Schedule], Schedule]:
+    """What gives the losses that look at whole steps what they need, before each step."""
+    loss, job = run.step.loss, run.job
+    if loss.spec.of_step is None:
+        return _as_it_is
+    if isinstance(run.step, AnswerStep):
+        groups = np.concatenate([job.train.ids, job.held_out.ids])
+        policy = passes_of(replace(make_scorer(run.setup, run.model, groups), with_adapters=True))
+        if isinstance(reference, ReferenceTable):
+            shift = StepShift(job, loss, policy, values_of(reference, job))
+        else:
+            assert isinstance(reference, ResidentReference)
+            shift = StepShift(job, loss, policy, passes_of(make_scorer(run.setup, reference.model, groups)))
+        return functools.partial(
+            shift.wrap, step=run.step, done=lambda: run.iteration, pause=run.evaluation.leave_if_asked
+        )
+    run.step.targets = targets = SortedStep(job, loss, reference, ScoringStep(run.scoring))
+    return functools.partial(targets.wrap, model=run.model, done=lambda: run.iteration)
 
 
 def _reason(run: PreferenceRun, leaving: SystemExit) -> str:

@@ -6,6 +6,7 @@ scoring pass, weights that were not loaded, a layout that loses a reduction (NeM
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses import GroupLogProbs, GroupLosses, PairLogProbs, PairLosses, PairLossFunction
+from megatron_bdpo.losses import (
+    AnswerLogProbs,
+    AnswerLosses,
+    GroupLogProbs,
+    GroupLosses,
+    PairLogProbs,
+    PairLosses,
+    PairLossFunction,
+)
 from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.training.distributed import sum_over_ranks
 
@@ -114,6 +123,19 @@ class StepZeroGate:
         policy = torch.where(groups.present, groups.policy, reference)  # elsewhere nothing may be off
         self._observe(policy, reference, groups.tokens, losses, _one_by_one)
 
+    def observe_answers(self, answers: AnswerLogProbs, loss: PairLossFunction) -> None:
+        """Record the N labelled answers of a microbatch in the same way; there the step would have found 0 for them."""
+        assert answers.reference is not None
+
+        def losses(log_probs: Tensor, shift: Tensor | None) -> Tensor:
+            policy = log_probs.squeeze(1)
+            found: AnswerLosses = loss.spec.function(replace(answers, policy=policy, shift=shift), loss.options)
+            return found.loss
+
+        at_reference = functools.partial(losses, shift=None if answers.shift is None else answers.shift * 0)
+        columns = (answers.policy[:, None], answers.reference[:, None], answers.tokens[:, None])
+        self._observe(*columns, at_reference, _one_by_one, functools.partial(losses, shift=answers.shift))
+
     def _observe(
         self,
         policy: Tensor,
@@ -121,19 +143,21 @@ class StepZeroGate:
         tokens: Tensor,
         losses: Callable[[Tensor], Tensor],
         most: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor],
+        found: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """
         Args:
             policy, reference, tokens: [N, k] of N losses, each of k answers.
             losses: [N] of log-probs [N, k].
             most: [N] by how much ``losses`` may be off at log-probs [N, k] that are off by what is allowed, [N, k].
+            found: the losses of the policy's log-probs, where these are others.
         """
         off = (policy.detach() - reference).abs()
         allowed = tolerance(self.precision) * tokens.to(off.dtype).sqrt()
         at_reference = losses(reference)
         worse = [(off / each).amax(dim=1) for each in (tokens, allowed)]
         explained = most(losses, reference, allowed)
-        own = [losses(policy.detach()) - at_reference, explained, *worse, torch.ones_like(at_reference)]
+        own = [(found or losses)(policy.detach()) - at_reference, explained, *worse, torch.ones_like(at_reference)]
         self._sums.append(torch.stack([each.double().sum() for each in own]))
 
     def deviation(self) -> Deviation:

@@ -174,12 +174,12 @@ def _token_log_probs_told(tell: Callable[[torch.Tensor, Any], None]) -> Iterator
 
 @contextlib.contextmanager
 def _pairs_told(tell: Callable[..., None]) -> Iterator[None]:
-    """Inside the block, ``tell`` gets in every training pass what ``pairs_of`` or, for losses of groups, ``groups_of``
-    gets."""
-    from megatron_bdpo.training import forward, group_step
+    """Inside the block, ``tell`` gets in every training pass what ``pairs_of`` gets, or what is in its place for losses
+    of groups and of answers."""
+    from megatron_bdpo.training import answer_step, forward, group_step
 
     with contextlib.ExitStack() as undo:
-        for module, name in ((forward, "pairs_of"), (group_step, "groups_of")):
+        for module, name in ((forward, "pairs_of"), (group_step, "groups_of"), (answer_step, "answers_of")):
             undo.enter_context(mock.patch.object(module, name, _told(getattr(module, name), tell)))
         yield
 

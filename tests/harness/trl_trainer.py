@@ -1,4 +1,4 @@
-"""One step of TRL's DPOTrainer on the CPU: its metrics and the gradient of every parameter."""
+"""One step of TRL's DPOTrainer or KTOTrainer on the CPU: its metrics and the gradient of every parameter."""
 
 from __future__ import annotations
 
@@ -39,6 +39,40 @@ def trl_step(
         settings: of ``DPOConfig``.
     """
     import trl
+
+    return _step(
+        trl.DPOTrainer, trl.DPOConfig, policy, reference, pairs, tokenizer, directory, batch, evaluate, settings
+    )
+
+
+def trl_kto_step(
+    policy: Any, reference: Any, answers: list[dict[str, Any]], tokenizer: Any, directory: Path, **settings: Any
+) -> TrlStep:
+    """One optimizer step of ``KTOTrainer`` over all labelled answers, in one batch in their order.
+
+    Args:
+        answers: prompt, completion and label.
+        settings: of ``KTOConfig``.
+    """
+    import trl
+
+    settings = {"train_sampling_strategy": "sequential"} | settings
+    batch, kinds = len(answers), (trl.KTOTrainer, trl.KTOConfig)
+    return _step(*kinds, policy, reference, answers, tokenizer, directory, batch, False, settings)
+
+
+def _step(
+    trainer_type: Any,
+    config_type: Any,
+    policy: Any,
+    reference: Any,
+    rows: list[dict[str, Any]],
+    tokenizer: Any,
+    directory: Path,
+    batch: int,
+    evaluate: bool,
+    settings: dict[str, Any],
+) -> TrlStep:
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -51,15 +85,15 @@ def trl_step(
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **unused: Any) -> None:
             seen.metrics = logs | seen.metrics  # the first log is the step's, the last one a summary
 
-    data = Dataset.from_list(pairs)
-    trainer = trl.DPOTrainer(
+    data = Dataset.from_list(rows)
+    trainer = trainer_type(
         policy,
         reference,
-        trl.DPOConfig(
+        config_type(
             max_length=None,
             per_device_train_batch_size=batch,
             per_device_eval_batch_size=batch,
-            gradient_accumulation_steps=len(pairs) // batch,
+            gradient_accumulation_steps=len(rows) // batch,
             max_steps=1,
             max_grad_norm=0,
             gradient_checkpointing=False,

@@ -28,7 +28,7 @@ MODIFIED = {
     "dpo, no reference": ["--preference-loss", "dpo", "--reference-free"],
 }
 
-#: Of rows with several answers: see ``test_groups``. Runs do not train with losses of labelled answers yet.
+#: Of rows with several answers, and with one: see ``test_groups`` and ``test_labelled_answers``.
 OTHERS = {spec.name for spec in registry.all_specs() if spec.of_groups or spec.of_answers}
 
 LOSSES = [*sorted(set(registry.names()) - ELSEWHERE - OTHERS), "bdpo=1.0,sft=0.2,bco_pair=0.5", *MODIFIED]

@@ -130,21 +130,25 @@ def _shown(form: str, value: float) -> str:
 
 def metric_parts(metrics: Metrics, remaining: float | None = None) -> tuple[Parts, Parts]:
     """What a line has of the metrics, and what a wide one adds. ``remaining`` is in seconds."""
-    loss, margin = metrics["loss"], metrics["rewards/margins"]
+    loss, margin = metrics["loss"], metrics.get("rewards/margins")
     first: Parts = [
         (f"loss {loss:.4f}", "" if math.isfinite(loss) else "wrong"),
         (f"accuracy {metrics['rewards/accuracies']:.3f}", ""),
-        # The rejected answers are preferred.
-        (f"margin {margin:+.4f}", "doubtful" if margin < 0 else ""),
-        *_pace(metrics, remaining),
     ]
-    others = [f"rewards {metrics['rewards/chosen']:+.4f} {metrics['rewards/rejected']:+.4f}"]
-    if "logps/chosen" in metrics:  # a reward model has none
-        others.append(f"logps {metrics['logps/chosen']:.1f} {metrics['logps/rejected']:.1f}")
+    if margin is not None:  # else all answers have one label; below zero the rejected ones are preferred
+        first.append((f"margin {margin:+.4f}", "doubtful" if margin < 0 else ""))
+    first += _pace(metrics, remaining)
+    others = _of_both(metrics, "rewards", "{:+.4f}") + _of_both(metrics, "logps", "{:.1f}")
     if "throughput/tokens_per_second" in metrics:
         others.insert(0, f"{metrics['throughput/tokens_per_second']:.0f} tokens/s")
     others += [f"{label} {metrics[name]:.3f}" for name, label in _EXTRAS.items() if name in metrics]
     return first, [(text, "") for text in others]
+
+
+def _of_both(metrics: Metrics, name: str, form: str) -> list[str]:
+    """A metric of chosen and rejected, as far as it is there: a reward model has no log-probs."""
+    values = [form.format(metrics[key]) for side in ("chosen", "rejected") if (key := f"{name}/{side}") in metrics]
+    return [f"{name} {' '.join(values)}"] if values else []
 
 
 def _pace(metrics: Metrics, remaining: float | None) -> Parts:

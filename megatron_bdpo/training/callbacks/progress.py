@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_bdpo.training.callbacks.callback import Callback, Record, StepResult
-from megatron_bdpo.training.reporting.quartiles import within_quartiles
+from megatron_bdpo.training.reporting.part_means import public_metrics
 
 Metrics = dict[str, float]
 
@@ -68,12 +68,12 @@ class Progress(Callback):
             "throughput/pairs_per_second": self._pairs / seconds,
             "throughput/tokens_per_second": self._tokens / seconds,
         }
-        return Record("step", iteration, within_quartiles(dict(zip(names, means, strict=True))), rates)
+        return Record("step", iteration, public_metrics(dict(zip(names, means, strict=True))), rates)
 
     def after_evaluation(self, metrics: Mapping[str, Tensor], iteration: int) -> None:
         """Take in one evaluation."""
         if metrics:
-            means = within_quartiles({name: float(value) for name, value in metrics.items()})
+            means = public_metrics({name: float(value) for name, value in metrics.items()})
             self._tell(self.evaluations, Record("evaluation", iteration, means))
 
     def _tell(self, remembered: list[Metrics], record: Record) -> None:

@@ -10,6 +10,7 @@ A part has n pairs, in any order; axis 1 is chosen, rejected:
     pair           int64 [n]       the pair's index in the store
     conditional    float64 [n, 2]  log pi_ref(y|x), summed over the response's tokens, in nats; NaN: not known
     unconditional  float64 [n, 2]  log pi_ref(y): the same tokens after the empty prompt
+    mismatched     float64 [n, 2]  the same after another row's prompt; absent where none is known
     tokens         int32 [n, 2]    |y|
     source         int16 [n]       index of the data set among the manifest's sources
     row            int64 [n]       row or line there, counted from 1
@@ -37,7 +38,7 @@ from safetensors.numpy import save
 
 from megatron_bdpo.artifact import tell_completed, write_whole
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.json_shape import Maybe, is_count, parse_json, schema_error
+from megatron_bdpo.json_shape import Each, Maybe, is_count, parse_json, schema_error
 from megatron_bdpo.user_files import open_regular, read_regular
 
 FloatArray = npt.NDArray[np.float64]
@@ -47,8 +48,8 @@ FORMAT_NAME = "megatron_bdpo reference scores"
 #: Raised when the layout of the files, or the meaning of the numbers, changes.
 FORMAT_VERSION = 3
 
-#: The kinds of log-probs.
-KINDS = ("conditional", "unconditional")
+#: The kinds of log-probs, in the order of ``data.prompt_kinds.PromptKind``.
+KINDS = ("conditional", "unconditional", "mismatched")
 
 #: Of an identity that has one: the version of its names. See ``fingerprint``.
 IDENTITY_VERSION = "identity_version"
@@ -60,10 +61,13 @@ _METADATA = "scores"
 _COLUMNS: dict[str, tuple[str, int | None, float]] = {
     "conditional": ("<f8", 2, np.nan),
     "unconditional": ("<f8", 2, np.nan),
+    "mismatched": ("<f8", 2, np.nan),
     "tokens": ("<i4", 2, 0),
     "source": ("<i2", None, -1),
     "row": ("<i8", None, 0),
 }
+#: Of these, what is in a file only where it holds a number.
+_OPTIONAL = ("mismatched",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +78,8 @@ class Scores:
     """float64 [P, 2], chosen and rejected, in nats; NaN where not known."""
     unconditional: FloatArray
     """The same after the empty prompt."""
+    mismatched: FloatArray
+    """The same after another row's prompt."""
     tokens: npt.NDArray[np.int32]
     """[P, 2], response tokens; 0 where nothing is known of the pair."""
     source: npt.NDArray[np.int16]
@@ -194,7 +200,8 @@ class ScoreCache:
         Raises:
             UserError: the directory cannot be written.
         """
-        arrays = {"pair": pair, **columns}
+        known = {name for name in columns if name not in _OPTIONAL or not np.isnan(columns[name]).all()}
+        arrays = {"pair": pair, **{name: values for name, values in columns.items() if name in known}}
         place = {"version": FORMAT_VERSION, "identity": self._identity, "pairs": pairs}
         # One entry: safetensors writes several in any order, and equal parts shall be equal files.
         metadata = {_METADATA: json.dumps({**place, "crc32": _checksum(arrays, place)})}
@@ -213,8 +220,8 @@ class ScoreCache:
             job: who has scored, for the record; empty where nothing was left to score.
         """
         manifest = _read_manifest(self.directory) or self.manifest
-        complete = manifest["complete"] or {"pairs": 0, "scored": dict.fromkeys(KINDS, 0)}
-        counts = {kind: max(complete["scored"][kind], scored.get(kind, 0)) for kind in KINDS}
+        complete = manifest["complete"] or {"pairs": 0, "scored": {}}
+        counts = {kind: max(complete["scored"].get(kind, 0), scored.get(kind, 0)) for kind in KINDS}
         new = {
             **manifest,
             "complete": {"pairs": max(pairs, complete["pairs"]), "scored": counts},
@@ -257,6 +264,7 @@ class ScoreCache:
         if crc32 != _checksum(arrays, place):
             raise _PartError("its checksum is wrong")
         unknown = _unknown(np.size(arrays.get("row", ())))
+        arrays = {name: unknown[name] for name in _OPTIONAL} | arrays
         if any(name not in arrays or not _alike(arrays[name], each) for name, each in unknown.items()):
             raise _PartError("its arrays have other shapes")
         if not is_count(pairs) or pair is None or not _alike(pair, unknown["row"]) or not _within(pair, pairs):
@@ -339,7 +347,7 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 
 _MANIFEST_SHAPE = {
     "identity": dict,
-    "complete": Maybe({"pairs": is_count, "scored": dict.fromkeys(KINDS, is_count)}),
+    "complete": Maybe({"pairs": is_count, "scored": Each(is_count)}),
     "jobs": [dict],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_bdpo.data.bin_packing import cut_into_blocks, pack_evenly, round_up
+from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import GroupLogProbs, PairLogProbs, Requirements
 from megatron_bdpo.model.lora.attach import adapters_off
@@ -35,11 +37,13 @@ class ReferenceTable:
     Attributes:
         conditional: [P, 2] log pi_ref(y|x) of chosen and rejected.
         unconditional: [P, 2] log pi_ref(y) after the empty prompt, or None where the loss does not need it.
+        mismatched: [P, 2] log pi_ref(y|x') after another group's prompt, or None; NaN where that does not fit a pack.
         directories: where they are kept, by store.
     """
 
     conditional: FloatArray
     unconditional: FloatArray | None
+    mismatched: FloatArray | None = None
     directories: Mapping[str, Path] = field(default_factory=dict)
 
     def training_values(self, job: PairJob) -> PairLogProbs | GroupLogProbs:
@@ -143,19 +147,24 @@ def _conditional(batch: PackBatch) -> PackBatch:
 
 @dataclass(frozen=True)
 class Groups:
-    """What is to be scored: the answers of a group after its prompt, or after the empty one. n groups.
+    """What is to be scored: the answers of a group after its prompt, or after another one. n groups.
 
-    Both go through the model in one pass, in whichever packs have room for them.
+    All kinds go through the model in one pass, in whichever packs have room for them.
     """
 
     ids: IntArray  # [n] group ids
-    unconditional: BoolArray  # [n]
+    after: IntArray  # [n] ``PromptKind``
+
+    @classmethod
+    def of(cls, ids: IntArray, after: PromptKind) -> Groups:
+        """All after the same kind of prompt."""
+        return cls(ids, np.full_like(ids, after))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, some: slice | IntArray) -> Groups:
-        return Groups(self.ids[some], self.unconditional[some])
+        return Groups(self.ids[some], self.after[some])
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ class Block:
 
 @dataclass(frozen=True)
 class GroupScorer:
-    """Scores groups with a frozen model, each once, packed as tightly as they go.
+    """Scores groups with a model that stays as it is meanwhile, each once, packed as tightly as they go.
 
     Attributes:
         step: a forward step that collects [P, 2] of each pack's pairs.
@@ -179,6 +188,7 @@ class GroupScorer:
         length: of packs, a multiple of ``unit``. With pipeline stages or ``fixed_length`` no group may be longer.
         alone: every group has a pack of its own.
         fixed_length: all packs are ``length`` long.
+        with_adapters: of a model that has some; a reference is without them.
     """
 
     model: list[Any]
@@ -188,6 +198,7 @@ class GroupScorer:
     length: int
     alone: bool
     fixed_length: bool
+    with_adapters: bool = False
 
     def blocks(self, groups: Groups) -> Iterator[Block]:
         """The groups in their order, block by block. A block has a pack for every pipeline stage of every replica.
@@ -224,7 +235,7 @@ class GroupScorer:
         ]
         made = (self._pack(block.groups[pack], block.length) for block, pack, _ in own)
         made_once = list(itertools.tee(made, len(self.model)))
-        with adapters_off(self.model):
+        with contextlib.nullcontext() if self.with_adapters else adapters_off(self.model):
             scores = forward_only(self.model, self.step, made_once, len(own), blocks[0].length)
         ids = np.concatenate([block.groups.ids for block in blocks])
         first = np.searchsorted(self.make.pool.grouping.pairs_and_places(ids)[1], np.arange(len(ids) + 1))
@@ -239,12 +250,16 @@ class GroupScorer:
     def _sizes(self, groups: Groups) -> IntArray:
         """[n] pack positions that each group takes."""
         pool = self.make.pool
-        lengths = pool.group_lengths(groups.ids)
-        prompts = np.where(groups.unconditional, pool.unconditional_lengths(groups.ids), lengths.prompt)
-        return lengths.with_prompts(prompts).positions(share_prompts=self.make.share_prompts)
+        prompts = np.zeros(len(groups), np.int64)
+        for kind in PromptKind:
+            of_kind = groups.after == kind
+            if of_kind.any():
+                prompts[of_kind] = pool.prompt_lengths(groups.ids[of_kind], kind)
+        lengths = pool.group_lengths(groups.ids).with_prompts(prompts)
+        return lengths.positions(share_prompts=self.make.share_prompts)
 
     def _pack(self, groups: Groups, length: int) -> PackBatch:
-        return self.make.mixed(groups.ids, groups.unconditional, length)
+        return self.make.mixed(groups.ids, groups.after, length)
 
 
 def is_one_of_each_replica() -> bool:

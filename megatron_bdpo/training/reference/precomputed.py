@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.batches import IntArray
@@ -54,7 +55,7 @@ class PrecomputedReference:
             values[pool.swapped] = values[pool.swapped][:, ::-1]
         used = [index for index in range(len(pool.stores)) if len(self._groups_in_use(index))]
         directories = {STORES[index]: self.directory(index).resolve() for index in used}
-        return ReferenceTable(table["conditional"], table.get("unconditional"), directories)
+        return ReferenceTable(table["conditional"], table.get("unconditional"), table.get("mismatched"), directories)
 
     def directory(self, index: int) -> Path:
         """Where the log-probs of a store are kept."""
@@ -65,7 +66,9 @@ class PrecomputedReference:
 
     @property
     def _kinds(self) -> tuple[str, ...]:
-        return KINDS if self.setup.job.loss.requirements.comprehension else KINDS[:1]
+        needs = self.setup.job.loss.requirements
+        wanted = {PromptKind.OWN: True, PromptKind.EMPTY: needs.comprehension, PromptKind.OTHER: needs.mismatched}
+        return tuple(KINDS[kind] for kind, is_wanted in wanted.items() if is_wanted)
 
     def _of_store(self, index: int) -> Arrays:
         """The values of a store's pairs by kind, [pairs, 2] in the store's order; NaN of those that are not needed."""
@@ -80,9 +83,8 @@ class PrecomputedReference:
         known, damaged = self._read(cache, store)
         for problem in damaged:
             say(f"WARNING: {problem}; what it held counts as not scored")
-        needed = np.zeros(len(store), bool)
-        needed[rows] = True
-        missing = {kind: needed & np.isnan(known[kind]).any(axis=1) for kind in self._kinds}
+        needed = {kind: self._needed(kind, index, groups) for kind in self._kinds}
+        missing = {kind: needed[kind] & np.isnan(known[kind]).any(axis=1) for kind in self._kinds}
         scored = int(np.logical_or.reduce(list(missing.values())).sum())
         job: dict[str, Any] = {}
         if scored:
@@ -94,10 +96,19 @@ class PrecomputedReference:
             if cache is not None:
                 cache.finish(len(store), {kind: _count(known[kind]) for kind in self._kinds}, job)
         for kind in self._kinds:
-            check_reference(known[kind], needed, kind, store.describe)
-            known[kind][~needed] = np.nan
+            check_reference(known[kind], needed[kind], kind, store.describe)
+            known[kind][~needed[kind]] = np.nan
         say(f"reference: {len(rows)} {STORES[index]} pairs, {scored} of them scored now; log-probs in {directory}")
         return known
+
+    def _needed(self, kind: str, index: int, groups: IntArray) -> BoolArray:
+        """Which of a store's pairs, of those of these groups, are to have a value of a kind."""
+        pool = self.setup.job.pool
+        if kind == KINDS[PromptKind.OTHER]:
+            groups = groups[self.setup.job.fits_after_other[groups]]
+        needed = np.zeros(len(pool.stores[index]), bool)
+        needed[pool.grouping.pairs_of(groups) - pool.offsets[index]] = True
+        return needed
 
     def _open(self, directory: Path, store: PairStore) -> ScoreCache:
         settings = self.setup.settings
@@ -139,7 +150,7 @@ class PrecomputedReference:
         is_missing = np.zeros((len(groups), len(missing)), bool)
         np.logical_or.at(is_missing, place, of_pairs)
         row, kind = np.nonzero(is_missing)
-        to_score = Groups(groups[row], kind == KINDS.index("unconditional"))
+        to_score = Groups(groups[row], np.array([KINDS.index(each) for each in self._kinds])[kind])
         loop = ScoringLoop(self.setup, index, self._kinds, cache, known, self.pause)
         return loop.run(self._make_scorer, to_score, already=is_missing.size - len(to_score))
 

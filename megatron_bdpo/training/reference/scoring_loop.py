@@ -31,7 +31,7 @@ from megatron_bdpo.training.finite import check_reference
 from megatron_bdpo.training.forward import ScoringStep
 from megatron_bdpo.training.pack_iterators import context_rank
 from megatron_bdpo.training.reference.cache import KINDS, Arrays, ScoreCache
-from megatron_bdpo.training.reference.passes import BoolArray, FloatArray, Groups, GroupScorer
+from megatron_bdpo.training.reference.passes import FloatArray, Groups, GroupScorer
 from megatron_bdpo.training.reward_step import RewardScoringStep
 from megatron_bdpo.training.setup import RunSetup
 from megatron_bdpo.training.stopping import StopRequested
@@ -55,7 +55,7 @@ class ScoringLoop:
     index: int
     """The store's place in the pool."""
     kinds: tuple[str, ...]
-    """Of log-probs that are scored: those of the cache, or the first of them."""
+    """Of log-probs that are scored: of those of the cache."""
     cache: ScoreCache | None
     """The store's directory; on rank 0 only, which writes it."""
     known: Arrays
@@ -98,32 +98,32 @@ class ScoringLoop:
     def _take(self, groups: Groups, values: FloatArray) -> None:
         """Put values into ``known``, in the data's order of chosen and rejected. Refuses what is not finite."""
         pool = self.setup.job.pool
-        pairs, unconditional = self._pairs(groups)
+        pairs, after = self._pairs(groups)
         swapped = pool.swapped[pairs]
         values[swapped] = values[swapped][:, ::-1]
         for kind in self.kinds:
-            of_kind = unconditional == (kind == "unconditional")
+            of_kind = after == KINDS.index(kind)
             ids = pairs[of_kind]
             names = functools.partial(_describe, pool, ids)
             check_reference(values[of_kind], np.ones(len(ids), bool), kind, names)
             self.known[kind][ids - pool.offsets[self.index]] = values[of_kind]
 
-    def _pairs(self, groups: Groups) -> tuple[IntArray, BoolArray]:
-        """Ids of the groups' pairs, and whether they are scored after the empty prompt."""
+    def _pairs(self, groups: Groups) -> tuple[IntArray, IntArray]:
+        """Ids of the groups' pairs, and the kind of prompt that they are scored after."""
         pairs, place = self.setup.job.pool.grouping.pairs_and_places(groups.ids)
-        return pairs, groups.unconditional[place]
+        return pairs, groups.after[place]
 
     def _write(self, groups: Groups) -> None:
         """Put the values of these groups on disk, and no others: a damaged part loses whole blocks."""
         with all_ranks_agree():
             if self.cache is not None and len(groups):
                 pool = self.setup.job.pool
-                pairs, unconditional = self._pairs(groups)
+                pairs, after = self._pairs(groups)
                 store, own = pool.stores[self.index], pairs - pool.offsets[self.index]
                 rows, place = np.unique(own, return_inverse=True)
                 values = {kind: np.full((len(rows), 2), np.nan) for kind in KINDS}
                 for kind in self.kinds:
-                    of_kind = unconditional == (kind == "unconditional")
+                    of_kind = after == KINDS.index(kind)
                     values[kind][place[of_kind]] = self.known[kind][own[of_kind]]
                 self.cache.add(rows, {**values, **pair_columns(store, rows)}, len(store))
 
@@ -159,7 +159,11 @@ def make_scorer(setup: RunSetup, model: list[Any], groups: IntArray) -> GroupSco
     if cpu.is_active() and not job.fixed_length:
         length = min(length, round_up(_CPU_PACK, unit))
         if settings.layout.pipeline > 1:
-            length = max(length, round_up(int(job.sizes[groups].max()), unit))
+            sizes = job.sizes[groups]
+            if job.loss.requirements.mismatched:
+                after_other = job.sizes_after_other[groups]
+                sizes = np.concatenate([sizes, after_other[job.fits_after_other[groups]]])
+            length = max(length, round_up(int(sizes.max()), unit))
     make = PackMaker(
         job.pool, job.max_pack_length, job.share_prompts, padding_token=job.padding_token, context=context_rank()
     )

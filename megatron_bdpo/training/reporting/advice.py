@@ -32,20 +32,20 @@ class _Rule:
 
 _RULES = (
     _Rule(
-        lambda m: m["rewards/chosen"] < -1.0,
+        lambda m: m.get("rewards/chosen", 0.0) < -1.0,
         "the policy finds the chosen answers much less likely than its reference did (reward {rewards/chosen:+.2f}). "
-        "--nll-weight 1 holds them up; a lower --lr or fewer steps do too.",
+        "A lower --lr or fewer steps hold them up; --nll-weight 1 does too, where the loss has it.",
         needs_reference=True,
     ),
     _Rule(
-        lambda m: abs(m["rewards/accuracies"] - 0.5) < 0.05 and abs(m["rewards/margins"]) < 0.05,
+        lambda m: abs(m["rewards/accuracies"] - 0.5) < 0.05 and abs(m.get("rewards/margins", 1.0)) < 0.05,
         "accuracy stays at {rewards/accuracies:.2f}, margins at {rewards/margins:+.3f}: nothing is learned. Raise "
         "--lr, and check that chosen and rejected are not drawn at random.",
         patience=3 * WINDOW,
         needs_reference=True,
     ),
     _Rule(
-        lambda m: m["rewards/margins"] > 20.0,
+        lambda m: m.get("rewards/margins", 0.0) > 20.0,
         "margins have grown to {rewards/margins:.1f}: the pairs are learned by heart. Lower --lr, train fewer epochs, "
         "or use a loss that is content with a margin (--preference-loss ipo, --label-smoothing).",
     ),

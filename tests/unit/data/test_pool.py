@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_bdpo.data.pool import PairPool, Selection, select
+from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.data.tokenization import PairTokens, TokenArray
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import keep_all
@@ -60,7 +61,7 @@ def test_pairs_are_dropped_and_swapped_whole():
         group = pool.group(pair).group
         assert [len(group.prompt), *map(len, group.answers)] == pool.lengths[pair].tolist()
     assert [int(answer[0]) for answer in pool.group(1).group.answers] == [12, 11], "rejected first"
-    assert [int(answer[0]) for answer in pool.group(1, unconditional=True).group.answers] == [12, 11]
+    assert [int(answer[0]) for answer in pool.group(1, PromptKind.EMPTY).group.answers] == [12, 11]
     assert pool.unsafe[held_out].tolist() == [list(each) for each in LABELS]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_bdpo.data.pool import PairPool, Selection, by_source, drop_long, hold_out
+from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec
@@ -119,7 +120,7 @@ def test_a_pool_is_its_pairs(tmp_path: Path, seed: int) -> None:
             expected.append((0, 0, 0, 0))
             continue
         first = pairs[compared[0]]
-        laid_out, empty = pool.group(group), pool.group(group, unconditional=True)
+        laid_out, empty = pool.group(group), pool.group(group, PromptKind.EMPTY)
         assert laid_out.pairs.tolist() == compared and laid_out.group.prompt.tolist() == first.pair.prompt.tolist()
         unconditional = [7, 7] if first.own_prompt is None else first.own_prompt.tolist()
         assert empty.group.prompt.tolist() == unconditional and np.array_equal(empty.answers, laid_out.answers)

@@ -9,11 +9,11 @@ import torch
 from megatron_bdpo.losses import PairLogProbs, PairLossFunction, registry
 from megatron_bdpo.training.job import each_once
 from megatron_bdpo.training.reference import options_from_data
+from megatron_bdpo.training.reporting.part_means import public_metrics
 from megatron_bdpo.training.reporting.quartiles import (
     is_of_a_quartile,
     quartile_edges,
     quartile_report,
-    within_quartiles,
 )
 
 
@@ -27,7 +27,7 @@ def as_megatron_does(reports):
     return {name: float(total[0] / total[1]) for name in reports[0] for total in [sum(r[name] for r in reports)]}
 
 
-def test_means_within_quartiles():
+def test_means_public_metrics():
     random = np.random.default_rng(3)
     imbalance, margin = random.gamma(2, size=103), random.normal(size=103)
     edges = quartile_edges(imbalance)
@@ -36,7 +36,7 @@ def test_means_within_quartiles():
         report_of({"rewards/margins": torch.from_numpy(margin[part])}, torch.from_numpy(imbalance[part]), edges)
         for part in parts
     ]
-    found = within_quartiles(as_megatron_does(reports))
+    found = public_metrics(as_megatron_does(reports))
     quartile = np.searchsorted(edges.numpy(), imbalance)
     for q in range(4):
         assert found[f"rewards/margins/imbalance_q{q + 1}"] == pytest.approx(margin[quartile == q].mean(), rel=1e-5)
@@ -47,7 +47,7 @@ def test_means_within_quartiles():
 
 def test_quartile_without_pairs_is_left_out():
     report = report_of({"loss": torch.ones(2)}, torch.tensor([0.1, 9.0]), torch.tensor([1.0, 2.0, 3.0]))
-    found = within_quartiles({"loss": 1.0} | as_megatron_does([report]))
+    found = public_metrics({"loss": 1.0} | as_megatron_does([report]))
     assert found == {
         "loss": 1.0,
         "loss/imbalance_q1": 1.0,
@@ -66,7 +66,7 @@ def test_pairs_weigh_what_they_weigh_in_the_loss():
     """Two groups, of one pair and of two: their means count alike."""
     imbalance, loss = torch.tensor([0.5, 9.0, 9.0]).double(), torch.tensor([1.0, 2.0, 4.0]).double()
     weight = torch.tensor([1, 0.5, 0.5]).double()
-    found = within_quartiles(as_megatron_does([quartile_report({"loss": loss}, imbalance, _EDGES, weight, 2)]))
+    found = public_metrics(as_megatron_does([quartile_report({"loss": loss}, imbalance, _EDGES, weight, 2)]))
     assert found["loss/imbalance_q4"] == 3.0 and found["pairs/imbalance_q1"] == found["pairs/imbalance_q4"] == 0.5
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.jobs import TINY_JOB, TINY_MODEL, train
-from tests.harness.ranks import RankFailure
+from tests.harness.jobs import TINY_JOB, TINY_MODEL
 
 ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
 
@@ -250,8 +249,3 @@ def test_allowed(outcome, flags):
 def test_every_refusal_is_tested_here(outcome):
     found, messages = outcome
     assert {reason for line in LINES for reason in found[line]} == set(messages)
-
-
-def test_a_loss_of_labelled_answers(ranks):
-    with pytest.raises(RankFailure, match="--preference-loss kto is a loss of labelled answers"):
-        ranks(1)(train, ["--train-iters", "1"], preference_loss="kto")

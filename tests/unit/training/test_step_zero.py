@@ -32,7 +32,7 @@ def process_groups() -> Iterator[None]:
 def verdict(dtype: torch.dtype, microbatches_by_rank: list[list[Answers]], loss: str = "dpo", **options: Any) -> str:
     """What the gate says on this rank."""
     from megatron_bdpo.errors import UserError
-    from megatron_bdpo.losses import GroupLogProbs, PairLogProbs, PairLossFunction, registry
+    from megatron_bdpo.losses import AnswerLogProbs, GroupLogProbs, PairLogProbs, PairLossFunction, registry
     from megatron_bdpo.model.precision import Precision
     from megatron_bdpo.training.step_zero import StepZeroGate
 
@@ -44,6 +44,13 @@ def verdict(dtype: torch.dtype, microbatches_by_rank: list[list[Answers]], loss:
             shape = (1, -1, 2) if of_groups else (-1, 2, 2)
             off, tokens = torch.tensor(answers, dtype=torch.float64).reshape(shape).unbind(2)
             reference, safe = -3 * tokens, torch.zeros_like(tokens)
+            if function.spec.of_answers:
+                off, tokens, reference = (each.flatten() for each in (off, tokens, reference))
+                desirable = torch.arange(len(tokens)) % 2 == 0
+                of_step = torch.zeros((), dtype=torch.float64) if function.spec.of_step else None
+                answers = AnswerLogProbs(reference + off, tokens, desirable, reference=reference, shift=of_step)
+                gate.observe_answers(answers, function)
+                continue
             given = (reference, reference - 0.5 * tokens)  # unconditional: the reference comprehends them alike
             if of_groups:
                 score, present = torch.arange(tokens.shape[1]) % 2 == 0, torch.ones_like(tokens, dtype=torch.bool)
@@ -100,6 +107,7 @@ EVERY_LOSS = [
     *({"loss": name} for name in ("sigmoid_norm", "sppo_hard")),
     *({"loss": name} for name in ("pl_dpo", "infonca", "nca", "bdpo_list")),
     {"loss": "bdpo_list", "bdpo_list_form": "all-pairs"},
+    *({"loss": name} for name in ("apo_zero_unpaired", "bco", "kto")),
     *(
         {"loss": name, "f_divergence": divergence}
         for name in ("dpo", "ipo")
@@ -131,8 +139,7 @@ def test_the_losss_tolerance_follows_its_slope(ranks):
 def losses_with_a_reference() -> set[str]:
     from megatron_bdpo.losses import registry
 
-    specs = [spec for spec in registry.all_specs() if not spec.of_answers]
-    return {spec.name for spec in specs if spec.requirements(spec.options()).reference}
+    return {spec.name for spec in registry.all_specs() if spec.requirements(spec.options()).reference}
 
 
 def test_every_loss_with_a_reference_is_here(ranks):

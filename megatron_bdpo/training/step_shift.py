@@ -1,0 +1,117 @@
+"""Losses of labelled answers that look at whole steps: what all of a step's losses share, found just before it.
+
+It is a number, as KTO's estimate of the KL divergence, from a pass of the policy, forward only, over the step's answers
+after their own prompts, or after other ones. An evaluation has one of its own, over all that is held out. The same on
+every rank, and in every layout, up to rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_bdpo.data.labels import labelled_sides
+from megatron_bdpo.data.prompt_kinds import PromptKind
+from megatron_bdpo.losses import AnswerLogProbs, PairLossFunction
+from megatron_bdpo.training.answer_step import AnswerStep
+from megatron_bdpo.training.batches import IntArray
+from megatron_bdpo.training.job import PairJob
+from megatron_bdpo.training.reference.passes import FloatArray, Groups, GroupScorer, ReferenceTable
+
+Pause = Callable[[], None]
+"""Called between passes; what it raises ends them."""
+
+Score = Callable[[Groups, Pause], FloatArray]
+"""Log-probs [p, 2] of the pairs of some groups."""
+
+#: Blocks of packs that a pass goes through: many enough to keep stages of a pipeline busy.
+_BLOCKS = 4
+
+
+class StepShift:
+    """Asks ``LossSpec.of_step`` once a step, and once an evaluation.
+
+    Attributes:
+        kind: the prompt that answers are scored after.
+    """
+
+    def __init__(self, job: PairJob, loss: PairLossFunction, policy: Score, reference: Score) -> None:
+        self._job, self._loss, self._policy, self._reference = job, loss, policy, reference
+        self.kind = PromptKind.OTHER if loss.requirements.mismatched else PromptKind.OWN
+
+    def __call__(self, groups: IntArray, pause: Pause) -> Tensor:
+        """[] float64 on the device; 0 where nothing can be scored. Collective.
+
+        Args:
+            groups: of the step or evaluation, on all data-parallel ranks.
+        """
+        if self.kind == PromptKind.OTHER:
+            groups = groups[self._job.fits_after_other[groups]]
+        if not len(groups):
+            return torch.zeros((), dtype=torch.float64).cuda()
+        to_score, pool = Groups.of(groups, self.kind), self._job.pool
+        pairs = pool.grouping.pairs_of(groups)
+        sides = labelled_sides(pool.label[pairs])
+        policy, reference, tokens = (
+            torch.from_numpy(values[sides])
+            for values in (self._policy(to_score, pause), self._reference(to_score, pause), pool.scored[pairs])
+        )
+        desirable = torch.from_numpy(np.flatnonzero(sides) % 2 == 0)
+        assert self._loss.spec.of_step is not None
+        answers = AnswerLogProbs(policy, tokens, desirable, reference=reference)
+        found = self._loss.spec.of_step(answers, self._loss.options)
+        assert isinstance(found, Tensor)
+        return found.cuda()
+
+    def wrap(
+        self, schedule: Callable[..., Any], step: AnswerStep, done: Callable[[], int], pause: Pause
+    ) -> Callable[..., Any]:
+        """A schedule before which the forward ``step`` gets its shift. An evaluation in portions gets it once.
+
+        Args:
+            done: says how many steps are done.
+            pause: of an evaluation.
+        """
+        latest: list[tuple[bool, int]] = []
+
+        def run(*args: Any, forward_only: bool = False, **kwargs: Any) -> Any:
+            place = (forward_only, done())
+            if [place] != latest or not forward_only:
+                if forward_only:
+                    step.shift = self(self._job.held_out.ids, pause)
+                else:
+                    step.shift = self(self._job.groups_of_step(done() + 1), lambda: None)
+                latest[:] = [place]
+            return schedule(*args, forward_only=forward_only, **kwargs)
+
+        return run
+
+
+def values_of(table: ReferenceTable, job: PairJob) -> Score:
+    """What a table of log-probs says of groups."""
+
+    def look_up(groups: Groups, pause: Pause) -> FloatArray:
+        kinds = {PromptKind.OWN: table.conditional, PromptKind.OTHER: table.mismatched}
+        values = kinds[PromptKind(int(groups.after[0]))]
+        assert values is not None, "the loss requires it"
+        return values[job.pool.grouping.pairs_of(groups.ids)]
+
+    return look_up
+
+
+def passes_of(scorer: GroupScorer) -> Score:
+    """What a model says of groups, as it is now."""
+
+    def score(groups: Groups, pause: Pause) -> FloatArray:
+        found = []
+        for blocks in itertools.batched(scorer.blocks(groups), _BLOCKS):
+            pause()
+            found.append(scorer(blocks))
+        return np.concatenate(found)
+
+    return score
