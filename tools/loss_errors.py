@@ -2,8 +2,8 @@
 
     python tools/loss_errors.py     writes tests/oracles/loss_errors.json; `make pages` makes tables of it
 
-An error is the largest difference of a loss or of a gradient in a log-prob, over all pairs and options that are tried:
-absolute below 1 and relative above, rounded up to one digit.
+An error is the largest difference of a loss or of a gradient in a log-prob, over all pairs, groups or labelled answers
+and options that are tried: absolute below 1 and relative above, rounded up to one digit.
 """
 
 from __future__ import annotations
@@ -12,16 +12,23 @@ import importlib.metadata
 import json
 import math
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests' oracles
 
-from tests.harness.closed_forms import CASES, CLOSED_FORMS, STEP_FORMS  # noqa: E402
+from megatron_bdpo import losses  # noqa: E402
+from tests.harness import answer_forms, group_cases  # noqa: E402
+from tests.harness.answer_forms import ANSWER_CASES  # noqa: E402
+from tests.harness.closed_forms import CASES  # noqa: E402
+from tests.harness.group_forms import GROUP_CASES, GROUP_FORMS, with_nll  # noqa: E402
 from tests.harness.loss_cases import EXTREME, MODIFIERS, PAIRS, evaluate, expected, inputs  # noqa: E402
 from tests.harness.trl_losses import COUNTERPARTS, Counterpart, apart, log_probs, ours  # noqa: E402
 from tests.harness.trl_losses import PAIRS as TRL_PAIRS  # noqa: E402
@@ -42,13 +49,14 @@ def measured() -> dict[str, Any]:
     """What the file is to hold."""
     return {
         "trl": importlib.metadata.version("trl"),
-        "losses": {name: _of_loss(name) for name in sorted([*CLOSED_FORMS, *STEP_FORMS])},
+        "losses": {name: _of_loss(name) for name in losses.names()},
         "options": {flag: _of_option(given) for flag, given in TRIED.items()},
     }
 
 
 def _of_loss(name: str) -> dict[str, Any]:
-    cases = [given for each, given in CASES if each == name and not MODIFIERS & given.keys()]
+    every_case = [*CASES, *GROUP_CASES, *ANSWER_CASES]
+    cases = [given for each, given in every_case if each == name and not MODIFIERS & given.keys()]
     found: dict[str, Any] = {"closed form": max(_from_closed_form(name, given) for given in cases)}
     if name in COUNTERPARTS:
         found |= _from_trl(name, COUNTERPARTS[name], COUNTERPARTS[name].of_ours, {})
@@ -68,13 +76,36 @@ def _of_option(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_closed_form(name: str, given: dict[str, Any]) -> float:
+    spec = losses.get(name)
+    both = _of_groups if spec.of_groups else _of_answers if spec.of_answers else _of_pairs
+    off = [((own - one).abs() / one.abs().clamp(min=1)).max().item() for own, one in both(name, given)]
+    return rounded_up(max(off))
+
+
+def _of_pairs(name: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Losses and gradients, and what the closed form has in their place."""
     pairs = PAIRS[: -len(EXTREME)] if name == "alphapo" else PAIRS  # its reward overflows there
     found, _ = evaluate(name, given, inputs(pairs, torch.float64))
-    off = [
-        ((own - one).abs() / one.abs().clamp(min=1)).max()
-        for own, one in zip(found, expected(name, given, pairs), strict=True)
-    ]
-    return rounded_up(max(each.item() for each in off))
+    yield from zip(found, expected(name, given, pairs), strict=True)
+
+
+def _of_groups(name: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    options = asdict(losses.build_options(name, given))
+    weight = options.pop("nll_weight")
+    found, _ = group_cases.evaluate(name, given, group_cases.inputs(group_cases.GROUPS, torch.float64))
+    for row, group in enumerate(group_cases.GROUPS):
+        loss, slopes = with_nll(group, GROUP_FORMS[name](group, **options), weight)
+        yield found.loss[row], torch.tensor(loss, dtype=torch.float64)
+        yield found.gradient[row, : len(group)], torch.tensor(slopes, dtype=torch.float64)
+
+
+def _of_answers(name: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """As a step, and where no step is looked at."""
+    answers = answer_forms.random_answers(100) + answer_forms.EXTREME
+    for step in (answers, []):
+        *found, _ = answer_forms.evaluate(losses.get(name), given, answers, step)
+        wanted = torch.tensor(answer_forms.expected(name, given, answers, step), dtype=torch.float64)
+        yield from zip(found, wanted.unbind(1), strict=True)
 
 
 def _from_trl(name: str, theirs: Counterpart, options: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

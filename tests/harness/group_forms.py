@@ -44,7 +44,8 @@ def log_sum_exp(values: list[float]) -> float:
 
 
 def softmax(values: list[float]) -> list[float]:
-    return [math.exp(value - log_sum_exp(values)) for value in values]
+    below = [math.exp(value - max(values)) for value in values]
+    return [value / sum(below) for value in below]
 
 
 def ordered_pairs(group: Group) -> list[tuple[int, int]]:

@@ -8,7 +8,9 @@ import math
 import pytest
 
 from megatron_bdpo import losses
+from tests.harness.answer_forms import ANSWER_FORMS
 from tests.harness.closed_forms import CLOSED_FORMS, STEP_FORMS
+from tests.harness.group_forms import GROUP_FORMS
 from tools import loss_errors
 
 pytest.importorskip("trl.trainer.dpo_trainer", reason="an oracle is TRL's DPOTrainer")
@@ -33,9 +35,9 @@ def test_errors_are_as_told():
                     assert title == "fp32" or expected <= TIMES * error + LEAST, (name, title)
 
 
-def test_every_loss_of_pairs_has_an_oracle():
-    of_pairs = {each.name for each in losses.all_specs() if not (each.of_groups or each.of_answers)}
-    assert of_pairs == CLOSED_FORMS.keys() | STEP_FORMS.keys()
+def test_every_loss_has_an_oracle():
+    closed_forms = CLOSED_FORMS.keys() | STEP_FORMS.keys() | GROUP_FORMS.keys() | ANSWER_FORMS.keys()
+    assert set(losses.names()) == closed_forms
 
 
 @pytest.mark.parametrize(
