@@ -1,4 +1,4 @@
-"""axolotl: YAML files with ``rl: dpo``."""
+"""axolotl: YAML files with ``rl: dpo`` and its kind, or ``reward_model: true``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ _KEYS: dict[str, Entry] = {
     "reward_model": Choice({"true": {"objective": "reward"}, "false": "a policy is trained"}, "Take true or false."),
     "center_rewards_coefficient": To("center-rewards-coefficient", "number", off=("0", "0.0")),
     "num_labels": Refused("A reward model has one: 1.", ("1",)),
-    **refused(shared.SINGLE_ANSWERS, "kto_desirable_weight kto_undesirable_weight"),
+    "kto_desirable_weight": LossOption("desirable_weight"),
+    "kto_undesirable_weight": LossOption("undesirable_weight"),
     "rl_beta": LossOption("beta", by_loss={"orpo": "orpo_weight"}),
     "dpo_beta": LossOption("beta"),
     "trl.beta": LossOption("beta", by_loss={"orpo": "orpo_weight"}),
@@ -257,6 +258,7 @@ AXOLOTL = Source(
     },
     gates=(
         Gate("rl", ("*",), ("rl_beta", "dpo_beta", "trl.beta", "orpo_alpha", "simpo_gamma"), default=""),
+        Gate("rl", ("kto",), ("kto_desirable_weight", "kto_undesirable_weight"), default=""),
         Gate("reward_model", ("true",), ("center_rewards_coefficient", "num_labels")),
         Gate(
             "adapter",

@@ -1,4 +1,4 @@
-"""LLaMA-Factory: ``llamafactory-cli train FILE`` with ``stage: dpo``."""
+"""LLaMA-Factory: ``llamafactory-cli train FILE`` with ``stage: dpo``, ``kto`` or ``rm``."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _KEYS: dict[str, Entry] = {
     "model_name_or_path": To("hf-model"),
     "model_revision": To("hf-revision", off=("main",)),
     "stage": Choice(
-        {"dpo": "the loss is --preference-loss", "rm": {"objective": "reward"}},
-        "This program trains on pairs, and for each on both its answers: stage dpo or rm.",
+        {"dpo": "the loss is --preference-loss", "kto": {"preference-loss": "kto"}, "rm": {"objective": "reward"}},
+        "This program trains on pairs and on labelled answers: stage dpo, kto or rm.",
     ),
     "finetuning_type": Choice({"lora": "--lora-rank says it", "full": "all weights are trained"}, "Take lora or full."),
     "lora_rank": To("lora-rank", "whole"),
@@ -39,6 +39,8 @@ _KEYS: dict[str, Entry] = {
     ),
     "pref_ftx": LossOption("nll_weight", off=("0", "0.0")),
     "pref_loss": Loss({"sigmoid": "dpo"}),
+    "kto_chosen_weight": LossOption("desirable_weight"),
+    "kto_rejected_weight": LossOption("undesirable_weight"),
     "dpo_label_smoothing": LossOption("label_smoothing", off=("0", "0.0")),
     "simpo_gamma": LossOption("simpo_gamma"),
     "ref_model": To("reference-model"),
@@ -72,7 +74,7 @@ _KEYS: dict[str, Entry] = {
     **unneeded("weights are read into each rank's part", "low_cpu_mem_usage use_unsloth enable_liger_kernel"),
     **unneeded(
         "another stage's",
-        "kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm "
+        "ppo_buffer_size ppo_epochs ppo_score_norm "
         "ppo_target ppo_whiten_rewards reward_model reward_model_adapters reward_model_quantization_bit "
         "reward_model_type max_new_tokens top_p temperature predict_with_generate",
     ),
@@ -167,7 +169,9 @@ LLAMA_FACTORY = Source(
     },
     gates=(
         *shared.GATES,
-        Gate("stage", ("dpo",), ("pref_loss", "pref_beta", "pref_ftx", "dpo_label_smoothing"), default="dpo"),
+        Gate("stage", ("dpo",), ("pref_loss", "dpo_label_smoothing"), default="dpo"),
+        Gate("stage", ("dpo", "kto"), ("pref_beta", "pref_ftx"), default="dpo"),
+        Gate("stage", ("kto",), ("kto_chosen_weight", "kto_rejected_weight"), default="dpo"),
         Gate(
             "finetuning_type",
             ("lora",),

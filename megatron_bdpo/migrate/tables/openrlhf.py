@@ -1,4 +1,4 @@
-"""OpenRLHF: command lines of ``openrlhf.cli.train_dpo``."""
+"""OpenRLHF: command lines of ``openrlhf.cli.train_dpo`` and ``train_rm``, and of ``train_kto``, which 0.10 dropped."""
 
 from __future__ import annotations
 
@@ -179,4 +179,28 @@ OPENRLHF_RM = replace(
     | {"learning_rate": Default("9e-6", unless=("adam.lr",))},
     always={"objective": "reward"},
     program=r"openrlhf\.cli\.train_rm|\S*\btrain_rm\.py",
+)
+
+_NOT_OF_KTO = {"ipo", "label_smoothing", "nll_loss_coef", "ref_pretrain", "prompt_key", "chosen_key", "rejected_key"}
+
+OPENRLHF_KTO = replace(
+    OPENRLHF,
+    name="openrlhf-kto",
+    variant_of="openrlhf",
+    title="OpenRLHF's KTO",
+    keys={key: entry for key, entry in _KEYS.items() if key not in _NOT_OF_KTO}
+    | {
+        "dataset_split": _KEYS["train_split"],
+        "desirable_loss_weight": LossOption("desirable_weight"),
+        "undesirable_loss_weight": LossOption("undesirable_weight"),
+        "input_key": Refused("Say it: --pair-columns prompt=NAME.", ("input",)),
+        "output_key": Refused("Say it: --pair-columns completion=NAME.", ("output",)),
+        "label_key": Refused("Say it: --pair-columns label=NAME.", ("label",)),
+        "dist_backend": Unneeded(shared.SHARDING),
+    },
+    defaults={key: value for key, value in OPENRLHF.defaults.items() if key not in _NOT_OF_KTO}
+    | {"beta": Default("0.01"), "max_len": Default("2048")},
+    gates=OPENRLHF.gates[:1],
+    always={"preference-loss": "kto"},
+    program=r"openrlhf\.cli\.train_kto|\S*\btrain_kto\.py",
 )

@@ -1,4 +1,4 @@
-"""ms-swift: ``swift rlhf --rlhf_type dpo`` on transformers, and ``megatron rlhf --rlhf_type dpo`` on Megatron."""
+"""ms-swift: ``swift rlhf`` on transformers, and ``megatron rlhf`` on Megatron, each with ``--rlhf_type``."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ _BOTH: dict[str, Entry] = {
             "orpo": {"preference-loss": "orpo"},
             "cpo": {"preference-loss": "cpo"},
             "simpo": {"preference-loss": "simpo"},
+            "kto": "the loss is --preference-loss",
             "rm": {"objective": "reward"},
         },
-        "This program trains on pairs, and for each on both its answers: dpo, cpo, simpo, orpo or rm.",
+        "This program trains on pairs and on labelled answers that are there: dpo, cpo, simpo, orpo, kto or rm.",
     ),
     "model": To("hf-model"),
     "model_revision": To("hf-revision"),
@@ -54,6 +55,10 @@ _BOTH: dict[str, Entry] = {
     "simpo_gamma": LossOption("simpo_gamma"),
     "label_smoothing": LossOption("label_smoothing", off=("0", "0.0")),
     **shared.MODIFIERS,
+    **shared.WEIGHTS_OF_LABELS,
+    "calculate_KL": Choice(
+        {"true": "kto does"}, "Without it KTO is apo_zero_unpaired: take it out, and say loss_type apo_zero_unpaired."
+    ),
     "dataset": To("pair-data", "list", without=_SAMPLED),
     "val_dataset": To("eval-pair-data", "list", without=_SAMPLED),
     "split_dataset_ratio": To("eval-share", "number", off=("0", "0.0")),
@@ -100,13 +105,13 @@ _BOTH: dict[str, Entry] = {
     **refused("Take it out.", "ld_alpha sync_ref_model modules_to_save target_regex lora_bias loss_scale ref_adapters"),
     **unneeded(
         "counts with another rlhf_type only",
-        "desirable_weight undesirable_weight temperature max_completion_length max_new_tokens sft_alpha lmbda seq_kd "
+        "temperature max_completion_length max_new_tokens sft_alpha lmbda seq_kd "
         "gkd_logits_topk teacher_model teacher_adapters teacher_model_type teacher_model_revision teacher_deepspeed "
         "teacher_model_server offload_teacher_model reward_model reward_adapters reward_model_type "
         "reward_model_revision reward_template num_ppo_epochs whiten_rewards kl_coef cliprange vf_coef "
         "cliprange_value gamma lam num_mini_batches local_rollout_forward_batch_size num_sample_generations "
         "response_length missing_eos_penalty num_generations reward_funcs reward_weights log_completions "
-        "num_iterations calculate_KL _teacher_use_disable_adapter teacher_tag_key teacher_kl_coef",
+        "num_iterations _teacher_use_disable_adapter teacher_tag_key teacher_kl_coef",
     ),
     **unneeded(
         "another tuner_type's",
@@ -161,7 +166,7 @@ _BOTH: dict[str, Entry] = {
 
 _RLHF_DEFAULTS = {
     "rlhf_type": Default("dpo"),
-    "loss_type": Default("sigmoid"),
+    "loss_type": Default("sigmoid", by_key="rlhf_type", by_value={"kto": "kto"}),
     "beta": Default("0.1", by_key="rlhf_type", by_value={"simpo": "2.0"}),
     "cpo_alpha": Default("1.0"),
     "simpo_gamma": Default("1.0"),
@@ -171,10 +176,12 @@ _RLHF_DEFAULTS = {
     "seed": Default("42"),
     "save_steps": Default("500"),
 }
-_OF_LOSSES = ("beta", "rpo_alpha", "cpo_alpha", "simpo_gamma", "label_smoothing", "discopop_tau", *shared.MODIFIERS)
+_OF_LOSSES_OF_PAIRS = ("rpo_alpha", "cpo_alpha", "simpo_gamma", "label_smoothing", "discopop_tau", *shared.MODIFIERS)
 _RLHF_GATES = (
-    Gate("rlhf_type", ("dpo",), ("loss_type", "loss_weights"), default="dpo"),
-    Gate("rlhf_type", ("dpo", "cpo", "simpo", "orpo"), _OF_LOSSES, default="dpo"),
+    Gate("rlhf_type", ("dpo", "kto"), ("loss_type", "loss_weights"), default="dpo"),
+    Gate("rlhf_type", ("dpo", "cpo", "simpo", "orpo"), _OF_LOSSES_OF_PAIRS, default="dpo"),
+    Gate("rlhf_type", ("dpo", "cpo", "simpo", "orpo", "kto"), ("beta",), default="dpo"),
+    Gate("rlhf_type", ("kto",), ("desirable_weight", "undesirable_weight", "calculate_KL"), default="dpo"),
     Gate("rlhf_type", ("cpo", "simpo"), ("cpo_alpha", "simpo_gamma"), default="dpo"),
     Gate("rlhf_type", ("rm",), ("center_rewards_coefficient",), default="dpo"),
     shared.ALPHA_DIVERGENCE,

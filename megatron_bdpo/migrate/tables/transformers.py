@@ -58,7 +58,11 @@ MODIFIERS: dict[str, Entry] = {
     "use_weighting": LossOption("use_weighting", off=("false",), kind="switch"),
 }
 ALPHA_DIVERGENCE = Gate("f_divergence_type", ("alpha_divergence",), ("f_alpha_divergence_coef",), default="reverse_kl")
-SINGLE_ANSWERS = "It is for single answers, each good or bad; losses here compare answers to one prompt. Take pairs."
+#: KTO's and its kind's.
+WEIGHTS_OF_LABELS: dict[str, Entry] = {
+    "desirable_weight": LossOption("desirable_weight"),
+    "undesirable_weight": LossOption("undesirable_weight"),
+}
 
 ADAM = dict.fromkeys(_ADAMS.split(), "Megatron's AdamW")
 OPTIMIZER = Choice(ADAM, "Its numbers are another optimizer's. Take adamw_torch.")

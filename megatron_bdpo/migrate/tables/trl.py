@@ -1,4 +1,5 @@
-"""TRL's command lines and YAML files: ``trl dpo``, and its CPO and ORPO trainers (1.16)."""
+"""TRL's command lines and YAML files: ``trl dpo``, ``trl kto``, ``trl reward``, its CPO and ORPO trainers (1.16), and
+its BCO trainer (before 1.16, which has none)."""
 
 from __future__ import annotations
 
@@ -142,13 +143,27 @@ TRL_KTO = replace(
     name="trl-kto",
     variant_of="trl",
     title="TRL's KTOTrainer",
-    keys={
-        **_KEYS,
-        "loss_type": Refused(shared.SINGLE_ANSWERS),
-        **refused(shared.SINGLE_ANSWERS, "desirable_weight undesirable_weight"),
-    },
+    keys={**_KEYS, "loss_type": Loss({}), **shared.WEIGHTS_OF_LABELS},
     defaults={**_DEFAULTS, "loss_type": Default("kto")},
     program=r"trl kto|\S*\bkto\.py",
+)
+
+_NO_UDM = "Undesirable answers are not weighed by a classifier of their prompts here. Take it out."
+
+TRL_BCO = replace(
+    TRL,
+    name="trl-bco",
+    variant_of="trl",
+    title="TRL's BCOTrainer",
+    keys={
+        **_KEYS,
+        "loss_type": Loss({}),
+        "prompt_sample_size": Refused(_NO_UDM, ("1024",)),
+        "min_density_ratio": Refused(_NO_UDM, ("0.5",)),
+        "max_density_ratio": Refused(_NO_UDM, ("10", "10.0")),
+    },
+    defaults={**_DEFAULTS, "loss_type": Default("bco"), "learning_rate": Default("5e-5")},
+    program=r"\S*\bbco\.py",
 )
 
 TRL_CPO = replace(

@@ -1,8 +1,7 @@
-"""What configurations train: reward models, several losses, losses with modifiers; single answers are refused."""
+"""What configurations train: reward models, several losses, losses with modifiers."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 
 import pytest
@@ -238,33 +237,36 @@ def test_losses_and_modifiers(name, text, expected, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "key", "reason"),
     [
-        ("trl-kto", "desirable_weight: 1.0", "loss_type", "'kto' cannot be had here. It is for single answers"),
-        ("ms-swift", "rlhf_type: kto", "rlhf_type", "'kto' cannot be had here. This program trains on pairs"),
+        ("trl-kto", "loss_type: sigmoid", "loss_type", "there is no loss 'sigmoid' here."),
+        ("trl-kto", "label_smoothing: 0.1", "label_smoothing", "the loss kto does not use it here"),
+        ("trl-bco", "max_density_ratio: 4.0", "max_density_ratio", "'4.0' cannot be had here. Undesirable answers are"),
+        ("megatron-swift", "rlhf_type: kto\ncalculate_KL: false", "calculate_KL", "say loss_type apo_zero_unpaired"),
+        (
+            "openrlhf-kto",
+            "label_key: thumb",
+            "label_key",
+            "'thumb' cannot be had here. Say it: --pair-columns label=NAME.",
+        ),
         ("ms-swift", "rlhf_type: grpo", "rlhf_type", "'grpo' cannot be had here."),
-        ("llama-factory", "stage: kto", "stage", "'kto' cannot be had here. This program trains on pairs"),
-        ("axolotl", "rl: dpo\nkto_desirable_weight: 0.2", "kto_desirable_weight", "It is for single answers"),
+        ("llama-factory", "stage: ppo", "stage", "'ppo' cannot be had here. This program trains on pairs"),
+        ("llama-factory", "stage: kto\npref_ftx: 0.1", "pref_ftx", "the loss kto does not use it here"),
         ("trl", "loss_type: nca_pair\nf_divergence_type: forward_kl", "f_divergence_type", "nca_pair does not use it"),
         ("trl", "ld_alpha: 0.5", "ld_alpha", "'0.5' cannot be had here."),
         ("openrlhf", "optim: muon", "optim", "'muon' cannot be had here. Take adam."),
     ],
-    ids=["kto of TRL", "kto", "grpo", "stage", "weight of kto", "divergence", "ld", "muon"],
+    ids=[
+        *("another trainer's loss", "smoothed kto", "udm", "kto without z", "labels", "grpo", "stage", "kto with sft"),
+        *("divergence", "ld", "muon"),
+    ],
 )
 def test_what_is_refused(name, text, key, reason, tmp_path):
     assert reason in translated(tmp_path, ".yaml", text, name).refused[key]
 
 
-def test_a_script_of_kto_is_told_as_such(tmp_path, capsys):
-    path = tmp_path / "kto.sh"
-    path.write_text("trl kto --model_name_or_path m --dataset_name d --output_dir o\n")
-    assert main(["migrate", str(path), "--json", "--processes", "1"]) == 0
-    assert "single answers" in json.loads(capsys.readouterr().out)["refused"]["loss_type"]
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_trls_reward_and_kto_settings_are_all_there():
     pytest.importorskip("trl")
-    from trl import ModelConfig, RewardConfig, ScriptArguments
-    from trl.experimental.kto import KTOConfig
+    from trl import KTOConfig, ModelConfig, RewardConfig, ScriptArguments
 
     for name, config in (("trl-reward", RewardConfig), ("trl-kto", KTOConfig)):
         known = {each.name for part in (config, ModelConfig, ScriptArguments) for each in fields(part)}
