@@ -92,8 +92,8 @@ class DataQuality:
         """Read all tokens of the stores; 24 bytes per pair stay in memory, and sorting them takes as much again."""
         prompt, chosen, rejected = _sides(train)
         pair, exchanged = _together(prompt, chosen, rejected), _together(prompt, rejected, chosen)
-        preferred = np.where(chosen == _NO_ANSWER, np.uint64(1), _together(prompt, chosen))
-        refused = np.where(rejected == _NO_ANSWER, np.uint64(2), _together(prompt, rejected))
+        preferred, refused = _together(prompt, chosen), _together(prompt, rejected)
+        refused[rejected == _NO_ANSWER] = _NO_ANSWER  # which a prompt's desirable answers do not refuse
         flips = np.isin(pair, exchanged)
         contradictions = (np.isin(preferred, refused) | np.isin(refused, preferred)) & ~flips
         contradicted_by = functools.partial(_first_of, (refused, preferred), (preferred, refused))

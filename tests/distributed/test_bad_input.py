@@ -17,6 +17,8 @@ from tests.harness.jobs import DATA
 EXAMPLE = DATA.parent / "pretrain_bdpo.py"
 GOOD_ROW = {"prompt": "Question?", "chosen": " A good answer.", "rejected": " No."}
 
+ANSWER = {"prompt": "Question?", "completion": " A good answer.", "label": True}
+
 
 def refusal(flags, **overrides):
     """The UserError that this rank's run ends with."""
@@ -52,6 +54,10 @@ def data_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
         "missing column": (
             ["--pair-data", write(directory / "column.jsonl", {"prompt": "x", "chosen": "y"})],
             "rejected",
+        ),
+        "labelled answer": (
+            ["--pair-data", write(directory / "labels.jsonl", *good[:3], ANSWER, *good[3:])],
+            r"--preference-loss \w+ compares the answers of a pair, but 1 of 21 rows .*labels\.jsonl, line 4\)",
         ),
         **prompt_cases(directory),
         "tokenizer": (["--tokenizer-model", str(directory / "no.model")], r"--tokenizer-model .*no\.model"),
