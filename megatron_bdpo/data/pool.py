@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from megatron_bdpo.data.answer_table import AnswerTable, answer_table
 from megatron_bdpo.data.grouping import Grouping
 from megatron_bdpo.data.packs import Group, GroupLengths
-from megatron_bdpo.data.prompt_kinds import PromptKind, other_groups
+from megatron_bdpo.data.prompt_kinds import PromptKind, Prompts
 from megatron_bdpo.data.sources import describe_row
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import TokenArray
@@ -47,6 +46,7 @@ class PairPool:
         swapped: [P] pairs whose chosen and rejected change places, as the loss wants it; applies to everything but
             the stores' own numbers.
         grouping: which pairs are of which group, and take part.
+        prompts: that a group's answers may follow: its own, and others.
     """
 
     def __init__(self, stores: Sequence[PairStore]) -> None:
@@ -59,6 +59,7 @@ class PairPool:
         self._scored = _joined([store.scored for store in stores]) if any(each.has_context for each in stores) else None
         self.swapped = np.zeros(len(self.lengths), bool)
         self.grouping = Grouping([store.starts for store in stores])
+        self.prompts = Prompts(self.stores, self.grouping)
 
     def __len__(self) -> int:
         """P."""
@@ -128,29 +129,7 @@ class PairPool:
                 compared[number, side] = places.setdefault(start, len(places))
                 answers[start] = tokens, scored
         tokens, scored = zip(*answers.values(), strict=True)
-        return ComparedGroup(Group(self._prompt(group_id, after), tokens, scored), ids, compared)
-
-    def _prompt(self, group_id: int, kind: PromptKind) -> TokenArray:
-        of = int(self.other_group[group_id]) if kind == PromptKind.OTHER else group_id
-        store, first = self._locate(int(self.grouping.first_pair[of]))
-        return store.unconditional_prompt(first) if kind == PromptKind.EMPTY else store.pair(first).prompt
-
-    @functools.cached_property
-    def other_group(self) -> IntArray:
-        """[G] the group whose prompt each group's mismatched answers follow, of the same store.
-
-        Raises:
-            UserError: a store has one prompt alone.
-        """
-        found = [other_groups(store) for store in self.stores]
-        for store, each in zip(self.stores, found, strict=True):
-            if each is None:
-                raise UserError(
-                    f"all rows of {', '.join(source.path for source in store.sources)} have one prompt. The loss needs "
-                    "answers to other prompts (KTO's estimate of the KL divergence): add rows with other prompts."
-                )
-        offsets = self.grouping.offsets
-        return np.concatenate([each + offset for each, offset in zip(found, offsets, strict=False) if each is not None])
+        return ComparedGroup(Group(self.prompts.tokens(group_id, after), tokens, scored), ids, compared)
 
     def group_lengths(self, groups: IntArray) -> GroupLengths:
         """Of these groups, with the answers of the pairs that take part."""
@@ -158,8 +137,7 @@ class PairPool:
             return GroupLengths.of_table(self.lengths[groups])
         pairs, table = self.answers_of(groups)
         tokens = self.lengths[pairs, 1:].ravel().astype(np.int64)
-        prompts = self.lengths[self.grouping.first_pair[groups], 0]
-        return GroupLengths.of_answers(prompts, table.group, tokens[table.first])
+        return GroupLengths.of_answers(self.prompts.lengths(groups, PromptKind.OWN), table.group, tokens[table.first])
 
     def answers_of(self, groups: IntArray) -> tuple[IntArray, AnswerTable]:
         """The pairs of these groups that take part, and their answers."""
@@ -177,15 +155,8 @@ class PairPool:
         """
         groups = np.arange(len(self.grouping))
         lengths = self.group_lengths(groups)
-        longer = np.maximum(lengths.prompt, self.prompt_lengths(groups, PromptKind.EMPTY))
+        longer = np.maximum(lengths.prompt, self.prompts.lengths(groups, PromptKind.EMPTY))
         return lengths.with_prompts(longer).positions(share_prompts=share_prompts)
-
-    def prompt_lengths(self, groups: IntArray, kind: PromptKind) -> npt.NDArray[np.int32]:
-        """[n] tokens of the prompt that each group's answers are to follow."""
-        if kind == PromptKind.EMPTY:
-            return np.concatenate([store.unconditional for store in self.stores])[self.grouping.first_pair[groups]]
-        of = self.other_group[groups] if kind == PromptKind.OTHER else groups
-        return self.lengths[self.grouping.first_pair[of], 0]
 
     def describe(self, pair_id: int) -> str:
         """Where a pair comes from, for messages."""

@@ -6,12 +6,17 @@ The last gives mismatched answers, of which KTO makes its estimate of the KL div
 from __future__ import annotations
 
 import enum
+import functools
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.grouping import Grouping
 from megatron_bdpo.data.store import PairStore
+from megatron_bdpo.data.tokenization import TokenArray
 from megatron_bdpo.data.tokenized_rows import first_pairs
+from megatron_bdpo.errors import UserError
 
 IntArray = npt.NDArray[np.int64]
 
@@ -24,6 +29,47 @@ class PromptKind(enum.IntEnum):
     """The unconditional prompt."""
     OTHER = 2
     """That of another group, which says something else: see `other_groups`."""
+
+
+class Prompts:
+    """The prompts that the groups of some stores have, one store after the other: G groups."""
+
+    def __init__(self, stores: Sequence[PairStore], grouping: Grouping) -> None:
+        self._stores, self._grouping = stores, grouping
+        self._lengths = np.concatenate([store.lengths[first_pairs(store.starts), 0] for store in stores])
+
+    def lengths(self, groups: IntArray, kind: PromptKind) -> npt.NDArray[np.int32]:
+        """[n] tokens of the prompt of a kind that each group's answers may follow."""
+        if kind == PromptKind.EMPTY:
+            empty = np.concatenate([store.unconditional for store in self._stores])
+            return empty[self._grouping.first_pair[groups]]
+        return self._lengths[self.other_group[groups] if kind == PromptKind.OTHER else groups]
+
+    def tokens(self, group_id: int, kind: PromptKind) -> TokenArray:
+        """Token ids of that prompt."""
+        of = int(self.other_group[group_id]) if kind == PromptKind.OTHER else group_id
+        index = int(np.searchsorted(self._grouping.offsets, of, side="right")) - 1
+        store = self._stores[index]
+        pair = int(self._grouping.first_pair[of] - self._grouping.first_pair[self._grouping.offsets[index]])
+        return store.unconditional_prompt(pair) if kind == PromptKind.EMPTY else store.pair(pair).prompt
+
+    @functools.cached_property
+    def other_group(self) -> IntArray:
+        """[G] the group whose prompt each group's mismatched answers follow, of the same store.
+
+        Raises:
+            UserError: a store has one prompt alone.
+        """
+        found = []
+        for store, offset in zip(self._stores, self._grouping.offsets, strict=False):
+            of_store = other_groups(store)
+            if of_store is None:
+                raise UserError(
+                    f"all rows of {', '.join(source.path for source in store.sources)} have one prompt. The loss needs "
+                    "answers to other prompts (KTO's estimate of the KL divergence): add rows with other prompts."
+                )
+            found.append(of_store + offset)
+        return np.concatenate(found)
 
 
 def other_groups(store: PairStore) -> IntArray | None:

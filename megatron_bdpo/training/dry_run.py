@@ -183,7 +183,9 @@ class Work:
         layers = _operations(arguments, plan.packs_per_step, 0.0, positions)
         step = whole - layers / 3 if arguments.settings.lora.is_wanted else whole
         needs = job.loss.requirements
-        passes = sum([needs.reference or needs.comprehension, needs.comprehension, needs.mismatched])
+        # A resident reference takes part in what the policy does to look at a step of answers.
+        looks_too = job.resident and job.loss.spec.of_answers and job.loss.spec.of_step is not None
+        passes = sum([needs.reference or needs.comprehension, needs.comprehension, needs.mismatched or looks_too])
         scored = len(job.train.ids) + len(job.held_out.ids)
         if job.resident:
             scored = len(plan.steps) * plan.steps.shape[1]

@@ -86,7 +86,7 @@ class PairJob:
     def sizes_after_other(self) -> IntArray:
         """[G] pack positions that each group takes after another group's prompt (``PromptKind.OTHER``)."""
         groups = np.arange(len(self.pool.grouping))
-        lengths = self.pool.group_lengths(groups).with_prompts(self.pool.prompt_lengths(groups, PromptKind.OTHER))
+        lengths = self.pool.group_lengths(groups).with_prompts(self.pool.prompts.lengths(groups, PromptKind.OTHER))
         return lengths.positions(share_prompts=self.share_prompts)
 
     @property
@@ -105,12 +105,6 @@ class PairJob:
         label = self.pool.label[self.pool.grouping.pairs_of(self.train.ids)]
         desirable, undesirable = labelled_sides(label).sum(axis=0).tolist()
         return desirable, undesirable
-
-    def about_labels(self) -> list[str]:
-        """What the loss has to say of the number of desirable and undesirable answers, for a warning."""
-        advise = self.loss.spec.advise
-        found = advise(*self.labelled_answers, self.loss.options) if advise else None
-        return [found] if found else []
 
     @property
     def compared(self) -> int:

@@ -43,7 +43,7 @@ from megatron_bdpo.training.reference.options_from_data import decide_options, i
 from megatron_bdpo.training.reference.passes import NoReference, ReferenceTable, ResidentReference
 from megatron_bdpo.training.reference.provider import ReferenceProvider
 from megatron_bdpo.training.reference.scoring_loop import make_scorer
-from megatron_bdpo.training.reporting.advice import about_data
+from megatron_bdpo.training.reporting.advice import about_data, about_labels
 from megatron_bdpo.training.reporting.summary import summarize
 from megatron_bdpo.training.reward_step import RewardStep
 from megatron_bdpo.training.saves import RunSaves
@@ -131,7 +131,10 @@ class PreferenceRun:
         self._steps_here = 0
         self._looking_at_steps: Callable[[Schedule], Schedule] = _as_it_is
         say("", summarize(arguments, job))
-        for advice in (*about_data(job.pool.stores[0].report, job.plan), *job.about_labels()):
+        for advice in (
+            *about_data(job.pool.stores[0].report, job.plan),
+            *about_labels(job.loss, *job.labelled_answers),
+        ):
             say(f"WARNING: {advice}")
         # Megatron's loop asks after each step whether to stop; and it is not Megatron that deletes checkpoints.
         arguments.set(exit_signal_handler=True, save_retain_interval=None)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megatron.training.async_utils import is_empty_async_queue
 
-from megatron_bdpo.training.callbacks.answers import Answers
 from megatron_bdpo.training.callbacks.callback import Callback
 from megatron_bdpo.training.callbacks.checksums import Checksums
 from megatron_bdpo.training.callbacks.console_lines import ConsoleLines
@@ -15,6 +14,7 @@ from megatron_bdpo.training.callbacks.divergence import Divergence
 from megatron_bdpo.training.callbacks.entry_points import callbacks_of_packages
 from megatron_bdpo.training.callbacks.export_at_end import ExportAtEnd
 from megatron_bdpo.training.callbacks.finite_check import FiniteCheck
+from megatron_bdpo.training.callbacks.generated_answers import Answers
 from megatron_bdpo.training.callbacks.heldout_pairs import HeldOutPairs
 from megatron_bdpo.training.callbacks.metrics_jsonl import MetricsJsonl
 from megatron_bdpo.training.callbacks.moving_reference import MovingReference

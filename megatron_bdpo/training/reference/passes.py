@@ -254,7 +254,7 @@ class GroupScorer:
         for kind in PromptKind:
             of_kind = groups.after == kind
             if of_kind.any():
-                prompts[of_kind] = pool.prompt_lengths(groups.ids[of_kind], kind)
+                prompts[of_kind] = pool.prompts.lengths(groups.ids[of_kind], kind)
         lengths = pool.group_lengths(groups.ids).with_prompts(prompts)
         return lengths.positions(share_prompts=self.make.share_prompts)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.step_plan import StepPlan
+from megatron_bdpo.losses import PairLossFunction
 
 #: Records that a rule about a running job looks at.
 WINDOW = 20
@@ -107,3 +108,10 @@ def about_data(report: DataReport, plan: StepPlan) -> Iterator[str]:
             f"{1 - plan.fill:.0%} of the positions are padding. More --pairs-per-step or a longer --seq-length pack "
             "more tightly; --no-pack-pairs does not."
         )
+
+
+def about_labels(loss: PairLossFunction, desirable: int, undesirable: int) -> Iterator[str]:
+    """What the loss has to say of the number of desirable and undesirable answers that it trains on."""
+    found = loss.spec.advise(desirable, undesirable, loss.options) if loss.spec.advise else None
+    if found:
+        yield found

@@ -68,10 +68,10 @@ def test_it_stays_when_the_store_grows(tmp_path: Path, seed: int) -> None:
 
 def test_a_pool_has_the_prompts_of_the_same_store(tmp_path: Path) -> None:
     pool = PairPool([store_of(tmp_path / "0", [A, C]), store_of(tmp_path / "1", [B, A, C], pairs=2)])
-    assert pool.other_group.tolist() == [1, 0, 3, 2, 3]
+    assert pool.prompts.other_group.tolist() == [1, 0, 3, 2, 3]
     groups = np.array([4, 0])
     assert [pool.group(group, PromptKind.OTHER).group.prompt.tolist() for group in groups.tolist()] == [A, C]
-    lengths = {kind: pool.prompt_lengths(groups, kind).tolist() for kind in PromptKind}
+    lengths = {kind: pool.prompts.lengths(groups, kind).tolist() for kind in PromptKind}
     assert lengths == {PromptKind.OWN: [1, 2], PromptKind.EMPTY: [3, 3], PromptKind.OTHER: [2, 1]}
     own, other = pool.group(4), pool.group(4, PromptKind.OTHER)
     assert other.pairs.tolist() == own.pairs.tolist() and np.array_equal(other.answers, own.answers)
@@ -80,4 +80,4 @@ def test_a_pool_has_the_prompts_of_the_same_store(tmp_path: Path) -> None:
 def test_one_prompt_alone_is_refused(tmp_path: Path) -> None:
     pool = PairPool([store_of(tmp_path / "0", [A, A])])
     with pytest.raises(UserError, match=r"all rows of rows\.jsonl have one prompt.*add rows with other prompts"):
-        pool.other_group  # noqa: B018
+        pool.prompts.other_group  # noqa: B018

@@ -202,6 +202,28 @@ def test_adapters_need_no_more_than_their_own(dry_run):
     assert petaflops(printed)[1] == petaflops(printed_of_whole)[1]
 
 
+#: Forward passes by loss: of the policy over each step beside training, of the reference over all pairs, and of a
+#: resident one over each step.
+PASSES = {"dpo": (0, 1, 1), "bdpo": (0, 2, 2), "aot": (1, 1, 1), "kto": (1, 2, 2), "bco": (1, 1, 2)}
+
+
+@pytest.mark.parametrize("loss", PASSES)
+def test_passes_of_a_loss(dry_run, loss):
+    """A forward pass is a third of a step's arithmetic."""
+
+    def of(*flags: str) -> tuple[float, float]:
+        return petaflops(dry_run("llama3_70b.yaml", "--dry-run", "64", "--preference-loss", *flags, config=LLAMA_70B))
+
+    plain, looking = of("apo_zero_unpaired"), PASSES[loss][0]
+    resident = of("apo_zero_unpaired", "--reference", "resident")
+    for found, of_one, passes in (
+        (of(loss), plain, PASSES[loss][1]),
+        (of(loss, "--reference", "resident"), resident, PASSES[loss][2]),
+    ):
+        assert found[0] == pytest.approx(plain[0] * (1 + looking / 3), rel=1e-2)
+        assert found[1] == pytest.approx(of_one[1] * passes, rel=1e-2)
+
+
 def petaflops(printed: str) -> tuple[float, float]:
     """Of training and of scoring."""
     found = re.search(r"arithmetic: ([\d.]+) PFLOP of training, at most ([\d.]+) of scoring", printed)
