@@ -141,6 +141,7 @@ def make_files(directory: Path, chat_template: str) -> None:
         "meta-llama/Llama-3.1-70B-Instruct": LLAMA_70B,
         "Qwen/Qwen2-7B-Instruct": QWEN2_7B,
         "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
+        "runs/smollm2/model": SMOLLM2_135M,
     }.items():
         model = directory / name
         model.mkdir(parents=True)
