@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from tqdm import tqdm
@@ -137,13 +138,15 @@ class Loop:
 
 
 def _summary(rows: list[Row]) -> str:
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    score = mean([each for row in rows for each in row["scores"]])
-    ended = mean([each for row in rows for each in row["ended"]])
-    characters = mean([len(each) for row in rows for each in row["responses"]])
-    return f"mean score {score:.4f}, {ended:.1%} of the answers ended, {characters:.0f} characters each"
+    """With the standard error of the mean score over prompts, for the answers to one prompt are alike."""
+    of_prompts = [fmean(row["scores"]) for row in rows]
+    error = stdev(of_prompts) / len(rows) ** 0.5 if len(rows) > 1 else float("nan")
+    ended = fmean(each for row in rows for each in row["ended"])
+    characters = fmean(len(each) for row in rows for each in row["responses"])
+    return (
+        f"mean score {fmean(of_prompts):.3f} +- {error:.3f}, {ended:.1%} of the answers ended, "
+        f"{characters:.0f} characters each"
+    )
 
 
 def trained_on(row: Row, cut_penalty: float) -> Row | None:

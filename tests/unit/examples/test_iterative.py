@@ -76,7 +76,7 @@ def test_two_rounds(loop, made, ranks, tmp_path, capsys):
     assert lines(tmp_path / "1" / "answers.jsonl") != lines(tmp_path / "2" / "answers.jsonl")
     held_out = lines(tmp_path / "2" / "held_out.jsonl")
     expected = sum(len(text) for row in held_out for text in row["responses"]) / 24
-    assert f"held out, round 2: mean score {expected:.4f}" in capsys.readouterr().out
+    assert f"held out, round 2: mean score {expected:.3f} +- " in capsys.readouterr().out
 
 
 def test_answers_of_a_batch_are_those_of_its_prompts_alone(made, tmp_path):
