@@ -1,4 +1,4 @@
-"""The positions of a pack whose next token is scored, and sums over answers.
+"""The positions of a pack whose next token is scored, and sums over answers, or over segments of answers.
 
 Shapes: N scored positions, A answers.
 """

@@ -48,6 +48,14 @@ class PairLogProbs:
     """Sum over y_w's tokens of -log sum_v pi_theta(v|x, before)^2, without gradient"""
     rejected_collision_entropy: Tensor | None = None
     """The same of y_l"""
+    policy_chosen_beginning: Tensor | None = None
+    """log pi_theta of y_w's first min(|y_w|, |y_l|) response tokens"""
+    policy_rejected_beginning: Tensor | None = None
+    """The same of y_l"""
+    reference_chosen_beginning: Tensor | None = None
+    """log pi_ref of y_w's first min(|y_w|, |y_l|) response tokens"""
+    reference_rejected_beginning: Tensor | None = None
+    """The same of y_l"""
     chosen_target: Tensor | None = None
     """What `LossSpec.of_step` has found for the pair among those of its step; None where no step is looked at"""
     rejected_target: Tensor | None = None
@@ -66,6 +74,8 @@ class PairLogProbs:
         unconditional: Tensor | None = None,
         unsafe: Tensor | None = None,
         collision_entropy: Tensor | None = None,
+        policy_beginnings: Tensor | None = None,
+        reference_beginnings: Tensor | None = None,
     ) -> PairLogProbs:
         """From tables of pairs, [P, 2] of chosen and rejected: values [A] of answers, indexed with pairs [P, 2].
 
@@ -76,12 +86,13 @@ class PairLogProbs:
             unconditional: the reference's after the empty prompt, or None.
             unsafe: labels, or None.
             collision_entropy: the policy's, or None where the loss does not read it.
+            policy_beginnings, reference_beginnings: log-probs of the pairs' common lengths, or None likewise.
         """
 
         def columns(table: Tensor | None) -> tuple[Tensor | None, ...]:
             return (None, None) if table is None else table.unbind(1)
 
-        others = (reference, unconditional, unsafe, collision_entropy)
+        others = (reference, unconditional, unsafe, collision_entropy, policy_beginnings, reference_beginnings)
         return cls(*policy.unbind(1), *tokens.unbind(1), *(column for each in others for column in columns(each)))
 
     def __len__(self) -> int:
@@ -127,6 +138,8 @@ class Requirements:
     """The reference's log-probs of all pairs trained on before the first step: `LossSpec.settle` needs them."""
     collision_entropy: bool = False
     """The policy's `*_collision_entropy`."""
+    beginnings: bool = False
+    """The `policy_*_beginning`, and with `reference` the `reference_*_beginning`."""
     length_normalised: bool = False
     """The preference term compares log-probs per token, not their sums."""
     mismatched: bool = False

@@ -178,7 +178,21 @@ def _two_pairs(needs: Requirements) -> PairLogProbs:
         *reference,
         *unconditional,
         *labels,
+        **_beginnings(needs),
     )
+
+
+def _beginnings(needs: Requirements) -> dict[str, torch.Tensor]:
+    """Of the same pairs, the log-probs of their common lengths, 5 and 8 tokens."""
+    if not needs.beginnings:
+        return {}
+    common = {"chosen": torch.tensor([-10.0, -20.0]), "rejected": torch.tensor([-15.0, -16.0])}
+    models = ("policy", "reference") if needs.reference else ("policy",)
+    return {
+        f"{model}_{name}_beginning": value.clone().requires_grad_(model == "policy")
+        for model in models
+        for name, value in common.items()
+    }
 
 
 def _two_answers(needs: Requirements) -> AnswerLogProbs:

@@ -11,12 +11,18 @@ A loss of a difference compares the two answers' scores. They are log-ratios, De
 
     --reference-free      log pi_theta(y_i|x): as if the reference found all answers alike. Nobody scores one
 
+    --ld-alpha ALPHA      of the longer answer, the tokens behind the length of the shorter one count ALPHA (LD-DPO):
+                          log pi(y_i) -> sum over t <= m of log pi(y_i,t) + ALPHA sum over t > m,  m = min(|y_w|, |y_l|)
+                          of policy and reference. 1 is no difference, at 0 the common lengths alone are compared
+
 f' is that of the paper's f plus the constant that makes f'(1) = 0, which a difference does not see (one of scores per
 token does: there this is TRL's form). Exponents are cut at 80, as TRL cuts alpha's: an answer whose t^-a is larger
 pushes no further. Rewards are beta times the scores; TRL logs beta Delta_i whatever the divergence.
 
 Only losses that compare the scores of two answers have these options (`LossSpec.of_difference`): where a loss looks at
-each score by itself, as `nca_pair` does, a constant is not all the same.
+each score by itself, as `nca_pair` does, a constant is not all the same, and LD-DPO's argument, that of two answers the
+longer one moves the difference more, is not about it. Scores per token are divided by all of |y_i|, as in TRL; NLL and
+weights are of whole answers.
 
 Every loss of pairs has
 
@@ -26,8 +32,9 @@ w carries no gradient. It is large where the policy itself would give such an an
 made to count as its own would. It takes one more sum over the vocabulary in the pass that makes the log-probs, and no
 other pass.
 
-Sources: f-DPO, arXiv 2309.16240, table 1; the names, and the coefficient as 1 - the paper's alpha, are TRL's. WPO,
-arXiv 2406.11827, its sampled alignment, as in TRL.
+Sources: f-DPO, arXiv 2309.16240, table 1; the names, and the coefficient as 1 - the paper's alpha, are TRL's. LD-DPO,
+arXiv 2409.06411, in the form of TRL, which lets every loss have it. WPO, arXiv 2406.11827, its sampled alignment, as in
+TRL.
 """
 
 from __future__ import annotations
@@ -61,6 +68,9 @@ class ScoreOptions(LossOptions):
         only_with=("f_divergence", "alpha_divergence"),
     )
     reference_free: bool = modifier(False, "compare the policy's own log-probs; no reference is scored")
+    ld_alpha: float = modifier(
+        1.0, "what a token of the longer answer counts that is behind the length of the shorter one (LD-DPO)", SHARE
+    )
 
 
 @dataclass(frozen=True)
@@ -84,12 +94,30 @@ def divergence_score(log_ratio: Tensor, options: ScoreOptions) -> Tensor:
 
 def scored(pairs: PairLogProbs, options: ScoreOptions) -> PairLogProbs:
     """The pairs with what the loss is to compare; log-ratios need not be told."""
+    counted = _desensitized(pairs, options) if options.ld_alpha < 1 else pairs
     if options.reference_free:
-        return replace(pairs, chosen_score=pairs.policy_chosen, rejected_score=pairs.policy_rejected)
-    if options.f_divergence == "reverse_kl":
+        return replace(pairs, chosen_score=counted.policy_chosen, rejected_score=counted.policy_rejected)
+    if options.f_divergence == "reverse_kl" and options.ld_alpha == 1:
         return pairs
-    chosen, rejected = (divergence_score(each, options) for each in log_ratios(pairs))
+    chosen, rejected = (divergence_score(each, options) for each in log_ratios(counted))
     return replace(pairs, chosen_score=chosen, rejected_score=rejected)
+
+
+def _desensitized(pairs: PairLogProbs, options: ScoreOptions) -> PairLogProbs:
+    """The log-probs of LD-DPO: of what an answer has behind the pair's common length, a share."""
+
+    def counted(whole: Tensor | None, beginning: Tensor | None) -> Tensor:
+        common = required(beginning, "*_beginning")
+        return common + options.ld_alpha * (required(whole, "reference_*") - common)
+
+    chosen = counted(pairs.policy_chosen, pairs.policy_chosen_beginning)
+    rejected = counted(pairs.policy_rejected, pairs.policy_rejected_beginning)
+    policy = replace(pairs, policy_chosen=chosen, policy_rejected=rejected)
+    if pairs.reference_chosen is None:
+        return policy
+    chosen = counted(pairs.reference_chosen, pairs.reference_chosen_beginning)
+    rejected = counted(pairs.reference_rejected, pairs.reference_rejected_beginning)
+    return replace(policy, reference_chosen=chosen, reference_rejected=rejected)
 
 
 def weighted(losses: PairLosses, pairs: PairLogProbs) -> PairLosses:
@@ -117,7 +145,10 @@ def modified(spec: AnyLossSpec) -> AnyLossSpec:
 
     def requirements(options: Any) -> Requirements:
         needs = replace(spec.requirements(options), collision_entropy=options.use_weighting)
-        return replace(needs, reference=False) if spec.of_difference and options.reference_free else needs
+        if not spec.of_difference:
+            return needs
+        reference = needs.reference and not options.reference_free
+        return replace(needs, reference=reference, beginnings=options.ld_alpha < 1)
 
     return replace(spec, function=function, options=_options(spec), requirements=requirements)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_bdpo.data.answer_table import answer_table
 from megatron_bdpo.data.bin_packing import round_up
 from megatron_bdpo.data.context import ALONE, ContextRank, context_part
+from megatron_bdpo.data.cuts import Cuts, common_lengths
 from megatron_bdpo.data.labels import labelled_sides
 from megatron_bdpo.data.packs import IntArray, Pack, lay_out
 from megatron_bdpo.data.pool import ComparedGroup, PairPool
@@ -79,6 +80,20 @@ NO_PAIRS = PackPairs(_NO_INDICES, _NONE, _NONE, _NO_NUMBERS, _NO_NUMBERS, 0, _NO
 
 
 @dataclass(frozen=True)
+class PackCuts:
+    """That a pack's answers are scored segment by segment: see ``data.cuts``. C segments of each of A answers."""
+
+    per_answer: int  # C
+    last: Tensor  # [P, 2] the last segment, within its answer, of the beginning that a pair compares
+
+    def beginnings(self, sums: Tensor, answers: Tensor) -> Tensor:
+        """[P, 2]: what sums over segments, [A C], are over the beginnings of pairs' answers, numbers [P, 2]."""
+        place = torch.arange(self.per_answer, device=sums.device)
+        segments = sums.unflatten(0, (-1, self.per_answer))[answers]
+        return torch.where(place <= self.last[..., None], segments, 0).sum(dim=-1)
+
+
+@dataclass(frozen=True)
 class PackBatch:
     """One microbatch: a pack, or this context-parallel rank's part of one, as the model and the loss take it.
 
@@ -89,13 +104,23 @@ class PackBatch:
     memory: Tensor  # [bytes] uint8
     tokens: Tensor  # [1, T]
     attention: AttentionPlan
-    scored: ScoredPositions  # those of this rank
+    scored: ScoredPositions  # those of this rank, of answers or, with cuts, of their segments
     answer_tokens: Tensor  # [A] tokens of each answer, scored here or on other ranks
     ends: AnswerEnds
     pairs: PackPairs
     length: int  # of the whole pack
     unconditional: PackBatch | None = None
     """The same answers after the empty prompt, where the reference is scored on the fly and the loss needs it."""
+    cuts: PackCuts | None = None
+    """Where the loss compares beginnings of answers."""
+
+    def over_answers(self, sums: Tensor) -> Tensor:
+        """[A] sums over the answers, of those that the scored positions were added up to."""
+        return sums if self.cuts is None else sums.unflatten(0, (-1, self.cuts.per_answer)).sum(dim=1)
+
+    def over_beginnings(self, sums: Tensor) -> Tensor | None:
+        """[P, 2] of the same over the beginnings of the pairs' answers; None where the answers are not cut."""
+        return None if self.cuts is None else self.cuts.beginnings(sums, self.pairs.answers)
 
     def to_device(self) -> PackBatch:
         """This batch on the current CUDA device (the CPU where there is none)."""
@@ -156,6 +181,7 @@ class PackMaker:
         over_pairs: every pair counts 1 in the step's mean; otherwise every group does, its pairs alike.
         with_tables: batches have a ``PackTable``.
         with_sides: batches have ``PackSides``.
+        with_cuts: batches have ``PackCuts``, at the common lengths of their pairs.
     """
 
     pool: PairPool
@@ -167,6 +193,7 @@ class PackMaker:
     over_pairs: bool = False
     with_tables: bool = False
     with_sides: bool = False
+    with_cuts: bool = False
 
     @functools.cached_property
     def _margins(self) -> npt.NDArray[np.float64]:
@@ -189,7 +216,11 @@ class PackMaker:
         found = [self.pool.group(each, PromptKind(kind)) for each, kind in zip(ids, after, strict=True)]
         groups = [each.group for each in found]
         pack = lay_out(groups, length, share_prompts=self.share_prompts, padding_token=self.padding_token)
-        return to_batch(context_part(pack, self.context), length, self.limit, self._pairs(found))
+        pairs, cuts = self._pairs(found), None
+        if self.with_cuts:
+            cuts = common_lengths(pack.answer_tokens, pairs.answers.numpy())
+            pack = dataclasses.replace(pack, scored_answer=cuts.segment)  # before a part of it is taken
+        return to_batch(context_part(pack, self.context), length, self.limit, pairs, cuts)
 
     def _pairs(self, groups: Sequence[ComparedGroup]) -> PackPairs:
         ids = np.concatenate([_NO_INDICES, *(each.pairs for each in groups)])
@@ -223,9 +254,17 @@ class PackMaker:
         return PackTable(*map(torch.from_numpy, of_answers))
 
 
-def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_PAIRS) -> PackBatch:
-    """A pack, or one rank's part of a pack of ``length`` positions, on the host; ``pairs`` are those of its answers."""
-    scored_tokens = np.bincount(pack.scored_answer, minlength=len(pack.answer_tokens))
+def to_batch(
+    pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_PAIRS, cuts: Cuts | None = None
+) -> PackBatch:
+    """A pack, or one rank's part of a pack of ``length`` positions, on the host.
+
+    Args:
+        pairs: of its answers.
+        cuts: of its answers, whose segments ``pack.scored_answer`` then counts.
+    """
+    sums = len(pack.answer_tokens) * (1 if cuts is None else cuts.per_answer)
+    scored_tokens = np.bincount(pack.scored_answer, minlength=sums)
     memory, views = _in_one_piece(
         {
             "tokens": pack.tokens[None],
@@ -241,6 +280,7 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
             "answer_tokens": pack.answer_tokens,
             "ends": pack.ends,
             "end_answer": pack.end_answer,
+            **({} if cuts is None else {"cuts": cuts.last}),
             **_tensors(pairs, "pairs"),
         }
     )
@@ -271,6 +311,7 @@ def to_batch(pack: Pack, length: int, table_length: int, pairs: PackPairs = NO_P
         ends=AnswerEnds(views["ends"], views["end_answer"], len(pack.answer_tokens)),
         pairs=_placed(pairs, views, "pairs"),
         length=length,
+        cuts=None if cuts is None else PackCuts(cuts.per_answer, views["cuts"]),
     )
 
 

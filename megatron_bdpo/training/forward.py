@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -36,11 +36,20 @@ Report = dict[str, Tensor]
 """Metric name -> [sum, count], which Megatron adds over microbatches and data-parallel ranks."""
 
 
+class ReferenceLogProbs(NamedTuple):
+    """Of a batch's pairs, each [P, 2] float64 of chosen and rejected, or None if not needed."""
+
+    conditional: Tensor | None = None
+    unconditional: Tensor | None = None
+    """After the empty prompt."""
+    beginnings: Tensor | None = None
+    """The conditional ones of the pairs' common lengths."""
+
+
 class ReferenceValues(Protocol):
     """Where a batch's reference log-probs come from."""
 
-    def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
-        """(conditional, unconditional) log-probs of the batch's pairs, each [P, 2] float64 or None if not needed."""
+    def lookup(self, batch: PackBatch) -> ReferenceLogProbs: ...
 
 
 class StepTargets(Protocol):
@@ -71,6 +80,8 @@ def pairs_of(
     reference: Tensor | None,
     unconditional: Tensor | None,
     collision_entropy: Tensor | None = None,
+    policy_beginnings: Tensor | None = None,
+    reference_beginnings: Tensor | None = None,
 ) -> PairLogProbs:
     """What the loss reads of a batch.
 
@@ -78,6 +89,7 @@ def pairs_of(
         policy: [A] log-probs of the batch's answers.
         reference, unconditional: [P, 2] of its pairs, or None.
         collision_entropy: [P, 2] the policy's, or None.
+        policy_beginnings, reference_beginnings: [P, 2] log-probs of the pairs' common lengths, or None.
     """
     answers = batch.pairs.answers
     return PairLogProbs.of_pairs(
@@ -87,6 +99,8 @@ def pairs_of(
         unconditional,
         batch.pairs.unsafe,
         collision_entropy,
+        policy_beginnings,
+        reference_beginnings,
     )
 
 
@@ -122,10 +136,20 @@ class PreferenceStep:
         return score_pack(model, batch, self.scoring), partial(self._loss_func, batch)
 
     def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
-        policy, entropy, collision_entropy = self.scoring.apart(scores)
+        scored, reference = self.scoring.apart(scores), self.reference.lookup(batch)
+        policy, entropy, collision_entropy = (None if each is None else batch.over_answers(each) for each in scored)
+        assert policy is not None
         if collision_entropy is not None:
             collision_entropy = collision_entropy.detach()[batch.pairs.answers]
-        pairs = pairs_of(batch, policy, *self.reference.lookup(batch), collision_entropy)
+        pairs = pairs_of(
+            batch,
+            policy,
+            reference.conditional,
+            reference.unconditional,
+            collision_entropy,
+            batch.over_beginnings(scored.log_probs),
+            reference.beginnings,
+        )
         if self.targets is not None and not self.evaluates:
             chosen, rejected = self.targets.lookup(batch)
             pairs = dataclasses.replace(pairs, chosen_target=chosen, rejected_target=rejected)
@@ -208,12 +232,16 @@ class ScoringStep:
     """``forward_step`` of a scoring pass: collects the log-probs [P, 2] of each pack's pairs."""
 
     scoring: TokenScoring
+    with_beginnings: bool = False
+    """[P, 4]: those of the pairs' common lengths behind the others, of packs whose answers are cut."""
 
     def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(data_iterator).to_device()
 
         def collect(log_probs: Tensor, non_loss_data: bool = True) -> Tensor:
-            return log_probs.detach()[batch.pairs.answers]
+            found = batch.over_answers(log_probs.detach())[batch.pairs.answers]
+            beginnings = batch.over_beginnings(log_probs.detach()) if self.with_beginnings else None
+            return found if beginnings is None else torch.cat([found, beginnings], dim=1)
 
         return score_pack(model, batch, self.scoring), collect
 

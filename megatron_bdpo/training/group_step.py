@@ -56,7 +56,8 @@ class GroupStep(PreferenceStep):
 
     def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
         policy, entropy, _ = self.scoring.apart(scores)
-        groups = groups_of(batch, policy, *self.reference.lookup(batch))
+        reference = self.reference.lookup(batch)
+        groups = groups_of(batch, policy, reference.conditional, reference.unconditional)
         losses: GroupLosses = self.loss.spec.function(groups, self.loss.options)
         loss_sum = losses.loss.sum().float()
         if self.check_nan:

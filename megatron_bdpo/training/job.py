@@ -80,6 +80,7 @@ class PairJob:
             self.over_pairs,
             with_tables=self.loss.spec.of_groups,
             with_sides=self.loss.spec.of_answers,
+            with_cuts=self.loss.requirements.beginnings,
         )
 
     @functools.cached_property
@@ -233,6 +234,11 @@ def _check_loss(settings: Settings, loss: PairLossFunction) -> None:
         raise UserError(
             f"--reference columns has the log-probs of answers after their prompts; --preference-loss "
             f"{settings.loss.name} reads {reads}. Leave --reference out."
+        )
+    if settings.reference.is_in_columns and loss.requirements.beginnings:
+        raise UserError(
+            "--reference columns has the log-probs of whole answers, and --ld-alpha compares their beginnings, too. "
+            "Leave one of them out."
         )
     if loss.spec.of_groups and settings.steps.mean_over:
         raise UserError(

@@ -59,7 +59,7 @@ class SortedStep:
         if not scores:  # not the last stage, which alone has a loss
             return
         own = [
-            _columns(batch, score, self.reference.lookup(batch)[0])
+            _columns(batch, score, self.reference.lookup(batch).conditional)
             for batch, score in zip(batches[-1], scores, strict=True)
         ]
         start, everyone = self._gathered(torch.cat(own), step)

@@ -98,14 +98,21 @@ class StepZeroGate:
     def observe(self, pairs: PairLogProbs, loss: Callable[[PairLogProbs], PairLosses]) -> None:
         """Record the P pairs of a microbatch under the run's loss, which reads the reference's log-probs."""
 
-        def losses(log_probs: Tensor) -> Tensor:
-            chosen, rejected = log_probs.unbind(1)
-            return loss(replace(pairs, policy_chosen=chosen, policy_rejected=rejected)).loss
+        names = ["chosen", "rejected"]
+        counts = [pairs.chosen_tokens, pairs.rejected_tokens]
+        if pairs.policy_chosen_beginning is not None:
+            names += ["chosen_beginning", "rejected_beginning"]
+            counts += [torch.minimum(*counts)] * 2
 
-        assert pairs.reference_chosen is not None and pairs.reference_rejected is not None
-        policy = torch.stack([pairs.policy_chosen, pairs.policy_rejected], dim=1)
-        reference = torch.stack([pairs.reference_chosen, pairs.reference_rejected], dim=1)
-        tokens = torch.stack([pairs.chosen_tokens, pairs.rejected_tokens], dim=1)
+        def losses(log_probs: Tensor) -> Tensor:
+            values = {f"policy_{name}": column for name, column in zip(names, log_probs.unbind(1), strict=True)}
+            return loss(replace(pairs, **values)).loss
+
+        policy, reference = (
+            torch.stack([getattr(pairs, f"{model}_{name}") for name in names], dim=1)
+            for model in ("policy", "reference")
+        )
+        tokens = torch.stack(counts, dim=1)
         # All losses are convex there, or rise or fall with each log-prob (`LossSpec.function`): farthest in a corner.
         self._observe(policy, reference, tokens, losses, _farthest_corner)
 
@@ -190,10 +197,9 @@ class StepZeroGate:
 
 
 def _farthest_corner(losses: Callable[[Tensor], Tensor], reference: Tensor, allowed: Tensor) -> Tensor:
-    """With both log-probs off, whichever way."""
-    corners = [
-        losses(reference + allowed * allowed.new_tensor(signs)) for signs in itertools.product((1, -1), repeat=2)
-    ]
+    """With all log-probs off, whichever way."""
+    signs = itertools.product((1, -1), repeat=reference.shape[1])
+    corners = [losses(reference + allowed * allowed.new_tensor(each)) for each in signs]
     return (torch.stack(corners) - losses(reference)).abs().amax(dim=0)
 
 

@@ -25,6 +25,10 @@ class Pair(NamedTuple):
     h_l: int = 0
     c_w: float = 0.0  # sums of collision entropies
     c_l: float = 0.0
+    b_w: float = 0.0  # policy, of the common length
+    b_l: float = 0.0
+    d_w: float = 0.0  # reference, likewise
+    d_l: float = 0.0
 
     @property
     def margin(self) -> float:
@@ -232,10 +236,17 @@ def with_modifiers(
     f_divergence: str = "reverse_kl",
     f_alpha_divergence_coef: float = 0.5,
     reference_free: bool = False,
+    ld_alpha: float = 1.0,
     use_weighting: bool = False,
     **options: Any,
 ) -> Expected:
-    """A closed form at the scores that stand in the place of log-ratios, with an NLL, times WPO's weights."""
+    """A closed form at the scores that stand in the place of log-ratios, with an NLL, times WPO's weights.
+
+    Gradients are those in the whole log-probs; see ``in_beginnings``.
+    """
+    whole = p
+    if ld_alpha < 1:
+        p = counted(p, ld_alpha)
     (s_w, slope_w), (s_l, slope_l) = (p.l_w, 1.0), (p.l_l, 1.0)
     own = p
     if f_divergence != "reverse_kl":
@@ -244,12 +255,32 @@ def with_modifiers(
     if f_divergence != "reverse_kl" or reference_free:
         own = p._replace(l_w=s_w, l_l=s_l, r_w=0.0, r_l=0.0)
     loss, grad_w, grad_l = oracle(own, **options)
+    p = whole
     loss -= nll_weight * p.l_w / p.n_w
-    grad_w = grad_w * slope_w - nll_weight / p.n_w
+    grad_w = grad_w * slope_w * ld_alpha - nll_weight / p.n_w
     weight = 1.0
     if use_weighting:
         weight = math.exp((p.l_w + p.c_w) / p.n_w) * math.exp((p.l_l + p.c_l) / p.n_l)
-    return weight * loss, weight * grad_w, weight * grad_l * slope_l
+    return weight * loss, weight * grad_w, weight * grad_l * slope_l * ld_alpha
+
+
+def counted(p: Pair, ld_alpha: float) -> Pair:
+    """LD-DPO: what is behind the common length counts a share."""
+    kept = {"l_w": (p.l_w, p.b_w), "l_l": (p.l_l, p.b_l), "r_w": (p.r_w, p.d_w), "r_l": (p.r_l, p.d_l)}
+    shares: dict[str, Any] = {
+        name: ld_alpha * all_of_it + (1 - ld_alpha) * own for name, (all_of_it, own) in kept.items()
+    }
+    return p._replace(**shares)
+
+
+def in_beginnings(
+    oracle: Callable[..., Expected], p: Pair, ld_alpha: float = 1.0, nll_weight: float = 0.0, **options: Any
+) -> tuple[float, float]:
+    """The gradient in the policy's log-probs of the common length: what LD-DPO takes from that in the whole ones."""
+    if ld_alpha == 1:
+        return 0.0, 0.0
+    *_, grad_w, grad_l = with_modifiers(oracle, counted(p, ld_alpha), **options)
+    return (1 - ld_alpha) * grad_w, (1 - ld_alpha) * grad_l
 
 
 CLOSED_FORMS: dict[str, Callable[..., Expected]] = {
@@ -345,6 +376,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("safedpo", {"f_divergence": "js_divergence", "safedpo_delta": 3.0}),
     ("sigmoid_norm", {"f_divergence": "js_divergence"}),
     ("sigmoid_norm", {"reference_free": True}),
+    ("dpo", {"ld_alpha": 0.5, "nll_weight": 0.5}),
+    ("dpo", {"ld_alpha": 0.0, "reference_free": True}),
+    ("dpo", {"ld_alpha": 0.3, "f_divergence": "js_divergence"}),
+    ("hinge", {"ld_alpha": 0.25}),
+    ("ipo", {"ld_alpha": 0.5, "f_divergence": "js_divergence"}),
+    ("sigmoid_norm", {"ld_alpha": 0.75}),
+    ("safedpo", {"ld_alpha": 0.5}),
+    ("exo_pair", {"ld_alpha": 0.5}),
+    ("robust", {"ld_alpha": 0.5}),
+    ("discopop", {"ld_alpha": 0.5, "discopop_tau": 1.0}),
     ("bdpo", {"use_weighting": True}),
     ("dpo", {"use_weighting": True, "f_divergence": "js_divergence", "nll_weight": 0.5}),
     ("sft", {"use_weighting": True}),

@@ -17,17 +17,22 @@ MODIFIERS = {name for name, each in losses.option_fields().items() if each.is_mo
 
 def random_pairs(count: int, seed: int = 0) -> list[Pair]:
     """Log-probs on a grid of 1/16, so that fp32 holds them exactly and one oracle serves both dtypes."""
-    rng = random.Random(seed)
+    rng, shares = random.Random(seed), random.Random(f"beginnings {seed}")
 
     def log_prob(tokens: int) -> float:
         return -round(16 * tokens * rng.uniform(0.05, 5)) / 16 - 1 / 16
+
+    def beginning(log_prob: float, tokens: int, common: int) -> float:
+        return log_prob if tokens == common else round(16 * log_prob * shares.uniform(0.1, 0.9)) / 16
 
     def pair() -> Pair:
         n_w, n_l = rng.choice([1, 2, 7, 60]), rng.choice([1, 3, 50])
         lengths = (n_w, n_l) * 3
         l_w, l_l, r_w, r_l, u_w, u_l = map(log_prob, lengths)
         entropies = (round(16 * n * rng.uniform(0, 4)) / 16 for n in (n_w, n_l))
-        return Pair(l_w, l_l, n_w, n_l, r_w, r_l, u_w, u_l, 0, rng.randint(0, 1), *entropies)
+        known = Pair(l_w, l_l, n_w, n_l, r_w, r_l, u_w, u_l, 0, rng.randint(0, 1), *entropies)
+        wholes = zip((l_w, l_l, r_w, r_l), (n_w, n_l) * 2, strict=True)
+        return Pair(*known[:12], *(beginning(whole, tokens, min(n_w, n_l)) for whole, tokens in wholes))
 
     return [pair() for _ in range(count)]
 
@@ -45,13 +50,15 @@ PAIRS = random_pairs(100) + EXTREME
 
 def inputs(pairs: list[Pair], dtype: torch.dtype) -> PairLogProbs:
     columns = [list(column) for column in zip(*pairs, strict=True)] if pairs else [[]] * len(Pair._fields)
-    l_w, l_l, n_w, n_l, r_w, r_l, u_w, u_l, h_w, h_l, c_w, c_l = columns
+    l_w, l_l, n_w, n_l, r_w, r_l, u_w, u_l, h_w, h_l, c_w, c_l, b_w, b_l, d_w, d_l = columns
     policy = [torch.tensor(column, dtype=dtype, requires_grad=True) for column in (l_w, l_l)]
     tokens = [torch.tensor(column, dtype=torch.int64) for column in (n_w, n_l)]
     frozen = [torch.tensor(column, dtype=dtype) for column in (r_w, r_l, u_w, u_l)]
     unsafe = [torch.tensor(h_w, dtype=torch.bool), torch.tensor(h_l, dtype=torch.int64)]  # either type is allowed
     entropies = [torch.tensor(column, dtype=dtype) for column in (c_w, c_l)]
-    return PairLogProbs(*policy, *tokens, *frozen, *unsafe, *entropies)
+    beginnings = [torch.tensor(column, dtype=dtype, requires_grad=True) for column in (b_w, b_l)]
+    beginnings += [torch.tensor(column, dtype=dtype) for column in (d_w, d_l)]
+    return PairLogProbs(*policy, *tokens, *frozen, *unsafe, *entropies, *beginnings)
 
 
 class Result(NamedTuple):

@@ -17,7 +17,8 @@ from tests.harness.jobs import Shards, assemble, copy_shards, last_stage, run_jo
 #: Pair id -> log-probs of the tokens of its chosen and its rejected response.
 TokenLogProbs = dict[int, tuple[np.ndarray, np.ndarray]]
 
-#: Pair id -> log-probs of chosen and rejected, [n, 2]: the policy's and, where known, reference and unconditional ones.
+#: Pair id -> log-probs of chosen and rejected, [n, 2]: the policy's and, where known, reference and unconditional ones
+#: and what else the loss reads.
 SequenceLogProbs = dict[int, np.ndarray]
 
 Mistake = Callable[[contextlib.ExitStack], None]
@@ -114,7 +115,8 @@ def _recorded_run(redraw: bool) -> type[Any]:
                 super().pretrain()
 
         def _record_tokens(self, tokens: torch.Tensor, batch: Any) -> None:
-            answers = [part.numpy() for part in tokens.split(batch.scored.answer_tokens.tolist())]
+            own = batch.over_answers(batch.scored.answer_tokens)
+            answers = [part.numpy() for part in tokens.split(own.tolist())]
             pairs = [(answers[chosen], answers[rejected]) for chosen, rejected in batch.pairs.answers.tolist()]
             self.now.tokens |= dict(zip(batch.pairs.ids.tolist(), pairs, strict=True))
 

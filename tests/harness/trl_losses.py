@@ -243,8 +243,9 @@ def ours_of_answers(name: str, options: dict[str, Any], tokens: int, values: Val
     if spec.of_step:
         others = (tokens * each for each in mismatched(values))
         seen = replace(answers, **dict(zip(("policy", "reference"), others, strict=True)))
-        answers = replace(answers, shift=spec.of_step(seen, all_options))
-        assert answers.shift is not None and answers.shift > 0
+        shift = spec.of_step(seen, all_options)
+        assert isinstance(shift, Tensor) and shift > 0
+        answers = replace(answers, shift=shift)
     return 2 * spec.function(answers, all_options).loss.mean()
 
 

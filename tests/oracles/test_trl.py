@@ -49,6 +49,7 @@ LOSSES = {
     ),
     "ipo": Loss(["--preference-loss", "ipo"], {"loss_type": ["ipo"]}),
     "hinge": Loss(["--preference-loss", "hinge"], {"loss_type": ["hinge"]}),
+    "ld": Loss(["--preference-loss", "dpo", "--ld-alpha", "0.4"], {"loss_type": ["sigmoid"], "ld_alpha": 0.4}),
     "robust": Loss(
         ["--preference-loss", "robust", "--label-smoothing", "0.2"], {"loss_type": ["robust"], "label_smoothing": 0.2}
     ),
@@ -63,6 +64,7 @@ CASES: dict[str, tuple[str, str, bool, tuple[int, list[str]]]] = {
     "dpo Qwen3": ("dpo", "qwen3", False, (1, [])),
     "dpo Qwen2 tied": ("dpo", "qwen2", True, (1, [])),
     "dpo Qwen3 tied TP2 PP2": ("dpo", "qwen3", True, TP2_PP2),
+    "ld Qwen3 TP2 PP2": ("ld", "qwen3", False, TP2_PP2),
 }
 
 # TRL sums fp32 log-probs in fp32: up to some thousand nats, where one unit in the last place is 1e-4.

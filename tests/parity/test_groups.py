@@ -83,6 +83,8 @@ def pairs(tmp_path_factory):
         "--preference-loss dpo --reference resident",
         "--preference-loss bdpo --reference resident --no-share-prompts",
         "--preference-loss simpo --no-pack-pairs",
+        "--preference-loss dpo --ld-alpha 0.3",
+        "--preference-loss dpo --ld-alpha 0.3 --reference resident --no-share-prompts",
         "--preference-loss safedpo",
     ],
 )

@@ -26,6 +26,7 @@ MODIFIED = {
     "dpo, Jensen-Shannon": ["--preference-loss", "dpo", "--f-divergence", "js_divergence"],
     "dpo, weighted": ["--preference-loss", "dpo", "--use-weighting"],
     "dpo, no reference": ["--preference-loss", "dpo", "--reference-free"],
+    "dpo, of common lengths": ["--preference-loss", "dpo", "--ld-alpha", "0.5"],
 }
 
 #: Of rows with several answers, and with one: see ``test_groups`` and ``test_labelled_answers``.

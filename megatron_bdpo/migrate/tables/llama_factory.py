@@ -141,6 +141,7 @@ _KEYS: dict[str, Entry] = {
     **refused(
         "Put it into the rows, or into the tokenizer's template.", "tool_format default_system preserve_thinking"
     ),
+    "ld_alpha": Refused(shared.LD_ALPHA, ("none", "null", "1", "1.0")),
     **refused(
         "Take it out.",
         "use_adam_mini use_muon use_asft_loss asft_alpha use_eaft_loss eaft_alpha early_stopping_steps "
@@ -148,7 +149,7 @@ _KEYS: dict[str, Entry] = {
         "new_special_tokens_config init_special_tokens mixture_of_depths train_from_scratch "
         "ref_model_quantization_bit use_kt kt_cpu_activation kt_weight_path kt_non_expert_weight_path "
         "kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num kt_lora_expert_intermediate_size fp8 "
-        "fp8_backend fp8_enable_fsdp_float8_all_gather ld_alpha "
+        "fp8_backend fp8_enable_fsdp_float8_all_gather "
         "loraplus_lr_ratio pissa_init use_galore use_apollo use_badam use_llama_pro "
         "additional_target ref_model_adapters freeze_vision_tower resize_vocab new_special_tokens streaming "
         "rope_scaling shift_attn mask_history train_on_prompt use_dft_loss",

@@ -102,7 +102,8 @@ _BOTH: dict[str, Entry] = {
     ),
     **unneeded(shared.PACKED, "padding_free packing_length"),
     **unneeded("one program has it", "use_ray device_groups.* ddp_timeout ddp_backend check_model"),
-    **refused("Take it out.", "ld_alpha sync_ref_model modules_to_save target_regex lora_bias loss_scale ref_adapters"),
+    **refused("Take it out.", "sync_ref_model modules_to_save target_regex lora_bias loss_scale ref_adapters"),
+    "ld_alpha": Refused(shared.LD_ALPHA, ("none", "null", "1", "1.0")),
     **unneeded(
         "counts with another rlhf_type only",
         "temperature max_completion_length max_new_tokens sft_alpha lmbda seq_kd "

@@ -50,13 +50,16 @@ SCHEDULES: Mapping[str, Mapping[str, bool | str | list[str]]] = {
 }
 SCHEDULE = Choice(SCHEDULES, f"Take one of {', '.join(SCHEDULES)}, or say --lr-decay-style in the recipe.")
 _ADAMS = "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused paged_adamw_32bit"
-#: f-DPO's and WPO's, with TRL's names.
+#: f-DPO's and WPO's, with TRL's names. (LD-DPO's is not: elsewhere it leaves the reference's log-probs whole.)
 MODIFIERS: dict[str, Entry] = {
     "f_divergence_type": LossOption("f_divergence", off=("reverse_kl",), kind="word"),
     "f_alpha_divergence_coef": LossOption("f_alpha_divergence_coef"),
     "reference_free": LossOption("reference_free", off=("false",), kind="switch"),
     "use_weighting": LossOption("use_weighting", off=("false",), kind="switch"),
 }
+LD_ALPHA = (
+    "There it weighs the policy's log-probs and not the reference's, which is another loss; --ld-alpha weighs both."
+)
 ALPHA_DIVERGENCE = Gate("f_divergence_type", ("alpha_divergence",), ("f_alpha_divergence_coef",), default="reverse_kl")
 #: KTO's and its kind's.
 WEIGHTS_OF_LABELS: dict[str, Entry] = {

@@ -18,7 +18,6 @@ from megatron_bdpo.migrate.entries import (
     To,
     Unneeded,
     Weights,
-    refused,
     unneeded,
 )
 from megatron_bdpo.migrate.tables import transformers as shared
@@ -85,7 +84,7 @@ _KEYS: dict[str, Entry] = {
     "discopop_tau": LossOption("discopop_tau", off=("0.05",)),
     **unneeded("models here have a decoder alone", "is_encoder_decoder"),
     "generate_during_eval": Refused("Take it out; --eval-prompts FILE has answers at every evaluation."),
-    **refused("Take it out.", "ld_alpha", ("false", "none", "1", "1.0")),
+    "ld_alpha": LossOption("ld_alpha", off=("none", "null", "1", "1.0")),
     "ref_model_name_or_path": To("reference-model"),
 }
 

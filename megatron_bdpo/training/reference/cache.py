@@ -11,6 +11,7 @@ A part has n pairs, in any order; axis 1 is chosen, rejected:
     conditional    float64 [n, 2]  log pi_ref(y|x), summed over the response's tokens, in nats; NaN: not known
     unconditional  float64 [n, 2]  log pi_ref(y): the same tokens after the empty prompt
     mismatched     float64 [n, 2]  the same after another row's prompt; absent where none is known
+    beginnings     float64 [n, 2]  log pi_ref(y|x) of the first min(|y_w|, |y_l|) tokens of each; likewise
     tokens         int32 [n, 2]    |y|
     source         int16 [n]       index of the data set among the manifest's sources
     row            int64 [n]       row or line there, counted from 1
@@ -37,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from megatron_bdpo.artifact import tell_completed, write_whole
+from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.json_shape import Each, Maybe, is_count, parse_json, schema_error
 from megatron_bdpo.user_files import open_regular, read_regular
@@ -51,6 +53,9 @@ FORMAT_VERSION = 3
 #: The kinds of log-probs, in the order of ``data.prompt_kinds.PromptKind``.
 KINDS = ("conditional", "unconditional", "mismatched")
 
+#: And one that the pass of the conditional ones finds beside them.
+BEGINNINGS = "beginnings"
+
 #: Of an identity that has one: the version of its names. See ``fingerprint``.
 IDENTITY_VERSION = "identity_version"
 
@@ -62,12 +67,13 @@ _COLUMNS: dict[str, tuple[str, int | None, float]] = {
     "conditional": ("<f8", 2, np.nan),
     "unconditional": ("<f8", 2, np.nan),
     "mismatched": ("<f8", 2, np.nan),
+    BEGINNINGS: ("<f8", 2, np.nan),
     "tokens": ("<i4", 2, 0),
     "source": ("<i2", None, -1),
     "row": ("<i8", None, 0),
 }
 #: Of these, what is in a file only where it holds a number.
-_OPTIONAL = ("mismatched",)
+_OPTIONAL = ("mismatched", BEGINNINGS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +92,8 @@ class Scores:
     """[P], index into ``manifest["sources"]``; -1 where nothing is known."""
     row: npt.NDArray[np.int64]
     """[P], row or line of that source, counted from 1; 0 where nothing is known."""
+    beginnings: FloatArray
+    """[P, 2], as ``conditional``, of the pair's common length."""
     manifest: dict[str, Any]
     """As it was read."""
 
@@ -286,6 +294,11 @@ class _Part:
 
 #: A job of which nothing is left on disk may have known of more pairs than the files tell, and of no more than these.
 _MOST_UNSEEN_PAIRS = 2**22
+
+
+def scored_after(kind: str) -> PromptKind:
+    """The prompt that a pass scores answers after to find log-probs of a kind."""
+    return PromptKind(KINDS.index("conditional" if kind == BEGINNINGS else kind))
 
 
 class _PartError(Exception):

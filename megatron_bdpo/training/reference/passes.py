@@ -23,7 +23,7 @@ from megatron_bdpo.losses import GroupLogProbs, PairLogProbs, Requirements
 from megatron_bdpo.model.lora.attach import adapters_off
 from megatron_bdpo.training.batches import IntArray, PackBatch, PackMaker
 from megatron_bdpo.training.distributed import sum_over_ranks
-from megatron_bdpo.training.forward import ScoringStep, forward_only, looking_ahead
+from megatron_bdpo.training.forward import ReferenceLogProbs, ScoringStep, forward_only, looking_ahead
 from megatron_bdpo.training.job import PairJob
 
 FloatArray = npt.NDArray[np.float64]
@@ -38,12 +38,14 @@ class ReferenceTable:
         conditional: [P, 2] log pi_ref(y|x) of chosen and rejected.
         unconditional: [P, 2] log pi_ref(y) after the empty prompt, or None where the loss does not need it.
         mismatched: [P, 2] log pi_ref(y|x') after another group's prompt, or None; NaN where that does not fit a pack.
+        beginnings: [P, 2] the conditional ones of the pairs' common lengths, or None likewise.
         directories: where they are kept, by store.
     """
 
     conditional: FloatArray
     unconditional: FloatArray | None
     mismatched: FloatArray | None = None
+    beginnings: FloatArray | None = None
     directories: Mapping[str, Path] = field(default_factory=dict)
 
     def training_values(self, job: PairJob) -> PairLogProbs | GroupLogProbs:
@@ -79,22 +81,22 @@ class ReferenceTable:
         unconditional = None if self.unconditional is None else torch.from_numpy(self.unconditional[ids])
         return PairLogProbs.of_pairs(tokens, conditional, conditional, unconditional, unsafe)
 
-    def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
+    def lookup(self, batch: PackBatch) -> ReferenceLogProbs:
         """See ``forward.ReferenceValues``."""
-        found = [None if each is None else each[batch.pairs.ids] for each in (self.conditional, self.unconditional)]
+        tables = (self.conditional, self.unconditional, self.beginnings)
+        found = [None if each is None else each[batch.pairs.ids] for each in tables]
         # In one piece, pinned: the host does not wait until the device has it.
         sent = torch.from_numpy(np.stack([each for each in found if each is not None])).pin_memory()
         values = iter(sent.cuda(non_blocking=True))
-        conditional, unconditional = (None if each is None else next(values) for each in found)
-        return conditional, unconditional
+        return ReferenceLogProbs(*(None if each is None else next(values) for each in found))
 
 
 class NoReference:
     """For losses that read no reference."""
 
-    def lookup(self, batch: PackBatch) -> tuple[None, None]:
+    def lookup(self, batch: PackBatch) -> ReferenceLogProbs:
         """See ``forward.ReferenceValues``."""
-        return None, None
+        return ReferenceLogProbs()
 
 
 class ResidentReference:
@@ -104,9 +106,9 @@ class ResidentReference:
         self.model = model
         self.requirements = requirements
         self.scoring = scoring
-        self._values: dict[bytes, tuple[Tensor | None, Tensor | None]] = {}
+        self._values: dict[bytes, ReferenceLogProbs] = {}
 
-    def lookup(self, batch: PackBatch) -> tuple[Tensor | None, Tensor | None]:
+    def lookup(self, batch: PackBatch) -> ReferenceLogProbs:
         """See ``forward.ReferenceValues``."""
         return self._values[batch.pairs.key]
 
@@ -125,12 +127,19 @@ class ResidentReference:
         count, length = per_batch * len(batches[0]), batches[0][0].length
         iterators = [_with_unconditional(chunk) for chunk in batches]
         with adapters_off(self.model):
-            scores = forward_only(self.model, ScoringStep(self.scoring), iterators, count, length)
+            step = ScoringStep(self.scoring, self.requirements.beginnings)
+            scores = forward_only(self.model, step, iterators, count, length)
         # Only the last stage has scores, and only it looks them up; its last chunk's batches are the ones it uses.
         self._values = {
-            batch.pairs.key: (values[0], values[1] if len(values) > 1 else None)
+            batch.pairs.key: _log_probs(*values)
             for batch, values in zip(batches[-1], itertools.batched(scores, per_batch), strict=False)
         }
+
+
+def _log_probs(conditional: Tensor, unconditional: Tensor | None = None) -> ReferenceLogProbs:
+    """Of what ``ScoringStep`` has found, [P, 2] each, or [P, 4]."""
+    whole, *beginnings = conditional.split(2, dim=1)
+    return ReferenceLogProbs(whole, None if unconditional is None else unconditional[:, :2], *beginnings)
 
 
 def _with_unconditional(batches: list[PackBatch]) -> Iterator[PackBatch]:
@@ -182,13 +191,14 @@ class GroupScorer:
     """Scores groups with a model that stays as it is meanwhile, each once, packed as tightly as they go.
 
     Attributes:
-        step: a forward step that collects [P, 2] of each pack's pairs.
+        step: a forward step that collects [P, ``columns``] of each pack's pairs.
         make: makes packs of the pool's groups; its limit is a multiple of ``unit``.
         unit: the packs' lengths are multiples of this.
         length: of packs, a multiple of ``unit``. With pipeline stages or ``fixed_length`` no group may be longer.
         alone: every group has a pack of its own.
         fixed_length: all packs are ``length`` long.
         with_adapters: of a model that has some; a reference is without them.
+        columns: of a pair, chosen and rejected in turns.
     """
 
     model: list[Any]
@@ -199,6 +209,7 @@ class GroupScorer:
     alone: bool
     fixed_length: bool
     with_adapters: bool = False
+    columns: int = 2
 
     def blocks(self, groups: Groups) -> Iterator[Block]:
         """The groups in their order, block by block. A block has a pack for every pipeline stage of every replica.
@@ -239,7 +250,7 @@ class GroupScorer:
             scores = forward_only(self.model, self.step, made_once, len(own), blocks[0].length)
         ids = np.concatenate([block.groups.ids for block in blocks])
         first = np.searchsorted(self.make.pool.grouping.pairs_and_places(ids)[1], np.arange(len(ids) + 1))
-        result = np.zeros((int(first[-1]), 2))
+        result = np.zeros((int(first[-1]), self.columns))
         if is_one_of_each_replica():
             for (_, _, places), score in zip(own, scores, strict=True):
                 pairs = [np.arange(first[place], first[place + 1]) for place in places]

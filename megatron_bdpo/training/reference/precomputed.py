@@ -17,7 +17,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.training.batches import IntArray
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, broadcast_arrays, is_rank_zero, say
 from megatron_bdpo.training.finite import check_reference
-from megatron_bdpo.training.reference.cache import KINDS, Arrays, ScoreCache
+from megatron_bdpo.training.reference.cache import BEGINNINGS, KINDS, Arrays, ScoreCache, scored_after
 from megatron_bdpo.training.reference.passes import BoolArray, FloatArray, Groups, GroupScorer, ReferenceTable
 from megatron_bdpo.training.reference.scoring_loop import ScoringLoop, make_scorer, pair_columns
 from megatron_bdpo.training.setup import RunSetup
@@ -55,7 +55,13 @@ class PrecomputedReference:
             values[pool.swapped] = values[pool.swapped][:, ::-1]
         used = [index for index in range(len(pool.stores)) if len(self._groups_in_use(index))]
         directories = {STORES[index]: self.directory(index).resolve() for index in used}
-        return ReferenceTable(table["conditional"], table.get("unconditional"), table.get("mismatched"), directories)
+        return ReferenceTable(
+            table["conditional"],
+            table.get("unconditional"),
+            table.get("mismatched"),
+            table.get(BEGINNINGS),
+            directories,
+        )
 
     def directory(self, index: int) -> Path:
         """Where the log-probs of a store are kept."""
@@ -68,7 +74,8 @@ class PrecomputedReference:
     def _kinds(self) -> tuple[str, ...]:
         needs = self.setup.job.loss.requirements
         wanted = {PromptKind.OWN: True, PromptKind.EMPTY: needs.comprehension, PromptKind.OTHER: needs.mismatched}
-        return tuple(KINDS[kind] for kind, is_wanted in wanted.items() if is_wanted)
+        kinds = (KINDS[kind] for kind, is_wanted in wanted.items() if is_wanted)
+        return (*kinds, *([BEGINNINGS] if needs.beginnings else []))
 
     def _of_store(self, index: int) -> Arrays:
         """The values of a store's pairs by kind, [pairs, 2] in the store's order; NaN of those that are not needed."""
@@ -140,17 +147,21 @@ class PrecomputedReference:
     def _score(
         self, index: int, missing: dict[str, BoolArray], groups: IntArray, cache: ScoreCache | None, known: Arrays
     ) -> dict[str, Any]:
-        """Score the groups of a store with a pair that misses something, in their order, both kinds beside each other.
+        """Score the groups of a store with a pair that misses something, in their order, both passes beside each other.
 
         Args:
             missing: by kind, of the store's pairs.
         """
         pairs, place = self.setup.job.pool.grouping.pairs_and_places(groups)
-        of_pairs = np.stack([mask[pairs - self.setup.job.pool.offsets[index]] for mask in missing.values()], axis=1)
-        is_missing = np.zeros((len(groups), len(missing)), bool)
+        passes: dict[PromptKind, BoolArray] = {}
+        for each, mask in missing.items():
+            after = scored_after(each)
+            passes[after] = passes.get(after, False) | mask
+        of_pairs = np.stack([mask[pairs - self.setup.job.pool.offsets[index]] for mask in passes.values()], axis=1)
+        is_missing = np.zeros((len(groups), len(passes)), bool)
         np.logical_or.at(is_missing, place, of_pairs)
         row, kind = np.nonzero(is_missing)
-        to_score = Groups(groups[row], np.array([KINDS.index(each) for each in self._kinds])[kind])
+        to_score = Groups(groups[row], np.array([*passes])[kind])
         loop = ScoringLoop(self.setup, index, self._kinds, cache, known, self.pause)
         return loop.run(self._make_scorer, to_score, already=is_missing.size - len(to_score))
 

@@ -30,7 +30,7 @@ from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, is_ra
 from megatron_bdpo.training.finite import check_reference
 from megatron_bdpo.training.forward import ScoringStep
 from megatron_bdpo.training.pack_iterators import context_rank
-from megatron_bdpo.training.reference.cache import KINDS, Arrays, ScoreCache
+from megatron_bdpo.training.reference.cache import BEGINNINGS, KINDS, Arrays, ScoreCache, scored_after
 from megatron_bdpo.training.reference.passes import FloatArray, Groups, GroupScorer
 from megatron_bdpo.training.reward_step import RewardScoringStep
 from megatron_bdpo.training.setup import RunSetup
@@ -99,14 +99,16 @@ class ScoringLoop:
         """Put values into ``known``, in the data's order of chosen and rejected. Refuses what is not finite."""
         pool = self.setup.job.pool
         pairs, after = self._pairs(groups)
+        columns = values.reshape(len(values), -1, 2)  # of whole answers, and of their beginnings if they are scored
         swapped = pool.swapped[pairs]
-        values[swapped] = values[swapped][:, ::-1]
+        columns[swapped] = columns[swapped][..., ::-1]
         for kind in self.kinds:
-            of_kind = after == KINDS.index(kind)
+            found = columns[:, int(kind == BEGINNINGS)]
+            of_kind = after == scored_after(kind)
             ids = pairs[of_kind]
             names = functools.partial(_describe, pool, ids)
-            check_reference(values[of_kind], np.ones(len(ids), bool), kind, names)
-            self.known[kind][ids - pool.offsets[self.index]] = values[of_kind]
+            check_reference(found[of_kind], np.ones(len(ids), bool), kind, names)
+            self.known[kind][ids - pool.offsets[self.index]] = found[of_kind]
 
     def _pairs(self, groups: Groups) -> tuple[IntArray, IntArray]:
         """Ids of the groups' pairs, and the kind of prompt that they are scored after."""
@@ -121,9 +123,9 @@ class ScoringLoop:
                 pairs, after = self._pairs(groups)
                 store, own = pool.stores[self.index], pairs - pool.offsets[self.index]
                 rows, place = np.unique(own, return_inverse=True)
-                values = {kind: np.full((len(rows), 2), np.nan) for kind in KINDS}
+                values = {kind: np.full((len(rows), 2), np.nan) for kind in (*KINDS, *self.kinds)}
                 for kind in self.kinds:
-                    of_kind = after == KINDS.index(kind)
+                    of_kind = after == scored_after(kind)
                     values[kind][place[of_kind]] = self.known[kind][own[of_kind]]
                 self.cache.add(rows, {**values, **pair_columns(store, rows)}, len(store))
 
@@ -164,17 +166,24 @@ def make_scorer(setup: RunSetup, model: list[Any], groups: IntArray) -> GroupSco
                 after_other = job.sizes_after_other[groups]
                 sizes = np.concatenate([sizes, after_other[job.fits_after_other[groups]]])
             length = max(length, round_up(int(sizes.max()), unit))
+    with_beginnings = job.loss.requirements.beginnings
     make = PackMaker(
-        job.pool, job.max_pack_length, job.share_prompts, padding_token=job.padding_token, context=context_rank()
+        job.pool,
+        job.max_pack_length,
+        job.share_prompts,
+        padding_token=job.padding_token,
+        context=context_rank(),
+        with_cuts=with_beginnings,
     )
     return GroupScorer(
         model,
-        RewardScoringStep() if settings.objective.is_reward else ScoringStep(setup.scoring),
+        RewardScoringStep() if settings.objective.is_reward else ScoringStep(setup.scoring, with_beginnings),
         make,
         unit,
         length,
         alone=not settings.steps.pack_pairs,
         fixed_length=job.fixed_length,
+        columns=4 if with_beginnings else 2,
     )
 
 

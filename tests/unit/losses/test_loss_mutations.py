@@ -45,6 +45,7 @@ HARMLESS = {
     'h_l = required(pairs.rejected_unsafe, "rejected_unsafe").to(delta_l.dtype)  # delta_w': "so is the type",
     "m = m.clamp(max=-torch.finfo(m.dtype).eps)  # -torch.finfo(m.dtype).eps with a plus": "test_losses has it",
     "if pairs.chosen_score is not None:  # rejected_score": "there are both or none",
+    "if pairs.reference_chosen is None:  # reference_rejected": "there are both or none",
 }
 
 
@@ -86,7 +87,7 @@ def mistakes_at(node: ast.AST, names: set[str]) -> Iterator[str]:
 
 def of_the_other(name: str) -> str | None:
     """The name of the same of the other answer."""
-    found = re.search("|".join(f"{end}(?=$|_score$|_tokens$|_unsafe$|_weight$)" for end in ANSWERS), name)
+    found = re.search("|".join(f"{end}(?=$|_score$|_tokens$|_unsafe$|_weight$|_beginning$)" for end in ANSWERS), name)
     return None if found is None else name[: found.start()] + ANSWERS[found[0]] + name[found.end() :]
 
 

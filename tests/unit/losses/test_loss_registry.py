@@ -42,6 +42,8 @@ from tests.harness.loss_cases import PAIRS, evaluate, inputs, random_pairs
         ("aot_unpaired", {}, Requirements(reference=True)),
         ("sft", {"use_weighting": True}, Requirements(collision_entropy=True)),
         ("dpo", {"use_weighting": True}, Requirements(reference=True, collision_entropy=True)),
+        ("dpo", {"ld_alpha": 0.5}, Requirements(reference=True, beginnings=True)),
+        ("dpo", {"ld_alpha": 0.5, "reference_free": True}, Requirements(beginnings=True)),
         ("sigmoid_norm", {}, Requirements(reference=True, length_normalised=True)),
         *[(name, {}, Requirements(reference=True)) for name in ("apo_down", "apo_zero", "bco_pair", "discopop")],
         *[(name, {}, Requirements(reference=True)) for name in ("dpop", "exo_pair", "nca_pair", "sppo_hard")],
@@ -56,6 +58,7 @@ def test_requirements_are_stated_and_suffice(name, given, expected_requirements)
     asked += ["reference"] * needs.reference + ["unconditional"] * needs.comprehension + ["unsafe"] * needs.safety
     full = inputs(PAIRS, torch.float32)
     known = {f.name: getattr(full, f.name) for f in fields(full) if any(word in f.name for word in asked)}
+    known = {name: value for name, value in known.items() if needs.beginnings or not name.endswith("_beginning")}
     evaluate(name, given, PairLogProbs(**known))
 
 
@@ -104,7 +107,7 @@ def test_options_and_defaults():
         "safedpo": {"beta": 0.1, "safedpo_delta": 10.0, "nll_weight": 0.0},
         "simpo": {"beta": 2.0, "simpo_gamma": 0.5, "nll_weight": 0.0},
     }
-    scores = {"f_divergence": "reverse_kl", "f_alpha_divergence_coef": 0.5, "reference_free": False}
+    scores = {"f_divergence": "reverse_kl", "f_alpha_divergence_coef": 0.5, "reference_free": False, "ld_alpha": 1.0}
     for name in ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm"):
         expected_defaults[name] = expected_defaults[name] | scores
     of_others = {"bdpo_list", "infonca", "lipo_lambda", "nca", "pl_dpo", "tpo", *("apo_zero_unpaired", "bco", "kto")}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from megatron_bdpo import losses
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import LossOptions, LossSpec, PairLossFunction, Requirements, option
 from megatron_bdpo.losses.modifiers import ScoreOptions, modified, scored
+from tests.harness.closed_forms import CASES, CLOSED_FORMS, in_beginnings
 from tests.harness.loss_cases import PAIRS, evaluate, inputs, random_pairs, with_targets
 
 #: Losses that compare the two answers' scores.
@@ -32,7 +33,7 @@ def as_written(name: str) -> LossSpec:
 
 def test_which_losses_have_them():
     fields = losses.option_fields()
-    for name in ("f_divergence", "f_alpha_divergence_coef", "reference_free"):
+    for name in ("f_divergence", "f_alpha_divergence_coef", "reference_free", "ld_alpha"):
         assert tuple(fields[name].defaults) == OF_DIFFERENCE and fields[name].is_modifier
     assert [each.name for each in losses.all_specs() if each.of_difference] == list(OF_DIFFERENCE)
     assert tuple(fields["use_weighting"].defaults) == OF_PAIRS and fields["use_weighting"].is_modifier
@@ -111,6 +112,33 @@ def test_nothing_overflows_where_the_policy_has_left_the_reference():
         assert all(torch.isfinite(each).all() for each in found)
 
 
+@pytest.mark.parametrize(("name", "given"), [case for case in CASES if "ld_alpha" in case[1]], ids=str)
+def test_the_gradient_in_beginnings_is_the_closed_forms(name, given):
+    """That in whole answers is compared beside the losses' own."""
+    pairs = inputs(PAIRS, torch.float64)
+    spec, options = losses.get(name), losses.build_options(name, given)
+    beginnings = (pairs.policy_chosen_beginning, pairs.policy_rejected_beginning)
+    found = torch.autograd.grad(spec.function(pairs, options).loss.sum(), beginnings)
+    expected = [in_beginnings(CLOSED_FORMS[name], p, **asdict(options)) for p in PAIRS]
+    expected = torch.tensor(expected, dtype=torch.float64).unbind(1)
+    for own, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, one, rtol=2e-12, atol=2e-12)
+
+
+@pytest.mark.parametrize("name", OF_DIFFERENCE)
+def test_the_ends_of_ld_alpha(name):
+    """At 1 it is the loss without it, and asks for nothing; at 0 what is behind the common length is not there."""
+    full = inputs(random_pairs(100), torch.float64)
+    at_1, at_0 = (losses.build_options(name, {"ld_alpha": share}) for share in (1.0, 0.0))
+    spec = losses.get(name)
+    assert not spec.requirements(at_1).beginnings and spec.requirements(at_0).beginnings
+    found, _ = evaluate(name, {"ld_alpha": 1.0}, full)
+    expected, _ = evaluate(name, {}, full)
+    assert all(torch.equal(own, one) for own, one in zip(found, expected, strict=True))
+    cut = inputs([p._replace(l_w=p.b_w, l_l=p.b_l, r_w=p.d_w, r_l=p.d_l) for p in random_pairs(100)], torch.float64)
+    assert torch.equal(spec.function(full, at_0).loss, spec.function(cut, spec.options()).loss)
+
+
 def test_weights_are_of_the_policy_as_it_is():
     """An answer as likely as the distribution is peaked, -log p = its collision entropy, weighs 1."""
     pairs = [p._replace(c_w=-p.l_w, c_l=-p.l_l) for p in random_pairs(20)]
@@ -136,6 +164,8 @@ def test_a_mix_weighs_its_sum():
         ("nca_pair", {"f_divergence": "forward_kl"}, "--f-divergence is not used by the loss 'nca_pair'"),
         ("dpop", {"reference_free": True}, "--reference-free is not used by the loss 'dpop'"),
         ("simpo", {"reference_free": True}, "--reference-free is not used by the loss 'simpo'"),
+        ("nca_pair", {"ld_alpha": 0.5}, "--ld-alpha is not used by the loss 'nca_pair'"),
+        ("dpo", {"ld_alpha": -0.1}, "--ld-alpha must be >= 0 and <= 1"),
         ("dpo", {"f_divergence": "kl"}, "--f-divergence must be one of reverse_kl, forward_kl, js_divergence"),
         (
             "dpo",

@@ -205,6 +205,7 @@ def test_todays_names_of_openrlhf(tmp_path):
             {"use-weighting": True, "preference-loss": "ipo=1,sft=1"},
         ),
         ("trl", "reference_free: true", {"reference-free": True}),
+        ("trl", "ld_alpha: 0.25", {"ld-alpha": "0.25"}),
         ("ms-swift", "rlhf_type: dpo\nf_divergence_type: forward_kl", {"f-divergence": "forward_kl"}),
         (
             "ms-swift",
@@ -225,8 +226,8 @@ def test_todays_names_of_openrlhf(tmp_path):
         ),
     ],
     ids=[
-        *("divergence", "alpha divergence", "weights of pairs", "no reference", "divergence of swift", "simpo"),
-        *("orpo", "cpo", "mix of swift", "mix of axolotl"),
+        *("divergence", "alpha divergence", "weights of pairs", "no reference", "ld of TRL"),
+        *("divergence of swift", "simpo", "orpo", "cpo", "mix of swift", "mix of axolotl"),
     ],
 )
 def test_losses_and_modifiers(name, text, expected, tmp_path):
@@ -251,12 +252,14 @@ def test_losses_and_modifiers(name, text, expected, tmp_path):
         ("llama-factory", "stage: ppo", "stage", "'ppo' cannot be had here. This program trains on pairs"),
         ("llama-factory", "stage: kto\npref_ftx: 0.1", "pref_ftx", "the loss kto does not use it here"),
         ("trl", "loss_type: nca_pair\nf_divergence_type: forward_kl", "f_divergence_type", "nca_pair does not use it"),
-        ("trl", "ld_alpha: 0.5", "ld_alpha", "'0.5' cannot be had here."),
+        ("trl", "ld_alpha: 0.5\nloss_type: nca_pair", "ld_alpha", "nca_pair does not use it"),
+        ("ms-swift", "rlhf_type: dpo\nld_alpha: 0.5", "ld_alpha", "There it weighs the policy's log-probs"),
+        ("llama-factory", "stage: dpo\npref_loss: sigmoid\nld_alpha: 0.5", "ld_alpha", "not the reference's"),
         ("openrlhf", "optim: muon", "optim", "'muon' cannot be had here. Take adam."),
     ],
     ids=[
         *("another trainer's loss", "smoothed kto", "udm", "kto without z", "labels", "grpo", "stage", "kto with sft"),
-        *("divergence", "ld", "muon"),
+        *("divergence", "ld of TRL", "ld of swift", "ld of LLaMA-Factory", "muon"),
     ],
 )
 def test_what_is_refused(name, text, key, reason, tmp_path):

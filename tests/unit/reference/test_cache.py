@@ -78,6 +78,35 @@ def test_views_are_written_as_they_look(tmp_path):
     assert np.array_equal(found["conditional"], reversed_view)
 
 
+def test_a_part_may_have_log_probs_of_beginnings(tmp_path):
+    """A directory that was begun without them stays good, and takes in those of later jobs."""
+    cache = filled(tmp_path)
+    assert "beginnings" not in load_file(part_file(tmp_path)), "a part has the bytes that it always had"
+    found, damaged = cache.read(PAIRS)
+    assert not damaged and found["beginnings"].shape == (PAIRS, 2) and np.isnan(found["beginnings"]).all()
+    known = some_pairs(4, 8)["conditional"] / 2
+    add(cache, 4, 8, beginnings=known, conditional=np.full((4, 2), -7.0))
+    found, damaged = cache.read(PAIRS)
+    assert not damaged and np.array_equal(found["beginnings"][4:8], known)
+    assert np.isnan(found["beginnings"][[0, 9]]).all()
+    assert_same(found, {name: values for name, values in some_pairs(0, PAIRS).items() if name != "beginnings"})
+    cache.finish(PAIRS, {"conditional": PAIRS, "beginnings": 4}, {})
+    assert np.array_equal(open_scores(tmp_path).beginnings, found["beginnings"], equal_nan=True)
+
+
+def test_beginnings_count_for_the_checksum_and_have_their_shape(tmp_path):
+    cache = opened(tmp_path)
+    add(cache, 0, 4, beginnings=np.zeros((4, 3)))
+    add(cache, 4, 8, beginnings=np.zeros((4, 2)))
+    file = part_file(tmp_path)
+    content = bytearray(file.read_bytes())
+    place = content.rindex(b"\x00" * 64)  # they are zeros
+    content[place + 3] = 1
+    file.write_bytes(content)
+    found, damaged = cache.read(PAIRS)
+    assert "other shapes" in damaged[0] and "checksum" in damaged[1] and np.isnan(found["conditional"]).all()
+
+
 def test_what_is_not_finished_has_to_be_asked_for(tmp_path):
     add(opened(tmp_path), 4, 8)
     with pytest.raises(UserError, match="not finished"):

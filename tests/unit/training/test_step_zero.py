@@ -189,6 +189,34 @@ def test_rank_that_saw_no_pair_takes_part(ranks):
     assert [message.startswith("step 0: policy equals reference") for message in found] == [True, True]
 
 
+def beginnings_verdict(off: float) -> str:
+    """On a pair whose log-probs are the reference's but for the beginning of the chosen answer."""
+    from megatron_bdpo.errors import UserError
+    from megatron_bdpo.losses import PairLogProbs, PairLossFunction, registry
+    from megatron_bdpo.model.precision import Precision
+    from megatron_bdpo.training.step_zero import StepZeroGate
+
+    loss = PairLossFunction(registry.get("dpo"), registry.build_options("dpo", {"ld_alpha": 0.5}))
+    tokens = torch.tensor([[8, 3], [5, 5]])
+    whole, beginnings = -3.0 * tokens.double(), -3.0 * tokens.amin(1, keepdim=True).double().expand(-1, 2)
+    policy = beginnings + torch.tensor([[off, 0], [0, 0]])
+    pairs = PairLogProbs.of_pairs(tokens, whole, whole, policy_beginnings=policy, reference_beginnings=beginnings)
+    with process_groups():
+        gate = StepZeroGate(Precision(torch.float32))
+        gate.observe(pairs, loss)
+        try:
+            return gate.judge()
+        except UserError as error:
+            return f"stopped: {error}"
+
+
+def test_beginnings_are_judged_too(ranks):
+    """Whose tolerance is that of their own length."""
+    passed, also, stopped = (ranks(1)(beginnings_verdict, off)[0] for off in (0.0, 5e-5, 3e-4))
+    assert passed.startswith("step 0: policy equals") and also.startswith("step 0: policy equals")
+    assert stopped.startswith("stopped: step 0: the policy is not its reference: log-ratios off by 5.0e-05 nats")
+
+
 # In a run
 
 
@@ -200,8 +228,8 @@ def train_with_other_reference(flags: list[str], cache: str) -> list[dict[str, f
     original = ReferenceTable.lookup
 
     def off(self, batch):
-        conditional, unconditional = original(self, batch)
-        return conditional - 0.01 * batch.answer_tokens[batch.pairs.answers], unconditional
+        found = original(self, batch)
+        return found._replace(conditional=found.conditional - 0.01 * batch.answer_tokens[batch.pairs.answers])
 
     ReferenceTable.lookup = off
     try:
@@ -256,7 +284,12 @@ def the_empty_prompt(undo: contextlib.ExitStack) -> None:
     from megatron_bdpo.training.reference.passes import ReferenceTable
 
     original = ReferenceTable.lookup
-    undo.enter_context(mock.patch.object(ReferenceTable, "lookup", lambda self, batch: 2 * original(self, batch)[1:]))
+
+    def swapped(self: Any, batch: Any) -> Any:
+        found = original(self, batch)
+        return found._replace(conditional=found.unconditional)
+
+    undo.enter_context(mock.patch.object(ReferenceTable, "lookup", swapped))
 
 
 def first_step(flags: list[str], cache: str, mistake: Any = None) -> str:
