@@ -18,7 +18,8 @@ from megatron_bdpo.report import page, text
 from megatron_bdpo.report.curves import Curves, read_curves
 from megatron_bdpo.report.figures import Picture, comprehension_pictures, quality_pictures, training_pictures
 from megatron_bdpo.report.heldout import HeldOutPairs, held_out_pairs
-from megatron_bdpo.report.heldout_figures import heldout_pictures
+from megatron_bdpo.report.heldout_figures import heldout_pictures, labels_pictures
+from megatron_bdpo.report.heldout_labels import HeldOutLabels, held_out_labels
 from megatron_bdpo.report.run_files import ReportSources, find_sources
 from megatron_bdpo.report.scored_pairs import Comprehension, comprehension_of, has_comprehension
 from megatron_bdpo.report.style import require_matplotlib
@@ -60,6 +61,8 @@ class Report:
     trained_on: int | None
     """Pairs of a run that are trained on, where it says so."""
     held_out: HeldOutPairs | None
+    labels: HeldOutLabels | None
+    """Of held-out answers."""
     answers: SideBySide | None
     quality: DataQuality | None
     texts: dict[int, dict[str, Any]]
@@ -76,6 +79,8 @@ class Report:
             parts.append(text.curves_blocks(self.curves))
         if self.held_out:
             parts.append(text.heldout_blocks(self.held_out))
+        if self.labels:
+            parts.append(text.labels_blocks(self.labels))
         if self.answers:
             parts.append(text.answers_blocks(self.answers))
         if self.quality:
@@ -116,6 +121,10 @@ class Report:
             drawn = heldout_pictures(self.held_out)
             pictures += drawn
             sections.append(page.heldout_section(self.held_out, drawn))
+        if self.labels:
+            drawn = labels_pictures(self.labels)
+            pictures += drawn
+            sections.append(page.labels_section(self.labels, drawn))
         if self.answers:
             sections.append(page.answers_section(self.answers))
         if self.comprehension:
@@ -151,16 +160,18 @@ def build_report(directory: Path, settings: ReportSettings, scores: Path | None 
     curves = read_curves(sources.run) if sources.run else None
     trained_on = sources.record.get("pairs", {}).get("train")
     rewards = _read(read_heldout, sources.run / heldout_file.NAME) if sources.run else []
-    held_out = held_out_pairs(rewards)
+    held_out, labels = held_out_pairs(rewards), held_out_labels(rewards)
     answers = _answers(sources.run) if sources.run else None
     pairs = _comprehension(sources, settings, is_wanted=not sources.run or scores is not None)
     texts = pairs.texts(pairs.largest(settings.pairs)) if pairs and settings.show_text else {}
     quality, trouble = _quality(sources.stores) if settings.quality else (None, {})
     what = "Run" if sources.run else "Reference scores"
-    if rewards and not held_out:
+    if rewards and not (held_out or labels):
         trouble["held-out pairs"] = f"no reward is finite at the latest evaluation, after step {rewards[-1].step}"
     facts = _facts(sources, pairs) | trouble
-    return Report(f"{what} {directory}", facts, pairs, curves, trained_on, held_out, answers, quality, texts, settings)
+    return Report(
+        f"{what} {directory}", facts, pairs, curves, trained_on, held_out, labels, answers, quality, texts, settings
+    )
 
 
 def _quality(stores: Sequence[Path]) -> tuple[DataQuality | None, dict[str, str]]:

@@ -104,12 +104,14 @@ def histogram(
     caption: str,
     mark: float | None = None,
     bounded: bool = False,
+    unit: str = "pairs",
 ) -> Picture:
-    """Distributions of pairs in bins that they share; without a label there is one, and the axis names it."""
+    """Distributions of pairs, or of another ``unit``, in bins that they share; without a label there is one, and the
+    axis names it."""
     edges, outside = _edges(np.concatenate([values for values, _ in of.values()]), bounded=bounded)
     if outside:
         x += f"  ({outside} outside of the picture)"
-    with panel(title, x, "pairs") as (figure, axes):
+    with panel(title, x, unit) as (figure, axes):
         style.whole_numbers(axes.yaxis)
         for label, (values, color) in of.items():
             axes.hist(values, edges, histtype="stepfilled", color=color, alpha=0.22)

@@ -67,8 +67,9 @@ class Evaluated:
 
     @classmethod
     def of(cls, found: HeldOutRewards) -> Evaluated:
-        finite = np.isfinite(found.rewards).all(axis=1)
-        return cls(found.step, found.rewards[finite], found.tokens[finite], int((~finite).sum()))
+        pairs = (found.tokens > 0).all(axis=1)  # of a labelled answer there is no other: see ``heldout_labels``
+        finite = pairs & np.isfinite(found.rewards).all(axis=1)
+        return cls(found.step, found.rewards[finite], found.tokens[finite], int((pairs & ~finite).sum()))
 
     @cached_property
     def margins(self) -> FloatArray:

@@ -1,4 +1,4 @@
-"""The pictures of single held-out pairs."""
+"""The pictures of single held-out pairs and answers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ import numpy as np
 from megatron_bdpo.report import style
 from megatron_bdpo.report.figures import Picture, histogram
 from megatron_bdpo.report.heldout import Evaluated, HeldOutPairs
+from megatron_bdpo.report.heldout_labels import HeldOutLabels
 from megatron_bdpo.report.style import CHOSEN, FAINT, HELD_OUT, NEUTRAL, REJECTED, as_png, panel, show_legend
 
 
 def heldout_pictures(pairs: HeldOutPairs) -> list[Picture]:
     """Margins before and after, calibration, reward by length."""
     return [_margins(pairs), _calibration(pairs.after), _by_length(pairs.after)]
+
+
+def labels_pictures(labels: HeldOutLabels) -> list[Picture]:
+    """Rewards of labelled answers, by label."""
+    after = labels.after
+    of = {"desirable": (after.desirable, CHOSEN), "undesirable": (after.undesirable, REJECTED)}
+    some = {label: drawn for label, drawn in of.items() if len(drawn[0])}
+    told = f"After step {after.step}."
+    return [histogram("heldout_labels", "Rewards by label", "reward", some, told, mark=0.0, unit="answers")]
 
 
 def _margins(pairs: HeldOutPairs) -> Picture:

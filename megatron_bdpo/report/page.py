@@ -13,6 +13,7 @@ from megatron_bdpo.data.quality import DataQuality
 from megatron_bdpo.report.curves import Curves
 from megatron_bdpo.report.figures import Picture
 from megatron_bdpo.report.heldout import HeldOutPairs
+from megatron_bdpo.report.heldout_labels import TITLES, HeldOutLabels
 from megatron_bdpo.report.scored_pairs import PERCENTILES, Comprehension, summary
 from megatron_bdpo.report.text import shown_value
 from megatron_bdpo.training.reporting.generations_file import SideBySide
@@ -152,3 +153,13 @@ def heldout_section(pairs: HeldOutPairs, pictures: Sequence[Picture]) -> Section
     ]
     header = ["predicted", "right", "95% interval", "pairs"]
     return Section("Held-out pairs", note, pictures, "Calibration", header, rows)
+
+
+def labels_section(labels: HeldOutLabels, pictures: Sequence[Picture]) -> Section:
+    """The rewards of single held-out answers, by their labels."""
+    note = (
+        f"Of {len(labels.after):,} held-out labelled answers at the latest evaluation, after step {labels.after.step}. "
+        "Apart: of all couples of a desirable and an undesirable answer, the share in which the desirable one has the "
+        "higher reward."
+    )
+    return Section("Held-out labelled answers", note, pictures, "Rewards by label", list(TITLES), labels.rows())

@@ -12,6 +12,7 @@ from megatron_bdpo.data.problems import printable
 from megatron_bdpo.display import Block, Facts, Table
 from megatron_bdpo.report.curves import QUARTILES, Curves, Series
 from megatron_bdpo.report.heldout import HeldOutPairs
+from megatron_bdpo.report.heldout_labels import TITLES, HeldOutLabels
 from megatron_bdpo.report.scored_pairs import PERCENTILES, Comprehension, summary
 from megatron_bdpo.training.reporting.generations_file import SideBySide
 
@@ -116,6 +117,13 @@ def heldout_blocks(pairs: HeldOutPairs) -> list[Block]:
         Table(["predicted", "right", "pairs"], bins, left=(), title=calibration),
     ]
     return [*blocks, "", Facts(facts)] if facts else blocks
+
+
+def labels_blocks(labels: HeldOutLabels) -> list[Block]:
+    """Rewards of labelled answers before and after."""
+    title = f"rewards of {len(labels.after)} held-out answers, to step {labels.after.step}"
+    told = "  apart: share of couples whose desirable answer has the higher reward"
+    return [Table(list(TITLES), labels.rows(), title=title), told]
 
 
 def _signed(value: float) -> str:

@@ -29,7 +29,7 @@ class HeldOutPairs(Callback):
         Args:
             step: told of every pack of an evaluation, it hands on the rewards.
             pairs: [P] ids.
-            tokens: [P, 2] of the answers, chosen and rejected.
+            tokens: [P, 2] of the answers, chosen and rejected; 0 where a labelled answer has none beside it.
         """
         self._step, self._path = step, save / NAME
         order = np.argsort(pairs)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import numpy as np
 from megatron.training.async_utils import is_empty_async_queue
 
+from megatron_bdpo.data.labels import labelled_sides
 from megatron_bdpo.training.callbacks.callback import Callback
 from megatron_bdpo.training.callbacks.checksums import Checksums
 from megatron_bdpo.training.callbacks.console_lines import ConsoleLines
@@ -67,7 +69,8 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
     if save:
         found.append(MetricsJsonl(Path(save)))
         evaluated = held_out if settings.schedule.eval_iters else held_out[:0]
-        found.append(HeldOutPairs(step, evaluated, job.pool.scored[evaluated], Path(save)))
+        tokens = np.where(labelled_sides(job.pool.label[evaluated]), job.pool.scored[evaluated], 0)
+        found.append(HeldOutPairs(step, evaluated, tokens, Path(save)))
     found += [
         ConsoleLines(progress.interval, Advisor(reads_reference), wide=settings.output.log_wide),
         Answers(job.prompts, shape, setup.scoring.vocab_size, save, stop),

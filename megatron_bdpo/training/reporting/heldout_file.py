@@ -2,7 +2,8 @@
 
 One JSON object per evaluation: ``step``, and lists over the P pairs: ``pair`` (its number among the pairs of
 --pair-data, then of --eval-pair-data), ``chosen`` and ``rejected`` (rewards as the loss defines them, null where not
-finite), ``chosen_tokens`` and ``rejected_tokens`` (of the answers, those that are scored).
+finite), ``chosen_tokens`` and ``rejected_tokens`` (of the answers, those that are scored). A labelled answer is chosen
+or rejected, and of the other one there are 0 tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class HeldOutRewards:
     rewards: npt.NDArray[np.float64]
     """[P, 2] of chosen and rejected; NaN where not finite."""
     tokens: npt.NDArray[np.integer]
-    """[P, 2]"""
+    """[P, 2]; 0 where a labelled answer has no other beside it."""
 
 
 class HeldOutFile:

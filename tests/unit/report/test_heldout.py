@@ -11,6 +11,7 @@ import pytest
 from megatron_bdpo.display import plain
 from megatron_bdpo.report.heldout import Evaluated, held_out_pairs
 from megatron_bdpo.report.heldout_figures import heldout_pictures
+from megatron_bdpo.report.heldout_labels import LabelledRewards
 from megatron_bdpo.report.text import heldout_blocks
 from megatron_bdpo.training.reporting.heldout_file import NAME, HeldOutFile, HeldOutRewards
 from tests.unit.report.test_report import make_run, refusal, report
@@ -81,11 +82,11 @@ def test_wilsons_interval():
 
 
 def test_rewards_by_length():
-    tokens = np.array([[n, 50 - n] for n in range(20)])
+    tokens = np.array([[n, 50 - n] for n in range(1, 21)])
     found = evaluated(np.arange(20.0) - 9.5, tokens)
     shorter, longer = found.by_length(0)
-    assert (shorter.tokens, shorter.reward, shorter.answers) == (4.5, -5.0, 10)
-    assert (longer.tokens, longer.reward) == (14.5, 5.0) and longer.quartiles == (2.75, 7.25)
+    assert (shorter.tokens, shorter.reward, shorter.answers) == (5.5, -5.0, 10)
+    assert (longer.tokens, longer.reward) == (15.5, 5.0) and longer.quartiles == (2.75, 7.25)
     assert found.right_by_length() == [("shorter", 0.5, 20)]
 
 
@@ -150,3 +151,43 @@ def test_a_run_without_held_out_pairs(run, capsys):
 def test_a_damaged_file(run, capsys):
     (run / NAME).write_text('{"step": 1, "pair": [1]}\n')
     assert f"{NAME}, line 1 holds no rewards of pairs" in refusal(capsys, run)
+
+
+# Of labelled answers
+
+
+def labelled(step: int, desirable, undesirable) -> HeldOutRewards:
+    rewards = [*([value, np.nan] for value in desirable), *([np.nan, value] for value in undesirable)]
+    tokens = [*([5, 0] for _ in desirable), *([0, 5] for _ in undesirable)]
+    shape = (len(rewards), 2)
+    return HeldOutRewards(step, np.arange(len(rewards)), np.reshape(rewards, shape), np.reshape(tokens, shape))
+
+
+def test_how_far_labels_are_apart():
+    """Couples by hand: each desirable answer against each undesirable one."""
+    desirable, undesirable = [2.0, 0.0, -1.0], [0.0, -3.0, np.nan]
+    found = LabelledRewards.of(labelled(1, desirable, undesirable))
+    couples = [(a > b) + (a == b) / 2 for a in desirable for b in undesirable[:2]]
+    assert found.apart == pytest.approx(np.mean(couples)) and len(found) == 5
+    assert np.isnan(LabelledRewards.of(labelled(1, desirable, [])).apart)
+    assert len(LabelledRewards.of(evaluation(1, [1.0, 2.0]))) == 0, "those are pairs"
+
+
+def test_labelled_answers_in_a_report(run, capsys):
+    random = np.random.default_rng(0)
+    drawn = [random.normal(size=(2, 40)), random.normal([[2.0], [-2.0]], size=(2, 40))]
+    make_heldout(run, *(labelled(step, *each) for step, each in zip((0, 60), drawn, strict=True)))
+    said = report(capsys, run)
+    assert "rewards of 80 held-out answers, to step 60" in said and "margins of" not in said
+    assert re.search(r"^  step 60 +(1\.000|0\.99\d) +\+[12]\.\d+ +-[12]\.\d+ +80$", said, re.M)
+    assert "Held-out labelled answers" in (run / "report" / "report.html").read_text()
+    assert (run / "report" / "heldout_labels.png").exists()
+
+
+def test_pairs_and_labelled_answers_in_one_report(run, capsys):
+    pairs, answers = evaluation(60, [1.0, np.nan]), labelled(60, [1.0], [])
+    both = [np.concatenate([getattr(each, name) for each in (pairs, answers)]) for name in ("rewards", "tokens")]
+    make_heldout(run, HeldOutRewards(60, np.arange(3), *both))
+    said = report(capsys, run, "--text-only")
+    assert "margins of 1 held-out pairs" in said and "rewards of 1 held-out answers" in said
+    assert "left out, for rewards that are not finite: 1" in said
