@@ -158,6 +158,10 @@ class PairPool:
         longer = np.maximum(lengths.prompt, self.prompts.lengths(groups, PromptKind.EMPTY))
         return lengths.with_prompts(longer).positions(share_prompts=share_prompts)
 
+    def attention(self, *, share_prompts: bool) -> IntArray:
+        """[G] what the attention of each group costs after its own prompt: see ``GroupLengths.squares``."""
+        return self.group_lengths(np.arange(len(self.grouping))).squares(share_prompts=share_prompts)
+
     def describe(self, pair_id: int) -> str:
         """Where a pair comes from, for messages."""
         store, row = self._locate(pair_id)

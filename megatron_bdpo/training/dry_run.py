@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-import numpy as np
 from megatron.training.theoretical_memory_usage import report_theoretical_memory
 from megatron.training.training import num_floating_point_operations
 
-from megatron_bdpo.data.packs import IntArray
 from megatron_bdpo.display import Block, Facts
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.planning.machine import Machine
@@ -90,7 +88,7 @@ def _step(arguments: Arguments, job: PairJob) -> list[str]:
     plan = job.plan
     steps = len(plan.steps)
     tokens = int(plan.real_tokens.sum()) / steps
-    squares = float(_squares(job)[plan.steps].sum()) / steps
+    squares = float(job.pool.attention(share_prompts=job.share_prompts)[plan.steps].sum()) / steps
     settings = arguments.settings
     machine = Machine(gpus_per_node=settings.dry_run.gpus_per_node or 8)
     try:
@@ -174,7 +172,7 @@ class Work:
         """The work of a job, from arguments with its plan."""
         plan = job.plan
         positions = plan.positions.sum() / len(plan.steps)
-        squares = float(_squares(job)[plan.steps].sum() / len(plan.steps))
+        squares = float(job.pool.attention(share_prompts=job.share_prompts)[plan.steps].sum() / len(plan.steps))
         # Megatron's count knows no windows.
         keys = squares / float(plan.real_tokens.sum()) * len(plan.steps) / 2
         squares *= model_shape(arguments).attended_share(keys)
@@ -222,11 +220,6 @@ class Work:
             f"  time: {time}. Assumed, not measured:",
             f"    a GPU does {utilisation:.0%} of {peak:g} TFLOP/s (--assumed-mfu, --gpu-tflops){waiting}",
         ]
-
-
-def _squares(job: PairJob) -> IntArray:
-    """[G] attention of every group of the pool."""
-    return job.pool.group_lengths(np.arange(len(job.pool.grouping))).squares(share_prompts=job.share_prompts)
 
 
 def _operations(arguments: Arguments, packs: int, squares: float, positions: float) -> float:

@@ -352,7 +352,8 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
     if steps is None:
         assert epochs is not None, "one of both is given: see flags.refusals"
         steps = max(1, round(epochs * epoch_pairs(sources) / for_plan.pairs_per_step))
-    plan = plan_steps(sizes, for_plan, steps, sources, costs=sizes**2)  # attention's, nearly
+    attention = pool.attention(share_prompts=settings.steps.share_prompts)
+    plan = plan_steps(sizes, for_plan, steps, sources, costs=attention)
     eval_packs, eval_length = _eval_packs(held_out.ids, sizes, plan, for_plan)
     return PairJob(
         loss,

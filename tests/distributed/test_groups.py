@@ -159,6 +159,34 @@ def test_two_weighted_sources_of_groups(ranks, tmp_path):
     )
 
 
+def test_packs_are_dealt_out_by_their_attention(ranks, groups):
+    """A row of many short answers is cheaper than one of the same positions with two long ones."""
+    for flags in (["--preference-loss", "simpo"], ["--preference-loss", "simpo", "--no-share-prompts"]):
+        (found,) = ranks(1)(costs_of_plan, [*flags, *ALL], **groups)
+        assert found["costs"] == found["by keys seen"] and len({*found["costs"]}) > 4
+
+
+def costs_of_plan(flags: list[str], **overrides: Any) -> dict[str, list[int]]:
+    """What the plan takes the groups' attention to cost, and what packs of one group each say of it."""
+    from unittest import mock
+
+    from megatron_bdpo.data.context import keys_seen
+    from megatron_bdpo.data.packs import lay_out
+    from megatron_bdpo.training import job
+    from tests.harness.jobs import run_job
+
+    with mock.patch.object(job, "plan_steps", wraps=job.plan_steps) as plan:
+        run, _ = run_job(flags, overrides)
+    pool, share = run.job.pool, run.job.share_prompts
+    packs = [
+        lay_out([pool.group(each).group], int(run.job.sizes[each]), share_prompts=share)
+        for each in range(len(pool.grouping))
+    ]
+    # n tokens of a sequence see n (n + 1) / 2 keys.
+    by_keys = [2 * int(keys_seen(pack).sum()) - pack.used for pack in packs]
+    return {"costs": plan.call_args.kwargs["costs"].tolist(), "by keys seen": by_keys}
+
+
 def drawn_pairs(flags: list[str], **overrides: Any) -> list[list[int]]:
     """The pairs of each step."""
     from tests.harness.jobs import run_job

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from examples.iterative import loop
 from examples.iterative.generate import Sampling, by_transformers
-from tests.unit.cli.test_cli import run
+from tests.harness.program import run
 
 EXAMPLE = Path(loop.__file__).parent
 PROMPTS = EXAMPLE.joinpath("prompts.jsonl").read_text("utf-8").splitlines(keepends=True)[:2]

@@ -201,7 +201,12 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="flags in a YAML file, or in braces: '{lr: 1e-6}'. Later recipes win, the command line wins over all",
     )
-    group.add_argument("--preference-loss", default="bdpo", help=f"one of: {', '.join(registry.names())}")
+    looking = [each.name for each in registry.all_specs() if each.of_step]
+    group.add_argument(
+        "--preference-loss",
+        default="bdpo",
+        help=f"one of: {', '.join(registry.names())}. A step of {', '.join(looking)} takes one more forward pass",
+    )
     group.add_argument(
         "--loss-file", metavar="FILE", help="a Python file with a loss of your own, SPEC, which is then the loss"
     )

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from megatron_bdpo.cli.main import main
-from tests.unit.cli.test_cli import FORMATS, TOKENIZER, run
+from tests.harness.program import TOKENIZER, run
+from tests.unit.cli.test_data_commands import FORMATS
 
 ROWS = [
     {"prompt": "Name a river.", "completion": " The Loire.", "label": True},

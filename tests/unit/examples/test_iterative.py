@@ -19,7 +19,7 @@ import pytest
 
 from examples.iterative.generate import Sampling, by_transformers
 from megatron_bdpo.errors import UserError
-from tests.unit.cli.test_cli import run
+from tests.harness.program import run
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "iterative"

@@ -22,7 +22,7 @@ import pytest
 
 from tests.harness.documents import ROOT, Command, commands
 from tests.harness.lora import make_adapter
-from tests.unit.cli.test_cli import run
+from tests.harness.program import run
 from tests.unit.migrate import configurations
 from tests.unit.repository.test_docs import known_flags
 from tests.unit.training.test_dry_run import LLAMA_8B, LLAMA_70B, QWEN2_7B, SMOLLM2_135M
