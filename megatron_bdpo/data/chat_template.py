@@ -46,6 +46,7 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer, self._library = tokenizer, library
         self.variables = dict(variables or {})
+        self._texts: dict[str, str] | None = None  # see ``remembering``
 
     @property
     def knows_bos(self) -> bool:
@@ -62,9 +63,26 @@ class ChatTemplate:
             RowProblem: the template refuses it.
             UserError: the tokenizer has none.
         """
+        if self._texts is None:
+            return self._text(messages, variables, add_generation_prompt)
+        conversation = repr((messages, variables, add_generation_prompt))
+        if conversation not in self._texts:
+            self._texts[conversation] = self._text(messages, variables, add_generation_prompt)
+        return self._texts[conversation]
+
+    def _text(self, messages: list[Message], variables: Mapping[str, Any], add_generation_prompt: bool) -> str:
         text = self._rendered(messages, variables, tokenize=False, add_generation_prompt=add_generation_prompt)
         assert isinstance(text, str)
         return text
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside the block, a conversation is rendered once: the pairs of a row share their prompt and answers."""
+        self._texts = {}
+        try:
+            yield
+        finally:
+            self._texts = None
 
     def reads(self, field: str) -> bool:
         """Whether the template's text names a field of messages, which otherwise has no effect."""

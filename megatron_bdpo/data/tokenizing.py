@@ -108,10 +108,17 @@ class RowTokenizer:
         return builder.finish()
 
     def _made(self, source: int, number: int, row: Row | RowProblem) -> Iterable[_Made | RowProblem]:
-        """What the pairs of a row give, each answer encoded once."""
+        """What the pairs of a row give, each answer rendered and encoded once."""
+        forms = pair_rows(row, self.readers[source])
+        if len(forms) == 1:
+            return self._all_encoded(source, number, forms)
+        with self.tokenizer.template.remembering():
+            return self._all_encoded(source, number, forms)
+
+    def _all_encoded(self, source: int, number: int, forms: Sequence[Row | RowProblem]) -> Iterable[_Made | RowProblem]:
         found: list[_Made | RowProblem] = []
         known: Known = {}
-        for form in pair_rows(row, self.readers[source]):
+        for form in forms:
             try:
                 found.append(self._encoded(form, known))
             except RowProblem as problem:

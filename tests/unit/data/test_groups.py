@@ -189,6 +189,19 @@ def test_each_answer_is_encoded_once(tmp_path: Path, chats: PairTokenizer, monke
     assert len(encoded) == 12, "nothing is kept from row to row"
 
 
+def test_each_conversation_is_rendered_once(tmp_path: Path, chats: PairTokenizer, monkeypatch) -> None:
+    """A prompt and four answers, in six pairs. Nothing is kept from row to row."""
+    row = ranked("a b", "c", "d", "e", prompt=[{"role": "user", "content": "q"}])
+    settings, line = settings_of(tmp_path, row), json.dumps(row).encode()
+    work = RowTokenizer(chats, row_readers(settings.sources, settings.form))
+    expected = work(0, [(1, line)])  # which also renders what is asked of the template itself
+    rendered, texts = chats.template._rendered, []
+    monkeypatch.setattr(chats.template, "_rendered", lambda *a, **k: texts.append(rendered(*a, **k)) or texts[-1])
+    for times in (1, 2):
+        assert np.array_equal(work(0, [(times, line)]).tokens, expected.tokens)
+        assert len(texts) == times * (1 + 4) and len(set(texts)) == 1 + 4
+
+
 # On disk --------------------------------------------------------------------------------------------------------------
 
 
