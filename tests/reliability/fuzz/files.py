@@ -176,6 +176,7 @@ def stores() -> Check:
     import numpy as np
 
     from megatron_bdpo.data.pool import PairPool, by_source
+    from megatron_bdpo.data.prompt_kinds import PromptKind
     from megatron_bdpo.data.records import PreferenceRecord
     from megatron_bdpo.data.row_report import DataReport
     from megatron_bdpo.data.sources import SourceSpec
@@ -218,7 +219,7 @@ def stores() -> Check:
         store.report.format()
         assert len(store) == 4 and len(pool.grouping) == 3 and store.pair(2).rejected.tolist() == parts[2].tolist()
         assert store.label.tolist() == [-1, -1, -1, 1] and len(pool.group(2).group.answers) == 1
-        pool.describe(1), pool.group(1, unconditional=True), pool.sizes(share_prompts=True)
+        pool.describe(1), pool.group(1, PromptKind.EMPTY), pool.sizes(share_prompts=True)
         assert store.report.malformed_share >= 0 and sum(len(ids) for ids, _ in by_source(pool, 0, np.arange(3))) == 3
         return True
 
