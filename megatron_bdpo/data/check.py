@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+from megatron_bdpo.data.messages import Message
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.records import PreferenceRecord, parse_row
 from megatron_bdpo.data.row_reader import RECOGNISED, FormatSettings, RowReader, pair_rows, refuse_unused, row_readers
@@ -48,6 +49,7 @@ def check_rows(
     for index, (source, reader) in enumerate(zip(sources, readers, strict=True)):
         outcome, pairs = Outcome(), 0
         for number, row in itertools.islice(read_rows(source), max_rows):
+            prompts: list[str | list[Message]] = []  # of the row's pairs, each once: they are its groups
             for record in pair_rows(row, reader):
                 outcome.read += 1
                 try:
@@ -58,9 +60,12 @@ def check_rows(
                     on_pair(index, number, pair)
                     outcome.add_label(pair.label)
                     pairs += 1
+                    if pair.prompt not in prompts:
+                        prompts.append(pair.prompt)
                 except RowProblem as problem:
                     outcome.add_problem(number, problem.kind, problem.detail)
                     on_problem(describe_row(source, number), problem)
+            report.groups += len(prompts)
             if not isinstance(row, RowProblem):
                 outcome.add_unread(f"column {name}" for name in reader.unread(row))
         report.add(index, pairs, outcome)

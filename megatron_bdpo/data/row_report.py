@@ -19,6 +19,7 @@ from megatron_bdpo.data.tokenized_rows import (
     Outcome,
     Problem,
     first_pairs,
+    first_rows,
 )
 from megatron_bdpo.display import Block, Table, plain
 from megatron_bdpo.json_shape import Each, is_count, is_number, schema_error
@@ -119,14 +120,14 @@ class DataReport:
                 self.spelled_out.append(SpelledOut(token, source, count, rows))
             else:
                 of_token.count += count
-                of_token.rows = (of_token.rows + rows)[:MAX_EXAMPLES]
+                of_token.rows = first_rows(of_token.rows, rows)
         for new in outcome.problems.values():
             known = next((each for each in self.problems if (each.kind, each.source) == (new.kind, source)), None)
             if known is None:
                 self.problems.append(ProblemCount(**dataclasses.asdict(new), source=source))
             else:
                 known.count += new.count
-                known.rows = (known.rows + new.rows)[:MAX_EXAMPLES]
+                known.rows = first_rows(known.rows, new.rows)
 
     def set_lengths(
         self, lengths: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], label: npt.NDArray[np.int8]
@@ -252,9 +253,14 @@ _SHAPE = {
 
 def _describe(problem: ProblemCount, sources: Sequence[str]) -> str:
     where = f" of {sources[problem.source]}" if len(sources) > 1 else ""
-    rows = ", ".join(str(row) for row in problem.rows) + (", ..." if problem.count > len(problem.rows) else "")
+    rows = _listed(problem.rows, problem.count)
     kind = ProblemKind[problem.kind]
     return f"  {problem.count:,} {'malformed' if kind.malformed else 'unusable'}: {kind.value} (row {rows}{where})"
+
+
+def _listed(first: list[int], count: int) -> str:
+    """Numbers of rows; fewer than could be shown are all, for a row counts as often as it gives pairs."""
+    return ", ".join(map(str, first)) + (", ..." if count > len(first) == MAX_EXAMPLES else "")
 
 
 def _not_read(unread: Mapping[str, int]) -> str:
@@ -269,7 +275,7 @@ def _spelled(found: Sequence[SpelledOut], sources: Sequence[str]) -> str:
     told = []
     for each in ordered[:_MAX_SPELLED]:
         where = f" of {sources[each.source]}" if len(sources) > 1 else ""
-        rows = ", ".join(map(str, each.rows)) + (", ..." if each.count > len(each.rows) else "")
+        rows = _listed(each.rows, each.count)
         told.append(f"{printable(each.token, 40)} in {each.count:,} (row {rows}{where})")
     more = f" and {len(ordered) - _MAX_SPELLED} more" if len(ordered) > _MAX_SPELLED else ""
     return f"  control tokens in texts, taken as such: {', '.join(told)}{more}"

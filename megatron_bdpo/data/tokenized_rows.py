@@ -29,6 +29,11 @@ MAX_EXAMPLES = 3
 _MOST_NAMES = 100
 
 
+def first_rows(known: list[int], new: list[int]) -> list[int]:
+    """The first few numbers of rows, each once: a row counts as often as it gives pairs."""
+    return list(dict.fromkeys(known + new))[:MAX_EXAMPLES]
+
+
 @dataclass
 class Problem:
     """How often one kind of problem came up."""
@@ -64,8 +69,7 @@ class Outcome:
         """Count one row that gives no pair."""
         problem = self.problems.setdefault(kind.name, Problem(kind.name, 0, [], detail))
         problem.count += 1
-        if len(problem.rows) < MAX_EXAMPLES:
-            problem.rows.append(row)
+        problem.rows = first_rows(problem.rows, [row])
 
     def add_unread(self, names: Iterable[str], rows: int = 1) -> None:
         """Count columns and fields that nothing reads; where rows name ever new ones, only the first many by name."""
@@ -81,7 +85,7 @@ class Outcome:
     def add_spelled_out(self, token: str, pairs: int, rows: list[int]) -> None:
         """Count pairs whose texts spell out a control token."""
         count, *first = self.spelled_out.get(token, [0])
-        self.spelled_out[token] = [count + pairs, *(first + rows)[:MAX_EXAMPLES]]
+        self.spelled_out[token] = [count + pairs, *first_rows(first, rows)]
 
     def add(self, other: Outcome) -> None:
         """Count the rows that follow."""
@@ -93,7 +97,7 @@ class Outcome:
         for name, problem in other.problems.items():
             known = self.problems.setdefault(name, Problem(name, 0, [], problem.detail))
             known.count += problem.count
-            known.rows = (known.rows + problem.rows)[:MAX_EXAMPLES]
+            known.rows = first_rows(known.rows, problem.rows)
         for name, count in other.unread.items():
             self.add_unread([name], count)
         for token, (pairs, *rows) in other.spelled_out.items():

@@ -182,6 +182,18 @@ def test_stats(ranks, tmp_path):
     assert "copies of an earlier pair" in output and "held-out" not in output
 
 
+def test_check_of_groups(tmp_path, capsys):
+    """Pairs of a row are told from rows; two of three answers that begin alike are a group of their own."""
+    prompt = [{"role": "user", "content": "a"}]
+    said = [{"role": "assistant", "content": "yes?"}, {"role": "user", "content": "go on"}]
+    alike = [[*said, {"role": "assistant", "content": text}] for text in "ab"]
+    path = tmp_path / "rows.jsonl"
+    for answers, groups in ((["b", "c", "d"], 1), ([*alike, "c"], 2)):
+        path.write_text(json.dumps({"prompt": prompt, "responses": answers, "scores": [1, 2, 3]}))
+        assert main(["data", "check", str(path), "--pairs-from", "all"]) == 0
+        assert f"pairs: 3 in {groups} groups kept of 3 pairs" in capsys.readouterr().out
+
+
 def test_stats_of_groups(ranks, tmp_path):
     """Positions are what packs hold: a prompt and its answers once, not pair by pair."""
     rows = [{"prompt": "a", "responses": [" b", " c c", " d d d"], "scores": [1, 2, 3]}, {"prompt": "e"}]

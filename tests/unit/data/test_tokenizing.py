@@ -298,7 +298,7 @@ def test_control_tokens_in_texts_are_counted(tmp_path: Path) -> None:
         for row in (3, 4):
             outcome.add_spelled_out("<|im|>", 1, [row])
         report.add(source, 2, outcome)
-    expected = "control tokens in texts, taken as such: <|im|> in 4 (row 3, 4, 3, ... of a.jsonl), <|im|> in 2 (row"
+    expected = "control tokens in texts, taken as such: <|im|> in 4 (row 3, 4 of a.jsonl), <|im|> in 2 (row"
     assert expected in report.format()
     assert DataReport.from_json(report.to_json()) == report
     before = {name: value for name, value in report.to_json().items() if name != "spelled_out"}
