@@ -45,6 +45,24 @@ def pair_view(
     return lines + _part("unconditional prompt (B-DPO)", unconditional, unconditional, pieces, "")
 
 
+def without_repeats(pairs: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Lines of a row's pairs, in which a text stands once: later pairs name the first that has it.
+
+    Args:
+        pairs: of each the lines of :func:`pair_view`; those of a text begin with spaces.
+    """
+    first: dict[tuple[str, ...], int] = {}
+    told: list[list[str]] = []
+    for place, lines in enumerate(pairs, start=1):
+        told.append([])
+        heads = [index for index, line in enumerate(lines) if not line.startswith(" ")]
+        for start, stop in itertools.pairwise([*heads, len(lines)]):
+            head, text = lines[start], tuple(lines[start + 1 : stop])
+            shown = first.setdefault(text, place) if text else place
+            told[-1] += [head, *text] if shown == place else [f"{head}, as in pair {shown}"]
+    return told
+
+
 def pack_view(rows: TokenizedRows) -> list[str]:
     """Lines that say what a pack holds of a row: a prompt and its answers once, of one pair or of several."""
     lines = []

@@ -12,7 +12,7 @@ from typing import Any
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build_megatron_tokenizer
 
 from megatron_bdpo.data.format_options import FormatOptions
-from megatron_bdpo.data.pair_view import pack_view, pair_view
+from megatron_bdpo.data.pair_view import pack_view, pair_view, without_repeats
 from megatron_bdpo.data.prepare import PairDataSettings, make_part, prepare_pairs
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.quality import leak
@@ -245,7 +245,7 @@ def shown_row(flags: Sequence[str], number: int) -> list[str]:
     if len(problems) == len(shown):
         raise UserError(f"{where} gives no pair: {problems[0]}. `megatron-bdpo data check` counts such rows.")
     lines = [f"{where}: {reader.format.name}"]
-    for place, of_pair in enumerate(shown, start=1):
+    for place, of_pair in enumerate(without_repeats(shown), start=1):
         lines += ["", f"pair {place} of {len(shown)}", *of_pair] if len(shown) > 1 else of_pair
     assert not isinstance(row, RowProblem)
     tokenized = RowTokenizer(tokenizer, [reader], *limits)(0, [(number, row)])

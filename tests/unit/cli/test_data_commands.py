@@ -96,6 +96,9 @@ def test_show_of_several_answers(ranks, tmp_path):
     lines = output.splitlines()
     assert [line for line in lines if line.startswith("pair ")] == [f"pair {place} of 6" for place in range(1, 7)]
     assert sum(line.startswith("not used: ") for line in lines) == 2, "equal texts, and equal scores"
+    texts = [line.strip() for line in lines if line.startswith("    ")]
+    assert len(texts) == len(set(texts)) == 1 + 3 + 1, "prompt, answers and the unconditional prompt stand once"
+    assert "as in pair 1" in next(line for line in lines[lines.index("pair 3 of 6") :] if line.startswith("prompt: "))
     (found,) = (line for line in lines if line.startswith("positions"))
     assert found.startswith("positions in a pack of a group of 4 pairs, 3 answers: ")
     ((code, output, errors),) = ranks(1)(run, *command, "--row", "2")
