@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_bdpo.data.labels import DESIRABLE, PAIR
 from megatron_bdpo.data.store import PairStore
-from megatron_bdpo.data.tokenized_rows import DESIRABLE, PAIR
 
 _BINS = 60
 

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.labels import DESIRABLE, PAIR, UNDESIRABLE
 from megatron_bdpo.data.length_bias import LabelBias, LengthBias
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import TokenArray
-from megatron_bdpo.data.tokenized_rows import DESIRABLE, PAIR, UNDESIRABLE
 from megatron_bdpo.display import Block, Facts, Table
 
 IntArray = npt.NDArray[np.int64]

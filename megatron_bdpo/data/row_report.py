@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.labels import DESIRABLE, UNDESIRABLE
 from megatron_bdpo.data.problems import ProblemKind, printable
 from megatron_bdpo.data.tokenized_rows import (
-    DESIRABLE,
     MAX_EXAMPLES,
     PAIR,
-    UNDESIRABLE,
     Outcome,
     Problem,
     first_pairs,

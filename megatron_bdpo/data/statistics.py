@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bdpo.data.labels import DESIRABLE, PAIR, UNDESIRABLE
 from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.data.store import PairStore
-from megatron_bdpo.data.tokenized_rows import DESIRABLE, PAIR, SAFE, UNDESIRABLE, UNKNOWN, UNSAFE
+from megatron_bdpo.data.tokenized_rows import SAFE, UNKNOWN, UNSAFE
 from megatron_bdpo.display import Block, Facts, Table
 
 _PACK_LENGTHS = tuple(2**exponent for exponent in range(9, 18))  # 512 to 131,072 positions

@@ -18,12 +18,12 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from megatron_bdpo.data.labels import PAIR
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.tokenization import BoolArray, PairTokens, TokenArray
 
 UNKNOWN, SAFE, UNSAFE = -1, 0, 1
-PAIR, UNDESIRABLE, DESIRABLE = -1, 0, 1
 CHATS, STRINGS = "chat messages", "strings"
 MAX_EXAMPLES = 3
 _MOST_NAMES = 100
