@@ -145,7 +145,7 @@ class PairJob:
             over = "pairs" if self.over_pairs else "groups, of the mean over a group's pairs"
             lines.append(f"groups: pairs of one row and prompt; a step's loss is the mean over its {over}")
         if self.loss.spec.of_answers:
-            lines.append("answers: {} desirable, {} undesirable to train on".format(*self.labelled_answers))
+            lines.append(self._describe_labels())
         if self.fixed_length:
             fullest = per_pack(self.sizes[plan.steps], plan.pack_of, plan.packs_per_step).max()
             lines.append(f"fixed length of packs: the fullest one of the plan holds {fullest} tokens")
@@ -156,6 +156,14 @@ class PairJob:
         if self.prompts:
             lines.append(f"prompts: {self.prompts.describe()}, at every evaluation")
         return lines
+
+    def _describe_labels(self) -> str:
+        desirable, undesirable = self.labelled_answers
+        pairs, table = self.pool.answers_of(self.train.ids)
+        sides = labelled_sides(self.pool.label[pairs])
+        both = len(np.intersect1d(*(table.place[sides[:, side], side] for side in (0, 1))))
+        named = f"; {both} of them are both, chosen in one pair of their row and rejected in another" if both else ""
+        return f"answers: {desirable} desirable, {undesirable} undesirable to train on{named}"
 
     def _counted(self, selection: Selection) -> str:
         pairs = str(len(self.pool.grouping.pairs_of(selection.ids)))
@@ -288,9 +296,10 @@ def _check_columns(pool: PairPool, groups: IntArray) -> None:
     if missing.any():
         example = pool.describe(int(ids[np.argmax(missing)]))
         raise UserError(
-            f"--reference columns: {int(missing.sum())} of {len(ids)} pairs bring no log-probs ({example}). "
-            "Give every row ref_chosen_logps and ref_rejected_logps, or leave --reference out. They are of whole "
-            "answers: a pair that a limit of length cuts, or that holds turns of others, has none."
+            f"--reference columns: {int(missing.sum())} of {len(ids)} {pool.noun} bring no log-probs ({example}). "
+            "Give every pair ref_chosen_logps and ref_rejected_logps, and every labelled answer ref_logps, or leave "
+            "--reference out. They are of whole answers: one that a limit of length cuts, or that holds turns of "
+            "others, has none."
         )
 
 
@@ -335,6 +344,8 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
     _refuse_no_pairs(train, len(pool.stores[0]), len(pool.grouping.pairs_of(held_out.ids)))
+    if loss.requirements.mismatched:
+        _ = pool.prompts.other_group  # refuses a single prompt: here, before a model is loaded
     has_several = len(pool.grouping.pairs_of(train.ids)) > len(train.ids)
     if loss.spec.of_step and not loss.spec.of_answers and settings.steps.mean_over != "pairs" and has_several:
         raise UserError(

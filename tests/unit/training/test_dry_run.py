@@ -224,6 +224,14 @@ def test_passes_of_a_loss(dry_run, loss):
         assert found[1] == pytest.approx(of_one[1] * passes, rel=1e-2)
 
 
+def test_what_a_loss_of_labelled_answers_needs_of_the_prompts(dry_run, tmp_path):
+    """It is asked for before a model is loaded."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Well?", "completion": "Yes.", "label": true}\n' * 4, "utf-8")
+    flags = ["--preference-loss", "kto", "--pair-data", str(rows), "--pairs-per-step", "2"]
+    assert f"all rows of {rows} have one prompt" in dry_run("tiny.yaml", "--dry-run", *flags)
+
+
 def petaflops(printed: str) -> tuple[float, float]:
     """Of training and of scoring."""
     found = re.search(r"arithmetic: ([\d.]+) PFLOP of training, at most ([\d.]+) of scoring", printed)
