@@ -7,6 +7,7 @@ groups, or pairs, as it is with a loss of pairs.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from megatron_bdpo.losses import AnswerLogProbs, AnswerLosses
 from megatron_bdpo.losses.answers import answer_report
 from megatron_bdpo.training.batches import PackBatch, PackSides
 from megatron_bdpo.training.finite import check_losses
-from megatron_bdpo.training.forward import PreferenceStep, Report, counted_here, entropy_report, report_of
+from megatron_bdpo.training.forward import PreferenceStep, Report, counted_here, report_of
 from megatron_bdpo.training.reporting.part_means import part_report
 
 
@@ -64,16 +65,24 @@ class AnswerStep(PreferenceStep):
         if self.observe is not None and self.evaluates:
             rewards = losses.reward.new_full((2 * len(batch.pairs),), torch.nan)  # of a labelled answer one is missing
             self.observe(batch.pairs.ids, rewards.index_copy(0, sides.source, losses.reward).reshape(-1, 2))
-        report = _report(answers, losses, sides, batch.pairs.count)
+        beside = {}
         if entropy is not None:
-            report |= entropy_report(entropy[batch.pairs.answers], batch.answer_tokens[batch.pairs.answers])
+            of_answers = entropy[batch.pairs.answers.reshape(-1)[sides.source]]
+            beside["entropy"] = of_answers / answers.tokens
+        report = _report(answers, losses, sides, batch.pairs.count, beside)
         return loss_sum, counted_here(batch, loss_sum.device), report
 
 
-def _report(answers: AnswerLogProbs, losses: AnswerLosses, sides: PackSides, count: int) -> Report:
-    """The metrics of a batch: of all answers, and of the desirable (chosen) and undesirable (rejected) ones."""
+def _report(
+    answers: AnswerLogProbs, losses: AnswerLosses, sides: PackSides, count: int, beside: Mapping[str, Tensor]
+) -> Report:
+    """The metrics of a batch: of all answers, and of the desirable (chosen) and undesirable (rejected) ones.
+
+    Args:
+        beside: more of the latter, [N] each.
+    """
     of_all = {"loss": losses.loss, "rewards/accuracies": answer_report(answers, losses).accuracy, **losses.metrics}
     report = report_of(of_all, sides.weight, count)
     of_label = torch.stack([answers.desirable, ~answers.desirable])
-    parts = {"rewards": losses.reward, "logps": answers.policy}
+    parts = {"rewards": losses.reward, "logps": answers.policy, **beside}
     return report | part_report(parts, of_label, ("chosen", "rejected"), sides.weight, count)

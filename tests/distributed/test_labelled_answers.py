@@ -61,6 +61,17 @@ def test_an_evaluation_has_an_estimate_of_its_own(ranks, rows):
             assert two[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
 
+def test_the_mean_reward_is_that_of_what_is_looked_at(ranks, rows):
+    """Of the step's answers, or of those held out; after their own prompts both are among the metrics."""
+    found = last_stage(
+        ranks(2)(train, ["--preference-loss", "bco", "--eval-interval", "2"], **job(rows, eval_share=0.25))
+    )
+    assert found.evaluations[-1]["delta"] != pytest.approx(found.steps[-1]["delta"], rel=1e-2)
+    for metrics in (*found.steps, *found.evaluations):
+        mean = sum(metrics[f"pairs/{side}"] * metrics[f"rewards/{side}"] for side in ("chosen", "rejected"))
+        assert metrics["delta"] == pytest.approx(mean, rel=1e-3, abs=1e-5)
+
+
 def test_scoring_ahead_is_what_training_finds(ranks, tmp_path, rows):
     """The log-probs after other prompts too; training then scores nothing."""
     cache = ["--reference-cache", str(tmp_path / "scores"), "--preference-loss", "kto"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_bdpo.losses import registry
+from megatron_bdpo.training.reference.cache import open_scores
 from tests.harness.jobs import DATA
 from tests.harness.parity import beyond, deviations
 from tests.harness.ranks import RankFailure
@@ -65,6 +66,14 @@ def test_what_the_step_has_found_moves_its_losses(one_process, labelled):
         assert shifts[0] == pytest.approx(0, abs=1e-5) and abs(shifts[2]) > 1e-3, (loss, shifts)
 
 
+def test_adapters_are_the_policys_alone(one_process, labelled):
+    """Also where the step is looked at: else it would find nothing."""
+    flags = ["--preference-loss", "bco", "--lora-rank", "2"]
+    resident, known = (one_process([*flags, "--reference", each], labelled) for each in ("resident", "precomputed"))
+    assert beyond(deviations(resident, known), ALLOWED) == {}
+    assert abs(known.steps[2].metrics["delta"]) > 1e-4
+
+
 def test_a_pair_is_two_labelled_answers(one_process, tmp_path):
     """Rows of pairs, and their answers as rows of their own: the same steps, where every row has the same weight."""
     pairs = rows()[:3] + [{**row, "prompt": row["prompt"] + " So?"} for row in rows()[:3]]
@@ -85,18 +94,38 @@ def test_a_pair_is_two_labelled_answers(one_process, tmp_path):
 
 def test_steps_in_which_all_answers_have_one_label(one_process, tmp_path):
     made = [{**row, "label": True} for row in rows()[3:]]
-    metrics = one_process(["--preference-loss", "kto"], job(tmp_path / "rows.jsonl", made)[1]).steps[2].metrics
-    assert "rewards/rejected" not in metrics and "rewards/margins" not in metrics
+    flags = ["--preference-loss", "kto", "--log-entropy"]
+    metrics = one_process(flags, job(tmp_path / "rows.jsonl", made)[1]).steps[2].metrics
+    assert metrics.keys().isdisjoint({"rewards/rejected", "rewards/margins", "entropy/rejected"})
     assert np.isfinite(metrics["rewards/chosen"]) and metrics["pairs/chosen"] == 1
 
 
-def test_answers_whose_other_prompt_does_not_fit_have_no_part_in_the_estimate(one_process, tmp_path):
-    """The longest prompt goes with its own answer, and with no other."""
+def rows_with_a_long_prompt(repeats: int) -> list[dict[str, Any]]:
+    """One prompt is so long that it goes with its own answer, and not with every other."""
     made = rows()[3:]
-    made[4] |= {"prompt": "again and " * 120 + made[4]["prompt"], "completion": "Yes."}
-    flags = ["--preference-loss", "kto", "--seq-length", "400"]
-    steps = one_process(flags, job(tmp_path / "rows.jsonl", made)[1]).steps
-    assert np.isfinite([step.metrics["loss"] for step in steps]).all()
+    made[4] |= {"prompt": "again and " * repeats + made[4]["prompt"], "completion": "Yes."}
+    return made
+
+
+@pytest.mark.parametrize("flags", ["", "--reference resident"], ids=["known", "resident"])
+def test_answers_whose_other_prompt_does_not_fit_have_no_part_in_the_estimate(one_process, tmp_path, flags):
+    """The row after the one with the long prompt has none; and none of the others is missing."""
+    kto = ["--preference-loss", "kto", "--seq-length", "344"]
+    data = job(tmp_path / "rows.jsonl", rows_with_a_long_prompt(120))[1]
+    cache = [] if flags else ["--reference-cache", str(tmp_path / "scores")]
+    steps = one_process([*kto, *flags.split(), *cache], data).steps
+    assert np.isfinite([step.metrics["loss"] for step in steps]).all() and steps[2].metrics["kl"] > 1e-3
+    if cache:
+        has_none = np.isnan(open_scores(tmp_path / "scores" / "train").mismatched).any(axis=1)
+        assert has_none.tolist() == [place == 5 for place in range(9)]
+
+
+def test_stages_exchange_packs_that_hold_the_longest_answer_after_another_prompt(run, one_process, tmp_path):
+    """It is longer than any row, and than the packs in which a CPU scores."""
+    flags = ["--preference-loss", "kto", "--seq-length", "600"]
+    data = job(tmp_path / "rows.jsonl", rows_with_a_long_prompt(200))[1]
+    found = run(2, [*PP2.split(), *flags], data)
+    assert beyond(deviations(found, one_process(flags, data)), ALLOWED) == {}
 
 
 def test_one_prompt_alone_has_no_mismatched_answers(run, tmp_path):
