@@ -1,4 +1,4 @@
-"""One step of TRL's DPOTrainer or KTOTrainer on the CPU: its metrics and the gradient of every parameter."""
+"""One step of TRL's trainers (DPO, KTO, TPO) on the CPU: its metrics and the gradient of every parameter."""
 
 from __future__ import annotations
 
@@ -40,9 +40,8 @@ def trl_step(
     """
     import trl
 
-    return _step(
-        trl.DPOTrainer, trl.DPOConfig, policy, reference, pairs, tokenizer, directory, batch, evaluate, settings
-    )
+    kinds, models = (trl.DPOTrainer, trl.DPOConfig), {"model": policy, "ref_model": reference}
+    return _step(kinds, models, pairs, tokenizer, directory, batch, settings, evaluate=evaluate)
 
 
 def trl_kto_step(
@@ -57,22 +56,36 @@ def trl_kto_step(
     import trl
 
     settings = {"train_sampling_strategy": "sequential"} | settings
-    batch, kinds = len(answers), (trl.KTOTrainer, trl.KTOConfig)
-    return _step(*kinds, policy, reference, answers, tokenizer, directory, batch, False, settings)
+    kinds, models = (trl.KTOTrainer, trl.KTOConfig), {"model": policy, "ref_model": reference}
+    return _step(kinds, models, answers, tokenizer, directory, len(answers), settings)
+
+
+def trl_tpo_step(
+    policy: Any, triples: list[dict[str, Any]], tokenizer: Any, directory: Path, **settings: Any
+) -> TrlStep:
+    """One optimizer step of ``TPOTrainer`` over all triples, one at a time: its NLL is a mean over a batch's tokens.
+
+    Args:
+        triples: prompt, chosen, rejected and reference, which is the gold one.
+        settings: of ``TPOConfig``.
+    """
+    from trl.experimental.tpo import TPOConfig, TPOTrainer
+
+    return _step((TPOTrainer, TPOConfig), {"model": policy}, triples, tokenizer, directory, 1, settings)
 
 
 def _step(
-    trainer_type: Any,
-    config_type: Any,
-    policy: Any,
-    reference: Any,
+    kinds: tuple[Any, Any],
+    models: dict[str, Any],
     rows: list[dict[str, Any]],
     tokenizer: Any,
     directory: Path,
     batch: int,
-    evaluate: bool,
     settings: dict[str, Any],
+    *,
+    evaluate: bool = False,
 ) -> TrlStep:
+    """One step of a trainer, given with its configuration."""
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -86,10 +99,10 @@ def _step(
             seen.metrics = logs | seen.metrics  # the first log is the step's, the last one a summary
 
     data = Dataset.from_list(rows)
+    trainer_type, config_type = kinds
     trainer = trainer_type(
-        policy,
-        reference,
-        config_type(
+        **models,
+        args=config_type(
             max_length=None,
             per_device_train_batch_size=batch,
             per_device_eval_batch_size=batch,
