@@ -51,7 +51,7 @@ class Prompts:
         index = int(np.searchsorted(self._grouping.offsets, of, side="right")) - 1
         store = self._stores[index]
         pair = int(self._grouping.first_pair[of] - self._grouping.first_pair[self._grouping.offsets[index]])
-        return store.unconditional_prompt(pair) if kind == PromptKind.EMPTY else store.pair(pair).prompt
+        return store.unconditional_prompt(pair) if kind == PromptKind.EMPTY else store.prompt(pair)
 
     @functools.cached_property
     def other_group(self) -> IntArray:
@@ -82,7 +82,7 @@ def other_groups(store: PairStore) -> IntArray | None:
     lengths = store.lengths[first, 0]
     begins = np.arange(len(first))  # where the run of groups with one prompt begins that each is in
     for place in np.flatnonzero(lengths[1:] == lengths[:-1]) + 1:
-        if np.array_equal(store.pair(int(first[place])).prompt, store.pair(int(first[place - 1])).prompt):
+        if np.array_equal(store.prompt(int(first[place])), store.prompt(int(first[place - 1]))):
             begins[place] = begins[place - 1]
     if not len(begins) or not begins[-1]:
         return None

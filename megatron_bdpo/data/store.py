@@ -181,6 +181,11 @@ class PairStore:
         scored = (self._mask(*each, count) for each, count in zip(bounds[1:], counts, strict=True))
         return PairTokens(prompt, chosen, rejected, *scored)
 
+    def prompt(self, index: int) -> TokenArray:
+        """Token ids of one pair's prompt, a view of the memory map."""
+        start = int(self.starts[index, 0])
+        return self._tokens[start : start + int(self.lengths[index, 0])]
+
     def unconditional_prompt(self, index: int) -> TokenArray:
         """Token ids of the prompt that a pair's unconditional log-probability is conditioned on."""
         own = int(self._prompt_of[index])
