@@ -96,6 +96,7 @@ def test_scores_of_another_loss_are_completed(ranks, tmp_path, rows):
     ranks(1)(score, [*cache, "--preference-loss", "kto"], **job(rows))
     after = open_scores(tmp_path / "scores" / "train")
     assert np.array_equal(after.conditional, before.conditional) and np.isfinite(after.mismatched).all()
+    assert [each["groups"] for each in after.manifest["jobs"]] == [ROWS, ROWS]
     assert after.manifest["complete"]["scored"] == {"conditional": ROWS, "unconditional": 0, "mismatched": ROWS}
 
 

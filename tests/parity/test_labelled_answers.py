@@ -50,9 +50,15 @@ def test_in_a_layout(run, one_process, labelled, loss, layout):
     assert beyond(deviations(found, one_process(flags, labelled)), ALLOWED) == {}
 
 
-@pytest.mark.parametrize(
-    "flags", ["--reference resident", "--no-share-prompts", "--no-pack-pairs"], ids=["resident", "unshared", "alone"]
-)
+PACKED = {
+    "resident": "--reference resident",
+    "unshared": "--no-share-prompts",
+    "alone": "--no-pack-pairs",
+    "overlapped": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+}
+
+
+@pytest.mark.parametrize("flags", PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_however_it_is_packed(run, one_process, labelled, loss, flags):
     found = run(2, ["--preference-loss", loss, *flags.split()], labelled)
