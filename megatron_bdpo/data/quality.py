@@ -26,6 +26,7 @@ from megatron_bdpo.data.labels import DESIRABLE, PAIR, UNDESIRABLE
 from megatron_bdpo.data.length_bias import LabelBias, LengthBias
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import TokenArray
+from megatron_bdpo.data.tokenized_rows import first_pairs
 from megatron_bdpo.display import Block, Facts, Table
 
 IntArray = npt.NDArray[np.int64]
@@ -66,7 +67,8 @@ class DataQuality:
         flips: pairs whose two answers another pair of the same prompt prefers the other way round, and labelled
             answers that are labelled the other way elsewhere.
         contradictions: pairs beside those of which an answer is preferred or desirable here and rejected or undesirable
-            in another pair of the same prompt, or the other way round. In ranked lists that is as it should be.
+            in another row of the same prompt, or the other way round. In one row's ranked answers that is as it should
+            be.
         near: prompts that are nearly the same as another one, of those looked at.
         leaked_prompts: held-out pairs whose prompt is trained on; leaked_pairs: of which all tokens are.
         leaked_near: different held-out prompts, none of them trained on, that are nearly the same as one that is.
@@ -95,8 +97,8 @@ class DataQuality:
         preferred, refused = _together(prompt, chosen), _together(prompt, rejected)
         refused[rejected == _NO_ANSWER] = _NO_ANSWER  # which a prompt's desirable answers do not refuse
         flips = np.isin(pair, exchanged)
-        contradictions = (np.isin(preferred, refused) | np.isin(refused, preferred)) & ~flips
-        contradicted_by = functools.partial(_first_of, (refused, preferred), (preferred, refused))
+        groups = np.searchsorted(first_pairs(train.starts), np.arange(len(train)), side="right")
+        against = np.maximum(_elsewhere(preferred, refused, groups), _elsewhere(refused, preferred, groups))
         first = np.sort(np.unique(prompt, return_index=True)[1])
         leaked_prompts = leaked_pairs = None
         other = np.zeros(0, np.int64)
@@ -113,7 +115,7 @@ class DataQuality:
             prompts=len(first),
             copies=_found(_repeated(pair), train, train, functools.partial(_first_of, (pair,), (pair,))),
             flips=_found(flips, train, train, functools.partial(_first_of, (exchanged,), (pair,))),
-            contradictions=_found(contradictions, train, train, contradicted_by),
+            contradictions=_found((against >= 0) & ~flips, train, train, lambda index: int(against[index])),
             near=near,
             leaked_prompts=leaked_prompts,
             leaked_pairs=leaked_pairs,
@@ -226,6 +228,22 @@ def _repeated(key: Digests) -> npt.NDArray[np.bool_]:
 def _first_of(known: Sequence[Digests], keys: Sequence[Digests], index: int) -> int:
     """The first place at which one of ``known`` is what its ``keys`` are at ``index``."""
     return int(np.flatnonzero(np.any([of == key[index] for of, key in zip(known, keys, strict=True)], axis=0))[0])
+
+
+def _elsewhere(keys: Digests, known: Digests, groups: IntArray) -> IntArray:
+    """[P] a place at which ``known`` is what ``keys`` are, in another group; -1: none.
+
+    Args:
+        groups: [P] of each pair.
+    """
+    order = np.lexsort((groups, known))
+    start, stop = (np.searchsorted(known[order], keys, side) for side in ("left", "right"))
+    found = np.full(len(keys), -1)
+    for place in (stop - 1, start):  # of equal ones the first group and the last: one of them is another, if any is
+        other = order[np.clip(place, 0, len(order) - 1)]
+        is_one = (stop > start) & (groups[other] != groups)
+        found[is_one] = other[is_one]
+    return found
 
 
 def _leaked(key: Digests, known: Digests, held_out: PairStore, train: PairStore) -> Found:

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
 from megatron_bdpo.data.quality import DataQuality, leak
+from megatron_bdpo.data.row_reader import FormatSettings
 from megatron_bdpo.data.sources import SourceSpec
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer
@@ -72,6 +73,19 @@ def test_copies_flips_and_contradictions(make, tmp_path):
     assert found.flips.example == f"{name}, line 2; see {name}, line 4"
     assert found.contradictions.example == f"{name}, line 1; see {name}, line 5"
     assert found.leaked_pairs is found.leaked_prompts is found.leaked_near is None
+
+
+def test_a_ranking_does_not_contradict_itself(tmp_path, tokenizer):
+    """Its middle answers are chosen in one pair and rejected in another; another row may say otherwise."""
+    path = tmp_path / "ranked.jsonl"
+    ranked = {"prompt": "1 2", "responses": [" 3", " 4", " 5"], "scores": [3, 2, 1]}
+    other = {"prompt": "1 2", "responses": [" 5", " 6"], "scores": [2, 1]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (ranked, ranked | {"prompt": "7"}, other)))
+    sources = (SourceSpec(str(path)),)
+    settings = PairDataSettings(sources, tmp_path / "cache", form=FormatSettings(pairs_from="all"))
+    found = DataQuality.of(prepare_pairs(settings, tokenizer))
+    assert (found.pairs, found.contradictions.count) == (7, 3), "5 is chosen in line 3, rejected twice in line 1"
+    assert found.contradictions.example == f"{path}, line 1; see {path}, line 3"
 
 
 def test_leaks(make, tmp_path):
