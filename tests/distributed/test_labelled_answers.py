@@ -102,10 +102,14 @@ def test_scores_of_another_loss_are_completed(ranks, tmp_path, rows):
 
 def test_what_a_run_leaves(ranks, tmp_path, rows):
     flags = ["--preference-loss", "kto", "--save", str(tmp_path), "--eval-interval", "2", "--save-interval", "4"]
-    ranks(1)(train, flags, **job(rows, eval_share=0.25))
+    found = last_stage(ranks(1)(train, flags, **job(rows, eval_share=0.25)))
     lines = [json.loads(line) for line in (tmp_path / "heldout_rewards.jsonl").read_text("utf-8").splitlines()]
     for chosen, rejected in zip(lines[-1]["chosen"], lines[-1]["rejected"], strict=True):
         assert (chosen is None) != (rejected is None), "an answer has the reward of its label"
+    for side in ("chosen", "rejected"):
+        rewards = [reward for reward in lines[-1][side] if reward is not None]
+        assert [reward is not None for reward in lines[-1][side]] == [each > 0 for each in lines[-1][f"{side}_tokens"]]
+        assert np.mean(rewards) == pytest.approx(found.evaluations[-1][f"rewards/{side}"], rel=1e-5)
 
 
 def test_columns_bring_no_log_probs_after_other_prompts(ranks, rows):
