@@ -29,8 +29,10 @@ def process_groups() -> Iterator[None]:
         yield
 
 
-def verdict(dtype: torch.dtype, microbatches_by_rank: list[list[Answers]], loss: str = "dpo", **options: Any) -> str:
-    """What the gate says on this rank."""
+def verdict(
+    dtype: torch.dtype, microbatches_by_rank: list[list[Answers]], loss: str = "dpo", shift: float = 0.0, **options: Any
+) -> str:
+    """What the gate says on this rank; ``shift`` is what a loss of labelled answers has found for the step."""
     from megatron_bdpo.errors import UserError
     from megatron_bdpo.losses import AnswerLogProbs, GroupLogProbs, PairLogProbs, PairLossFunction, registry
     from megatron_bdpo.model.precision import Precision
@@ -47,7 +49,7 @@ def verdict(dtype: torch.dtype, microbatches_by_rank: list[list[Answers]], loss:
             if function.spec.of_answers:
                 off, tokens, reference = (each.flatten() for each in (off, tokens, reference))
                 desirable = torch.arange(len(tokens)) % 2 == 0
-                of_step = torch.zeros((), dtype=torch.float64) if function.spec.of_step else None
+                of_step = torch.tensor(shift, dtype=torch.float64) if function.spec.of_step else None
                 answers = AnswerLogProbs(reference + off, tokens, desirable, reference=reference, shift=of_step)
                 gate.observe_answers(answers, function)
                 continue
@@ -159,6 +161,15 @@ def test_a_loss_that_jumps_is_judged_by_its_log_probs(ranks):
     assert (
         "loss off by 0.0e+00" in within and within.startswith("step 0: policy equals") and beyond.startswith("stopped")
     )
+
+
+def test_what_a_step_has_found_is_judged_too(ranks):
+    """It is 0 where policy and reference are one, after their own prompts and after others."""
+    unlike = [[[(0.0, 3), (0.0, 5)]] * 2 + [[(0.0, 4), (5e-6, 2)]]]  # nothing that an answer's own log-probs show
+    cases = [{"dtype": torch.float32, "microbatches_by_rank": unlike, "loss": "kto", "desirable_weight": 2.0}]
+    found, right = ranks(1)(verdicts, [cases[0] | {"shift": shift} for shift in (0.3, 0.0)])[0]
+    assert found.startswith("stopped: step 0: the policy is not its reference") and "loss off by" in found
+    assert right.startswith("step 0: policy equals reference")
 
 
 def test_nan_stops(ranks):
