@@ -162,7 +162,7 @@ class PairJob:
         pairs, table = self.pool.answers_of(self.train.ids)
         sides = labelled_sides(self.pool.label[pairs])
         both = len(np.intersect1d(*(table.place[sides[:, side], side] for side in (0, 1))))
-        named = f"; {both} of them are both, chosen in one pair of their row and rejected in another" if both else ""
+        named = f"; {both} of them both, chosen in one pair of a row and rejected in another" if both else ""
         return f"answers: {desirable} desirable, {undesirable} undesirable to train on{named}"
 
     def _counted(self, selection: Selection) -> str:

@@ -232,6 +232,24 @@ def test_what_a_loss_of_labelled_answers_needs_of_the_prompts(dry_run, tmp_path)
     assert f"all rows of {rows} have one prompt" in dry_run("tiny.yaml", "--dry-run", *flags)
 
 
+def test_labels_are_counted_as_a_loss_reads_them(dry_run, tmp_path):
+    """Two pairs have two answers each; three ranked answers make three pairs, and the second best is both."""
+    answers = {"prompt": "Well?", "responses": ["Yes.", "No.", "Perhaps."], "scores": [3, 1, 2]}
+    pair = {"prompt": "How so?", "chosen": "Like this.", "rejected": "Like that."}
+    rows = [
+        pair,
+        pair | {"prompt": "And?"},
+        *({"prompt": f"{n}?", "completion": "One.", "label": n > 2} for n in range(4)),
+    ]
+    files = {"ranked.jsonl": [answers], "rows.jsonl": rows}
+    for name, lines in files.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    named = [str(tmp_path / name) for name in files]
+    flags = ["--preference-loss", "kto", "--pairs-from", "all", "--pairs-per-step", "2", "--pair-data", *named]
+    printed = dry_run("tiny.yaml", "--dry-run", *flags)
+    assert "answers: 6 desirable, 8 undesirable to train on; 1 of them both" in printed, printed
+
+
 def petaflops(printed: str) -> tuple[float, float]:
     """Of training and of scoring."""
     found = re.search(r"arithmetic: ([\d.]+) PFLOP of training, at most ([\d.]+) of scoring", printed)
