@@ -35,6 +35,9 @@ class Store:
     def unconditional(self) -> np.ndarray:
         return np.ones(len(self), np.int32)
 
+    def prompt(self, row: int) -> TokenArray:
+        return self.pair(row).prompt
+
     def unconditional_prompt(self, row: int) -> TokenArray:
         return np.array([99], np.int32)
 
@@ -141,3 +144,32 @@ def test_a_group_keeps_what_its_pairs_need():
     assert pool.sizes(share_prompts=True).tolist() == [10 + 12, 7 + 7]
     select(pool, selection, lambda labels: (np.arange(len(labels)) == 2, np.zeros(3, bool)), labelled=False)
     assert selection.ids.tolist() == [1], "a group without pairs"
+
+
+class LabelledStore(Store):
+    """Of whose four rows the second and the fourth are labelled answers."""
+
+    def __init__(self) -> None:
+        super().__init__(LABELS)
+        self.label[[1, 3]] = 1, 0
+        for each in (self.lengths, self.starts):
+            each[[1, 3], 2] = each[[1, 3], 1]
+
+    def pair(self, row: int) -> PairTokens:
+        found = super().pair(row)
+        return found if self.label[row] < 0 else PairTokens(found.prompt, found.chosen, found.chosen)
+
+
+def test_a_labelled_answer_is_there_once_and_has_nothing_to_swap():
+    pool = PairPool([LabelledStore()])
+    assert pool.noun == "rows"
+    assert [len(pool.group(group).group.answers) for group in range(4)] == [2, 1, 2, 1]
+    assert pool.group(1).answers.tolist() == [[0, 0]]
+    assert pool.sizes(share_prompts=True).tolist() == [1 + 2 + 6, 1 + 3, 1 + 4 + 8, 1 + 5]
+    assert pool.sizes(share_prompts=False).tolist() == [2 + 2 + 6, 1 + 3, 2 + 4 + 8, 1 + 5]
+    selection = Selection(np.arange(4))
+    select(pool, selection, lambda labels: (np.ones(4, bool), np.ones(4, bool)), labelled=False)
+    assert pool.swapped.tolist() == [True, False, True, False]
+    assert selection.notes == ["2 pairs swapped by their safety labels, 0 dropped"]
+    pool.swap(np.arange(4))
+    assert not pool.swapped.any()
