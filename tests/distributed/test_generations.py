@@ -99,7 +99,7 @@ def test_another_run_in_the_directory_leaves_no_answers_of_the_first(ranks, tmp_
 
 def told_to_wandb(flags: list[str]) -> list[tuple[dict[str, Any], int]]:
     """What is logged, with tables as their arguments: those of wandb 0.31's Table."""
-    from megatron_bdpo.training.callbacks import answers
+    from megatron_bdpo.training.callbacks import generated_answers as answers
 
     logged: list[tuple[dict[str, Any], int]] = []
     wandb = SimpleNamespace(Table=lambda columns, data: [columns, *data], log=lambda *told: logged.append(told))

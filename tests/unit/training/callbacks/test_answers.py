@@ -19,7 +19,7 @@ PROMPTS = EvalPrompts([PromptRow("2 + 2?", {"kind": "sum"}, "line 1")], [], [], 
 
 def asked(save: Path, first: int, iterations: list[int], given_up_at: int | None = None) -> tuple[int, str, Any]:
     """How often the policy answers, what is said, and the table, of a run with these evaluations from a step on."""
-    from megatron_bdpo.training.callbacks import answers
+    from megatron_bdpo.training.callbacks import generated_answers as answers
     from megatron_bdpo.training.distributed import process_groups
     from megatron_bdpo.training.generation.decoding import PackShape
     from megatron_bdpo.training.stopping import StopRequest
