@@ -38,8 +38,10 @@ def labels(answers: AnswerLogProbs) -> Tensor:
 
 def weights(answers: AnswerLogProbs, options: AnswerOptions) -> Tensor:
     """lambda_D of desirable answers, lambda_U of the others, in the policy's dtype."""
-    of_labels = answers.policy.new_tensor([options.undesirable_weight, options.desirable_weight])
-    return of_labels[answers.desirable.long()]
+    desirable, undesirable = (
+        torch.full_like(answers.policy, weight) for weight in (options.desirable_weight, options.undesirable_weight)
+    )
+    return torch.where(answers.desirable, desirable, undesirable)
 
 
 def balance(desirable: int, undesirable: int, options: AnswerOptions) -> str | None:

@@ -53,13 +53,13 @@ class AnswerStep(PreferenceStep):
 
     def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
         policy, entropy, _ = self.scoring.apart(scores)
-        answers = dataclasses.replace(answers_of(batch, policy, self.reference.lookup(batch)[0]), shift=self.shift)
+        answers = answers_of(batch, policy, self.reference.lookup(batch).conditional)
+        answers = dataclasses.replace(answers, shift=self.shift)
         losses: AnswerLosses = self.loss.spec.function(answers, self.loss.options)
         sides = sides_of(batch)
         loss_sum = (losses.loss * sides.weight.to(losses.loss.dtype)).sum().float()
         if self.check_nan:
-            ids = batch.pairs.ids[(sides.source // 2).cpu().numpy()]
-            check_losses(losses.loss, answers, ids, self.describe, self.place, self.suspect)
+            check_losses(losses.loss, answers, sides.ids, self.describe, self.place, self.suspect)
         if self.gate is not None:
             self.gate.observe_answers(answers, self.loss)
         if self.observe is not None and self.evaluates:

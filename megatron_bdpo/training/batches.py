@@ -48,6 +48,7 @@ class PackSides:
     source: Tensor  # [N] which of the 2 P sides of the pairs
     desirable: Tensor  # [N] bool
     weight: Tensor  # [N] float64, in the step's mean: a pair's is shared by its sides
+    ids: IntArray  # [N] of their pairs, on the host
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,8 @@ class PackMaker:
         sides = labelled_sides(self.pool.label[ids])
         shares = np.broadcast_to((weight / sides.sum(axis=1))[:, None], sides.shape)
         source = np.flatnonzero(sides)
-        return PackSides(*map(torch.from_numpy, (source, source % 2 == 0, shares[sides])))
+        desirable, of_side = torch.from_numpy(source % 2 == 0), torch.from_numpy(shares[sides])
+        return PackSides(torch.from_numpy(source), desirable, of_side, ids[source // 2])
 
     def _table(self, ids: IntArray, answers: IntArray, sizes: IntArray) -> PackTable:
         table = answer_table(answers, np.repeat(np.arange(len(sizes)), sizes), len(sizes))

@@ -252,10 +252,9 @@ class GroupScorer:
         first = np.searchsorted(self.make.pool.grouping.pairs_and_places(ids)[1], np.arange(len(ids) + 1))
         result = np.zeros((int(first[-1]), self.columns))
         if is_one_of_each_replica():
-            for (_, _, places), score in zip(own, scores, strict=True):
-                pairs = [np.arange(first[place], first[place + 1]) for place in places]
-                if pairs:  # else the pack holds nothing
-                    result[np.concatenate(pairs)] = score.cpu().numpy()
+            pairs = [np.arange(first[place], first[place + 1]) for _, _, places in own for place in places]
+            if pairs:  # in one piece: the host waits once
+                result[np.concatenate(pairs)] = torch.cat(scores).cpu().numpy()
         return sum_over_ranks(torch.from_numpy(result)).numpy()
 
     def _sizes(self, groups: Groups) -> IntArray:
