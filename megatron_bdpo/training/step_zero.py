@@ -131,7 +131,11 @@ class StepZeroGate:
         self._observe(policy, reference, groups.tokens, losses, _one_by_one)
 
     def observe_answers(self, answers: AnswerLogProbs, loss: PairLossFunction) -> None:
-        """Record the N labelled answers of a microbatch in the same way; there the step would have found 0 for them."""
+        """Record the N labelled answers of a microbatch in the same way; there the step would have found 0 for them.
+
+        What is wrong with that raises the losses of one label and lowers those of the other: it is not their mean that
+        counts, but how far each is off.
+        """
         assert answers.reference is not None
 
         def losses(log_probs: Tensor, shift: Tensor | None) -> Tensor:
@@ -140,8 +144,9 @@ class StepZeroGate:
             return found.loss
 
         at_reference = functools.partial(losses, shift=None if answers.shift is None else answers.shift * 0)
-        columns = (answers.policy[:, None], answers.reference[:, None], answers.tokens[:, None])
-        self._observe(*columns, at_reference, _one_by_one, functools.partial(losses, shift=answers.shift))
+        policy, reference = answers.policy.detach()[:, None], answers.reference[:, None]
+        off = (losses(policy, answers.shift) - at_reference(reference)).abs()
+        self._observe(policy, reference, answers.tokens[:, None], at_reference, _one_by_one, off)
 
     def _observe(
         self,
@@ -150,21 +155,22 @@ class StepZeroGate:
         tokens: Tensor,
         losses: Callable[[Tensor], Tensor],
         most: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor],
-        found: Callable[[Tensor], Tensor] | None = None,
+        losses_off: Tensor | None = None,
     ) -> None:
         """
         Args:
             policy, reference, tokens: [N, k] of N losses, each of k answers.
             losses: [N] of log-probs [N, k].
             most: [N] by how much ``losses`` may be off at log-probs [N, k] that are off by what is allowed, [N, k].
-            found: the losses of the policy's log-probs, where these are others.
+            losses_off: [N] by how much they are off; None: the policy's less those at policy == reference.
         """
         off = (policy.detach() - reference).abs()
         allowed = tolerance(self.precision) * tokens.to(off.dtype).sqrt()
         at_reference = losses(reference)
         worse = [(off / each).amax(dim=1) for each in (tokens, allowed)]
         explained = most(losses, reference, allowed)
-        own = [(found or losses)(policy.detach()) - at_reference, explained, *worse, torch.ones_like(at_reference)]
+        by = losses(policy.detach()) - at_reference if losses_off is None else losses_off
+        own = [by, explained, *worse, torch.ones_like(at_reference)]
         self._sums.append(torch.stack([each.double().sum() for each in own]))
 
     def deviation(self) -> Deviation:

@@ -166,7 +166,7 @@ def test_a_loss_that_jumps_is_judged_by_its_log_probs(ranks):
 def test_what_a_step_has_found_is_judged_too(ranks):
     """It is 0 where policy and reference are one, after their own prompts and after others."""
     unlike = [[[(0.0, 3), (0.0, 5)]] * 2 + [[(0.0, 4), (5e-6, 2)]]]  # nothing that an answer's own log-probs show
-    cases = [{"dtype": torch.float32, "microbatches_by_rank": unlike, "loss": "kto", "desirable_weight": 2.0}]
+    cases = [{"dtype": torch.float32, "microbatches_by_rank": unlike, "loss": "kto"}]
     found, right = ranks(1)(verdicts, [cases[0] | {"shift": shift} for shift in (0.3, 0.0)])[0]
     assert found.startswith("stopped: step 0: the policy is not its reference") and "loss off by" in found
     assert right.startswith("step 0: policy equals reference")
