@@ -36,7 +36,7 @@ def run(ranks, job, rows, labels, tmp_path_factory):
     path.write_text("".join(json.dumps(row) + "\n" for row in made), "utf-8")
     flags = ["--pipeline-model-parallel-size", "2", "--desirable-weight", str(WEIGHT)]
     flags += ["--save", str(directory / "run"), "--save-interval", "2", "--save-hf", str(directory / "export")]
-    data = {"pair_data": [str(path)], "eval_pair_data": [str(path)]}
+    data = {"pair_data": [str(path)], "eval_pair_data": [str(path)], "pair_cache_dir": str(directory / "cache")}
     return last_stage(ranks(2)(real_job, flags, **job | RUN | data)), directory / "export"
 
 

@@ -229,7 +229,8 @@ class ScoreCache:
         """
         manifest = _read_manifest(self.directory) or self.manifest
         complete = manifest["complete"] or {"pairs": 0, "scored": {}}
-        counts = {kind: max(complete["scored"].get(kind, 0), scored.get(kind, 0)) for kind in KINDS}
+        counts = {kind: max(complete["scored"].get(kind, 0), scored.get(kind, 0)) for kind in (*KINDS, BEGINNINGS)}
+        counts = {kind: count for kind, count in counts.items() if count or kind not in _OPTIONAL}
         new = {
             **manifest,
             "complete": {"pairs": max(pairs, complete["pairs"]), "scored": counts},

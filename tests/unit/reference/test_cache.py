@@ -64,8 +64,7 @@ def test_scores_come_back_to_the_bit(tmp_path):
     assert_same(found, some_pairs(0, PAIRS))
     assert found.manifest["identity"] == IDENTITY | {"window_size": [8, 0]}
     assert found.manifest["sources"] == ["a.jsonl"]
-    scored = {"conditional": PAIRS, "unconditional": PAIRS, "mismatched": 0}
-    assert found.manifest["complete"] == {"pairs": PAIRS, "scored": scored}
+    assert found.manifest["complete"] == {"pairs": PAIRS, "scored": {"conditional": PAIRS, "unconditional": PAIRS}}
     assert found.manifest["jobs"] == [{"seconds": 1.5}]
     assert not list(tmp_path.glob(".*")), "no temporary file is left"
 
