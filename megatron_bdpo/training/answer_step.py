@@ -59,7 +59,7 @@ class AnswerStep(PreferenceStep):
         sides = sides_of(batch)
         loss_sum = (losses.loss * sides.weight.to(losses.loss.dtype)).sum().float()
         if self.check_nan:
-            check_losses(losses.loss, answers, sides.ids, self.describe, self.place, self.suspect)
+            check_losses(losses.loss, answers, batch.pairs.ids[sides.pair], self.describe, self.place, self.suspect)
         if self.gate is not None:
             self.gate.observe_answers(answers, self.loss)
         if self.observe is not None and self.evaluates:

@@ -48,7 +48,7 @@ class PackSides:
     source: Tensor  # [N] which of the 2 P sides of the pairs
     desirable: Tensor  # [N] bool
     weight: Tensor  # [N] float64, in the step's mean: a pair's is shared by its sides
-    ids: IntArray  # [N] of their pairs, on the host
+    pair: IntArray  # [N] which of the P pairs it is of, on the host
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class PackMaker:
         shares = np.broadcast_to((weight / sides.sum(axis=1))[:, None], sides.shape)
         source = np.flatnonzero(sides)
         desirable, of_side = torch.from_numpy(source % 2 == 0), torch.from_numpy(shares[sides])
-        return PackSides(torch.from_numpy(source), desirable, of_side, ids[source // 2])
+        return PackSides(torch.from_numpy(source), desirable, of_side, source // 2)
 
     def _table(self, ids: IntArray, answers: IntArray, sizes: IntArray) -> PackTable:
         table = answer_table(answers, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
