@@ -90,7 +90,7 @@ class PairJob:
         lengths = self.pool.group_lengths(groups).with_prompts(self.pool.prompts.lengths(groups, PromptKind.OTHER))
         return lengths.positions(share_prompts=self.share_prompts)
 
-    @property
+    @functools.cached_property
     def fits_after_other(self) -> npt.NDArray[np.bool_]:
         """[G] whether that fits a pack. Groups that do not have no part in what mismatched answers are for."""
         return self.sizes_after_other <= self.max_pack_length
