@@ -168,9 +168,26 @@ def run_job(
             run.pretrain()
         except SystemExit as stop:  # --exit-interval and signals end Megatron's loop this way
             return run, int(stop.code or 0)
+        except BaseException:
+            _leave_background_saves()
+            raise
         finally:
             _empty(run.model)
     return run, None
+
+
+def _leave_background_saves() -> None:
+    """What a run that failed is still writing for ``--async-save`` ends with its process; a rank of a pool lives on.
+
+    Its results would be taken for those of the next run's checkpoints.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training import async_utils
+
+    if async_utils._async_calls_queue is not None:
+        async_utils._async_calls_queue.close(abort=True)
+        async_utils._async_calls_queue = None
+    filesystem_async._results_queue = None
 
 
 def _empty(model: list[Any]) -> None:

@@ -40,14 +40,18 @@ def fill(place: Path, leave: int) -> None:
 
 
 class Filling(Callback):
-    """Fills a disk up after the third step: a start on a full one is refused."""
+    """Fills a disk up after the third step, once the second's checkpoint is there: a start on a full one is refused."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
 
     def after_step(self, step):
-        if step.iteration == 3 and os.environ["RANK"] == "0":
-            fill(self._place, leave=64 << 10)
+        from megatron.training.async_utils import maybe_finalize_async_save
+
+        if step.iteration == 3:
+            maybe_finalize_async_save(blocking=True)  # with --async-save it may still be written
+            if os.environ["RANK"] == "0":
+                fill(self._place, leave=64 << 10)
 
 
 def refusal_on_a_filling_disk(place, flags):
