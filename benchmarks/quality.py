@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=20_000)
     options = parser.parse_args()
 
+    from megatron_bdpo.data.pool import PairPool
     from megatron_bdpo.data.quality import DataQuality, leak
+    from megatron_bdpo.data.split import hold_out
     from megatron_bdpo.display import show
 
     with tempfile.TemporaryDirectory() as directory:
@@ -32,6 +34,9 @@ def main() -> None:
         held_out = write_store(Path(directory) / "held_out", options.held_out, seed=1)
         with told("held-out prompts that are trained on, as a training run looks for them"):
             leak(train, held_out)
+        with told("held-out rows of whole prompts, as --eval-share draws them"):
+            pool = PairPool([train])
+            hold_out(np.arange(len(pool.grouping)), pool.prompts.digests(0), 0.02, seed=1)
         with told("all of data stats' quality"):
             found = DataQuality.of(train, held_out)
         show(*found.blocks())

@@ -277,16 +277,3 @@ def select(pool: PairPool, selection: Selection, choose: Choose, *, labelled: bo
     if len(labels) and (labelled or swap.any() or not keep.all()):
         dropped = int((~keep).sum())
         selection.notes.append(f"{int(swap.sum())} pairs swapped by their safety labels, {dropped} dropped")
-
-
-def hold_out(ids: IntArray, share: float, seed: int) -> tuple[IntArray, IntArray]:
-    """Split off a random share of the groups. Returns (train, held out), each in the original order."""
-    if not 0 <= share < 1:
-        raise UserError(f"--eval-share must be at least 0 and below 1, not {share}.")
-    count = round(len(ids) * share)
-    if share and not count:
-        raise UserError(f"--eval-share {share} of {len(ids)} usable rows is not even one. Raise it, or leave it out.")
-    chosen = np.random.default_rng([seed, 2]).permutation(len(ids))[:count]
-    mask = np.zeros(len(ids), bool)
-    mask[chosen] = True
-    return ids[~mask], ids[mask]

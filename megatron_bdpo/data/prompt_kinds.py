@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.digests import Digests, token_digests
 from megatron_bdpo.data.grouping import Grouping
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import TokenArray
@@ -52,6 +53,12 @@ class Prompts:
         store = self._stores[index]
         pair = int(self._grouping.first_pair[of] - self._grouping.first_pair[self._grouping.offsets[index]])
         return store.unconditional_prompt(pair) if kind == PromptKind.EMPTY else store.prompt(pair)
+
+    def digests(self, index: int) -> Digests:
+        """[g] of the own prompts of the g groups of the store at ``index``: the tokens that the model sees, as they
+        are stored. Reads all of these: some 2 seconds for a million."""
+        store = self._stores[index]
+        return token_digests(store.prompt(pair) for pair in first_pairs(store.starts).tolist())
 
     @functools.cached_property
     def other_group(self) -> IntArray:

@@ -1,7 +1,6 @@
 """What can be wrong with pairs and labelled answers and stops nothing: copies, exchanged labels, leaks, bias of length.
 
-Exact, by digests of 64 bits of the parts' tokens: of n different prompts two have the same one with a probability of
-n^2 / 2^65, which is 7e-5 at 50 million.
+Exact, by digests of the parts' tokens (see ``digests``).
 
 Nearly the same prompts are found by MinHash: 64 hashes of a prompt's shingles of 5 tokens agree in about the share of
 shingles that two prompts have in common (Jaccard). What all prompts begin and end with, as a template's words, is left
@@ -16,12 +15,12 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.digests import Digests, token_digests
 from megatron_bdpo.data.labels import DESIRABLE, PAIR, UNDESIRABLE
 from megatron_bdpo.data.length_bias import LabelBias, LengthBias
 from megatron_bdpo.data.store import PairStore
@@ -30,7 +29,6 @@ from megatron_bdpo.data.tokenized_rows import first_pairs
 from megatron_bdpo.display import Block, Facts, Table
 
 IntArray = npt.NDArray[np.int64]
-Digests = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint32]
 
 NEAR = 0.8
@@ -173,26 +171,18 @@ _WORDS = {
 
 def leak(train: PairStore, held_out: PairStore, *, most_pairs: int = MOST_AT_START) -> Found:
     """Held-out pairs whose prompt is trained on, exactly, of so many pairs of each store. Reads the prompts alone."""
-    theirs, known = (_digests(store, parts=1, most=most_pairs)[:, 0] for store in (held_out, train))
+    looked_at = ((store, range(min(most_pairs, len(store)))) for store in (held_out, train))
+    theirs, known = (token_digests(map(store.prompt, pairs)) for store, pairs in looked_at)
     return _leaked(theirs, known, held_out, train)
 
 
 # Exactly --------------------------------------------------------------------------------------------------------------
 
-_BLOCK = 2**16  # pairs
 
-
-def _digests(store: PairStore, parts: int = 3, most: int | None = None) -> Digests:
-    """[P, parts] of prompt, chosen and rejected; of the first pairs, where there are more than ``most``."""
-    pairs = len(store) if most is None else min(most, len(store))
-    digests = np.empty((pairs, parts), np.uint64)
-    for start in range(0, pairs, _BLOCK):
-        some = range(start, min(start + _BLOCK, pairs))
-        joined = b"".join(
-            blake2b(part, digest_size=8).digest() for index in some for part in store.pair(index).parts[:parts]
-        )
-        digests[some.start : some.stop] = np.frombuffer(joined, np.uint64).reshape(-1, parts)
-    return digests
+def _digests(store: PairStore) -> Digests:
+    """[P, 3] of prompt, chosen and rejected."""
+    parts = (part for index in range(len(store)) for part in store.pair(index).parts)
+    return token_digests(parts).reshape(-1, 3)
 
 
 _NO_ANSWER = np.uint64(1)  # no more likely to be that of an answer than any other
@@ -264,6 +254,7 @@ _SHINGLE = 5  # tokens
 _BANDS, _ROWS = 16, 4
 _TOKENS = 2**16  # whose shingles are hashed at once: they fit a cache
 _SEED = 20
+_BLOCK = 2**16  # partners
 _FEW = 100  # prompts may all be alike without a template
 
 

@@ -57,6 +57,8 @@ class RunIdentity:
     """``--objective``: whether the checkpoint holds a policy, with an output layer, or a reward model, with a head."""
     moving_reference: bool = False
     """``--sync-reference-every``: the checkpoint holds the reference's weights, which are no longer its start's."""
+    split: str = ""
+    """See ``PairJob.split``. Runs that began before prompts were kept together have none."""
     evaluation_is_due: bool = False
     """The run was stopped in the evaluation after the checkpoint's step: to be done again when it goes on."""
 
@@ -77,6 +79,7 @@ def identity_of(settings: Settings, job: PairJob, lora: dict[str, Any]) -> RunId
         frozen_routers=settings.model.moe_freeze_router,
         moving_reference=settings.reference.sync_reference_every is not None,
         objective=settings.objective.objective,
+        split=job.split,
     )
 
 
@@ -123,6 +126,7 @@ def resumed_identity(directories: DirectorySettings, current: RunIdentity) -> Ru
     found = RunIdentity(**{name: value for name, value in (broadcast(stored) or {}).items() if name in known})
     with all_ranks_agree():
         _check_position(found, current, directory)
+        _refuse_other_split(found, current, directory)
         _refuse_other_routers(found, current, directory)
         _refuse_other_reference(found, current, directory)
         refuse_other_adapters(found.lora, current.lora, f"--load {directory}")
@@ -138,6 +142,15 @@ def _refuse_other_routers(found: RunIdentity, current: RunIdentity, directory: P
         raise UserError(
             f"--load {directory}: --moe-freeze-router: that run {there} its routers, and the optimizer's state is of "
             f"that. {way}, or start a new run from its weights with --finetune."
+        )
+
+
+def _refuse_other_split(found: RunIdentity, current: RunIdentity, directory: Path) -> None:
+    if found.split != current.split:
+        there = "other prompts" if found.split else "rows, not whole prompts, as earlier versions did"
+        raise UserError(
+            f"--load {directory}: --eval-share: that run held out {there}. Rows that it has trained on would be held "
+            "out here. Start a new run from its weights with --finetune."
         )
 
 

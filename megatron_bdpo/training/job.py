@@ -18,6 +18,7 @@ from megatron_bdpo.data.packs import lay_out
 from megatron_bdpo.data.pool import PairPool, Selection
 from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.data.prompts import EvalPrompts, PromptRow, encode_prompts, read_prompts
+from megatron_bdpo.data.split import hold_out
 from megatron_bdpo.data.step_plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.errors import UserError
@@ -38,6 +39,7 @@ class PairJob:
     Attributes:
         plan: the optimizer steps.
         train, held_out: groups of the pool.
+        split: digest of --eval-share's choice; empty where it follows from the number of pairs and the seed.
         eval_packs: packs of the held-out groups, a multiple of the data-parallel ranks; empty without held-out pairs.
         eval_length: the length that all of these have.
         sizes: [G] pack positions of every group of the pool.
@@ -53,6 +55,7 @@ class PairJob:
     pool: PairPool
     train: Selection
     held_out: Selection
+    split: str
     plan: StepPlan
     eval_packs: list[IntArray]
     eval_length: int
@@ -321,25 +324,29 @@ def _prompts(arguments: Arguments, rows: list[PromptRow], store: PairStore) -> E
 DEFAULT_ANSWER = 64
 
 
-def _selected(settings: Settings, loss: PairLossFunction, pool: PairPool) -> tuple[Selection, Selection]:
-    """The groups to train on and those held out, as the loss takes them."""
+def _selected(settings: Settings, loss: PairLossFunction, pool: PairPool) -> tuple[Selection, Selection, str]:
+    """The groups to train on and those held out, as the loss takes them, and what ``PairJob.split`` says of them."""
+    split_digest = ""
     if len(pool.stores) > 1:
         train, held_out = map(Selection, (pool.grouping.of_store(0), pool.grouping.of_store(1)))
     else:
-        shares = pools.hold_out(pool.grouping.of_store(0), settings.pairs.eval_share, settings.schedule.seed)
-        train, held_out = map(Selection, shares)
+        train, held_out = Selection(pool.grouping.of_store(0)), Selection(np.zeros(0, np.int64))
+        if share := settings.pairs.eval_share:
+            split = hold_out(train.ids, pool.prompts.digests(0), share, settings.schedule.seed)
+            train, held_out = Selection(split.train), Selection(split.held_out, split.notes)
+            split_digest = split.digest
     named = "--objective reward" if settings.objective.is_reward else f"--preference-loss {loss.spec.name}"
     readers = [spec.name for spec in registry.all_specs() if spec.of_answers]
     for selection in (train, held_out):
         if not loss.spec.of_answers:
             pools.refuse_labelled_answers(pool, selection, named, readers)
         pools.select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
-    return train, held_out
+    return train, held_out, split_digest
 
 
 def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:
     _refuse_without_groups(settings, pool)
-    train, held_out = _selected(settings, loss, pool)
+    train, held_out, split_digest = _selected(settings, loss, pool)
     sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length
     for selection in (train, held_out):
         pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
@@ -371,6 +378,7 @@ def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompt
         pool,
         train,
         held_out,
+        split_digest,
         plan,
         eval_packs,
         eval_length,

@@ -22,7 +22,8 @@ class PairSettings:
     eval_pair_data: list[str] | None = flag(metavar="[WEIGHT] PATH")
     """held-out pairs, evaluated every --eval-interval steps"""
     eval_share: float = 0.0
-    """share of the training pairs to hold out instead of --eval-pair-data"""
+    """share of the training pairs to hold out instead of --eval-pair-data, in whole prompts: no prompt of theirs is
+    trained on"""
     pair_format: str = flag(AUTO, choices=(AUTO, *NAMES))
     """form of the rows; auto: of each source the one that its first readable row has"""
     pair_columns: str | None = flag(metavar="OURS=THEIRS,...")

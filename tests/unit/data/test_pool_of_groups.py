@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_bdpo.data.pool import PairPool, Selection, by_source, drop_long, hold_out
+from megatron_bdpo.data.pool import PairPool, Selection, by_source, drop_long
 from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.row_report import DataReport
@@ -172,11 +172,8 @@ def store_of_rows(directory: Path, builder: RowsBuilder) -> PairStore:
     return PairStore.open(directory)
 
 
-def test_groups_are_held_out_whole(tmp_path: Path) -> None:
+def test_groups_are_dropped_whole(tmp_path: Path) -> None:
     pool = PairPool([store_of(tmp_path / "store", drawn(np.random.default_rng(3), 0, singles=False))])
-    train, held_out = hold_out(np.arange(10, 30), 0.25, seed=1)
-    assert len(held_out) == 5 and sorted([*train, *held_out]) == [*range(10, 30)]
-    assert (np.diff(train) > 0).all() and (np.diff(held_out) > 0).all()
     sizes = pool.sizes(share_prompts=True)
     selection, longest = Selection(np.arange(len(pool.grouping))), int(sizes.max())
     dropped = len(pool.grouping.pairs_of(np.flatnonzero(sizes == longest)))

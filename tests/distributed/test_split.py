@@ -1,0 +1,87 @@
+"""--eval-share as a job: all answers to a prompt on one side, the same ones in every layout and after a resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.harness.jobs import DATA, last_stage, run_job, train
+from tests.harness.ranks import RankFailure
+
+JOB = {"max_pairs": None, "train_iters": 4, "preference_loss": "kto", "eval_share": 0.25, "eval_interval": 2}
+HELD_OUT = 11  # of 43 rows
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    """Of each row: 8 prompts of four answers, in two places of the file, and 11 of one."""
+    known = [json.loads(line)["prompt"] for line in (DATA / "train.jsonl").read_text("utf-8").splitlines()]
+    known = list(dict.fromkeys(known))[:19]
+    return [*known[:8], *known[:8], *known, *known[:8]]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, prompts) -> str:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    made = [
+        {"prompt": prompt, "completion": f"Answer {place}, in a few words.", "label": place % 3 > 0}
+        for place, prompt in enumerate(prompts)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), "utf-8")
+    return str(path)
+
+
+def sides(flags: list[str], **overrides) -> tuple[set[int], set[int]]:
+    """Rows that this rank's job has trained on, by its steps, and those that it has held out."""
+    run, _ = run_job(flags, overrides)
+    pool = run.job.pool
+    trained, held_out = (pool.grouping.pairs_of(ids) for ids in (run.job.plan.steps.ravel(), run.job.held_out.ids))
+    assert set(run.job.train.ids.tolist()) >= set(run.job.plan.steps.ravel().tolist())
+    return {int(pool.origin(pair)[1]) for pair in trained}, {int(pool.origin(pair)[1]) for pair in held_out}
+
+
+def test_no_answer_to_a_held_out_prompt_is_trained_on(ranks, rows, prompts):
+    (alone,) = ranks(1)(sides, [], pair_data=[rows], pairs_per_step=8, **JOB)
+    trained, held_out = alone
+    assert len(trained) == len(prompts) - HELD_OUT and len(held_out) == HELD_OUT
+    of_prompts = [{prompts[row - 1] for row in side} for side in alone]
+    assert of_prompts[0].isdisjoint(of_prompts[1])
+    layouts = {2: [], 4: ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]}
+    for count, flags in layouts.items():
+        assert ranks(count)(sides, flags, pair_data=[rows], pairs_per_step=8, **JOB) == [alone] * count
+
+
+def by_rows(flags: list[str], **overrides):
+    """Train as runs did before prompts were kept together."""
+    from unittest import mock
+
+    import numpy as np
+
+    from megatron_bdpo.training import job
+
+    split = job.hold_out
+
+    def without_prompts(groups, prompts, share, seed):
+        return split(groups, np.arange(len(groups), dtype=np.uint64), share, seed)
+
+    with mock.patch.object(job, "hold_out", without_prompts):
+        return train(flags, **overrides)
+
+
+def test_a_run_goes_on_with_its_split(ranks, tmp_path, rows):
+    flags = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2"]
+    job = JOB | {"pair_data": [rows]}
+    ranks(1)(train, [*flags, "--exit-interval", "2"], **job)
+    assert [step["iteration"] for step in last_stage(ranks(2)(train, flags, **job)).steps] == [3, 4]
+
+
+def test_a_run_that_began_with_the_older_rule_is_refused(ranks, tmp_path: Path, rows):
+    """Unless no prompt repeats: then its split is this one."""
+    flags = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2"]
+    job = JOB | {"pair_data": [rows]}
+    ranks(1)(by_rows, [*flags, "--exit-interval", "2"], **job)
+    with pytest.raises(RankFailure, match=r"--eval-share: that run held out rows, not whole prompts.*--finetune"):
+        ranks(1)(train, flags, **job)
+    assert len(last_stage(ranks(1)(train, [*flags, "--finetune"], **job)).steps) == 4
