@@ -9,7 +9,7 @@ import click
 
 from megatron_bdpo.artifact import write_whole
 from megatron_bdpo.cli.common import PATH, POSITIVE, example
-from megatron_bdpo.display import Table, show
+from megatron_bdpo.display import show
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.migrate import reading, recipe_text, translation
 from megatron_bdpo.migrate.tables import SOURCES
@@ -52,7 +52,7 @@ def migrate(
 def _refuse(result: translation.Translation) -> None:
     if len(result.refused) == 1:
         raise UserError(next(iter(result.refused.values())))
-    show(Table(["cannot be translated"], [[why] for why in result.refused.values()]))
+    show("cannot be translated:", *(f"  {why}" for why in result.refused.values()))
     raise UserError(
         f"{len(result.refused)} keys cannot be translated: {', '.join(result.refused)}. Change them as is said above, "
         "or add --partial, which writes the rest."

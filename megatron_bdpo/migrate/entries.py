@@ -85,13 +85,16 @@ class Joined:
 
 @dataclass(frozen=True)
 class Loss:
-    """Which loss it is, or which they are: theirs -> ours. Other names are looked up as they are."""
+    """Which loss it is, or which they are. Names that are not here are looked up as they are."""
 
-    names: Mapping[str, str]
+    names: Mapping[str, str | Refused]
+    """Theirs -> ours, or why it is another loss than ours of that name."""
     weights: str = ""
     """The key with the weights of several."""
     unless: str = ""
     """A key that says it instead, where it is set."""
+    by_key: Mapping[str, Mapping[str, Mapping[str, str | Refused]]] = field(default_factory=dict)
+    """Another key -> its value, or ``*`` for any that asks for something -> what ``names`` are then."""
 
 
 @dataclass(frozen=True)

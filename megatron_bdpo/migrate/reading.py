@@ -164,15 +164,8 @@ def _of_script(text: str, path: Path, programs: Mapping[str, str]) -> tuple[dict
     if len(starts) > 1:
         raise UserError(f"{path} starts more than one training run. Give a file with one of the commands.")
     command, name = starts.pop() if starts else (" ".join(lines), None)
-    try:
-        lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
-        words = list(lexer)
-    except ValueError as error:
-        raise UserError(f"{path}: the command cannot be split into words: {error}. Mend its quotes.") from error
-    end = next((place for place, word in enumerate(words) if set(word) <= set("|&;<>()")), len(words))
     found: dict[str, Given] = {}
-    for key, value in _flags(words[:end], path):
+    for key, value in _flags(_words(_expanded(command, _assigned(lines)), path), path):
         if key in found:
             raise UserError(f"{path}, --{key}: stands there twice. Keep one.")
         found[key] = Given(key, value, f"{path}, --{key}")
@@ -182,6 +175,46 @@ def _of_script(text: str, path: Path, programs: Mapping[str, str]) -> tuple[dict
             "script that starts one."
         )
     return found, name
+
+
+def _words(command: str, path: Path) -> list[str]:
+    """As the shell splits a command, up to what is another one's, or a comment."""
+    command = _FOR_THE_SHELL.sub("", command)
+    if computed := _COMPUTED.search(command):
+        raise UserError(f"{path}: {computed[0]} is computed by the shell. Write out what it comes to.")
+    try:
+        lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+        lexer.whitespace_split, lexer.commenters = True, ""  # NAME#N is a word
+        words = list(lexer)
+    except ValueError as error:
+        raise UserError(f"{path}: the command cannot be split into words: {error}. Mend its quotes.") from error
+    is_end = [word.startswith("#") or (word != "" and set(word) <= set("|&;<>()")) for word in words]
+    return words[: [*is_end, True].index(True)]
+
+
+#: A descriptor before a redirection, and the script's own arguments.
+_FOR_THE_SHELL = re.compile(r"(?<=\s)\d(?=[<>])|(?<=\s)(\"?)\$[@*]\1(?=\s|$)")
+_COMPUTED = re.compile(r"\$\([^)]*\)?|`[^`]*`?")
+_VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
+_QUOTIENT = re.compile(r"\$\((?:expr\s+|\(\s*)(\d+)\s*/\s*([1-9]\d*)\s*\)?\)")
+
+
+def _assigned(lines: list[str]) -> dict[str, str]:
+    """Variables that a script gives a value, written out, on a line of their own."""
+    found: dict[str, str] = {}
+    for line in lines:
+        if match := re.fullmatch(r"\s*(?:export\s+)?([A-Za-z_]\w*)=(\"?)([^\s\"'$`]*)\2;?\s*", line):
+            found[match[1]] = match[3]
+    return found
+
+
+def _expanded(command: str, assigned: Mapping[str, str]) -> str:
+    """With the values of variables, and with quotients of whole numbers, as ms-swift's scripts have them.
+
+    Other variables are the environment's. They are left to the recipe, in whose form they are then.
+    """
+    command = _VARIABLE.sub(lambda name: assigned.get(name[1] or name[2], f"${{{name[1] or name[2]}}}"), command)
+    return _QUOTIENT.sub(lambda of: str(int(of[1]) // int(of[2])), command)
 
 
 def _flags(words: list[str], path: Path) -> Iterator[tuple[str, Value]]:

@@ -5,6 +5,7 @@ Every key of the configuration ends in one of the three.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -101,7 +102,9 @@ class _Translator:
     def _one(self, given: Given) -> None:
         key, line = given.key, self.source.entry(given.key)
         if line is None:
-            self.result.refuse(given, f"{self.source.title} has no such key that this program knows. Take it out.")
+            close = difflib.get_close_matches(key, self.source.keys, n=1, cutoff=0.8)
+            advice = f"Did you mean {close[0]}? Or take it out." if close else "Take it out."
+            self.result.refuse(given, f"{self.source.title} has no such key that this program knows. {advice}")
         elif not given.is_set:
             self.result.unneeded[key] = "not set"
         elif (shut := self._shut_gate(key)) is not None:
@@ -224,8 +227,13 @@ class _Translator:
         if instead is not None and instead.is_set:
             self.result.unneeded[given.key] = f"{line.unless} says which loss"
             return
-        theirs = _items(given)
-        ours = [line.names.get(name.lower(), name.lower()) for name in theirs]
+        theirs, names = _items(given), self._names_of_losses(line)
+        found = [names.get(name.lower(), name.lower()) for name in theirs]
+        ours = [own for own in found if isinstance(own, str)]
+        for name, other in zip(theirs, found, strict=True):
+            if isinstance(other, entries.Refused):
+                self.result.refuse(given, f"{_short(name)} cannot be had here. {other.advice}")
+                return
         missing = [name for name, own in zip(theirs, ours, strict=True) if own not in flag_table.read().losses]
         weights = self.all.get(line.weights)
         numbers = _items(weights) if weights is not None and weights.is_set else ["1"] * len(ours)
@@ -238,6 +246,16 @@ class _Translator:
             mix = ",".join(f"{own}={number}" for own, number in zip(ours, numbers, strict=True))
             self.loss = mix if len(ours) > 1 else ours[0]
             self.result.set("preference-loss", self.loss, given)
+
+    def _names_of_losses(self, line: entries.Loss) -> dict[str, str | entries.Refused]:
+        """Theirs -> ours, as the other keys have it."""
+        names = {**line.names}
+        for key, by_value in line.by_key.items():
+            other = self.all.get(key)
+            if other is not None and other.is_set:
+                of_any = {} if _is_off(other, entries.Refused.off) else by_value.get("*", {})
+                names |= by_value.get(other.text.lower(), of_any)
+        return names
 
     def _weights(self, given: Given) -> None:
         if self.loss is None:
@@ -330,7 +348,8 @@ def _items(given: Given) -> list[str]:
 
 
 def _is_off(given: Given, off: tuple[str, ...]) -> bool:
-    return not given.is_set or given.text.lower() in off
+    """Whether it asks for nothing, of a list each item."""
+    return not given.is_set or all(item.lower() in off for item in _items(given))
 
 
 def _is_number(text: str) -> bool:

@@ -27,11 +27,17 @@ _BY_EPOCH = "Say {} (steps) or {} (time) in the recipe, and take it out."
 _KEYS: dict[str, Entry] = {
     "base_model": To("hf-model"),
     "revision_of_model": To("hf-revision"),
-    "rl": Loss({"true": "dpo"}, unless="dpo_loss_type"),
+    "rl": Loss(
+        {"true": "dpo"},
+        unless="dpo_loss_type",
+        by_key={"dpo_norm_loss": {"true": dict.fromkeys(("true", "dpo"), "sigmoid_norm")}},
+    ),
     "dpo_loss_type": Loss({"sigmoid": "dpo"}, weights="dpo_loss_weights"),
     "dpo_loss_weights": Weights(),
     "dpo_use_weighting": LossOption("use_weighting", off=("false",), kind="switch"),
-    "dpo_norm_loss": Refused("Its loss is --preference-loss sigmoid_norm. Take it out, and say that."),
+    "dpo_norm_loss": Choice(
+        {"true": "the loss is sigmoid_norm", "false": "log-ratios are sums over the answer"}, "Take true or false."
+    ),
     "reward_model": Choice({"true": {"objective": "reward"}, "false": "a policy is trained"}, "Take true or false."),
     "center_rewards_coefficient": To("center-rewards-coefficient", "number", off=("0", "0.0")),
     "num_labels": Refused("A reward model has one: 1.", ("1",)),
@@ -54,7 +60,7 @@ _KEYS: dict[str, Entry] = {
     **unneeded(_FORM, "datasets.type datasets.ds_type datasets.message_property_mappings.* datasets.roles.*"),
     "datasets.field_chosen": Refused("Say it: --pair-columns chosen=NAME.", ("chosen",)),
     "datasets.field_rejected": Refused("Say it: --pair-columns rejected=NAME.", ("rejected",)),
-    "datasets.field_messages": Refused("Say it: --pair-columns prompt=NAME.", ("prompt", "messages")),
+    "datasets.field_messages": Refused("Say it: --pair-columns prompt=NAME.", ("prompt", "messages", "conversation")),
     "test_datasets.path": To("eval-pair-data", "list"),
     **unneeded(_FORM, "test_datasets.type test_datasets.ds_type"),
     "test_datasets.split": Refused("Write it behind the name in the recipe: eval-pair-data: [org/name:SPLIT]."),
@@ -127,7 +133,8 @@ _KEYS: dict[str, Entry] = {
     **unneeded(
         shared.LOGGING,
         "wandb_project wandb_entity wandb_watch wandb_name wandb_run_id wandb_log_model wandb_mode use_wandb "
-        "use_tensorboard mlflow_tracking_uri comet_project_name logging_dir",
+        "use_tensorboard mlflow_tracking_uri comet_project_name logging_dir use_swanlab swanlab_project "
+        "swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace swanlab_log_model",
     ),
     **unneeded(shared.SHARDING, "deepspeed fsdp fsdp.* fsdp_config fsdp_config.* fsdp_version dp_shard_size"),
     **unneeded(shared.LOADING, "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor"),
@@ -252,12 +259,15 @@ AXOLOTL = Source(
         "weight_decay": Default("0.0"),
         "adam_beta2": Default("0.999"),
         "max_grad_norm": Default("1.0"),
+        "rl_beta": Default("0.1", unless=("dpo_beta", "trl.beta", "orpo_alpha")),
+        "cpo_alpha": Default("1.0"),
         "num_epochs": Default("1.0"),
         "save_steps": Default("500", unless=("saves_per_epoch", "save_strategy")),
         "seed": Default("42"),
     },
     gates=(
-        Gate("rl", ("*",), ("rl_beta", "dpo_beta", "trl.beta", "orpo_alpha", "simpo_gamma"), default=""),
+        Gate("rl", ("*",), ("rl_beta", "dpo_beta", "trl.beta", "orpo_alpha")),
+        Gate("rl", ("simpo",), ("cpo_alpha", "simpo_gamma"), default=""),
         Gate("rl", ("kto",), ("kto_desirable_weight", "kto_undesirable_weight"), default=""),
         Gate("reward_model", ("true",), ("center_rewards_coefficient", "num_labels")),
         Gate(

@@ -53,9 +53,14 @@ _KEYS: dict[str, Entry] = {
     "dpo.val_at_end": Unneeded("the last step is always evaluated"),
     "dpo.seed": To("seed", "whole"),
     "dpo.reference_policy_kl_penalty": LossOption("beta"),
-    "dpo.preference_loss": Loss({}),
+    "dpo.preference_loss": Loss(
+        {"ipo": Refused("Whatever it says, DPO is trained there. Take it out, or say preference-loss in the recipe.")},
+        by_key={"dpo.preference_average_log_probs": {"true": {"dpo": "sigmoid_norm"}}},
+    ),
     "dpo.preference_loss_weight": Refused("It is 1: scale --lr instead, and divide sft_loss_weight.", ("1", "1.0")),
-    "dpo.preference_average_log_probs": Refused("Log-ratios are sums over the answer: false."),
+    "dpo.preference_average_log_probs": Choice(
+        {"true": "the loss is sigmoid_norm", "false": "log-ratios are sums over the answer"}, "Take true or false."
+    ),
     "dpo.sft_loss_weight": LossOption("nll_weight", off=("0", "0.0")),
     "dpo.sft_average_log_probs": Choice(
         {"true": "--nll-weight weighs a mean per token"}, "--nll-weight weighs a mean per token: true."
@@ -193,7 +198,11 @@ NEMO_RL = Source(
     name="nemo-rl",
     title="NeMo-RL",
     keys=_KEYS,
-    defaults={"dpo.preference_loss": Default("dpo")},
+    defaults={
+        "dpo.preference_loss": Default("dpo"),
+        "dpo.reference_policy_kl_penalty": Default("0.05"),
+        "dpo.max_num_steps": Default("150"),
+    },
     gates=(
         Gate("dpo.sft_loss_weight", ("*",), ("dpo.sft_average_log_probs",), default="0"),
         Gate("checkpointing.enabled", ("true",), ("checkpointing.checkpoint_dir", "checkpointing.save_period")),

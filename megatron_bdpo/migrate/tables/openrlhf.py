@@ -24,7 +24,13 @@ from megatron_bdpo.migrate.tables import transformers as shared
 _KEYS: dict[str, Entry] = {
     "pretrain": To("hf-model"),
     "ref_pretrain": To("reference-model"),
-    "ipo": Choice({"true": {"preference-loss": "ipo"}, "false": {"preference-loss": "dpo"}}, "Take true or false."),
+    "ipo": Choice(
+        {
+            "true": {"preference-loss": "ipo", "ipo-length-normalized": False},  # of sums
+            "false": {"preference-loss": "dpo"},
+        },
+        "Take true or false.",
+    ),
     "beta": LossOption("beta"),
     "label_smoothing": LossOption("label_smoothing", off=("0", "0.0")),
     "nll_loss_coef": LossOption("nll_weight", off=("0", "0.0")),

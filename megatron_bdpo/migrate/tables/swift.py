@@ -27,6 +27,10 @@ from megatron_bdpo.migrate.tables import transformers as shared
 _LORA = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "adapters")
 _MEGATRONS_LORA = tuple(name for name in _LORA if name not in ("adapters", "use_dora"))
 _SAMPLED = {"#": "Give --max-pairs N in the place of NAME#N, or NAME:train[:N]."}
+_SHIFTED = (
+    "There it shifts rewards by their running mean, which is another loss. Take it out, or say it in the recipe: "
+    "preference-loss: dpo=0.8,bco_pair=0.2,sft=1."
+)
 _TUNER = Choice({"lora": "--lora-rank says it", "full": "all weights are trained"}, "Take lora or full.")
 
 #: What both programs have.
@@ -35,8 +39,8 @@ _BOTH: dict[str, Entry] = {
         {
             "dpo": "the loss is --preference-loss",
             "orpo": {"preference-loss": "orpo"},
-            "cpo": {"preference-loss": "cpo"},
-            "simpo": {"preference-loss": "simpo"},
+            "cpo": "the loss is --preference-loss",
+            "simpo": "the loss is --preference-loss",
             "kto": "the loss is --preference-loss",
             "rm": {"objective": "reward"},
         },
@@ -45,7 +49,11 @@ _BOTH: dict[str, Entry] = {
     "model": To("hf-model"),
     "model_revision": To("hf-revision"),
     "ref_model": To("reference-model"),
-    "loss_type": Loss({"sigmoid": "dpo"}, weights="loss_weights"),
+    "loss_type": Loss(
+        {"sigmoid": "dpo", "bco_pair": Refused(_SHIFTED)},
+        weights="loss_weights",
+        by_key={"rlhf_type": dict.fromkeys(("cpo", "simpo"), shared.LOSSES_OF_CPO)},
+    ),
     "loss_weights": Weights(),
     "center_rewards_coefficient": To("center-rewards-coefficient", "number", off=("0", "0.0")),
     "discopop_tau": LossOption("discopop_tau", off=("0.05",)),
@@ -54,7 +62,11 @@ _BOTH: dict[str, Entry] = {
     "cpo_alpha": LossOption("nll_weight"),
     "simpo_gamma": LossOption("simpo_gamma"),
     "label_smoothing": LossOption("label_smoothing", off=("0", "0.0")),
-    **shared.MODIFIERS,
+    "f_divergence_type": Choice(
+        {"reverse_kl": "DPO's own", "js_divergence": {"f-divergence": "js_divergence"}},
+        "Another one is left out there, or has a coefficient of its own: take it out, or say --f-divergence.",
+    ),
+    "reference_free": shared.MODIFIERS["reference_free"],
     **shared.WEIGHTS_OF_LABELS,
     "calculate_KL": Choice(
         {"true": "kto does"}, "Without it KTO is apo_zero_unpaired: take it out, and say loss_type apo_zero_unpaired."
@@ -167,7 +179,7 @@ _BOTH: dict[str, Entry] = {
 
 _RLHF_DEFAULTS = {
     "rlhf_type": Default("dpo"),
-    "loss_type": Default("sigmoid", by_key="rlhf_type", by_value={"kto": "kto"}),
+    "loss_type": Default("sigmoid", by_key="rlhf_type", by_value={"kto": "kto", "simpo": "simpo"}),
     "beta": Default("0.1", by_key="rlhf_type", by_value={"simpo": "2.0"}),
     "cpo_alpha": Default("1.0"),
     "simpo_gamma": Default("1.0"),
@@ -177,15 +189,16 @@ _RLHF_DEFAULTS = {
     "seed": Default("42"),
     "save_steps": Default("500"),
 }
-_OF_LOSSES_OF_PAIRS = ("rpo_alpha", "cpo_alpha", "simpo_gamma", "label_smoothing", "discopop_tau", *shared.MODIFIERS)
+_OF_LOSSES_OF_PAIRS = ("rpo_alpha", "cpo_alpha", "simpo_gamma", "label_smoothing", "discopop_tau")
+_OF_DPO = ("f_divergence_type", "reference_free")
 _RLHF_GATES = (
-    Gate("rlhf_type", ("dpo", "kto"), ("loss_type", "loss_weights"), default="dpo"),
+    Gate("rlhf_type", ("dpo", "kto", "cpo", "simpo"), ("loss_type", "loss_weights"), default="dpo"),
+    Gate("rlhf_type", ("dpo",), _OF_DPO, default="dpo"),
     Gate("rlhf_type", ("dpo", "cpo", "simpo", "orpo"), _OF_LOSSES_OF_PAIRS, default="dpo"),
     Gate("rlhf_type", ("dpo", "cpo", "simpo", "orpo", "kto"), ("beta",), default="dpo"),
     Gate("rlhf_type", ("kto",), ("desirable_weight", "undesirable_weight", "calculate_KL"), default="dpo"),
     Gate("rlhf_type", ("cpo", "simpo"), ("cpo_alpha", "simpo_gamma"), default="dpo"),
     Gate("rlhf_type", ("rm",), ("center_rewards_coefficient",), default="dpo"),
-    shared.ALPHA_DIVERGENCE,
 )
 
 SWIFT = Source(

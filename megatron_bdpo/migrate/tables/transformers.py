@@ -60,6 +60,16 @@ MODIFIERS: dict[str, Entry] = {
 LD_ALPHA = (
     "There it weighs the policy's log-probs and not the reference's, which is another loss; --ld-alpha weighs both."
 )
+#: Of TRL's CPOTrainer, and of those who use it.
+LOSSES_OF_CPO: Mapping[str, str | Refused] = {
+    "sigmoid": "cpo",
+    **{
+        name: Refused(
+            f"CPO's has no reference. Take it out, and say in the recipe preference-loss: {name}, reference-free: true."
+        )
+        for name in ("hinge", "ipo")
+    },
+}
 ALPHA_DIVERGENCE = Gate("f_divergence_type", ("alpha_divergence",), ("f_alpha_divergence_coef",), default="reverse_kl")
 #: KTO's and its kind's.
 WEIGHTS_OF_LABELS: dict[str, Entry] = {

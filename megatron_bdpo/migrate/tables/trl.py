@@ -172,12 +172,16 @@ TRL_CPO = replace(
     title="TRL's CPOTrainer",
     keys={
         **TRL.keys,
-        "loss_type": Loss({"sigmoid": "cpo"}),
+        "loss_type": Loss(
+            {**shared.LOSSES_OF_CPO, "alphapo": "simpo"},
+            by_key={"alpha": {"*": {"simpo": "alphapo", "alphapo": "alphapo"}}},
+        ),
         "cpo_alpha": LossOption("nll_weight"),
         "simpo_gamma": LossOption("simpo_gamma"),
-        "alpha": Refused("AlphaPO is --preference-loss alphapo --alphapo-alpha. Take it out, and set these."),
+        "alpha": LossOption("alphapo_alpha", off=("0", "0.0")),
     },
     defaults={**_DEFAULTS, "cpo_alpha": Default("1.0")},
+    gates=(*TRL.gates, Gate("loss_type", ("sigmoid", "simpo"), ("cpo_alpha",), default="sigmoid")),  # alphapo has none
     program=r"trl cpo|\S*\bcpo\.py",
 )
 

@@ -350,6 +350,8 @@ def test_orpo_and_cpo_are_losses_of_their_own(tmp_path):
         (".sh", "echo hello", "'echo' belongs to no flag"),
         (".sh", "# nothing", "no flags of a training run"),
         (".sh", "trl dpo --beta 'x", "cannot be split into words"),
+        (".sh", "trl dpo --seed $(date +%s) --beta 1", "is computed by the shell. Write out what it comes to"),
+        (".sh", "trl dpo --seed `date +%s` --beta 1", "is computed by the shell. Write out what it comes to"),
         (".sh", "trl dpo --beta 1\ntrl dpo --beta 2\n", "starts more than one training run"),
         (".sh", "trl dpo --beta 1 --beta 2", "--beta: stands there twice"),
         (".yaml", "loss_type: sigmoid\ntraining: yes please", ""),
@@ -363,6 +365,27 @@ def test_files_that_cannot_be_read(ending, text, reason, tmp_path):
             reading.read(path, PROGRAMS)
     else:
         assert set(reading.read(path, PROGRAMS)[0]) == {"loss_type", "training"}
+
+
+def test_a_script_is_read_to_its_end(tmp_path):
+    """What the shell makes of a command: nothing behind a quoted blank, a hash in a name or a quotient is dropped."""
+    path = tmp_path / "dpo.sh"
+    path.write_text(
+        'export MODEL="org/model"\nn=4\n'
+        "trl dpo --model_name_or_path $MODEL --dataset_name org/data#100 --run_name '' \\\n"
+        "    --gradient_accumulation_steps $(expr 32 / $n) --warmup_steps $((100/3)) --output_dir ${OUT}/$MODEL \\\n"
+        '    --beta 0.2 "$@" 2> log.txt  # --seed 1\n'
+    )
+    found, _ = reading.read(path, PROGRAMS)
+    assert {key: given.value for key, given in found.items()} == {
+        "model_name_or_path": "org/model",
+        "dataset_name": "org/data#100",
+        "run_name": "",
+        "gradient_accumulation_steps": "8",
+        "warmup_steps": "33",
+        "output_dir": "${OUT}/org/model",  # the recipe takes OUT from the environment
+        "beta": "0.2",
+    }
 
 
 def test_keys_of_nobody_and_of_several(tmp_path):

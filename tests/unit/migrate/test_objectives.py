@@ -187,7 +187,8 @@ def test_todays_names_of_openrlhf(tmp_path):
     }
     assert expected.items() <= result.settings.items()
     ipo = translated(tmp_path, ".sh", OPENRLHF_DPO.replace("--model.beta", "--model.ipo_enable --model.beta"))
-    assert ipo.settings["preference-loss"] == "ipo" and not ipo.refused
+    assert {"preference-loss": "ipo", "ipo-length-normalized": False}.items() <= ipo.settings.items()
+    assert not ipo.refused  # theirs is of sums
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_todays_names_of_openrlhf(tmp_path):
         ),
         ("trl", "reference_free: true", {"reference-free": True}),
         ("trl", "ld_alpha: 0.25", {"ld-alpha": "0.25"}),
-        ("ms-swift", "rlhf_type: dpo\nf_divergence_type: forward_kl", {"f-divergence": "forward_kl"}),
+        ("megatron-swift", "rlhf_type: dpo\nf_divergence_type: js_divergence", {"f-divergence": "js_divergence"}),
         (
             "ms-swift",
             "rlhf_type: simpo\nsimpo_gamma: 1.0",
@@ -214,11 +215,32 @@ def test_todays_names_of_openrlhf(tmp_path):
         ),
         ("ms-swift", "rlhf_type: orpo\nbeta: 0.2", {"preference-loss": "orpo", "orpo-weight": "0.2"}),
         ("ms-swift", "rlhf_type: cpo\ncpo_alpha: 0.5", {"preference-loss": "cpo", "nll-weight": "0.5"}),
+        ("ms-swift", "rlhf_type: cpo\nloss_type: simpo\nsimpo_gamma: 1", {"preference-loss": "simpo", "beta": "0.1"}),
         (
             "ms-swift",
-            "rlhf_type: dpo\nloss_type: [sigmoid, bco_pair, sft]\nloss_weights: [0.8, 0.2, 1.0]",
-            {"preference-loss": "dpo=0.8,bco_pair=0.2,sft=1.0"},
+            "rlhf_type: dpo\nloss_type: [sigmoid, nca_pair, sft]\nloss_weights: [0.8, 0.2, 1.0]",
+            {"preference-loss": "dpo=0.8,nca_pair=0.2,sft=1.0"},
         ),
+        (
+            "axolotl",  # whose trainer is TRL's, with its defaults
+            "rl: simpo\nsimpo_gamma: 0.5",
+            {"preference-loss": "simpo", "beta": "0.1", "nll-weight": "1.0"},
+        ),
+        ("axolotl", "rl: dpo\ndpo_loss_type: [sigmoid_norm]", {"preference-loss": "sigmoid_norm", "beta": "0.1"}),
+        ("axolotl", "rl: dpo\ndpo_norm_loss: true", {"preference-loss": "sigmoid_norm", "beta": "0.1"}),
+        ("nemo-rl", "dpo.seed: 1", {"preference-loss": "dpo", "beta": "0.05", "train-iters": "150"}),
+        (
+            "nemo-rl",
+            "dpo.preference_average_log_probs: true\ndpo.reference_policy_kl_penalty: 5",
+            {"preference-loss": "sigmoid_norm", "beta": "5"},
+        ),
+        (
+            "trl-cpo",
+            "loss_type: alphapo\nalpha: 0.25\nbeta: 2.5\nsimpo_gamma: 0.1",
+            {"preference-loss": "alphapo", "alphapo-alpha": "0.25", "beta": "2.5", "simpo-gamma": "0.1"},
+        ),
+        ("trl-cpo", "loss_type: simpo\nalpha: 0.25", {"preference-loss": "alphapo", "nll-weight": "1.0"}),
+        ("trl-cpo", "loss_type: alphapo", {"preference-loss": "simpo"}),
         (
             "axolotl",
             "rl: dpo\ndpo_loss_type: [sigmoid, sft]\ndpo_loss_weights: [1, 0.5]\ndpo_use_weighting: true",
@@ -227,12 +249,16 @@ def test_todays_names_of_openrlhf(tmp_path):
     ],
     ids=[
         *("divergence", "alpha divergence", "weights of pairs", "no reference", "ld of TRL"),
-        *("divergence of swift", "simpo", "orpo", "cpo", "mix of swift", "mix of axolotl"),
+        *("divergence of swift", "simpo", "orpo", "cpo", "simpo as cpo", "mix of swift", "simpo of axolotl"),
+        *("norm of axolotl", "older norm of axolotl", "nemo's defaults", "norm of nemo"),
+        *("alphapo", "simpo with alpha", "alphapo without alpha", "mix of axolotl"),
     ],
 )
 def test_losses_and_modifiers(name, text, expected, tmp_path):
     result = translated(tmp_path, ".yaml", text, name)
     assert not result.refused and expected.items() <= result.settings.items(), (result.refused, result.settings)
+    if expected.get("preference-loss") in ("alphapo", "simpo") and "alphapo" in text:
+        assert "nll-weight" not in result.settings  # loss_type alphapo has none, whatever cpo_alpha is
 
 
 @pytest.mark.parametrize(
@@ -256,10 +282,20 @@ def test_losses_and_modifiers(name, text, expected, tmp_path):
         ("ms-swift", "rlhf_type: dpo\nld_alpha: 0.5", "ld_alpha", "There it weighs the policy's log-probs"),
         ("llama-factory", "stage: dpo\npref_loss: sigmoid\nld_alpha: 0.5", "ld_alpha", "not the reference's"),
         ("openrlhf", "optim: muon", "optim", "'muon' cannot be had here. Take adam."),
+        ("trl-cpo", "loss_type: hinge", "loss_type", "CPO's has no reference. Take it out, and say in"),
+        ("trl-cpo", "loss_type: ipo", "loss_type", "preference-loss: ipo, reference-free: true."),
+        ("trl-cpo", "alpha: 0.25", "alpha", "the loss cpo does not use it here"),
+        ("ms-swift", "rlhf_type: simpo\nloss_type: hinge", "loss_type", "CPO's has no reference."),
+        ("ms-swift", "rlhf_type: dpo\nloss_type: [sigmoid, bco_pair]", "loss_type", "'bco_pair' cannot be had here."),
+        ("megatron-swift", "f_divergence_type: forward_kl", "f_divergence_type", "Another one is left out there"),
+        ("nemo-rl", "dpo.preference_loss: ipo", "dpo.preference_loss", "Whatever it says, DPO is trained there."),
+        ("llama-factory", "stage: dpo\nperf_beta: 0.1", "perf_beta", "Did you mean pref_beta? Or take it out."),
     ],
     ids=[
         *("another trainer's loss", "smoothed kto", "udm", "kto without z", "labels", "grpo", "stage", "kto with sft"),
         *("divergence", "ld of TRL", "ld of swift", "ld of LLaMA-Factory", "muon"),
+        *("hinge of cpo", "ipo of cpo", "alpha of cpo", "hinge of swift's cpo", "bco_pair of swift"),
+        *("divergence of swift", "nemo's loss", "misspelt"),
     ],
 )
 def test_what_is_refused(name, text, key, reason, tmp_path):
