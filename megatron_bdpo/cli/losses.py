@@ -83,7 +83,7 @@ def _explained(loss: dict[str, Any]) -> list[Block]:
 
 def _meaning(option: dict[str, Any]) -> str:
     """A switch that is on is shown as the flag that turns it off."""
-    return f"leave this out: {option['help']}" if option["default"] is True else option["help"]
+    return f"switches this off: {option['help']}" if option["default"] is True else option["help"]
 
 
 def _markdown(described: list[dict[str, Any]]) -> list[str]:

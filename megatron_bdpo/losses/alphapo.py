@@ -8,8 +8,9 @@
 
 p^-alpha overflows where the likelihood is tiny and alpha large: such a loss is not finite, which ends the run.
 
-Source: arXiv 2501.03884, in the form of TRL's CPOTrainer. Defaults: the others are SimPO's; alpha 0.25
-is not checked against the paper (TRL's is 0, SimPO).
+Source: arXiv 2501.03884, in the form of TRL's CPOTrainer. The default alpha of 0.25 is the paper's of
+Mistral-Instruct, with beta 2.5, gamma 0.1 and a learning rate of 7e-7 (table 3, as TRL's page `paper_index`
+has it); the other defaults are SimPO's. TRL's alpha is 0, SimPO.
 """
 
 from __future__ import annotations

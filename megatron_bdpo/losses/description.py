@@ -28,8 +28,7 @@ def describe(spec: AnyLossSpec) -> dict[str, Any]:
             "help": field.help,
             "modifier": field.is_modifier,
         }
-        for field in registry.option_fields().values()
-        if spec.name in field.defaults
+        for field in registry.option_fields([spec]).values()
     ]
     return {
         "name": spec.name,

@@ -18,8 +18,9 @@ equal, as at policy = reference, where a run begins; and so the order of a group
 rewards are rounded to 1e-4: at the first step they are rounding and nothing else, and would rank answers otherwise in
 every layout. Of two answers L is DPO's times |2^psi_w - 2^psi_l| (1 - 1 / log2(3)).
 
-Source: LiPO, arXiv 2402.01878, eq. 8, which we know from its re-implementations: not checked against the paper's text.
-Win rates of scores, and the mean over the orders of equal rewards, are ours.
+Source: LiPO, arXiv 2402.01878, eq. 8. We know it from published re-implementations, which agree on the sum, the gain
+2^psi - 1, the discount log(1 + rank) and ranks by the rewards; of the paper's text we have none. (Some take the mean
+over pairs.) Win rates of scores, and the mean over the orders of equal rewards, are ours.
 """
 
 from __future__ import annotations

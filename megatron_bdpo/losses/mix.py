@@ -124,7 +124,8 @@ def _options(terms: list[Term]) -> type:
             kind = types[each.name]
             hint = Literal[kind.choices] if kind.choices else kind.type
             if each.name in known and known[each.name][1].default != each.default:
-                known[each.name] = (kind.type | Literal[OWN], field(default=OWN, metadata=each.metadata))
+                told = {**each.metadata, "help": f"{each.metadata.get('help', '')}; {OWN}: each term's default"}
+                known[each.name] = (kind.type | Literal[OWN], field(default=OWN, metadata=told))
             elif each.name != "nll_weight":
                 known[each.name] = (hint, field(default=each.default, metadata=each.metadata))
     return make_dataclass(

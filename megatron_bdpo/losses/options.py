@@ -32,17 +32,17 @@ BELOW_HALF_NOT_0 = Range("> 0 and < 0.5", lambda value: 0 < value < 0.5)
 BELOW_HALF = Range(">= 0 and < 0.5", lambda value: 0 <= value < 0.5)
 
 
-def option(default: Any, help: str, within: Range | None = None) -> Any:
-    """A dataclass field with its help text and range."""
-    return field(default=default, metadata={"help": help, "within": within})
-
-
-def modifier(default: Any, help: str, within: Range | None = None, only_with: tuple[str, object] | None = None) -> Any:
-    """An option that many losses have (`modifiers`), told where it is not at its default.
+def option(default: Any, help: str, within: Range | None = None, only_with: tuple[str, object] | None = None) -> Any:
+    """A dataclass field with its help text and range.
 
     Args:
         only_with: another field and its value, without which this one would be ignored: then it is refused.
     """
+    return field(default=default, metadata={"help": help, "within": within, "only_with": only_with})
+
+
+def modifier(default: Any, help: str, within: Range | None = None, only_with: tuple[str, object] | None = None) -> Any:
+    """An `option` that many losses have (`modifiers`), told where it is not at its default."""
     metadata = {"help": help, "within": within, "is_modifier": True, "only_with": only_with}
     return field(default=default, metadata=metadata)
 

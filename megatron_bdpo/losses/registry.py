@@ -155,14 +155,14 @@ class OptionField:
         return flag(self.name)
 
 
-def option_fields() -> dict[str, OptionField]:
-    """The union of all losses' options, by field name, in order of first use.
+def option_fields(specs: Iterable[AnyLossSpec] | None = None) -> dict[str, OptionField]:
+    """The union of the options of these losses, or of all, by field name, in order of first use.
 
     Raises:
         UserError: two losses have a field of one name and different types.
     """
     union: dict[str, OptionField] = {}
-    for spec in all_specs():
+    for spec in all_specs() if specs is None else specs:
         types = field_types(spec.options)
         for f in fields(spec.options):
             kind = types[f.name]
@@ -240,11 +240,10 @@ def _unused(key: str, spec: AnyLossSpec) -> str:
 
 def _ignored(name: str, other: str, value: object) -> str:
     """Of an option that counts only while another one has some value."""
-    return (
-        f"{flag(name)} would be ignored with {flag(other)}. Leave one out."
-        if value is False
-        else f"{flag(name)} would be ignored without {flag(other)} {value}. Add it, or leave {flag(name)} out."
-    )
+    if value is False:
+        return f"{flag(name)} would be ignored with {flag(other)}. Leave one out."
+    wanted = flag(other) if value is True else f"{flag(other)} {value}"
+    return f"{flag(name)} would be ignored without {wanted}. Add it, or leave {flag(name)} out."
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,8 +9,9 @@
 The pairs have been through the paper's data transformation: chosen unsafe and rejected safe are swapped, pairs unsafe
 both ways are dropped (`select`). So h_l - h_w is 0 or 1, which the loss itself does not check.
 
-Source: arXiv 2505.20065. The default delta of 10 goes with beta 0.1, as a published note on the paper reports its
-settings; we have not checked it against the paper.
+Source: arXiv 2505.20065, eq. 12, with the transformation of eq. 11. The authors have published no code, and of the
+paper's text we have none: the equations, and the default delta of 10 with beta 0.1, are as two published notes on it
+have them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ SPEC = LossSpec(
     options=SafeDpoOptions,
     requirements=lambda options: Requirements(reference=True, safety=True),
     summary="SafeDPO: DPO with a margin between safe and unsafe responses",
-    source="arXiv 2505.20065",
+    source="arXiv 2505.20065, eq. 12",
     select=select,
     of_difference=True,
 )

@@ -36,7 +36,9 @@ from megatron_bdpo.losses.options import NON_NEGATIVE, LossOptions, beta, nll_we
 class TpoOptions(LossOptions):
     beta: float = beta(0.01)
     tpo_length_normalized: bool = option(False, "TPO-L: compare log-probs per token")
-    tpo_gamma: float = option(0.0, "TPO-L's target reward margin", NON_NEGATIVE)
+    tpo_gamma: float = option(
+        0.0, "TPO-L's target reward margin", NON_NEGATIVE, only_with=("tpo_length_normalized", True)
+    )
     nll_weight: float = nll_weight(1.0)
 
 

@@ -336,7 +336,7 @@ def _selected(settings: Settings, loss: PairLossFunction, pool: PairPool) -> tup
             train, held_out = Selection(split.train), Selection(split.held_out, split.notes)
             split_digest = split.digest
     named = "--objective reward" if settings.objective.is_reward else f"--preference-loss {loss.spec.name}"
-    readers = [spec.name for spec in registry.all_specs() if spec.of_answers]
+    readers = [spec.name for spec in registry.all_specs() if spec.of_answers and not settings.objective.is_reward]
     for selection in (train, held_out):
         if not loss.spec.of_answers:
             pools.refuse_labelled_answers(pool, selection, named, readers)

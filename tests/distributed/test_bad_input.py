@@ -59,6 +59,10 @@ def data_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
             ["--pair-data", write(directory / "labels.jsonl", *good[:3], ANSWER, *good[3:])],
             r"--preference-loss \w+ compares the answers of a pair, but 1 of 21 rows .*labels\.jsonl, line 4\)",
         ),
+        "labelled answer for a reward model": (
+            ["--objective", "reward", "--pair-data", write(directory / "reward.jsonl", *good[:3], ANSWER, *good[3:])],
+            r"--objective reward compares the answers of a pair, but 1 of 21 .*Leave these rows out\.$",
+        ),
         **prompt_cases(directory),
         "tokenizer": (["--tokenizer-model", str(directory / "no.model")], r"--tokenizer-model .*no\.model"),
     }

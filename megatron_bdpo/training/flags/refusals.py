@@ -55,17 +55,23 @@ _REFUSALS = (
         "Leave it out.",
     ),
     _Refusal(
+        lambda a: a.sync_reference_mix is not None and a.sync_reference_every is None,
+        "--sync-reference-every says when --sync-reference-mix moves the reference. Give both.",
+    ),
+    _Refusal(
         lambda a: (
-            (a.sync_reference_every is not None or a.sync_reference_mix is not None)
-            and (
-                (a.sync_reference_every or 0) < 1
-                or not 0 < (1 if a.sync_reference_mix is None else a.sync_reference_mix) <= 1
-                or a.reference != "resident"
-                or _has_adapters(a)
-            )
+            (a.sync_reference_every is not None and a.sync_reference_every < 1)
+            or (a.sync_reference_mix is not None and not 0 < a.sync_reference_mix <= 1)
         ),
-        "--sync-reference-every STEPS, --sync-reference-mix ALPHA: a step or more, and above 0 and at most 1. A copy "
-        "beside the policy moves: add --reference resident. Not with adapters, which stand beside a frozen model.",
+        "--sync-reference-every is at least 1 step, --sync-reference-mix above 0 and at most 1: the policy's share.",
+    ),
+    _Refusal(
+        lambda a: a.sync_reference_every is not None and a.reference != "resident",
+        "--sync-reference-every moves a copy that stands beside the policy. Add --reference resident.",
+    ),
+    _Refusal(
+        lambda a: a.sync_reference_every is not None and _has_adapters(a),
+        "--sync-reference-every: with adapters the reference is their frozen model, which does not move. Leave it out.",
     ),
     _Refusal(
         lambda a: bool(a.save) != (a.save_interval is not None or a.save_every_minutes is not None),

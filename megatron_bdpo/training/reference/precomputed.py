@@ -96,7 +96,7 @@ class PrecomputedReference:
         job: dict[str, Any] = {}
         if scored:
             there = f"{len(rows) - scored} are in {directory}"
-            say(f"reference: {scored} of {len(rows)} {STORES[index]} pairs to score, {there}")
+            say(f"reference: {scored} of {len(rows)} {STORES[index]} {pool.noun} to score, {there}")
             job = self._score(index, missing, groups, cache, known)
             known, _ = self._read(cache, store)  # of two jobs' log-probs all use the same ones
         with all_ranks_agree():
@@ -105,7 +105,9 @@ class PrecomputedReference:
         for kind in self._kinds:
             check_reference(known[kind], needed[kind], kind, store.describe)
             known[kind][~needed[kind]] = np.nan
-        say(f"reference: {len(rows)} {STORES[index]} pairs, {scored} of them scored now; log-probs in {directory}")
+        say(
+            f"reference: {len(rows)} {STORES[index]} {pool.noun}, {scored} of them scored now; log-probs in {directory}"
+        )
         return known
 
     def _needed(self, kind: str, index: int, groups: IntArray) -> BoolArray:

@@ -223,7 +223,16 @@ def test_losses(capsys):
     assert main(["losses"]) == 0
     assert "--bdpo-temperature 1\n" in capsys.readouterr().out  # (or auto) is on the next line
     assert main(["losses", "bdpo"]) == 0
-    assert "leave this out: apply the balanced weights" in capsys.readouterr().out
+    assert "switches this off: apply the balanced weights" in capsys.readouterr().out
+
+
+def test_a_mix_is_explained_with_the_options_of_its_terms(capsys):
+    assert main(["losses", "bdpo=1,sigmoid_norm=2", "--json"]) == 0
+    (mix,) = json.loads(capsys.readouterr().out)
+    options = {option["flag"]: option["default"] for option in mix["options"]}
+    assert options["--beta"] == "own" and options["--bdpo-temperature"] == 1 and "--nll-weight" not in options
+    assert main(["losses", "bdpo=1,sigmoid_norm=2"]) == 0
+    assert "own: each term's" in capsys.readouterr().out
 
 
 # train, as a program of its own

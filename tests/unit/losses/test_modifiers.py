@@ -187,6 +187,11 @@ def test_a_mix_weighs_its_sum():
             {"f_divergence": "forward_kl", "reference_free": True},
             "--f-divergence would be ignored with --reference-free. Leave one out.",
         ),
+        (
+            "tpo",
+            {"tpo_gamma": 0.5},
+            "--tpo-gamma would be ignored without --tpo-length-normalized. Add it, or leave --tpo-gamma out.",
+        ),
     ],
 )
 def test_what_is_refused(name, given, expected):
