@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,8 @@ from tests.harness import answer_forms, group_cases  # noqa: E402
 from tests.harness.answer_forms import ANSWER_CASES  # noqa: E402
 from tests.harness.closed_forms import CASES  # noqa: E402
 from tests.harness.group_forms import GROUP_CASES, GROUP_FORMS, with_nll  # noqa: E402
-from tests.harness.loss_cases import EXTREME, MODIFIERS, PAIRS, evaluate, expected, inputs  # noqa: E402
-from tests.harness.trl_losses import COUNTERPARTS, Counterpart, apart, log_probs, ours  # noqa: E402
+from tests.harness.loss_cases import EXTREME, MODIFIERS, PAIRS, evaluate, expected, inputs, of_beginnings  # noqa: E402
+from tests.harness.trl_losses import COUNTERPARTS, Counterpart, Lengths, apart, log_probs, ours  # noqa: E402
 from tests.harness.trl_losses import PAIRS as TRL_PAIRS  # noqa: E402
 
 FILE = ROOT / "tests" / "oracles" / "loss_errors.json"
@@ -41,6 +41,7 @@ TRIED: dict[str, dict[str, Any]] = {
     "--f-divergence js_divergence": {"f_divergence": "js_divergence"},
     "--f-divergence alpha_divergence": {"f_divergence": "alpha_divergence"},
     "--reference-free": {"reference_free": True},
+    "--ld-alpha 0.5": {"ld_alpha": 0.5},
     "--use-weighting": {"use_weighting": True},
 }
 
@@ -72,6 +73,9 @@ def _of_option(given: dict[str, Any]) -> dict[str, Any]:
         found |= _from_trl("dpo", COUNTERPARTS["dpo"], {}, {"collision_entropies": entropies})
     elif "f_divergence" in given:
         found |= _from_trl("dpo", COUNTERPARTS["dpo"], given, given)
+    elif "ld_alpha" in given:
+        lengths = torch.randint(1, 6, (2, TRL_PAIRS), generator=torch.Generator().manual_seed(1))
+        found |= _from_trl("dpo", COUNTERPARTS["dpo"], given, given, [lengths])
     return found
 
 
@@ -87,6 +91,8 @@ def _of_pairs(name: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor
     pairs = PAIRS[: -len(EXTREME)] if name == "alphapo" else PAIRS  # its reward overflows there
     found, _ = evaluate(name, given, inputs(pairs, torch.float64))
     yield from zip(found, expected(name, given, pairs), strict=True)
+    if "ld_alpha" in given:
+        yield from zip(*of_beginnings(name, given, pairs), strict=True)
 
 
 def _of_groups(name: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -108,7 +114,13 @@ def _of_answers(name: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, Tens
         yield from zip(found, wanted.unbind(1), strict=True)
 
 
-def _from_trl(name: str, theirs: Counterpart, options: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def _from_trl(
+    name: str,
+    theirs: Counterpart,
+    options: dict[str, Any],
+    more: dict[str, Any],
+    lengths: Sequence[Lengths] = (1, 3),
+) -> dict[str, Any]:
     """In both precisions; alone the alpha divergence of TRL takes no float64."""
     found: dict[str, Any] = {"TRL's": theirs.name}
     for title, dtype in {"fp64": torch.float64, "fp32": torch.float32}.items():
@@ -123,7 +135,7 @@ def _from_trl(name: str, theirs: Counterpart, options: dict[str, Any], more: dic
                         # Far from the reference a divergence's exponentials are all that there is.
                         partial(log_probs, dtype, -2.0 if "f_divergence" in more else -8.0),
                     )
-                    for tokens in (1, 3)
+                    for tokens in lengths
                 )
             )
     return found

@@ -376,6 +376,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("safedpo", {"f_divergence": "js_divergence", "safedpo_delta": 3.0}),
     ("sigmoid_norm", {"f_divergence": "js_divergence"}),
     ("sigmoid_norm", {"reference_free": True}),
+    ("dpo", {"ld_alpha": 0.5}),
     ("dpo", {"ld_alpha": 0.5, "nll_weight": 0.5}),
     ("dpo", {"ld_alpha": 0.0, "reference_free": True}),
     ("dpo", {"ld_alpha": 0.3, "f_divergence": "js_divergence"}),

@@ -10,7 +10,7 @@ import torch
 
 from megatron_bdpo import losses
 from megatron_bdpo.losses import LossSpec, PairLogProbs, PairLosses
-from tests.harness.closed_forms import CLOSED_FORMS, STEP_FORMS, Pair, with_modifiers
+from tests.harness.closed_forms import CLOSED_FORMS, STEP_FORMS, Pair, in_beginnings, with_modifiers
 
 MODIFIERS = {name for name, each in losses.option_fields().items() if each.is_modifier}
 
@@ -98,3 +98,14 @@ def expected(name: str, given: dict[str, object], pairs: list[Pair]) -> Result:
     else:
         rows = [with_modifiers(CLOSED_FORMS[name], p, **values) for p in pairs]
     return Result(*torch.tensor(rows, dtype=torch.float64).unbind(1))
+
+
+def of_beginnings(name: str, given: dict[str, object], pairs: list[Pair]) -> tuple[list[torch.Tensor], ...]:
+    """Gradients in the policy's log-probs of the common length, of chosen and rejected, and what they are expected to
+    be."""
+    full = inputs(pairs, torch.float64)
+    spec, options = losses.get(name), losses.build_options(name, given)
+    beginnings = (full.policy_chosen_beginning, full.policy_rejected_beginning)
+    found = torch.autograd.grad(spec.function(full, options).loss.sum(), beginnings)
+    rows = [in_beginnings(CLOSED_FORMS[name], p, **asdict(options)) for p in pairs]
+    return list(found), list(torch.tensor(rows, dtype=torch.float64).unbind(1))

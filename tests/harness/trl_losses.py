@@ -1,6 +1,6 @@
 """TRL's losses on log-probs of our choice, beside ours: the trainers' own methods compute them.
 
-All completions have the same number of tokens, with the same log-prob, after a prompt of one token.
+The tokens of a completion have the same log-prob, after a prompt of one token.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ PAIRS = 16
 BETA = 0.3
 GAMMA = 0.4
 
+Lengths = int | Tensor
+"""Tokens of all completions, or of each chosen and rejected one, [2, PAIRS]."""
 Values = list[Tensor]
 """Log-probs per token of policy (chosen, rejected) and reference (likewise), [PAIRS] each."""
 
@@ -37,7 +39,7 @@ def log_probs(dtype: torch.dtype = torch.float64, least: float = -8.0) -> Values
 
 def dpo_trainer(
     types: str | dict[str, float],
-    tokens: int,
+    tokens: Lengths,
     values: Values,
     collision_entropies: Tensor | None = None,
     **settings: Any,
@@ -51,20 +53,25 @@ def dpo_trainer(
     """
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    completion = torch.ones(2 * PAIRS, 1 + tokens, dtype=torch.int64)
-    completion[:, 0] = 0
-    per_token = (torch.cat(values[:2])[:, None]).expand(-1, tokens)
-    nothing = torch.zeros(2 * PAIRS, tokens, dtype=per_token.dtype)
+    lengths, ld_alpha = of_each(tokens), settings.get("ld_alpha")
+    longest, common = int(lengths.max()), lengths.amin(dim=0)
+    place = torch.arange(1 + longest)
+    present = (place <= lengths.flatten()[:, None]).long()
+    completion = present * (place > 0)
+    per_token = torch.cat(values[:2])[:, None] * completion[:, 1:]  # as of a model: 0 where there is nothing
+    nothing = torch.zeros(2 * PAIRS, longest, dtype=per_token.dtype)
+    # As the trainer computes a reference's log-probs ahead.
+    counted = lengths if ld_alpha is None else common + ld_alpha * (lengths - common).to(per_token.dtype)
     output = SimpleNamespace(log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
     if collision_entropies is not None:
-        output.log_sum_sq_probs = -collision_entropies.flatten()[:, None].expand(-1, tokens)
+        output.log_sum_sq_probs = -collision_entropies.flatten()[:, None].expand(-1, longest)
     model = mock.Mock(training=False, return_value=output)
     weights = {types: 1.0} if isinstance(types, str) else types
     trainer = SimpleNamespace(
         model=model,
         accelerator=mock.Mock(device="cpu", gather=lambda each: each, gather_for_metrics=lambda each: each),
         aux_loss_enabled=False,
-        ld_alpha=None,
+        ld_alpha=ld_alpha,
         precompute_ref_logps=True,
         f_divergence_type=settings.get("f_divergence", "reverse_kl"),
         f_alpha_divergence_coef=settings.get("f_alpha_divergence_coef", 0.5),
@@ -79,13 +86,18 @@ def dpo_trainer(
     )
     given = {
         "input_ids": torch.zeros_like(completion),
-        "attention_mask": torch.ones_like(completion),
+        "attention_mask": present,
         "completion_mask": completion,
-        "ref_chosen_logps": values[2] * tokens,
-        "ref_rejected_logps": values[3] * tokens,
+        "ref_chosen_logps": values[2] * counted[0],
+        "ref_rejected_logps": values[3] * counted[1],
     }
     loss: Tensor = DPOTrainer._compute_loss(trainer, model, given, return_outputs=False)
     return loss
+
+
+def of_each(tokens: Lengths) -> Tensor:
+    """[2, PAIRS]"""
+    return torch.as_tensor(tokens).expand(2, PAIRS)
 
 
 def mismatched(values: Values) -> tuple[Tensor, Tensor]:
@@ -186,7 +198,7 @@ class Counterpart:
         """All of our options but ``beta``."""
         return {name: value for name, value in self.settings.items() if name != "alpha"} | self.options
 
-    def loss(self, tokens: int, values: Values, **more: Any) -> Tensor:
+    def loss(self, tokens: Lengths, values: Values, **more: Any) -> Tensor:
         return self.trainer(self.kind, tokens, values, **self.settings, **more)
 
 
@@ -218,17 +230,21 @@ COUNTERPARTS: dict[str, Counterpart] = {
 
 
 def ours(
-    name: str, options: dict[str, Any], tokens: int, values: Values, collision_entropies: Tensor | None = None
+    name: str, options: dict[str, Any], tokens: Lengths, values: Values, collision_entropies: Tensor | None = None
 ) -> Tensor:
     """Our loss, a mean over the pairs; of labelled answers the mean of what a pair's two add up to."""
     if losses.get(name).of_answers:
+        assert isinstance(tokens, int)
         return ours_of_answers(name, options, tokens, values)
     known: dict[str, Any] = {"beta": BETA} if "beta" in vars(losses.build_options(name, {})) else {}
-    length = torch.full((PAIRS,), tokens)
-    chosen, rejected, *reference = (each * tokens for each in values)
-    pairs = PairLogProbs(chosen, rejected, length, length, *reference)
+    lengths = of_each(tokens)
+    chosen, rejected, *reference = (each * lengths[row % 2] for row, each in enumerate(values))
+    of_beginnings = [each * lengths.amin(dim=0) for each in values]
+    pairs = PairLogProbs(chosen, rejected, *lengths, *reference)
+    names = [f"{model}_{side}_beginning" for model in ("policy", "reference") for side in ("chosen", "rejected")]
+    pairs = replace(pairs, **dict(zip(names, of_beginnings, strict=True)))
     if collision_entropies is not None:
-        chosen, rejected = tokens * collision_entropies
+        chosen, rejected = lengths * collision_entropies
         pairs = replace(pairs, chosen_collision_entropy=chosen, rejected_collision_entropy=rejected)
         known["use_weighting"] = True
     spec, all_options = losses.get(name), losses.build_options(name, known | options)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ from megatron_bdpo import losses
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import LossOptions, LossSpec, PairLossFunction, Requirements, option
 from megatron_bdpo.losses.modifiers import ScoreOptions, modified, scored
-from tests.harness.closed_forms import CASES, CLOSED_FORMS, in_beginnings
-from tests.harness.loss_cases import PAIRS, evaluate, inputs, random_pairs, with_targets
+from tests.harness.closed_forms import CASES
+from tests.harness.loss_cases import PAIRS, evaluate, inputs, of_beginnings, random_pairs, with_targets
 
 #: Losses that compare the two answers' scores.
 OF_DIFFERENCE = ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm")
@@ -115,13 +115,7 @@ def test_nothing_overflows_where_the_policy_has_left_the_reference():
 @pytest.mark.parametrize(("name", "given"), [case for case in CASES if "ld_alpha" in case[1]], ids=str)
 def test_the_gradient_in_beginnings_is_the_closed_forms(name, given):
     """That in whole answers is compared beside the losses' own."""
-    pairs = inputs(PAIRS, torch.float64)
-    spec, options = losses.get(name), losses.build_options(name, given)
-    beginnings = (pairs.policy_chosen_beginning, pairs.policy_rejected_beginning)
-    found = torch.autograd.grad(spec.function(pairs, options).loss.sum(), beginnings)
-    expected = [in_beginnings(CLOSED_FORMS[name], p, **asdict(options)) for p in PAIRS]
-    expected = torch.tensor(expected, dtype=torch.float64).unbind(1)
-    for own, one in zip(found, expected, strict=True):
+    for own, one in zip(*of_beginnings(name, given, PAIRS), strict=True):
         torch.testing.assert_close(own, one, rtol=2e-12, atol=2e-12)
 
 
