@@ -13,8 +13,10 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -81,8 +83,16 @@ class Answering:
 
     def _judged(self, prompt: Prompt, answers: list[Answer]) -> Row:
         texts = [each.text for each in answers]
-        scores = [self.judge(prompt, text) for text in texts]
+        scores = [_number(self.judge(prompt, text), text) for text in texts]
         return {"prompt": prompt, "responses": texts, "scores": scores, "ended": [each.ended for each in answers]}
+
+
+def _number(score: object, answer: str) -> float:
+    """A judge's score, of whatever type of numbers."""
+    with contextlib.suppress(TypeError, ValueError):
+        if math.isfinite(number := float(score)):  # type: ignore[arg-type]
+            return number
+    raise UserError(f"--judge: the score of {answer[:60]!r} is {score!r}. Make it a number that is finite.")
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,17 @@ def read_prompts(flag: str, path: Path | None) -> list[Prompt]:
         raise UserError(f"{flag} {path}: {error!r}. Give JSON lines with a column prompt.") from error
     if not prompts:
         raise UserError(f"{flag} {path} has no rows. Give JSON lines with a column prompt.")
+    for number, prompt in enumerate(prompts, 1):
+        if not _is_prompt(prompt):
+            told = repr(prompt)[:60]
+            raise UserError(f"{flag} {path}, prompt {number} is {told}. Make it text, or a list of messages.")
     return prompts
+
+
+def _is_prompt(value: object) -> bool:
+    if isinstance(value, list):
+        return value != [] and all(isinstance(each, dict) and "content" in each for each in value)
+    return isinstance(value, str) and value != ""
 
 
 def load_judge(path: Path) -> Judge:
@@ -200,8 +220,12 @@ def load_judge(path: Path) -> Judge:
     if spec is None or spec.loader is None or not path.is_file():
         raise UserError(f"--judge {path} is no Python file. Give one with a function score(prompt, answer).")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    judge: Judge = module.score
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it may raise anything
+        raise UserError(f"--judge {path} cannot be run: {error!r}. Mend the file.") from error
+    if not callable(judge := getattr(module, "score", None)):
+        raise UserError(f"--judge {path} has no function score(prompt, answer). Define one.")
     return judge
 
 
@@ -231,6 +255,17 @@ def main(argv: list[str] | None = None, train: Train = run_training) -> int:
     return 0
 
 
+def _from(smallest: int) -> Callable[[str], int]:
+    """A whole number of at least this."""
+
+    def number(text: str) -> int:
+        if int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text} is less than {smallest}")
+        return int(text)
+
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a Hugging Face model: directory or hub name")
@@ -239,10 +274,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--held-out", type=Path, help="more such prompts, answered and judged before and after")
     parser.add_argument("--output", type=Path, default=Path("runs/iterative"), help="(runs/iterative)")
-    parser.add_argument("--rounds", type=int, default=2, help="(2)")
+    parser.add_argument("--rounds", type=_from(1), default=2, help="(2)")
     parser.add_argument("--judge", type=Path, default=HERE / "judge.py", help="Python file with score(prompt, answer)")
-    parser.add_argument("--answers", type=int, default=4, help="to each prompt (4)")
-    parser.add_argument("--tokens", type=int, default=512, help="of an answer, at most (512)")
+    parser.add_argument("--answers", type=_from(2), default=4, help="to each prompt (4)")
+    parser.add_argument("--tokens", type=_from(1), default=512, help="of an answer, at most (512)")
     parser.add_argument("--temperature", type=float, default=1.0, help="(1.0)")
     parser.add_argument(
         "--cut-penalty",
@@ -251,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what an answer that --tokens cut loses of its score; 0: such answers are like any other (1.0)",
     )
     parser.add_argument("--seed", type=int, default=1, help="of the answers; each batch's is another (1)")
-    parser.add_argument("--at-once", type=int, default=16, help="prompts that are answered together (16)")
+    parser.add_argument("--at-once", type=_from(1), default=16, help="prompts that are answered together (16)")
     parser.add_argument("--server", default="", help="address of an OpenAI-compatible API: http://localhost:8000/v1")
     parser.add_argument(
         "--serve", default="", help="command that serves {model} there; it is ended before the training run"

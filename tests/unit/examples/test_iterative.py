@@ -155,6 +155,30 @@ def test_answers_of_a_server(loop, server, tmp_path):
     assert not (tmp_path / "x" / "1" / "answers.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("judge", "prompt", "expected"),
+    [
+        ("x = 1", '"a"', "judge.py has no function score(prompt, answer). Define one."),
+        ("import no_such_module", '"a"', "judge.py cannot be run: ModuleNotFoundError"),
+        ("def score(prompt, answer): return 'good'", '"a"', "the score of 'm 0' is 'good'. Make it a number"),
+        ("def score(prompt, answer): return float('nan')", '"a"', "the score of 'm 0' is nan. Make it a number"),
+        ("def score(prompt, answer): return 1", "5", "prompt 1 is 5. Make it text, or a list of messages."),
+        ("def score(prompt, answer): return 1", "[]", "prompt 1 is []. Make it text, or a list of messages."),
+    ],
+    ids=["no score", "cannot be run", "a word", "nan", "a number as prompt", "no messages"],
+)
+def test_what_a_judge_and_prompts_may_not_be(judge, prompt, expected, loop, server, tmp_path, capsys):
+    (tmp_path / "judge.py").write_text(judge)
+    (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": {prompt}}}')
+    words = ["--model", "m", "--server", server, "--output", str(tmp_path / "out"), "--rounds", "1"]
+    words += ["--prompts", str(tmp_path / "prompts.jsonl"), "--judge", str(tmp_path / "judge.py")]
+    assert loop.main(words, lambda flags: 0) == 2
+    assert expected in " ".join(capsys.readouterr().err.split()).replace(" advice:", "")
+    with pytest.raises(SystemExit):
+        loop.main([*words, "--answers", "1"])  # nothing to compare
+    assert "--answers: 1 is less than 2" in capsys.readouterr().err
+
+
 def test_a_server_is_started_for_a_model_and_ended(loop, tmp_path):
     (tmp_path / "m" / "v1").mkdir(parents=True)
     (tmp_path / "m" / "v1" / "models").touch()
