@@ -176,6 +176,11 @@ def test_flags_pass_through_untouched(monkeypatch):
     assert seen == [flags]
 
 
+def test_the_package_is_the_program():
+    ended = subprocess.run([sys.executable, "-m", "megatron_bdpo", "no-such"], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: No such command 'no-such'.")
+
+
 def test_versions(capsys):
     assert main(["--version"]) == 0
     lines = capsys.readouterr().out.splitlines()
