@@ -126,7 +126,8 @@ class RowReader:
         """Where the format was recognised. Those that are read as they are may be mixed."""
         other = formats.recognise(row) if self.settings.format == AUTO else None
         if other and other is not self.format and not (other.is_ours and self.format.is_ours):
-            raise RowProblem(ProblemKind.WRONG_TYPE, f"the row has the form of {other.name}, and needs a source of its own")
+            form = f"the row has the form of {other.name}, and needs a source of its own"
+            raise RowProblem(ProblemKind.WRONG_TYPE, form)
 
     def unread(self, row: Row) -> list[str]:
         """Columns of the row that nobody reads, and that are not left out for a known reason; see `RowFormat`."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_bdpo.losses.groups import TIE
+from megatron_bdpo.losses.wins import wins
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,4 +71,4 @@ def answer_report(answers: AnswerLogProbs, losses: AnswerLosses) -> AnswerReport
     """Whether the policy is right about each answer, and by how much, in the unit of the rewards."""
     above = losses.reward if answers.shift is None else losses.reward - answers.shift
     margin = torch.where(answers.desirable, above, -above)
-    return AnswerReport(torch.where(margin.abs() <= TIE, 0.5, (margin > 0).to(margin.dtype)), margin)
+    return AnswerReport(wins(margin), margin)

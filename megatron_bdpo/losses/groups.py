@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_bdpo.losses.wins import wins
+
 
 @dataclass(frozen=True, eq=False)
 class GroupLogProbs:
@@ -105,17 +107,12 @@ class GroupReport(NamedTuple):
     """How many there are, in the rewards' dtype: the weight of accuracy and margin is 0 where it is."""
 
 
-#: Reward margins closer to zero are rounding, as at the first step, where policy and reference are the same weights.
-TIE = 1e-5
-
-
 def group_report(groups: GroupLogProbs, losses: GroupLosses) -> GroupReport:
     """Accuracy, margins and rewards of each group."""
     pairs, reward = groups.pairs(), torch.where(groups.present, losses.reward, 0)
     margin = reward[:, :, None] - reward[:, None, :]
-    wins = torch.where(margin.abs() <= TIE, 0.5, (margin > 0).to(margin.dtype))
     return GroupReport(
-        accuracy=pair_mean(wins, pairs),
+        accuracy=pair_mean(wins(margin), pairs),
         margin=pair_mean(margin, pairs),
         chosen=answer_mean(reward, groups.best()),
         rejected=answer_mean(reward, groups.worst()),

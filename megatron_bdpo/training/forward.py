@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_bdpo.logprobs import TokenScoring
 from megatron_bdpo.losses import PairLogProbs, PairLosses, PairLossFunction
+from megatron_bdpo.losses.wins import wins
 from megatron_bdpo.model.attention import KeptKeys
 from megatron_bdpo.model.evaluation import evaluating, weights_at_rest
 from megatron_bdpo.model.pair_gpt import NextTokenContext, ScoringContext, next_tokens, score_answers
@@ -197,7 +198,7 @@ def loss_report(losses: PairLosses, of: PackPairs, beside: Mapping[str, Tensor] 
 
 def _main(losses: PairLosses) -> dict[str, Tensor]:
     margin = losses.chosen_reward - losses.rejected_reward
-    return {"loss": losses.loss, "rewards/accuracies": _wins(margin), "rewards/margins": margin}
+    return {"loss": losses.loss, "rewards/accuracies": wins(margin), "rewards/margins": margin}
 
 
 def entropy_report(entropy: Tensor, tokens: Tensor) -> Report:
@@ -209,15 +210,6 @@ def entropy_report(entropy: Tensor, tokens: Tensor) -> Report:
     """
     sums = torch.stack([entropy.detach().sum(dim=0), tokens.sum(dim=0)], dim=1).float()
     return dict(zip(("entropy/chosen", "entropy/rejected"), sums, strict=True))
-
-
-#: Reward margins closer to zero are rounding, as at the first step, where policy and reference are the same weights.
-_TIE = 1e-5
-
-
-def _wins(margin: Tensor) -> Tensor:
-    """[P]: 1 where the chosen response has the higher reward, 0 where it has the lower one, 1/2 for a tie."""
-    return torch.where(margin.abs() <= _TIE, 0.5, (margin > 0).to(margin.dtype))
 
 
 def report_of(values: Mapping[str, Tensor], weight: Tensor, count: int) -> Report:

@@ -131,10 +131,11 @@ class ScoringLoop:
 
     def _record(self, groups: Groups, tokens: int, seconds: float) -> dict[str, Any]:
         """Say how fast it was. Returns who has scored, for the manifest."""
-        settings, pairs = self.setup.settings, len(self.setup.job.pool.grouping.pairs_of(np.unique(groups.ids)))
+        settings, pool = self.setup.settings, self.setup.job.pool
+        pairs = len(pool.grouping.pairs_of(np.unique(groups.ids)))
         say(
-            f"reference: {pairs} pairs, {len(groups)} groups scored in {seconds:.1f} s: "
-            f"{pairs / seconds:,.1f} pairs/s, {tokens / seconds:,.0f} tokens/s"
+            f"reference: {pairs} {pool.noun}, {len(groups)} groups scored in {seconds:.1f} s: "
+            f"{pairs / seconds:,.1f} {pool.noun}/s, {tokens / seconds:,.0f} tokens/s"
         )
         return {
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
