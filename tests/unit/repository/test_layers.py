@@ -61,6 +61,7 @@ MAY_IMPORT["report"] = {
 MAY_IMPORT["migrate"] = {"migrate", "losses", "training", "user_files", "errors"}
 MAY_IMPORT[""] = {"training"}  # the public names, read when they are asked for
 MAY_IMPORT["cli"] = {"cli", *MAY_IMPORT, ""}
+MAY_IMPORT["__main__"] = {"cli"}
 
 #: Where Megatron may be imported at all, and where its trainer.
 USES_MEGATRON = {"logprobs", "model", "platform", "training", "cli"}
