@@ -1,6 +1,7 @@
 """Numbers that are not finite: each ends the run before a checkpoint can hold its consequences, with the pair's name.
 
-    reference values   before the first step: the pairs are named, and their scores are not used
+    reference values   before the first step: the answers are named, and their scores are not used
+    a step's shift     before the step, of losses that have one: the answers are named that it is not finite for
     a pair's loss      in its microbatch, before the optimizer steps: the pair is named, with its log-probs
     a gradient         on the rank that has it, before ranks add theirs, by Megatron's own check; the rank, the step and
                        its pairs are named. The norm over all ranks too
@@ -12,7 +13,7 @@ fp16 is the exception: Megatron's loss scaler skips a step whose gradients overf
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,20 +117,81 @@ def gradients_named(
         raise broken_gradient(str(error), iteration, pairs(iteration), describe, suspect) from error
 
 
-def check_reference(values: npt.NDArray[np.float64], needed: npt.NDArray[np.bool_], kind: str, names: Describe) -> None:
+def check_reference(
+    values: npt.NDArray[np.float64],
+    needed: npt.NDArray[np.bool_],
+    kind: str,
+    answers: npt.NDArray[np.int64],
+    names: Describe,
+) -> None:
     """Refuse reference values, [P, 2], of which a needed one is not finite. The same on every rank.
 
+    Args:
+        needed: [P]
+        answers: [P, 2] which answers they are of; equal numbers are one answer.
+        names: place among the P -> where the pair comes from.
+
     Raises:
-        NotFiniteError: with the pairs.
+        NotFiniteError: with the answers.
     """
-    broken = np.flatnonzero(needed & ~np.isfinite(values).all(axis=1))
-    if len(broken):
-        named = [f"{names(int(each))}: {values[each, 0]} (chosen), {values[each, 1]} (rejected)" for each in broken]
+    broken = _each_once(~np.isfinite(values) & needed[:, None], answers)
+    if broken:
+        named = [f"{_side(names(pair), answers[pair], side)}: {values[pair, side]}" for pair, side in broken]
         raise NotFiniteError(
-            f"the reference's {kind} log-probs of {_count(broken, 'pair')} are not finite:\n{_listed(named)}\nNo step "
-            "was taken. Look at these pairs and at the reference's weights; in fp16 try --bf16. Leave the pairs out of "
-            "the data if they are to blame."
+            f"the reference's {kind} log-probs of {_count(broken, 'answer')} are not finite:\n{_listed(named)}\nNo "
+            "step was taken. Look at these answers and at the reference's weights; in fp16 try --bf16. Leave their "
+            "rows out of the data if they are to blame."
         )
+
+
+def check_shift(
+    scores: Mapping[str, npt.NDArray[np.float64]],
+    counted: npt.NDArray[np.bool_],
+    answers: npt.NDArray[np.int64],
+    names: Describe,
+    after: Describe,
+    place: str = "",
+    suspect: str = "",
+) -> None:
+    """Refuse what would make the loss of every answer of a step not finite. The same on every rank.
+
+    Args:
+        scores: of each model, [P, 2] log-probs.
+        counted: [P, 2] those that the loss reads.
+        answers, names: see :func:`check_reference`.
+        after: place among the P -> what to add, of the prompt that its answers were put after.
+        place, suspect: see :func:`check_losses`.
+
+    Raises:
+        NotFiniteError, DivergedError: with the answers.
+    """
+    finite = np.logical_and.reduce([np.isfinite(values) for values in scores.values()])
+    broken = _each_once(~finite & counted, answers)
+    if broken:
+        named = [
+            f"{_side(names(pair), answers[pair], side)}{after(pair)}: "
+            + ", ".join(f"{model} {values[pair, side]:.6g}" for model, values in scores.items())
+            for pair, side in broken
+        ]
+        where = f"{place}: " if place else ""
+        raise _not_finite(
+            f"{where}what the losses of all answers share is not finite, for the log-probs of "
+            f"{_count(broken, 'answer')}:\n{_listed(named)}\nThe step was not taken, and the last checkpoint is good. "
+            "Look at these answers, at the weights the run began with, and at --lr.",
+            suspect,
+        )
+
+
+def _each_once(broken: npt.NDArray[np.bool_], answers: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Pair and side of each answer that is broken, [P, 2], where it comes first."""
+    pair, side = np.nonzero(broken)
+    first = np.sort(np.unique(answers[pair, side], return_index=True)[1])
+    return list(zip(pair[first].tolist(), side[first].tolist(), strict=True))
+
+
+def _side(pair: str, answers: npt.NDArray[np.int64], side: int) -> str:
+    """A pair's name with the side that is meant; a labelled answer has one."""
+    return pair if answers[0] == answers[1] else f"{pair} ({('chosen', 'rejected')[side]})"
 
 
 def reject_broken_weights(model: list[Any], directory: Path) -> None:

@@ -8,7 +8,7 @@ every rank, and in every layout, up to rounding.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.losses import AnswerLogProbs, PairLossFunction
 from megatron_bdpo.training.answer_step import AnswerStep
 from megatron_bdpo.training.batches import IntArray
+from megatron_bdpo.training.finite import check_shift
 from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.reference.passes import FloatArray, Groups, GroupScorer, ReferenceTable
 
@@ -44,11 +45,15 @@ class StepShift:
         self._job, self._loss, self._policy, self._reference = job, loss, policy, reference
         self.kind = PromptKind.OTHER if loss.requirements.mismatched else PromptKind.OWN
 
-    def __call__(self, groups: IntArray, pause: Pause) -> Tensor:
+    def __call__(self, groups: IntArray, pause: Pause, step: AnswerStep | None = None) -> Tensor:
         """[] float64 on the device; 0 where nothing can be scored. Collective.
 
         Args:
             groups: of the step or evaluation, on all data-parallel ranks.
+            step: the forward step that it is for, if that refuses numbers that are not finite.
+
+        Raises:
+            NotFiniteError, DivergedError: on every rank, with the answers that are to blame.
         """
         if self.kind == PromptKind.OTHER:
             groups = groups[self._job.fits_after_other[groups]]
@@ -57,16 +62,34 @@ class StepShift:
         to_score, pool = Groups.of(groups, self.kind), self._job.pool
         pairs = pool.grouping.pairs_of(groups)
         sides = labelled_sides(pool.label[pairs])
-        policy, reference, tokens = (
-            torch.from_numpy(values[sides])
-            for values in (self._policy(to_score, pause), self._reference(to_score, pause), pool.scored[pairs])
-        )
+        scores = {"policy": self._policy(to_score, pause), "reference": self._reference(to_score, pause)}
+        policy, reference = (torch.from_numpy(values[sides]) for values in scores.values())
+        tokens = torch.from_numpy(pool.scored[pairs][sides])
         desirable = torch.from_numpy(np.flatnonzero(sides) % 2 == 0)
         assert self._loss.spec.of_step is not None
         answers = AnswerLogProbs(policy, tokens, desirable, reference=reference)
         found = self._loss.spec.of_step(answers, self._loss.options)
         assert isinstance(found, Tensor)
+        if step is not None and not bool(torch.isfinite(found)):
+            self._refuse(scores, groups, step)
         return found.cuda()
+
+    def _refuse(self, scores: Mapping[str, FloatArray], groups: IntArray, step: AnswerStep) -> None:
+        """Name the answers of these groups that are to blame; see ``finite.check_shift``."""
+        pool = self._job.pool
+        pairs, place = pool.grouping.pairs_and_places(groups)
+
+        def name(index: int) -> str:
+            return step.describe(int(pairs[index]))
+
+        def after(index: int) -> str:
+            if self.kind == PromptKind.OWN:
+                return ""
+            other = int(pool.prompts.other_group[groups[place[index]]])
+            return f", after the prompt of {pool.describe_group(other)}"
+
+        counted, answers = labelled_sides(pool.label[pairs]), pool.answers_of(groups)[1].place
+        check_shift(scores, counted, answers, name, after, step.place, step.suspect)
 
     def wrap(
         self, schedule: Callable[..., Any], step: AnswerStep, done: Callable[[], int], pause: Pause
@@ -82,10 +105,11 @@ class StepShift:
         def run(*args: Any, forward_only: bool = False, **kwargs: Any) -> Any:
             place = (forward_only, done())
             if [place] != latest or not forward_only:
+                refuses = step if step.check_nan else None
                 if forward_only:
-                    step.shift = self(self._job.held_out.ids, pause)
+                    step.shift = self(self._job.held_out.ids, pause, refuses)
                 else:
-                    step.shift = self(self._job.groups_of_step(done() + 1), lambda: None)
+                    step.shift = self(self._job.groups_of_step(done() + 1), lambda: None, refuses)
                 latest[:] = [place]
             return schedule(*args, forward_only=forward_only, **kwargs)
 

@@ -146,19 +146,6 @@ def test_weights_that_are_not_finite_are_not_written(ranks, tmp_path):
         assert tracker == ""
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_reference_values_are_checked_with_their_pairs(ranks, tmp_path, value):
-    from megatron_bdpo.errors import UserError
-    from megatron_bdpo.training.finite import check_reference
-
-    values = np.zeros((5, 2))
-    values[3, 1] = value
-    needed = np.array([True, True, True, True, False])
-    with pytest.raises(UserError, match=r"conditional log-probs of 1 pair are not finite:\n  row 3: 0.0 \(chosen\)"):
-        check_reference(values, needed, "conditional", "row {}".format)
-    check_reference(values, ~needed, "conditional", "row {}".format)
-
-
 def broken_reference(flags, **overrides):
     """The job, with a model that answers NaN while the reference is scored."""
     from megatron_bdpo.errors import UserError
@@ -179,8 +166,51 @@ def broken_reference(flags, **overrides):
 def test_a_reference_that_is_not_finite_is_not_kept(ranks, tmp_path):
     messages = ranks(2)(broken_reference, [*JOB, "--save", str(tmp_path), "--save-interval", "5"])
     assert len(set(messages)) == 1
-    assert re.search(r"conditional log-probs of \d+ pairs? are not finite:\n  .*train\.jsonl, line", messages[0])
+    assert re.search(r"conditional log-probs of \d+ answers? are not finite:\n  .*train\.jsonl, line", messages[0])
     assert not list(tmp_path.glob("cache/reference-*/*/shard-*")), "they were kept"
+
+
+def train_with_a_broken_shift(flags, **overrides):
+    """KTO, of which the policy's log-prob of one answer after another row's prompt is NaN in the second step: what is
+    said on this rank."""
+    from unittest import mock
+
+    from megatron_bdpo.errors import UserError
+    from megatron_bdpo.training import run
+
+    found = []
+
+    def broken(scorer):
+        score = passes_of(scorer)
+
+        def scored(groups, pause):
+            found.append(score(groups, pause))
+            if len(found) == 2:
+                found[1][3] = math.nan
+            return found[-1]
+
+        return scored
+
+    passes_of = run.passes_of
+    with mock.patch.object(run, "passes_of", broken):
+        try:
+            run_job(flags, overrides)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_an_answer_that_breaks_a_whole_step_is_named_alone(ranks, tmp_path):
+    """The others are not finite either, for what they share with it."""
+    rows = [{"prompt": f"Question {row}", "completion": f" Answer {row}", "label": row % 2 > 0} for row in range(16)]
+    data = write(tmp_path / "rows.jsonl", *rows)
+    flags = ["--num-layers", "1", "--train-iters", "3", "--preference-loss", "kto", "--pair-cache-dir", str(tmp_path)]
+    messages = ranks(2)(train_with_a_broken_shift, flags, pair_data=[str(data)], max_pairs=None)
+    assert len(set(messages)) == 1
+    row = r".*rows\.jsonl, line \d+"
+    said = rf"^step 2: .* for the log-probs of 1 answer:\n  {row}, after the prompt of {row}: policy nan, reference -"
+    assert re.search(said, messages[0])
+    assert messages[0].count("rows.jsonl") == 2
 
 
 def test_pairs_at_the_edges_train_to_finite_numbers(ranks, tmp_path):

@@ -103,7 +103,7 @@ class PrecomputedReference:
             if cache is not None:
                 cache.finish(len(store), {kind: _count(known[kind]) for kind in self._kinds}, job)
         for kind in self._kinds:
-            check_reference(known[kind], needed[kind], kind, store.describe)
+            check_reference(known[kind], needed[kind], kind, store.starts[:, 1:], store.describe)
             known[kind][~needed[kind]] = np.nan
         say(
             f"reference: {len(rows)} {STORES[index]} {pool.noun}, {scored} of them scored now; log-probs in {directory}"

@@ -106,9 +106,10 @@ class ScoringLoop:
             found = columns[:, int(kind == BEGINNINGS)]
             of_kind = after == scored_after(kind)
             ids = pairs[of_kind]
-            names = functools.partial(_describe, pool, ids)
-            check_reference(found[of_kind], np.ones(len(ids), bool), kind, names)
-            self.known[kind][ids - pool.offsets[self.index]] = found[of_kind]
+            rows = ids - pool.offsets[self.index]
+            answers, names = pool.stores[self.index].starts[rows, 1:], functools.partial(_describe, pool, ids)
+            check_reference(found[of_kind], np.ones(len(ids), bool), kind, answers, names)
+            self.known[kind][rows] = found[of_kind]
 
     def _pairs(self, groups: Groups) -> tuple[IntArray, IntArray]:
         """Ids of the groups' pairs, and the kind of prompt that they are scored after."""

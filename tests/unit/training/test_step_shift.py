@@ -11,6 +11,7 @@ import torch
 
 from megatron_bdpo.data.grouping import Grouping
 from megatron_bdpo.data.prompt_kinds import PromptKind
+from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import AnswerLogProbs, Requirements
 from megatron_bdpo.training.reference.passes import Groups
 from megatron_bdpo.training.step_shift import StepShift, passes_of
@@ -81,10 +82,31 @@ def test_where_nothing_fits():
     assert float(shift(np.array([2]), lambda: None)) == 0 and asked == []
 
 
+@pytest.mark.parametrize("mismatched", [False, True], ids=["own prompts", "other prompts"])
+def test_the_answer_that_breaks_it_is_named(mismatched):
+    shift, _ = shift_of(mismatched)
+    score = shift._policy
+    pool: Any = shift._job.pool
+    pool.answers_of = lambda groups: (None, SimpleNamespace(place=np.array([[0, 1], [2, 2], [3, 4]])))
+    pool.describe_group, pool.prompts = "group {}".format, SimpleNamespace(other_group=np.array([1, 0, 1, 2, 3]))
+
+    def broken(groups: Groups, pause: Any) -> np.ndarray:
+        values = score(groups, pause)
+        values[1] = np.nan
+        return values
+
+    shift._policy, shift._loss.spec.of_step = broken, lambda answers, options: answers.policy.sum()
+    step: Any = SimpleNamespace(place="step 7", suspect="", describe="pair {}".format)
+    named = "pair 1, after the prompt of group 0: " if mismatched else "pair 1: "
+    with pytest.raises(UserError, match=f"^step 7: .* of 1 answer:\n  {named}policy nan, reference [^,]*\n"):
+        shift(np.array([0, 1, 4]), lambda: None, step)
+    assert torch.isnan(shift(np.array([0, 1, 4]), lambda: None)), "refused by nobody"
+
+
 def test_once_a_step_and_once_an_evaluation():
     """An evaluation comes in portions; one that is left begins anew."""
     shift, asked = shift_of(mismatched=False)
-    step: Any = SimpleNamespace(shift=None)
+    step: Any = SimpleNamespace(shift=None, check_nan=False)
     done, told = [0], [0]
 
     def pause() -> None:
