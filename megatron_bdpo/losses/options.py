@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from weakref import WeakKeyDictionary
 
 from megatron_bdpo.errors import UserError
 
@@ -76,10 +77,16 @@ class FieldType(NamedTuple):
     """Strings that may stand in the place of a number: `float | Literal["auto"]`."""
 
 
-def field_types(options: type) -> dict[str, FieldType]:
+_known: WeakKeyDictionary[type, Mapping[str, FieldType]] = WeakKeyDictionary()  # annotations are slow to read
+
+
+def field_types(options: type) -> Mapping[str, FieldType]:
     """The value types of an options dataclass by field name. Raises UserError for one that no flag can carry."""
-    hints = get_type_hints(options)
-    return {f.name: _field_type(options, f.name, hints[f.name]) for f in fields(options)}
+    if options not in _known:
+        hints = get_type_hints(options)
+        types = {f.name: _field_type(options, f.name, hints[f.name]) for f in fields(options)}
+        _known[options] = MappingProxyType(types)
+    return _known[options]
 
 
 def _field_type(options: type, name: str, hint: Any) -> FieldType:
