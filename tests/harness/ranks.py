@@ -149,7 +149,9 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     )
     from tests.harness import warm  # noqa: F401  # has been imported before the fork, if there was one
+    from tests.harness.writers import fork_writers
 
+    fork_writers()
     while True:
         try:
             function, args, kwargs, environment = pipe.recv()

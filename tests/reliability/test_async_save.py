@@ -9,17 +9,23 @@ import re
 from megatron_bdpo.training.callbacks.callback import Callback
 from tests.distributed.test_resume import assert_bit_identical
 from tests.harness.jobs import train
+from tests.harness.writers import writers_as_in_life
 from tests.reliability.test_disk import disk, refusal_on_a_filling_disk  # noqa: F401  # a fixture
 
 JOB = ["--train-iters", "4", "--save-interval", "2", "--num-layers", "2", "--tensor-model-parallel-size", "2"]
 ASYNC = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 
 
+def train_with_writers_as_in_life(flags):
+    with writers_as_in_life():
+        return train(flags)
+
+
 def test_its_checkpoint_is_of_its_step_and_has_its_digests(ranks, tmp_path):
     """Resumed from the second step, whose files were written during the third, the fourth is that of a run without."""
     run = tmp_path / "run"
     expected = ranks(2)(train, [*JOB, "--save", str(tmp_path / "expected")])
-    ranks(2)(train, [*JOB, *ASYNC, "--save", str(run)])
+    ranks(2)(train_with_writers_as_in_life, [*JOB, *ASYNC, "--save", str(run)])
     for checkpoint in (run / "iter_0000002", run / "iter_0000004"):
         files = json.loads((checkpoint / "integrity.json").read_bytes())["files"]
         assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json"} <= files.keys()
