@@ -58,6 +58,7 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True, mismatched=True),
     summary="Kahneman-Tversky Optimization: labelled answers, each against the policy's drift",
     source="arXiv 2402.01306, eq. 7",
+    elsewhere=("kto_pair",),
     of_step=divergence,
     of_answers=True,
     advise=balance,
