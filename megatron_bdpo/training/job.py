@@ -335,6 +335,8 @@ def _selected(settings: Settings, loss: PairLossFunction, pool: PairPool) -> tup
             split = hold_out(train.ids, pool.prompts.digests(0), share, settings.schedule.seed)
             train, held_out = Selection(split.train), Selection(split.held_out, split.notes)
             split_digest = split.digest
+    if not settings.schedule.evaluates:
+        held_out = Selection(held_out.ids[:0], _never_evaluated(settings, len(held_out.ids)))
     named = "--objective reward" if settings.objective.is_reward else f"--preference-loss {loss.spec.name}"
     readers = [spec.name for spec in registry.all_specs() if spec.of_answers and not settings.objective.is_reward]
     for selection in (train, held_out):
@@ -342,6 +344,13 @@ def _selected(settings: Settings, loss: PairLossFunction, pool: PairPool) -> tup
             pools.refuse_labelled_answers(pool, selection, named, readers)
         pools.select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
     return train, held_out, split_digest
+
+
+def _never_evaluated(settings: Settings, kept_apart: int) -> list[str]:
+    """What --eval-iters 0 makes of held-out rows: nothing is read or asked of them."""
+    if settings.pairs.eval_pair_data:
+        return ["--eval-pair-data is not read, for --eval-iters 0"]
+    return [f"{kept_apart} are neither trained on nor evaluated, for --eval-iters 0"] if kept_apart else []
 
 
 def _plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:

@@ -197,3 +197,8 @@ class ScheduleSettings:
     exit_duration_in_mins: int | None
     check_finite: bool = _of("check_for_nan_in_loss_and_grad")
     deterministic_mode: bool
+
+    @property
+    def evaluates(self) -> bool:
+        """Held-out pairs, if there are any, are evaluated."""
+        return self.eval_iters != 0

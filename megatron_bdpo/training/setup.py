@@ -175,7 +175,11 @@ def _check_evaluation(settings: Settings, job: PairJob) -> None:
     evaluation = settings.evaluation
     wanted = {"--eval-every": evaluation.eval_every_minutes, "--eval-prompts": evaluation.eval_prompts}
     for flag, value in wanted.items():
-        if value is not None and not (job.eval_packs and settings.schedule.eval_iters != 0):
+        if value is None:
+            continue
+        if not settings.schedule.evaluates:
+            raise UserError(f"{flag} is for evaluations, and --eval-iters 0 switches them off. Leave one of them out.")
+        if not job.eval_packs:
             raise UserError(f"{flag}: there are no held-out pairs. Add --eval-share or --eval-pair-data.")
 
 

@@ -42,7 +42,7 @@ def cache_directory(settings: Settings) -> Path:
 
 
 def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]:
-    """The pairs of training and, where they have sources of their own, the held-out ones. Collective.
+    """The pairs of training and, where they have sources of their own and are evaluated, the held-out ones. Collective.
 
     Raises:
         UserError: on every rank, for anything wrong with tokenizer or data.
@@ -50,10 +50,11 @@ def open_stores(arguments: Arguments, *, report: bool = True) -> list[PairStore]
     """
     settings = arguments.settings
     pairs, cache = settings.pairs, cache_directory(settings)
+    held_out = pairs.eval_pair_data if settings.schedule.evaluates else None
     wanted: list[PairDataSettings] = []
     directories: list[str] = []
     with all_ranks_agree():
-        for paths, limit in ((pairs.pair_data, pairs.max_pairs), (pairs.eval_pair_data, None)):
+        for paths, limit in ((pairs.pair_data, pairs.max_pairs), (held_out, None)):
             if paths:
                 wanted.append(_data_settings(settings, paths, limit, cache))
                 if is_rank_zero():
@@ -212,7 +213,7 @@ def tokenized_pairs(flags: Sequence[str], held_out: Sequence[str] = ()) -> list[
     with contextlib.redirect_stdout(sys.stderr):
         logging.getLogger("megatron").setLevel(logging.WARNING)  # not the padding of a vocabulary
         arguments = Arguments.parse(flags)
-        arguments.set(eval_pair_data=list(held_out) or None)
+        arguments.set(eval_pair_data=list(held_out) or None, eval_iters=None)
         settings = arguments.settings
         with process_groups(settings.process):
             return tokenize(arguments, report=False)

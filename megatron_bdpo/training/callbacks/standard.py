@@ -68,9 +68,8 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
     found += [progress, Scalars(functools.partial(_loggers, setup))]
     if save:
         found.append(MetricsJsonl(Path(save)))
-        evaluated = held_out if settings.schedule.eval_iters else held_out[:0]
-        tokens = np.where(labelled_sides(job.pool.label[evaluated]), job.pool.scored[evaluated], 0)
-        found.append(HeldOutPairs(step, evaluated, tokens, Path(save)))
+        tokens = np.where(labelled_sides(job.pool.label[held_out]), job.pool.scored[held_out], 0)
+        found.append(HeldOutPairs(step, held_out, tokens, Path(save)))
     found += [
         ConsoleLines(progress.interval, Advisor(reads_reference), wide=settings.output.log_wide),
         Answers(job.prompts, shape, setup.scoring.vocab_size, save, stop),

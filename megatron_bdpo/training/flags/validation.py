@@ -81,7 +81,7 @@ def _plan_without_pairs(settings: Settings) -> StepPlan:
 def plan_arguments(settings: Settings, plan: StepPlan, eval_packs: int) -> dict[str, object]:
     """Megatron's arguments for the shapes of a plan. To Megatron a sample is a pack, and all are as the longest."""
     schedule, steps = settings.schedule, len(plan.steps)
-    evaluates = eval_packs > 0 and schedule.eval_iters != 0
+    evaluates = eval_packs > 0 and schedule.evaluates
     return {
         "max_position_embeddings": schedule.max_position_embeddings or schedule.seq_length,
         "seq_length": plan.longest,

@@ -92,12 +92,16 @@ def _score(arguments: Arguments, stop: StopRequest) -> list[Path]:
 
 
 def _without_training(settings: Settings) -> dict[str, object]:
-    """Steps and optimizer are of no concern, yet a plan without them is not one; metrics there are none to log."""
+    """Steps and optimizer are of no concern, yet a plan without them is not one; metrics there are none to log.
+
+    Held-out pairs are scored with the others, whether a training run evaluates them or not.
+    """
     steps, schedule = settings.steps, settings.schedule
     return {
         "train_iters": 1 if schedule.train_iters is None and steps.pair_epochs is None else schedule.train_iters,
         "pairs_per_step": settings.layout.ranks if steps.pairs_per_step is None else steps.pairs_per_step,
         "lr": schedule.lr or 0.0,
+        "eval_iters": None,
         "tensorboard_dir": None,
         "wandb_project": None,
     }
