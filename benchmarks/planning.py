@@ -83,9 +83,10 @@ def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) 
     from megatron_bdpo.data.pool import PairPool
     from megatron_bdpo.data.store import PairStore
     from megatron_bdpo.losses import PairLossFunction, registry
-    from megatron_bdpo.training import job as jobs
+    from megatron_bdpo.training.build_job import plan_job
     from megatron_bdpo.training.reference.options_from_data import decide_options, imbalance_edges
     from megatron_bdpo.training.reference.precomputed import PrecomputedReference
+    from megatron_bdpo.training.reporting.job_description import describe_job
     from megatron_bdpo.training.setup import RunSetup
 
     def no_model() -> list:
@@ -98,8 +99,8 @@ def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) 
     with told("open the token store"):
         pool = PairPool([PairStore.open(store_directory)])
     with told("plan one epoch"):
-        job = jobs._plan_job(planned.settings, loss, pool, None)
-    print(job.describe(), flush=True)
+        job = plan_job(planned.settings, loss, pool, None)
+    print(describe_job(job), flush=True)
     with told(f"open the store on {ranks} ranks and lay out a pack on each"):
         for rank in range(ranks):
             own, step = PairPool([PairStore.open(store_directory)]), len(job.plan.steps) // 2

@@ -18,6 +18,7 @@ from megatron_bdpo.model.lora.lora_config import LoraConfig
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.compilation import fuse_rotary_embedding
 from megatron_bdpo.training import identity
+from megatron_bdpo.training.build_job import build_job
 from megatron_bdpo.training.continuation import check_continuation, go_on_in_used_directory
 from megatron_bdpo.training.directories import check_directories
 from megatron_bdpo.training.disk import refuse_small_disks
@@ -35,7 +36,7 @@ from megatron_bdpo.training.hf.exporting import check_save_hf
 from megatron_bdpo.training.hf.pushing import check_push
 from megatron_bdpo.training.hf.start import start_from_hugging_face, weights_loader
 from megatron_bdpo.training.identity import RunIdentity
-from megatron_bdpo.training.job import PairJob, build_job
+from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.lora import identity_part, lora_config, say_sizes, with_base
 from megatron_bdpo.training.nodes import same_flags
 from megatron_bdpo.training.reference.weights import checkpoint_loader

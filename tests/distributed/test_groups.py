@@ -172,10 +172,10 @@ def costs_of_plan(flags: list[str], **overrides: Any) -> dict[str, list[int]]:
 
     from megatron_bdpo.data.context import keys_seen
     from megatron_bdpo.data.packs import lay_out
-    from megatron_bdpo.training import job
+    from megatron_bdpo.training import build_job
     from tests.harness.jobs import run_job
 
-    with mock.patch.object(job, "plan_steps", wraps=job.plan_steps) as plan:
+    with mock.patch.object(build_job, "plan_steps", wraps=build_job.plan_steps) as plan:
         run, _ = run_job(flags, overrides)
     pool, share = run.job.pool, run.job.share_prompts
     packs = [

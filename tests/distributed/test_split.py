@@ -59,14 +59,14 @@ def by_rows(flags: list[str], **overrides):
 
     import numpy as np
 
-    from megatron_bdpo.training import job
+    from megatron_bdpo.training import build_job
 
-    split = job.hold_out
+    split = build_job.hold_out
 
     def without_prompts(groups, prompts, share, seed):
         return split(groups, np.arange(len(groups), dtype=np.uint64), share, seed)
 
-    with mock.patch.object(job, "hold_out", without_prompts):
+    with mock.patch.object(build_job, "hold_out", without_prompts):
         return train(flags, **overrides)
 
 

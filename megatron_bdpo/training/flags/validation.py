@@ -14,10 +14,11 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron_bdpo.data.step_plan import StepPlan
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
+from megatron_bdpo.training.build_job import plan_settings
 from megatron_bdpo.training.distributed import all_ranks_agree
 from megatron_bdpo.training.flags.arguments import Arguments
 from megatron_bdpo.training.hf.start import vocabulary_size
-from megatron_bdpo.training.job import PairJob, plan_settings
+from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.model_config import model_config
 from megatron_bdpo.training.settings import Settings
 

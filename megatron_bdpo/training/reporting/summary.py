@@ -16,6 +16,7 @@ from megatron_bdpo.training.job import PairJob
 from megatron_bdpo.training.job_memory import adapters_shape, job_shape, model_shape
 from megatron_bdpo.training.lora import lora_config
 from megatron_bdpo.training.megatron_settings import LayoutSettings
+from megatron_bdpo.training.reporting.job_description import describe_job
 from megatron_bdpo.training.settings import Settings
 
 
@@ -23,7 +24,7 @@ def summarize(arguments: Arguments, job: PairJob) -> Facts:
     """All of it, of validated arguments; the same for a run and for its dry run."""
     settings = arguments.settings
     lines = [f"model: {_model(arguments)}", *_adapters(arguments)]
-    lines += [f"layout: {layout(settings.layout)}", *job.describe()]
+    lines += [f"layout: {layout(settings.layout)}", *describe_job(job)]
     lines += [*precision_check.describe(settings), *fused_layers.describe(settings)]
     lines += [*memory(arguments, job), *_places(settings)]
     return Facts.of(lines)
