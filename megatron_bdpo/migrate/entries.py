@@ -95,6 +95,8 @@ class Loss:
     """A key that says it instead, where it is set."""
     by_key: Mapping[str, Mapping[str, Mapping[str, str | Refused]]] = field(default_factory=dict)
     """Another key -> its value, or ``*`` for any that asks for something -> what ``names`` are then."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Ours -> what is not quite the same there, for the recipe's reader."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class LossOption:
     off: tuple[str, ...] = ()
     """Values that mean that it is not used."""
     kind: Literal["number", "word", "switch"] = "number"
+    note: str = ""
+    """What is not quite the same there, for the recipe's reader."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ def recipe_text(translation: Translation, file: str) -> str:
     """
     lines = [_comment(f"From {file}, a configuration of {translation.source.title}: megatron-bdpo migrate"), ""]
     for flag, value in translation.settings.items():
-        lines.append(f"{recipe.to_yaml({flag: value}).rstrip()}  {_comment(translation.origins[flag])}")
+        told = "; ".join(filter(None, [translation.origins[flag], translation.notes.get(flag)]))
+        lines.append(f"{recipe.to_yaml({flag: value}).rstrip()}  {_comment(told)}")
     lines += _section("Without effect here:", translation.unneeded.items())
     lines += _section("NOT translated:", translation.refused.items())
     text = "\n".join(lines) + "\n"
@@ -40,6 +41,7 @@ def summary(translation: Translation) -> Mapping[str, object]:
         "source": translation.source.name,
         "recipe": translation.settings,
         "origins": translation.origins,
+        "notes": translation.notes,
         "without_effect": translation.unneeded,
         "refused": translation.refused,
     }

@@ -28,6 +28,8 @@ class Translation:
     """The recipe."""
     origins: dict[str, str] = field(default_factory=dict)
     """Flag -> the keys that it comes from."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Flag -> what is not quite the same there."""
     unneeded: dict[str, str] = field(default_factory=dict)
     """Key -> why it has no effect."""
     refused: dict[str, str] = field(default_factory=dict)
@@ -227,25 +229,33 @@ class _Translator:
         if instead is not None and instead.is_set:
             self.result.unneeded[given.key] = f"{line.unless} says which loss"
             return
-        theirs, names = _items(given), self._names_of_losses(line)
-        found = [names.get(name.lower(), name.lower()) for name in theirs]
-        ours = [own for own in found if isinstance(own, str)]
-        for name, other in zip(theirs, found, strict=True):
-            if isinstance(other, entries.Refused):
-                self.result.refuse(given, f"{_short(name)} cannot be had here. {other.advice}")
-                return
-        missing = [name for name, own in zip(theirs, ours, strict=True) if own not in flag_table.read().losses]
-        weights = self.all.get(line.weights)
+        ours, weights = self._ours(line, given), self.all.get(line.weights)
+        if ours is None:
+            return
         numbers = _items(weights) if weights is not None and weights.is_set else ["1"] * len(ours)
-        if missing:
-            what = _short(missing[0])
-            self.result.refuse(given, f"there is no loss {what} here. `megatron-bdpo losses` lists what there is.")
-        elif len(numbers) != len(ours) or not all(map(_is_number, numbers)):
+        if len(numbers) != len(ours) or not all(map(_is_number, numbers)):
             self.result.refuse(given, f"{line.weights} are not {len(ours)} numbers, one for each loss. Mend them.")
-        else:
-            mix = ",".join(f"{own}={number}" for own, number in zip(ours, numbers, strict=True))
-            self.loss = mix if len(ours) > 1 else ours[0]
-            self.result.set("preference-loss", self.loss, given)
+            return
+        mix = ",".join(f"{own}={number}" for own, number in zip(ours, numbers, strict=True))
+        self.loss = mix if len(ours) > 1 else ours[0]
+        self.result.set("preference-loss", self.loss, given)
+        if notes := [line.notes[own] for own in ours if own in line.notes]:
+            self.result.notes["preference-loss"] = notes[0]
+
+    def _ours(self, line: entries.Loss, given: Given) -> list[str] | None:
+        """Our names of the losses; None where one is refused."""
+        names, ours = self._names_of_losses(line), list[str]()
+        for name in _items(given):
+            own = names.get(name.lower(), name.lower())
+            if isinstance(own, entries.Refused):
+                self.result.refuse(given, f"{_short(name)} cannot be had here. {own.advice}")
+                return None
+            if own not in flag_table.read().losses:
+                lists = "`megatron-bdpo losses` lists what there is."
+                self.result.refuse(given, f"there is no loss {_short(name)} here. {lists}")
+                return None
+            ours.append(own)
+        return ours
 
     def _names_of_losses(self, line: entries.Loss) -> dict[str, str | entries.Refused]:
         """Theirs -> ours, as the other keys have it."""
@@ -282,6 +292,8 @@ class _Translator:
             self._switch(entries.Switch(name.replace("_", "-")), given)
         else:
             self.result.set(name.replace("_", "-"), given.text.lower() if line.kind == "word" else given.text, given)
+            if line.note:
+                self.result.notes[name.replace("_", "-")] = line.note
 
     def _of_policies_alone(self) -> None:
         """A reward model has no adapters and no reference."""

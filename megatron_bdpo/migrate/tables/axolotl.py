@@ -32,7 +32,9 @@ _KEYS: dict[str, Entry] = {
         unless="dpo_loss_type",
         by_key={"dpo_norm_loss": {"true": dict.fromkeys(("true", "dpo"), "sigmoid_norm")}},
     ),
-    "dpo_loss_type": Loss({"sigmoid": "dpo"}, weights="dpo_loss_weights"),
+    "dpo_loss_type": Loss(
+        {"sigmoid": "dpo"}, weights="dpo_loss_weights", notes={"sft": f"sft is {shared.OF_THE_BATCH}"}
+    ),
     "dpo_loss_weights": Weights(),
     "dpo_use_weighting": LossOption("use_weighting", off=("false",), kind="switch"),
     "dpo_norm_loss": Choice(
@@ -47,8 +49,8 @@ _KEYS: dict[str, Entry] = {
     "dpo_beta": LossOption("beta"),
     "trl.beta": LossOption("beta", by_loss={"orpo": "orpo_weight"}),
     "orpo_alpha": LossOption("beta", by_loss={"orpo": "orpo_weight"}),
-    "rpo_alpha": LossOption("nll_weight", off=("0", "0.0")),
-    "cpo_alpha": LossOption("nll_weight", off=("0", "0.0")),
+    "rpo_alpha": LossOption("nll_weight", off=("0", "0.0"), note=shared.OF_THE_BATCH),
+    "cpo_alpha": LossOption("nll_weight", off=("0", "0.0"), note=shared.OF_THE_BATCH),
     "simpo_gamma": LossOption("simpo_gamma"),
     "dpo_label_smoothing": LossOption("label_smoothing", off=("0", "0.0")),
     "precompute_ref_log_probs": Choice(

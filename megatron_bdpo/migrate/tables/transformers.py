@@ -82,6 +82,9 @@ OPTIMIZER = Choice(ADAM, "Its numbers are another optimizer's. Take adamw_torch.
 
 NOT_QUANTIZED = "weights are not quantised"
 
+#: Of NLL terms.
+OF_THE_BATCH = "a mean over the batch's tokens there, over pairs here"
+
 #: Two sequences of this length with one prompt are what a pack has to hold at least.
 TWICE = 2
 

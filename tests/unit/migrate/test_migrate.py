@@ -323,12 +323,24 @@ def test_a_mix_of_losses(tmp_path):
     assert translated(tmp_path, "trl", "loss_type: [ipo, sft]").settings["preference-loss"] == "ipo=1,sft=1"
 
 
+def test_what_is_not_quite_the_same_is_noted(tmp_path, capsys):
+    """An NLL term is a mean over the batch's tokens in TRL, and over pairs here."""
+    note = "a mean over the batch's tokens there, over pairs here"
+    (tmp_path / "dpo.yaml").write_text("loss_type: [sigmoid, sft]\nloss_weights: [1, 0.5]\n")
+    assert main(["migrate", str(tmp_path / "dpo.yaml"), "--from", "trl", "--processes", "1"]) == 0
+    assert f"preference-loss: dpo=1,sft=0.5  # loss_type, loss_weights; sft is {note}\n" in capsys.readouterr().out
+    (tmp_path / "cpo.yaml").write_text("loss_type: sigmoid\n")
+    assert main(["migrate", str(tmp_path / "cpo.yaml"), "--from", "trl-cpo", "--processes", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == {"nll-weight": note}
+
+
 def test_orpo_and_cpo_are_losses_of_their_own(tmp_path):
     assert translated(tmp_path, "trl", "beta: 0.2").settings["beta"] == "0.2"
     for name, text, expected in (
         ("trl-orpo", "beta: 0.2", {"preference-loss": "orpo", "orpo-weight": "0.2"}),
         ("trl-cpo", "beta: 0.2", {"preference-loss": "cpo", "beta": "0.2", "nll-weight": "1.0"}),
         ("trl-cpo", "loss_type: simpo\ncpo_alpha: 0.0", {"preference-loss": "simpo", "nll-weight": "0.0"}),
+        ("trl-cpo", "cpo_alpha: 0", {"preference-loss": "cpo", "nll-weight": "0"}),  # else it would be 1
     ):
         path = tmp_path / "config.yaml"
         path.write_text(text)
