@@ -105,7 +105,8 @@ def of_beginnings(name: str, given: dict[str, object], pairs: list[Pair]) -> tup
     be."""
     full = inputs(pairs, torch.float64)
     spec, options = losses.get(name), losses.build_options(name, given)
-    beginnings = (full.policy_chosen_beginning, full.policy_rejected_beginning)
-    found = torch.autograd.grad(spec.function(full, options).loss.sum(), beginnings)
+    chosen, rejected = full.policy_chosen_beginning, full.policy_rejected_beginning
+    assert chosen is not None and rejected is not None
+    found = torch.autograd.grad(spec.function(full, options).loss.sum(), [chosen, rejected])
     rows = [in_beginnings(CLOSED_FORMS[name], p, **asdict(options)) for p in pairs]
     return list(found), list(torch.tensor(rows, dtype=torch.float64).unbind(1))
