@@ -24,9 +24,9 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=20_000)
     options = parser.parse_args()
 
+    from megatron_bdpo.data.held_out import hold_out
     from megatron_bdpo.data.pool import PairPool
     from megatron_bdpo.data.quality import DataQuality, leak
-    from megatron_bdpo.data.split import hold_out
     from megatron_bdpo.display import show
 
     with tempfile.TemporaryDirectory() as directory:

@@ -10,9 +10,9 @@ import numpy as np
 
 from megatron_bdpo.data import pool as pools
 from megatron_bdpo.data.bin_packing import pack_evenly, round_up
+from megatron_bdpo.data.held_out import hold_out
 from megatron_bdpo.data.pool import PairPool, Selection
 from megatron_bdpo.data.prompts import EvalPrompts, PromptRow, encode_prompts, read_prompts
-from megatron_bdpo.data.split import hold_out
 from megatron_bdpo.data.step_plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.losses import PairLossFunction, registry

@@ -40,14 +40,15 @@ CASES = {
 def planned(flags: list[str], **overrides) -> tuple[str, list[str]]:
     """What this rank's job is refused with, or what it says of itself."""
     from megatron_bdpo.errors import UserError
+    from megatron_bdpo.training.build_job import build_job
     from megatron_bdpo.training.distributed import process_groups
     from megatron_bdpo.training.flags.arguments import Arguments
-    from megatron_bdpo.training.job import build_job
+    from megatron_bdpo.training.reporting.job_description import describe_job
 
     arguments = Arguments.parse(flags, TINY_MODEL | TINY_JOB | overrides)
     with process_groups(arguments.settings.process):
         try:
-            return "", build_job(arguments).describe()
+            return "", describe_job(build_job(arguments))
         except UserError as error:
             return str(error), []
 

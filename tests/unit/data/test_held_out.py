@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from megatron_bdpo.data.digests import token_digests
+from megatron_bdpo.data.held_out import Split, hold_out
 from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.sources import SourceSpec
-from megatron_bdpo.data.split import Split, hold_out
 from megatron_bdpo.data.store import PairStore, PairStoreWriter, StoreInfo
 from megatron_bdpo.data.tokenization import PairTokens
 from megatron_bdpo.data.tokenized_rows import RowsBuilder
