@@ -107,7 +107,7 @@ def packings() -> Check:
     import numpy as np
 
     from megatron_bdpo.data.bin_packing import pack_all, pack_evenly
-    from megatron_bdpo.data.pool import hold_out
+    from megatron_bdpo.data.split import hold_out
     from megatron_bdpo.errors import UserError
 
     def check(data: bytes) -> bool:
@@ -126,8 +126,11 @@ def packings() -> Check:
             assert all(sum(size_of[i] for i in pack.tolist()) <= most for pack in packs)
         assert (len(tight) - multiple) * limit < 2 * max(1, sizes.sum()), "half of the packs' room is wasted"
         with contextlib.suppress(UserError):
-            train, held_out = hold_out(ids, draw.pick((0.0, 0.1, 0.5, 0.99, 1.0, -1.0, math.nan)), draw.byte())
-            assert sorted([*train.tolist(), *held_out.tolist()]) == ids.tolist()
+            prompts = np.array([draw.integer(0, 9) for _ in ids], np.uint64)
+            split = hold_out(ids, prompts, draw.pick((0.0, 0.1, 0.5, 0.99, 1.0, -1.0, math.nan)), draw.byte())
+            assert sorted([*split.train.tolist(), *split.held_out.tolist()]) == ids.tolist()
+            sides = [set(prompts[(side - 5) // 3].tolist()) for side in (split.train, split.held_out)]
+            assert all(sides) and not sides[0] & sides[1], "a prompt is on both sides, or a side is empty"
         return True
 
     return check
