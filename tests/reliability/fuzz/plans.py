@@ -107,7 +107,7 @@ def packings() -> Check:
     import numpy as np
 
     from megatron_bdpo.data.bin_packing import pack_all, pack_evenly
-    from megatron_bdpo.data.split import hold_out
+    from megatron_bdpo.data.held_out import hold_out
     from megatron_bdpo.errors import UserError
 
     def check(data: bytes) -> bool:
