@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bdpo.data import pool as pools
 from megatron_bdpo.data.bin_packing import pack_evenly, round_up
 from megatron_bdpo.data.held_out import hold_out
-from megatron_bdpo.data.pool import PairPool, Selection
+from megatron_bdpo.data.pool import PairPool, by_source
 from megatron_bdpo.data.prompts import EvalPrompts, PromptRow, encode_prompts, read_prompts
+from megatron_bdpo.data.selection import Selection, drop_long, refuse_labelled_answers, select
 from megatron_bdpo.data.step_plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.losses import PairLossFunction, registry
@@ -80,8 +80,8 @@ def _selected(settings: Settings, loss: PairLossFunction, pool: PairPool) -> tup
     readers = [spec.name for spec in registry.all_specs() if spec.of_answers and not settings.objective.is_reward]
     for selection in (train, held_out):
         if not loss.spec.of_answers:
-            pools.refuse_labelled_answers(pool, selection, named, readers)
-        pools.select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
+            refuse_labelled_answers(pool, selection, named, readers)
+        select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
     return train, held_out, split_digest
 
 
@@ -105,12 +105,12 @@ def plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts
     train, held_out, split_digest = _selected(settings, loss, pool)
     sizes, limit = pool.sizes(share_prompts=settings.steps.share_prompts), settings.schedule.seq_length
     for selection in (train, held_out):
-        pools.drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
+        drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
     job_checks.check_selected(settings, loss, pool, train, held_out)
     if not settings.objective.is_reward:
         asked = int(np.isfinite(pool.margins()[pool.grouping.pairs_of(train.ids)]).sum())
         train.notes += [f"margins of {asked} not read: they are for --objective reward"] if asked else []
-    sources = pools.by_source(pool, 0, train.ids)
+    sources = by_source(pool, 0, train.ids)
     for_plan = replace(plan_settings(settings), unit=unit_of_steps(pool))
     attention = pool.attention(share_prompts=settings.steps.share_prompts)
     plan = plan_steps(sizes, for_plan, _steps(settings, sources), sources, costs=attention)

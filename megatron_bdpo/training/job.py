@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from megatron_bdpo.data.context import ContextRank
 from megatron_bdpo.data.labels import labelled_sides
-from megatron_bdpo.data.pool import PairPool, Selection
+from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.data.prompts import EvalPrompts
+from megatron_bdpo.data.selection import Selection
 from megatron_bdpo.data.step_plan import IntArray, StepPlan
 from megatron_bdpo.losses import PairLossFunction
 from megatron_bdpo.training.batches import PackMaker

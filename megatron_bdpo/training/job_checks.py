@@ -6,7 +6,8 @@ from typing import NoReturn
 
 import numpy as np
 
-from megatron_bdpo.data.pool import PairPool, Selection
+from megatron_bdpo.data.pool import PairPool
+from megatron_bdpo.data.selection import Selection
 from megatron_bdpo.data.step_plan import IntArray
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses import PairLossFunction

@@ -10,7 +10,7 @@ from megatron_bdpo.data.bin_packing import per_pack
 from megatron_bdpo.data.context import imbalance
 from megatron_bdpo.data.labels import labelled_sides
 from megatron_bdpo.data.packs import lay_out
-from megatron_bdpo.data.pool import Selection
+from megatron_bdpo.data.selection import Selection
 from megatron_bdpo.data.step_plan import IntArray
 from megatron_bdpo.training.job import PairJob, unit_of_steps
 

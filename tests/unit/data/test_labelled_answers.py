@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from megatron_bdpo.data import formats
-from megatron_bdpo.data.pool import PairPool, Selection, refuse_labelled_answers, select
+from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.data.prepare import PairDataSettings, prepare_pairs
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import PreferenceRecord, parse_row
 from megatron_bdpo.data.row_reader import RECOGNISED, pair_rows, row_readers
+from megatron_bdpo.data.selection import Selection, refuse_labelled_answers, select
 from megatron_bdpo.data.sources import SourceSpec
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.tokenization import PairTokenizer

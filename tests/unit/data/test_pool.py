@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_bdpo.data.pool import PairPool, Selection, select
+from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.data.prompt_kinds import PromptKind
+from megatron_bdpo.data.selection import Selection, select
 from megatron_bdpo.data.tokenization import PairTokens, TokenArray
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.base import keep_all

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_bdpo.data.pool import PairPool, Selection, by_source, drop_long
+from megatron_bdpo.data.pool import PairPool, by_source
 from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.row_report import DataReport
+from megatron_bdpo.data.selection import Selection, drop_long
 from megatron_bdpo.data.sources import SourceSpec
 from megatron_bdpo.data.store import PairStore, PairStoreWriter, StoreInfo
 from megatron_bdpo.data.tokenization import PairTokens
