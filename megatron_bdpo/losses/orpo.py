@@ -5,7 +5,8 @@
     m_i      = log pi_theta(y_i|x) / |y_i|, the log-prob per token; w chosen, l rejected
     logit(m) = log(p / (1 - p)) = m - log(1 - e^m), p = e^m
 
-Source: arXiv 2403.07691, eqs. 4, 6 and 7; orpo_weight is the paper's lambda (TRL calls it beta).
+Source: arXiv 2403.07691, eqs. 4, 6 and 7; orpo_weight is the paper's lambda (TRL calls it beta). TRL's
+first term is over the tokens of prompt and answer.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ _KEYS: dict[str, Entry] = {
         {"true": "dpo"},
         unless="dpo_loss_type",
         by_key={"dpo_norm_loss": {"true": dict.fromkeys(("true", "dpo"), "sigmoid_norm")}},
+        notes={"orpo": shared.WITH_THE_PROMPT},
     ),
     "dpo_loss_type": Loss(
         {"sigmoid": "dpo"}, weights="dpo_loss_weights", notes={"sft": f"sft is {shared.OF_THE_BATCH}"}

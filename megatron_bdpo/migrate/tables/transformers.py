@@ -85,6 +85,9 @@ NOT_QUANTIZED = "weights are not quantised"
 #: Of NLL terms.
 OF_THE_BATCH = "a mean over the batch's tokens there, over pairs here"
 
+#: Of ORPO's, in TRL's trainer.
+WITH_THE_PROMPT = "its NLL is of prompt and answer there, over the batch's tokens; here of the answer, over pairs"
+
 #: Two sequences of this length with one prompt are what a pack has to hold at least.
 TWICE = 2
 

@@ -190,7 +190,11 @@ TRL_ORPO = replace(
     name="trl-orpo",
     variant_of="trl",
     title="TRL's ORPOTrainer",
-    keys={**TRL.keys, "loss_type": Loss({}), "beta": LossOption("beta", by_loss={"orpo": "orpo_weight"})},
+    keys={
+        **TRL.keys,
+        "loss_type": Loss({}, notes={"orpo": shared.WITH_THE_PROMPT}),
+        "beta": LossOption("beta", by_loss={"orpo": "orpo_weight"}),
+    },
     defaults={**_DEFAULTS, "loss_type": Default("orpo")},
     program=r"trl orpo|\S*\borpo\.py",
 )

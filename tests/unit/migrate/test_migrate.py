@@ -332,6 +332,9 @@ def test_what_is_not_quite_the_same_is_noted(tmp_path, capsys):
     (tmp_path / "cpo.yaml").write_text("loss_type: sigmoid\n")
     assert main(["migrate", str(tmp_path / "cpo.yaml"), "--from", "trl-cpo", "--processes", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["notes"] == {"nll-weight": note}
+    (tmp_path / "orpo.yaml").write_text("rl: orpo\norpo_alpha: 0.1\n")
+    assert main(["migrate", str(tmp_path / "orpo.yaml"), "--from", "axolotl", "--processes", "1"]) == 0
+    assert "# rl; its NLL is of prompt and answer there" in capsys.readouterr().out
 
 
 def test_orpo_and_cpo_are_losses_of_their_own(tmp_path):
