@@ -51,7 +51,7 @@ class RankPool:
             RankFailure: with the traceback of the first rank to fail; the pool restarts at its next use.
         """
         self._start()
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for pipe in self._pipes:
             pipe.send((function, args, kwargs, environment))
         results: list[Any] = [None] * self.world_size
@@ -127,7 +127,8 @@ def start_server() -> Any:
     return context
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens at."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.harness.jobs import DATA
+from tests.harness.launching import torchrun
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 30
 
 FLAGS = (
@@ -31,13 +28,11 @@ FLAGS = (
     ],
 )
 def test_all_ranks_stop_and_the_first_cause_is_shown_once(tmp_path, fault, ranks, expected):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += [str(Path(__file__).with_name("faulty_job.py")), fault, str(ranks // 2), *FLAGS.split()]
-    command += ["--tokenizer-model", str(DATA / "tokenizer.model"), "--pair-data", str(DATA / "train.jsonl")]
-    command += ["--pair-cache-dir", str(tmp_path / "cache")]
+    flags = [*FLAGS.split(), "--tokenizer-model", str(DATA / "tokenizer.model")]
+    flags += ["--pair-data", str(DATA / "train.jsonl"), "--pair-cache-dir", str(tmp_path / "cache")]
     failed = tmp_path / "failed"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAILED_AT": str(failed)}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    job = Path(__file__).with_name("faulty_job.py")
+    ended = torchrun(ranks, job, [fault, str(ranks // 2), *flags], tmp_path, FAILED_AT=str(failed))
     seconds = time.time() - float(failed.read_text())
     assert ended.returncode != 0
     assert seconds < SECONDS, f"{seconds:.0f} s after the fault"

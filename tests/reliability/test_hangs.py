@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.harness.jobs import DATA
-
-ROOT = Path(__file__).parents[2]
+from tests.harness.launching import torchrun
 
 LIMIT = 3
 
@@ -39,14 +36,12 @@ FLAGS = (
 )
 def test_a_rank_that_stands_still_ends_the_job_with_its_cause(tmp_path, fault, rank, phase, expected_cause):
     save, told = tmp_path / "run", tmp_path / "told"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).with_name("faulty_job.py")), fault, str(rank), *FLAGS.split()]
-    command += ["--tokenizer-model", str(DATA / "tokenizer.model"), "--pair-data", str(DATA / "train.jsonl")]
-    command += ["--save", str(save), "--phase-limit", f"{phase}={LIMIT}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment |= {"FAILED_AT": str(tmp_path / "failed"), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}
+    flags = [*FLAGS.split(), "--tokenizer-model", str(DATA / "tokenizer.model")]
+    flags += ["--pair-data", str(DATA / "train.jsonl"), "--save", str(save), "--phase-limit", f"{phase}={LIMIT}"]
+    environment = {"FAILED_AT": str(tmp_path / "failed"), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}
     environment |= {"BDPO_NOTIFY": f"bash -c 'echo $BDPO_STATE, $BDPO_CAUSE > {told}'"}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    job = Path(__file__).with_name("faulty_job.py")
+    ended = torchrun(2, job, [fault, str(rank), *flags], tmp_path, **environment)
     seconds = time.time() - float((tmp_path / "failed").read_text())
     assert ended.returncode != 0
     assert seconds < SECONDS, f"{seconds:.0f} s after the fault"
