@@ -74,8 +74,11 @@ class Model:
     overrides: dict[str, Any]
 
 
-#: Three steps of 8 pairs. A dense model's packs may differ between layouts: 1, 2 or 4 for a step.
-_DENSE_JOB = {"max_pairs": 24, "seq_length": 1024}
+#: A step, and one on what it has left. A dense model's packs may differ between layouts: 1, 2 or 4 for a step.
+_DENSE_JOB = {"max_pairs": 16, "pairs_per_step": 8, "train_iters": 2, "seq_length": 1024}
+
+#: In the place of these with --full-matrix, for the table; and always of adapters, whose B has moved too little before.
+FULL_JOB = {"max_pairs": 24, "pairs_per_step": 8, "train_iters": 3}
 
 MODELS = {
     "dense": Model(DENSE_LAYOUTS, _DENSE_JOB),
@@ -93,7 +96,9 @@ MODELS = {
     "experts": Model(
         MOE_LAYOUTS,
         {
-            "max_pairs": 24,
+            "max_pairs": 8,
+            "pairs_per_step": 4,
+            "train_iters": 2,
             "seq_length": 512,
             "pack_pairs": False,
             "num_experts": 4,
@@ -112,11 +117,11 @@ MODELS["LoRA"] = Model(
             "DP2", "TP2", "TP2 SP", "PP2", "PP2 VPP2", "CP2", "TP2 SP PP2", "TP2 CP2", "TP2 SP CP2", "PP2 CP2",
         )
     },
-    {**_DENSE_JOB, "lora_rank": 4, "lora_alpha": 32.0},
+    {**_DENSE_JOB, **FULL_JOB, "lora_rank": 4, "lora_alpha": 32.0},
 )  # fmt: skip
 MODELS["DoRA, experts"] = Model(
     {name: MOE_LAYOUTS[name] for name in ("EP2", "TP2 SP", "PP2 EP2", "CP2 EP2", "TP2 SP EP2")},
-    {**MODELS["experts"].overrides, "lora_rank": 4, "lora_alpha": 32.0, "lora_type": "dora"},
+    {**MODELS["experts"].overrides, **FULL_JOB, "lora_rank": 4, "lora_alpha": 32.0, "lora_type": "dora"},
 )
 
 ADAPTERS = ("LoRA", "DoRA, experts")
@@ -126,7 +131,7 @@ LOSSES = ("dpo", "bdpo", "simpo")
 OPTIMIZERS = {"plain": "", "distributed": "--use-distributed-optimizer"}
 
 #: fp32. Log-probs are sums of some hundred terms, each rounded to 6e-8 of itself; a gradient element adds up a thousand
-#: products in another order; a weight has taken three steps along such gradients.
+#: products in another order; a weight has taken up to three steps along such gradients.
 ALLOWED = {"log-probs": 1e-6, "loss": 2e-6, "gradients": 1e-5, "weights": 3e-6}
 
 #: Of adapters, B begins at zero: all of it is steps along gradients.

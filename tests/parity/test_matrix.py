@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.parity import Deviations, beyond, deviations
-from tests.parity.matrix import CASES, COVER, MODELS, Case, render, rows
+from tests.parity.matrix import CASES, COVER, FULL_JOB, MODELS, Case, render, rows
 
 TABLE = Path(__file__).parents[2] / "docs" / "parity.md"
 
@@ -27,8 +27,8 @@ def marked(case: Case) -> object:
 
 
 @pytest.mark.parametrize("case", map(marked, CASES))
-def test_trains_like_one_process(run, one_process, found, case):
-    overrides = MODELS[case.model].overrides
+def test_trains_like_one_process(run, one_process, found, pytestconfig, case):
+    overrides = MODELS[case.model].overrides | (FULL_JOB if pytestconfig.getoption("--full-matrix") else {})
     expected = one_process(["--preference-loss", case.loss], overrides)
     deviation = deviations(run(case.ranks, case.flags, overrides), expected)
     assert beyond(deviation, case.allowed) == {}

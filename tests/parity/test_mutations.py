@@ -19,7 +19,7 @@ from tests.parity.matrix import ALLOWED, CP2, MODELS, PP2, TP2_SP
 ONE_AT_A_TIME = ("--no-pack-pairs", "--no-share-prompts")
 
 #: All pairs in every step: which pairs make up a step depends on their sizes, and so on sharing.
-ONE_STEP = {"pairs_per_step": 24}
+ONE_STEP = {"pairs_per_step": 16, "train_iters": 1}
 
 
 # Mistakes. Each is given an undo stack, and lasts as long as that. --------------------------------------------------
