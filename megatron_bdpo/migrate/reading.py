@@ -225,7 +225,9 @@ def _flags(words: list[str], path: Path) -> Iterator[tuple[str, Value]]:
             if key is not None:
                 yield key, _one(values)
             elif values:
-                raise UserError(f"{path}: {values[0]!r} belongs to no flag. Give the flags alone.")
+                is_file = values[0].endswith((".yaml", ".yml", ".json"))
+                advice = "Give that file in the place of this one" if is_file else "Give the flags alone"
+                raise UserError(f"{path}: {values[0]!r} belongs to no flag. {advice}.")
             name, equals, value = word[2:].partition("=")
             key, values = name.replace("-", "_"), [value] if equals else []
         else:

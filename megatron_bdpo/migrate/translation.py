@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_bdpo.errors import UserError
@@ -76,7 +76,15 @@ def translate(found: Mapping[str, Given], source: Source, processes: int | None 
     Args:
         processes: of the configuration's job that each have their own rows, where it is known.
     """
-    return _Translator(found, source, processes).result
+    return _Translator(dict(_without_no(given, source) for given in found.values()), source, processes).result
+
+
+def _without_no(given: Given, source: Source) -> tuple[str, Given]:
+    """A key with its value; ``--no_KEY``, as transformers' parser makes them of switches that are on, is KEY: false."""
+    key = given.key.removeprefix("no_")
+    if given.value is True and source.entry(given.key) is None and source.entry(key) is not None:
+        return key, replace(given, key=key, value=False)
+    return given.key, given
 
 
 class _Translator:

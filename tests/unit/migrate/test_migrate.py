@@ -364,6 +364,7 @@ def test_orpo_and_cpo_are_losses_of_their_own(tmp_path):
         (".yaml", "policy:\n  a: ${mul:2,3}", "is computed"),
         (".sh", "echo hello", "'echo' belongs to no flag"),
         (".sh", "# nothing", "no flags of a training run"),
+        (".sh", "llamafactory-cli train dpo.yaml", "'dpo.yaml' belongs to no flag. Give that file in the place of"),
         (".sh", "trl dpo --beta 'x", "cannot be split into words"),
         (".sh", "trl dpo --seed $(date +%s) --beta 1", "is computed by the shell. Write out what it comes to"),
         (".sh", "trl dpo --seed `date +%s` --beta 1", "is computed by the shell. Write out what it comes to"),
@@ -401,6 +402,17 @@ def test_a_script_is_read_to_its_end(tmp_path):
         "output_dir": "${OUT}/org/model",  # the recipe takes OUT from the environment
         "beta": "0.2",
     }
+
+
+def test_a_switch_that_is_turned_off(tmp_path):
+    """transformers' parser has --no_KEY of each that is on by default; a key that is called so has its own line."""
+    config = tmp_path / "dpo.sh"
+    config.write_text("trl dpo --model_name_or_path m --no_bf16 --no_remove_unused_columns --no_such_key")
+    found, program = reading.read(config, PROGRAMS)
+    result = translation.translate(found, BY_NAME[program], 1)
+    assert result.settings["bf16"] is False and "remove_unused_columns" in result.unneeded
+    assert set(result.refused) == {"no_such_key"}
+    assert BY_NAME["megatron-swift"].entry("no_save_optim") is not None
 
 
 def test_keys_of_nobody_and_of_several(tmp_path):
