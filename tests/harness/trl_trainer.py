@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.harness.in_double import InDouble
+
 
 @dataclass
 class TrlStep:
-    """What TRL's trainer says about the step."""
+    """What TRL's trainer says about the step, in fp32 or in fp64."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     """The same pairs after the step; empty where that was not asked for."""
+
+
+def apart(found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> tuple[float, str]:
+    """How far gradients are from those in fp64, of the largest entry of a tensor: in which tensor most."""
+    assert found.keys() == exact.keys() and all(value.dtype == np.float64 for value in exact.values())
+    return max((float(np.abs(found[name] - value).max() / np.abs(value).max()), name) for name, value in exact.items())
 
 
 def trl_step(
@@ -28,6 +37,7 @@ def trl_step(
     *,
     batch: int,
     evaluate: bool = False,
+    double: bool = False,
     **settings: Any,
 ) -> TrlStep:
     """One optimizer step over all pairs; tokenising, collating, loss, backward and optimizer are TRL's own.
@@ -36,42 +46,59 @@ def trl_step(
         pairs: prompt, chosen and rejected, as texts or as messages.
         batch: pairs that TRL sees at a time; it accumulates gradients.
         evaluate: whether the pairs are evaluated after the step.
+        double: compute in float64.
         settings: of ``DPOConfig``.
     """
     import trl
 
     kinds, models = (trl.DPOTrainer, trl.DPOConfig), {"model": policy, "ref_model": reference}
-    return _step(kinds, models, pairs, tokenizer, directory, batch, settings, evaluate=evaluate)
+    return _step(kinds, models, pairs, tokenizer, directory, batch, settings, evaluate=evaluate, double=double)
 
 
 def trl_kto_step(
-    policy: Any, reference: Any, answers: list[dict[str, Any]], tokenizer: Any, directory: Path, **settings: Any
+    policy: Any,
+    reference: Any,
+    answers: list[dict[str, Any]],
+    tokenizer: Any,
+    directory: Path,
+    *,
+    double: bool = False,
+    **settings: Any,
 ) -> TrlStep:
     """One optimizer step of ``KTOTrainer`` over all labelled answers, in one batch in their order.
 
     Args:
         answers: prompt, completion and label.
+        double: compute in float64.
         settings: of ``KTOConfig``.
     """
     import trl
 
     settings = {"train_sampling_strategy": "sequential"} | settings
     kinds, models = (trl.KTOTrainer, trl.KTOConfig), {"model": policy, "ref_model": reference}
-    return _step(kinds, models, answers, tokenizer, directory, len(answers), settings)
+    return _step(kinds, models, answers, tokenizer, directory, len(answers), settings, double=double)
 
 
 def trl_tpo_step(
-    policy: Any, triples: list[dict[str, Any]], tokenizer: Any, directory: Path, **settings: Any
+    policy: Any,
+    triples: list[dict[str, Any]],
+    tokenizer: Any,
+    directory: Path,
+    *,
+    double: bool = False,
+    **settings: Any,
 ) -> TrlStep:
     """One optimizer step of ``TPOTrainer`` over all triples, one at a time: its NLL is a mean over a batch's tokens.
 
     Args:
         triples: prompt, chosen, rejected and reference, which is the gold one.
+        double: compute in float64.
         settings: of ``TPOConfig``.
     """
     from trl.experimental.tpo import TPOConfig, TPOTrainer
 
-    return _step((TPOTrainer, TPOConfig), {"model": policy}, triples, tokenizer, directory, 1, settings)
+    kinds = (TPOTrainer, TPOConfig)
+    return _step(kinds, {"model": policy}, triples, tokenizer, directory, 1, settings, double=double)
 
 
 def _step(
@@ -84,8 +111,25 @@ def _step(
     settings: dict[str, Any],
     *,
     evaluate: bool = False,
+    double: bool = False,
 ) -> TrlStep:
     """One step of a trainer, given with its configuration."""
+    with InDouble() if double else contextlib.nullcontext():
+        models = {name: model.double() if double else model for name, model in models.items()}
+        return _made_step(kinds, models, rows, tokenizer, directory, batch, settings, evaluate=evaluate)
+
+
+def _made_step(
+    kinds: tuple[Any, Any],
+    models: dict[str, Any],
+    rows: list[dict[str, Any]],
+    tokenizer: Any,
+    directory: Path,
+    batch: int,
+    settings: dict[str, Any],
+    *,
+    evaluate: bool,
+) -> TrlStep:
     from datasets import Dataset
     from transformers import TrainerCallback
 
