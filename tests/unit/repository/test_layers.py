@@ -58,7 +58,7 @@ MAY_IMPORT["report"] = {
     "comprehension",
     "errors",
 }
-MAY_IMPORT["migrate"] = {"migrate", "losses", "training", "user_files", "errors"}
+MAY_IMPORT["migrate"] = {"migrate", "training", "user_files", "errors"}
 MAY_IMPORT[""] = {"training"}  # the public names, read when they are asked for
 MAY_IMPORT["cli"] = {"cli", *MAY_IMPORT, ""}
 MAY_IMPORT["__main__"] = {"cli"}
