@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -15,9 +15,8 @@ import pytest
 from tests.distributed.test_resume import assert_bit_identical
 from tests.harness.jobs import train
 from tests.harness.moments import start
+from tests.harness.ranks import start_server
 from tests.reliability.test_async_save import ASYNC
-
-ROOT = Path(__file__).parents[2]
 
 
 def checkpoint(root: Path, iteration: int, *, whole: bool = True) -> Path:
@@ -141,38 +140,35 @@ def test_nothing_goes_while_one_is_written_nor_links_nor_the_reference(ranks, tm
     assert (elsewhere / ".metadata").is_file()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from megatron_bdpo.platform.boot import prepare_platform
-prepare_platform()
-from megatron_bdpo.training.callbacks.retention import Deletion, Retention
-root, left = Path(sys.argv[1]), int(sys.argv[2])
-def counted(event, args):
-    global left
-    if event in ("os.rename", "os.remove", "os.rmdir"):
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-from tests.harness.moments import start
-deletion = Deletion(Retention(2), root, lambda: False, goes_on_in_place=True)
-deletion.after_load(start(40))
-deletion.after_files(root / "iter_0000050")
-sys.addaudithook(counted)
-deletion.finished()
-"""
+def delete_and_be_killed(root: Path, left: int) -> None:
+    """A process's life: it deletes, and after so many renames and removals it dies."""
+    from megatron_bdpo.training.callbacks.retention import Deletion, Retention
+
+    def count(event, _):
+        nonlocal left
+        if event in ("os.rename", "os.remove", "os.rmdir"):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    deletion = Deletion(Retention(2), root, lambda: False, goes_on_in_place=True)
+    deletion.after_load(start(40))
+    deletion.after_files(root / "iter_0000050")
+    sys.addaudithook(count)
+    deletion.finished()
 
 
 def test_killed_at_any_moment(ranks, tmp_path):
     """SIGKILL before each rename and each unlink of the deletion: what is there is whole, and the next one ends it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for moment in (0, 1, 2, 3, 5, 7, 12):
         root = tmp_path / str(moment)
         for iteration in range(10, 60, 10):
             checkpoint(root, iteration)
         name(root, 50)
-        ended = subprocess.run([sys.executable, "-c", KILLED, str(root), str(moment)], env=environment, timeout=120)
-        assert ended.returncode == -9, f"moment {moment}: not reached"
+        process = start_server().Process(target=delete_and_be_killed, args=(root, moment))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"moment {moment}: not reached"
         for iteration in left(root):
             assert len(list((root / f"iter_{iteration:07d}").iterdir())) == 5, "half of a checkpoint keeps its name"
         assert {40, 50} <= {*left(root)}
