@@ -34,7 +34,7 @@ Signatures = npt.NDArray[np.uint32]
 NEAR = 0.8
 #: Prompts that are compared with each other, at most: 256 bytes each, and some 20 microseconds.
 MOST_PROMPTS = 500_000
-#: Pairs that the start of a training run looks at for leaks, at most: the other ranks wait, some 5 seconds per million.
+#: Pairs that the start of a training run looks at for leaks, at most: the other ranks wait, some 3 seconds per million.
 MOST_AT_START = 1_000_000
 
 
