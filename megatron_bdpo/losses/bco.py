@@ -13,8 +13,8 @@ which has none) takes the mean over all microbatches of all processes from the f
 alike whatever the step: one that forgets nothing, and that begins anew where a run is resumed without its file. An
 evaluation has a delta of its own, over all that is held out; TRL's is the last of training.
 
-Answers of either label weigh alike in delta, as in TRL. Where the paper is quoted (by arXiv papers on pairs; its own text
-was not at hand), delta is half the sum of the mean rewards of the two labels: the same number where there are as many
+Answers of either label weigh alike in delta, as in TRL. Later papers, which have pairs, quote delta as half the sum of
+the mean rewards of the two labels (the paper's own text was not at hand): the same number where there are as many
 desirable answers as undesirable ones.
 
 Not here: the paper's underlying distribution matching, which weighs undesirable answers by a classifier of their
