@@ -157,6 +157,8 @@ def run_job(
     Args:
         run_type: another ``PreferenceRun``, for tests that change what a callback only sees.
     """
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
     from megatron_bdpo.training import distributed
     from megatron_bdpo.training.flags.arguments import Arguments
     from megatron_bdpo.training.run import PreferenceRun
@@ -173,6 +175,7 @@ def run_job(
             raise
         finally:
             _empty(run.model)
+            destroy_moe_metrics_tracker()  # it has room for the layers of the first job with experts
     return run, None
 
 

@@ -95,6 +95,7 @@ def with_limited_files(flags):
     """The process that writes may do so from the third step on, in the loop only while it writes: it has logs too."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training.async_utils import maybe_finalize_async_save
 
     from megatron_bdpo.training.callbacks.callback import Callback
 
@@ -113,6 +114,7 @@ def with_limited_files(flags):
     class Limited(Callback):
         def after_step(self, step):
             if step.iteration == 3:
+                maybe_finalize_async_save(blocking=True)  # the second step's, which may still be written
                 is_limited[0] = True
                 if PersistentAsyncCaller._persistent_process is not None:
                     limit(PersistentAsyncCaller._persistent_process.pid)
