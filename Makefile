@@ -52,11 +52,12 @@ lint: $(TEST_ENV) ## ruff
 types: $(TEST_ENV) ## mypy over the package, benchmarks, examples and tools
 	@$(RUN) mypy
 
-# First what compares numbers, a worker for each core, files as wholes; then what stops, kills and waits, one test after the
-# other, for several of these on two cores come into each other's time limits. All are run, whatever fails.
-SIDE_BY_SIDE := tests/unit tests/parity tests/hf tests/oracles
-BESIDE := $(SIDE_BY_SIDE) --numprocesses=auto --maxprocesses=8 --dist=loadfile
-ALONE := $(SIDE_BY_SIDE:%=--ignore=%)
+# First what compares numbers, a worker for each core, files as wholes; then what stops, kills and waits, or has a large model,
+# one test after the other, for several of these on two cores come into each other's time limits. All are run, whatever fails.
+ALONE := $(addprefix tests/,slurm real first_hour \
+	$(patsubst %,reliability/test_%.py,failing_ranks hangs kills soak stops trust) \
+	$(patsubst %,distributed/test_%.py,bad_input killed_scoring nodes tokenizing))
+BESIDE := tests $(ALONE:%=--ignore=%) --numprocesses=auto --maxprocesses=8 --dist=loadfile
 pytest: $(TEST_ENV) ## the tests alone
 ifeq ($(strip $(PYTEST_ARGS)),)
 	@$(RUN) pytest $(BESIDE); beside=$$?; $(RUN) pytest $(ALONE) && exit $$beside
