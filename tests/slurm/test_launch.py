@@ -42,7 +42,11 @@ TRAININGS = {
         settings={"BDPO_MAX_STALLED": "1"},
         nodes=1,
     ),
-    "prepared": training("[ $attempt = 1 ] || ask_to_stop", flags=FLAGS, script="prepare.sh"),
+    "prepared": training(  # held-out pairs too, which a job that never evaluates does not read
+        "[ $attempt = 1 ] || ask_to_stop",
+        flags=[flag for flag in FLAGS if flag != "--eval-iters=0"],
+        script="prepare.sh",
+    ),
     "switched_off": training("touch $RUN_DIR/STOP", flags=FLAGS, nodes=1),
     "killed": training(
         """[ "$attempt $node" != "0 1" ] || {
