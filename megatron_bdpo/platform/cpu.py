@@ -82,18 +82,12 @@ def _to_cpu(device: Any) -> Any:
     return torch.device("cpu") if is_index or is_name or is_cuda else device
 
 
-#: Calls that name a device without a keyword.
-_MOVES = frozenset({torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.type, torch.Tensor.to})
-
-
 class _CudaNamesCpu(TorchFunctionMode):
     """Rewrites CUDA devices in every torch call of this thread to the CPU."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not kwargs and func not in _MOVES:  # nearly all calls, of which a job has a hundred thousand
-            return func(*args)
         kwargs = kwargs or {}
         if "device" in kwargs:
             kwargs = {**kwargs, "device": _to_cpu(kwargs["device"])}

@@ -101,22 +101,11 @@ def trl_tpo_step(
     return _step(kinds, {"model": policy}, triples, tokenizer, directory, 1, settings, double=double)
 
 
-def _step(
-    kinds: tuple[Any, Any],
-    models: dict[str, Any],
-    rows: list[dict[str, Any]],
-    tokenizer: Any,
-    directory: Path,
-    batch: int,
-    settings: dict[str, Any],
-    *,
-    evaluate: bool = False,
-    double: bool = False,
-) -> TrlStep:
-    """One step of a trainer, given with its configuration."""
+def _step(kinds: tuple[Any, Any], models: dict[str, Any], *given: Any, double: bool = False, **more: bool) -> TrlStep:
+    """One step of a trainer, given with its configuration, in fp32 or in fp64."""
     with InDouble() if double else contextlib.nullcontext():
         models = {name: model.double() if double else model for name, model in models.items()}
-        return _made_step(kinds, models, rows, tokenizer, directory, batch, settings, evaluate=evaluate)
+        return _made_step(kinds, models, *given, **more)
 
 
 def _made_step(
@@ -128,7 +117,7 @@ def _made_step(
     batch: int,
     settings: dict[str, Any],
     *,
-    evaluate: bool,
+    evaluate: bool = False,
 ) -> TrlStep:
     from datasets import Dataset
     from transformers import TrainerCallback
