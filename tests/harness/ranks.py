@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.harness.rendezvous import meet_in, serve_store
+
 SHOW_STACKS = signal.SIGUSR2
 """A rank that gets it writes where its threads are to its log, and goes on."""
 
@@ -43,6 +45,7 @@ class RankPool:
         self.log_dir = log_dir
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._store: Any = None
 
     def __call__(self, function: Callable[..., Any], *args: Any, timeout: float = 240, **kwargs: Any) -> list[Any]:
         """Run ``function(*args, **kwargs)`` on every rank. Returns the results by rank.
@@ -51,9 +54,9 @@ class RankPool:
             RankFailure: with the traceback of the first rank to fail; the pool restarts at its next use.
         """
         self._start()
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self._store = serve_store()
         for pipe in self._pipes:
-            pipe.send((function, args, kwargs, environment))
+            pipe.send((function, args, kwargs, self._store.port))
         results: list[Any] = [None] * self.world_size
         pending = dict(enumerate(self._pipes))
         deadline = time.monotonic() + timeout
@@ -155,10 +158,11 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:
     fork_writers()
     while True:
         try:
-            function, args, kwargs, environment = pipe.recv()
+            function, args, kwargs, port = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        os.environ.update(environment)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        meet_in(port)
         try:
             answer = (True, function(*args, **kwargs))
         except BaseException:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +78,22 @@ def _patience_of_a_rank() -> tuple[list[float], float]:
         with phase("step"):
             brief = patience()
         return [before, patience()], brief
+
+
+def test_a_pools_jobs_do_not_meet_in_the_store_of_the_one_before(ranks):
+    """A failed job's store lives on in its traceback; another rank's next job met in it and lost it."""
+    first, second = ranks(2)(_groups_one_after_another, 3)
+    assert [sorted(counts) for counts in zip(first, second, strict=True)] == [[1, 2]] * 3
+
+
+def _groups_one_after_another(jobs: int) -> list[int]:
+    counts, kept = [], None
+    for _ in range(jobs):
+        torch.distributed.init_process_group("gloo")
+        kept = torch.distributed.distributed_c10d._get_default_store()
+        counts.append(kept.add("count", 1))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        if os.environ["RANK"] == "0":
+            time.sleep(0.3)  # the others are at their next group, and this one still has its store
+    return counts
