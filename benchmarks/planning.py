@@ -116,7 +116,7 @@ def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) 
         with told("look the reference scores up"):
             values = log_probs.table()
     else:
-        values = made_up(pool.lengths)
+        values = made_up(pool.pairs.lengths)
     with told("compute the temperature and the quartiles of the imbalance"):
         pairs = values.training_values(job)
         of = len(job.train.ids)

@@ -141,7 +141,7 @@ def run(
         plan, pool = job.job.plan, job.job.pool
         measured.fill, measured.positions = plan.fill, plan.positions.sum() / len(plan.steps)
         pairs = [pool.grouping.pairs_of(step) for step in plan.steps]  # equally many in each
-        measured.lengths = np.stack([pool.lengths[each] for each in pairs]).astype(np.int64)
+        measured.lengths = np.stack([pool.pairs.lengths[each] for each in pairs]).astype(np.int64)
         if keep_pairs:
             measured.pairs = [list(_tokens(pool, step)) for step in plan.steps]
         job.pretrain()

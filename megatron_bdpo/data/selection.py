@@ -38,12 +38,12 @@ def drop_long(pool: PairPool, selection: Selection, sizes: IntArray, limit: int,
     dropped, of = (len(pool.grouping.pairs_of(groups)) for groups in (selection.ids[~fits], selection.ids))
     if not drop:
         raise UserError(
-            f"{dropped} of {of} {pool.noun} do not fit a pack of --seq-length {limit}; the longest "
+            f"{dropped} of {of} {pool.pairs.noun} do not fit a pack of --seq-length {limit}; the longest "
             f"({pool.describe_group(longest)}) takes {sizes[longest]} positions. Raise --seq-length, truncate with "
             "--max-prompt-length / --max-response-length, or leave them out with --long-pairs drop."
         )
     selection.ids = selection.ids[fits]
-    selection.notes.append(f"{dropped} {pool.noun} longer than --seq-length {limit} dropped")
+    selection.notes.append(f"{dropped} {pool.pairs.noun} longer than --seq-length {limit} dropped")
 
 
 def refuse_labelled_answers(pool: PairPool, selection: Selection, loss: str, readers: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ def refuse_labelled_answers(pool: PairPool, selection: Selection, loss: str, rea
         UserError: one of the groups is a labelled answer.
     """
     pairs = pool.grouping.pairs_of(selection.ids)
-    is_labelled = pool.label[pairs] >= 0
+    is_labelled = pool.pairs.label[pairs] >= 0
     if is_labelled.any():
         example = pool.describe(int(pairs[np.argmax(is_labelled)]))
         instead = f", or take a loss that reads labels: {', '.join(readers)}" if readers else ""
@@ -78,7 +78,7 @@ def select(pool: PairPool, selection: Selection, choose: Choose, *, labelled: bo
         UserError: if a pair has none.
     """
     pairs = pool.grouping.pairs_of(selection.ids)
-    labels = pool.unsafe[pairs]
+    labels = pool.pairs.unsafe[pairs]
     if labelled and (unlabelled := (labels < 0).any(axis=1)).any():
         example = int(pairs[np.argmax(unlabelled)])
         raise UserError(
@@ -86,8 +86,8 @@ def select(pool: PairPool, selection: Selection, choose: Choose, *, labelled: bo
             f"({pool.describe(example)}). Add boolean columns chosen_safe and rejected_safe, or choose another loss."
         )
     keep, swap = choose(labels)
-    swap = swap & (pool.label[pairs] < 0)
-    pool.swap(pairs[swap])
+    swap = swap & (pool.pairs.label[pairs] < 0)
+    pool.pairs.swap(pairs[swap])
     pool.grouping.kept[pairs[~keep]] = False
     has_pairs = np.zeros(len(pool.grouping), bool)
     has_pairs[pool.grouping.groups_of(pairs[keep])] = True

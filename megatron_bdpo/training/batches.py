@@ -198,11 +198,11 @@ class PackMaker:
 
     @functools.cached_property
     def _margins(self) -> npt.NDArray[np.float64]:
-        return self.pool.margins()
+        return self.pool.pairs.margins()
 
     @functools.cached_property
     def _scores(self) -> npt.NDArray[np.float64]:
-        return self.pool.scores()
+        return self.pool.pairs.scores()
 
     def __call__(self, ids: IntArray, length: int) -> PackBatch:
         """The pack of these groups, of ``length`` positions."""
@@ -233,7 +233,7 @@ class PackMaker:
         return PackPairs(
             ids,
             torch.from_numpy(answers),
-            torch.from_numpy(self.pool.unsafe[ids].astype(np.int64)),
+            torch.from_numpy(self.pool.pairs.unsafe[ids].astype(np.int64)),
             torch.from_numpy(np.nan_to_num(self._margins[ids])),
             torch.from_numpy(weight),
             count=len(ids) if self.over_pairs else len(groups),
@@ -244,7 +244,7 @@ class PackMaker:
         )
 
     def _sides(self, ids: IntArray, weight: npt.NDArray[np.float64]) -> PackSides:
-        sides = labelled_sides(self.pool.label[ids])
+        sides = labelled_sides(self.pool.pairs.label[ids])
         shares = np.broadcast_to((weight / sides.sum(axis=1))[:, None], sides.shape)
         source = np.flatnonzero(sides)
         desirable, of_side = torch.from_numpy(source % 2 == 0), torch.from_numpy(shares[sides])

@@ -108,7 +108,7 @@ def plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts
         drop_long(pool, selection, sizes, limit, drop=settings.pairs.long_pairs == "drop")
     job_checks.check_selected(settings, loss, pool, train, held_out)
     if not settings.objective.is_reward:
-        asked = int(np.isfinite(pool.margins()[pool.grouping.pairs_of(train.ids)]).sum())
+        asked = int(np.isfinite(pool.pairs.margins()[pool.grouping.pairs_of(train.ids)]).sum())
         train.notes += [f"margins of {asked} not read: they are for --objective reward"] if asked else []
     sources = by_source(pool, 0, train.ids)
     for_plan = replace(plan_settings(settings), unit=unit_of_steps(pool))

@@ -94,7 +94,7 @@ class PairJob:
     @property
     def labelled_answers(self) -> tuple[int, int]:
         """Number of desirable and undesirable answers to train on, where pairs are read as such (``data.labels``)."""
-        label = self.pool.label[self.pool.grouping.pairs_of(self.train.ids)]
+        label = self.pool.pairs.label[self.pool.grouping.pairs_of(self.train.ids)]
         desirable, undesirable = labelled_sides(label).sum(axis=0).tolist()
         return desirable, undesirable
 
@@ -132,4 +132,4 @@ def each_once(*ids: IntArray) -> IntArray:
 
 def unit_of_steps(pool: PairPool) -> str:
     """What steps are made of, in words."""
-    return "groups" if len(pool.grouping) < len(pool) else pool.noun
+    return "groups" if len(pool.grouping) < len(pool) else pool.pairs.noun

@@ -110,12 +110,12 @@ def _refuse_no_pairs(pool: PairPool, train: Selection, held_out: int) -> NoRetur
 def _check_columns(pool: PairPool, groups: IntArray) -> None:
     """All pairs of these groups bring their reference's log-probs."""
     ids = pool.grouping.pairs_of(groups)
-    missing = np.isnan(pool.reference()[ids]).any(axis=1)
+    missing = np.isnan(pool.pairs.reference()[ids]).any(axis=1)
     if missing.any():
         example = pool.describe(int(ids[np.argmax(missing)]))
         raise UserError(
-            f"--reference columns: {int(missing.sum())} of {len(ids)} {pool.noun} bring no log-probs ({example}). "
-            "Give every pair ref_chosen_logps and ref_rejected_logps, and every labelled answer ref_logps, or leave "
-            "--reference out. They are of whole answers: one that a limit of length cuts, or that holds turns of "
-            "others, has none."
+            f"--reference columns: {int(missing.sum())} of {len(ids)} {pool.pairs.noun} bring no log-probs "
+            f"({example}). Give every pair ref_chosen_logps and ref_rejected_logps, and every labelled answer "
+            "ref_logps, or leave --reference out. They are of whole answers: one that a limit of length cuts, or that "
+            "holds turns of others, has none."
         )

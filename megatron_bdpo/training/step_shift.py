@@ -61,10 +61,10 @@ class StepShift:
             return torch.zeros((), dtype=torch.float64).cuda()
         to_score, pool = Groups.of(groups, self.kind), self._job.pool
         pairs = pool.grouping.pairs_of(groups)
-        sides = labelled_sides(pool.label[pairs])
+        sides = labelled_sides(pool.pairs.label[pairs])
         scores = {"policy": self._policy(to_score, pause), "reference": self._reference(to_score, pause)}
         policy, reference = (torch.from_numpy(values[sides]) for values in scores.values())
-        tokens = torch.from_numpy(pool.scored[pairs][sides])
+        tokens = torch.from_numpy(pool.pairs.scored[pairs][sides])
         desirable = torch.from_numpy(np.flatnonzero(sides) % 2 == 0)
         assert self._loss.spec.of_step is not None
         answers = AnswerLogProbs(policy, tokens, desirable, reference=reference)
@@ -88,7 +88,7 @@ class StepShift:
             other = int(pool.prompts.other_group[groups[place[index]]])
             return f", after the prompt of {pool.describe_group(other)}"
 
-        counted, answers = labelled_sides(pool.label[pairs]), pool.answers_of(groups)[1].place
+        counted, answers = labelled_sides(pool.pairs.label[pairs]), pool.answers_of(groups)[1].place
         check_shift(scores, counted, answers, name, after, step.place, step.suspect)
 
     def wrap(

@@ -68,7 +68,7 @@ def standard_callbacks(setup: RunSetup, step: PreferenceStep, progress: Progress
     found += [progress, Scalars(functools.partial(_loggers, setup))]
     if save:
         found.append(MetricsJsonl(Path(save)))
-        tokens = np.where(labelled_sides(job.pool.label[held_out]), job.pool.scored[held_out], 0)
+        tokens = np.where(labelled_sides(job.pool.pairs.label[held_out]), job.pool.pairs.scored[held_out], 0)
         found.append(HeldOutPairs(step, held_out, tokens, Path(save)))
     found += [
         ConsoleLines(progress.interval, Advisor(reads_reference), wide=settings.output.log_wide),

@@ -64,19 +64,19 @@ class ReferenceTable:
         conditional = of_answers(self.conditional)
         return GroupLogProbs(
             conditional,
-            of_answers(job.pool.scored),
-            torch.from_numpy(table.scores(job.pool.scores()[pairs])),
+            of_answers(job.pool.pairs.scored),
+            torch.from_numpy(table.scores(job.pool.pairs.scores()[pairs])),
             torch.from_numpy(table.present),
             reference=conditional,
             unconditional=None if self.unconditional is None else of_answers(self.unconditional),
-            unsafe=of_answers(job.pool.unsafe),
+            unsafe=of_answers(job.pool.pairs.unsafe),
         )
 
     def _pairs(self, job: PairJob) -> PairLogProbs:
         ids = job.pool.grouping.pairs_of(job.train.ids)
         ids = ids[~np.isnan(self.conditional[ids]).any(axis=1)]
         tokens, conditional, unsafe = map(
-            torch.from_numpy, (job.pool.scored[ids], self.conditional[ids], job.pool.unsafe[ids])
+            torch.from_numpy, (job.pool.pairs.scored[ids], self.conditional[ids], job.pool.pairs.unsafe[ids])
         )
         unconditional = None if self.unconditional is None else torch.from_numpy(self.unconditional[ids])
         return PairLogProbs.of_pairs(tokens, conditional, conditional, unconditional, unsafe)

@@ -52,7 +52,7 @@ class PrecomputedReference:
         parts = [self._of_store(index) for index in range(len(pool.stores))]
         table = {kind: np.concatenate([part[kind] for part in parts]) for kind in self._kinds}
         for values in table.values():
-            values[pool.swapped] = values[pool.swapped][:, ::-1]
+            values[pool.pairs.swapped] = values[pool.pairs.swapped][:, ::-1]
         used = [index for index in range(len(pool.stores)) if len(self._groups_in_use(index))]
         directories = {STORES[index]: self.directory(index).resolve() for index in used}
         return ReferenceTable(
@@ -96,7 +96,7 @@ class PrecomputedReference:
         job: dict[str, Any] = {}
         if scored:
             there = f"{len(rows) - scored} are in {directory}"
-            say(f"reference: {scored} of {len(rows)} {STORES[index]} {pool.noun} to score, {there}")
+            say(f"reference: {scored} of {len(rows)} {STORES[index]} {pool.pairs.noun} to score, {there}")
             job = self._score(index, missing, groups, cache, known)
             known, _ = self._read(cache, store)  # of two jobs' log-probs all use the same ones
         with all_ranks_agree():
@@ -106,7 +106,8 @@ class PrecomputedReference:
             check_reference(known[kind], needed[kind], kind, store.starts[:, 1:], store.describe)
             known[kind][~needed[kind]] = np.nan
         say(
-            f"reference: {len(rows)} {STORES[index]} {pool.noun}, {scored} of them scored now; log-probs in {directory}"
+            f"reference: {len(rows)} {STORES[index]} {pool.pairs.noun}, {scored} of them scored now; "
+            f"log-probs in {directory}"
         )
         return known
 

@@ -70,7 +70,7 @@ class ReferenceProvider:
             identity = self._known(policy, identity, resumed=resumed)
         if self.setup.settings.reference.is_in_columns:
             say("reference: the log-probs that the rows bring")
-            return ReferenceTable(self.setup.job.pool.reference(), None), identity
+            return ReferenceTable(self.setup.job.pool.pairs.reference(), None), identity
         if self.setup.job.resident:
             with phase("weights"):
                 return self._resident(policy, identity, resumed=resumed)

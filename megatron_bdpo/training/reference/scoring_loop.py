@@ -100,7 +100,7 @@ class ScoringLoop:
         pool = self.setup.job.pool
         pairs, after = self._pairs(groups)
         columns = values.reshape(len(values), -1, 2)  # of whole answers, and of their beginnings if they are scored
-        swapped = pool.swapped[pairs]
+        swapped = pool.pairs.swapped[pairs]
         columns[swapped] = columns[swapped][..., ::-1]
         for kind in self.kinds:
             found = columns[:, int(kind == BEGINNINGS)]
@@ -135,8 +135,8 @@ class ScoringLoop:
         settings, pool = self.setup.settings, self.setup.job.pool
         pairs = len(pool.grouping.pairs_of(np.unique(groups.ids)))
         say(
-            f"reference: {pairs} {pool.noun}, {len(groups)} groups scored in {seconds:.1f} s: "
-            f"{pairs / seconds:,.1f} {pool.noun}/s, {tokens / seconds:,.0f} tokens/s"
+            f"reference: {pairs} {pool.pairs.noun}, {len(groups)} groups scored in {seconds:.1f} s: "
+            f"{pairs / seconds:,.1f} {pool.pairs.noun}/s, {tokens / seconds:,.0f} tokens/s"
         )
         return {
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

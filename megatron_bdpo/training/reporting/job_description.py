@@ -23,7 +23,7 @@ def describe_job(job: PairJob) -> list[str]:
     unshared, shared = (int(lengths.positions(share_prompts=share).sum()) for share in (False, True))
     lines = [
         f"loss: {job.loss.describe()}",
-        f"{job.pool.noun}: {_counted(job, job.train)} to train on, {_counted(job, job.held_out)} held out"
+        f"{job.pool.pairs.noun}: {_counted(job, job.train)} to train on, {_counted(job, job.held_out)} held out"
         + "".join(f"; {note}" for note in job.train.notes + job.held_out.notes),
         f"plan: {len(plan.steps)} steps of {plan.steps.shape[1]} {unit}, each in {plan.data_parallel} ranks "
         f"x {plan.microbatches} packs of {_range(plan.lengths)} positions; fill {plan.fill:.1%}",
@@ -48,7 +48,7 @@ def describe_job(job: PairJob) -> list[str]:
 def _describe_labels(job: PairJob) -> str:
     desirable, undesirable = job.labelled_answers
     pairs, table = job.pool.answers_of(job.train.ids)
-    sides = labelled_sides(job.pool.label[pairs])
+    sides = labelled_sides(job.pool.pairs.label[pairs])
     both = len(np.intersect1d(*(table.place[sides[:, side], side] for side in (0, 1))))
     named = f"; {both} of them both, chosen in one pair of a row and rejected in another" if both else ""
     return f"answers: {desirable} desirable, {undesirable} undesirable to train on{named}"

@@ -240,7 +240,7 @@ def test_labels_that_do_not_fit(make: Callable[..., PairStore], column: str, val
 def test_a_pool_holds_an_answer_once(make: Callable[..., PairStore]) -> None:
     """In sizes, in what is laid out, and in the groups of a second store."""
     pool = PairPool([make(), make(ROWS[:2], "second")])
-    assert pool.label.tolist() == [*LABELS, 1, -1]
+    assert pool.pairs.label.tolist() == [*LABELS, 1, -1]
     places = np.arange(len(pool.grouping))
     expected = [*PARTS, *PARTS[:2]]
     lengths = pool.group_lengths(places)
@@ -267,9 +267,9 @@ def test_a_labelled_answer_is_never_swapped(make: Callable[..., PairStore]) -> N
     pool, selection = PairPool([make()]), Selection(np.arange(6))
     swap_all = lambda labels: (np.ones(len(labels), bool), np.ones(len(labels), bool))  # noqa: E731
     select(pool, selection, swap_all, labelled=False)
-    assert pool.swapped.tolist() == [label < 0 for label in LABELS]
+    assert pool.pairs.swapped.tolist() == [label < 0 for label in LABELS]
     assert selection.notes == ["2 pairs swapped by their safety labels, 0 dropped"]
-    assert pool.reference()[1].tolist() == [-2, -1] and pool.reference()[0].tolist() == [-1.5, -1.5]
+    assert pool.pairs.reference()[1].tolist() == [-2, -1] and pool.pairs.reference()[0].tolist() == [-1.5, -1.5]
 
 
 def test_losses_of_pairs_refuse_labelled_answers(make: Callable[..., PairStore]) -> None:

@@ -59,21 +59,21 @@ def test_pairs_are_dropped_and_swapped_whole():
     select(pool, selection, SAFEDPO.select, labelled=True)
     assert selection.ids.tolist() == [0, 1, 2]
     assert selection.notes == ["1 pairs swapped by their safety labels, 1 dropped"]
-    assert pool.unsafe[selection.ids].tolist() == [[0, 1], [0, 1], [0, 0]]
-    assert pool.lengths[:3].tolist() == [[1, 2, 6], [1, 7, 3], [1, 4, 8]]
+    assert pool.pairs.unsafe[selection.ids].tolist() == [[0, 1], [0, 1], [0, 0]]
+    assert pool.pairs.lengths[:3].tolist() == [[1, 2, 6], [1, 7, 3], [1, 4, 8]]
     for pair in range(3):
         group = pool.group(pair).group
-        assert [len(group.prompt), *map(len, group.answers)] == pool.lengths[pair].tolist()
+        assert [len(group.prompt), *map(len, group.answers)] == pool.pairs.lengths[pair].tolist()
     assert [int(answer[0]) for answer in pool.group(1).group.answers] == [12, 11], "rejected first"
     assert [int(answer[0]) for answer in pool.group(1, PromptKind.EMPTY).group.answers] == [12, 11]
-    assert pool.unsafe[held_out].tolist() == [list(each) for each in LABELS]
+    assert pool.pairs.unsafe[held_out].tolist() == [list(each) for each in LABELS]
 
 
 def test_a_loss_that_selects_nothing_leaves_no_trace():
     pool, selection = pool_of([(-1, 0), *LABELS]), Selection(np.arange(5))
     select(pool, selection, keep_all, labelled=False)
     assert selection.ids.tolist() == [0, 1, 2, 3, 4] and not selection.notes
-    assert not pool.swapped.any()
+    assert not pool.pairs.swapped.any()
 
 
 def test_labels_that_a_loss_reads_must_be_there():
@@ -92,12 +92,12 @@ def test_a_single_store_is_not_copied_until_pairs_are_swapped():
     """Ranks of a node share its maps; what is swapped is the pool's, never the store's."""
     store = Store(LABELS)
     pool = PairPool([store])
-    assert np.shares_memory(pool.lengths, store.lengths) and np.shares_memory(pool.unsafe, store.unsafe)
-    pool.swap(np.array([], np.int64))
-    assert np.shares_memory(pool.lengths, store.lengths)
-    pool.swap(np.array([1]))
-    assert pool.lengths[1].tolist() == [1, 7, 3] and store.lengths[1].tolist() == [1, 3, 7]
-    assert pool.unsafe[1].tolist() == [0, 1] and store.unsafe[1].tolist() == [1, 0]
+    assert np.shares_memory(pool.pairs.lengths, store.lengths) and np.shares_memory(pool.pairs.unsafe, store.unsafe)
+    pool.pairs.swap(np.array([], np.int64))
+    assert np.shares_memory(pool.pairs.lengths, store.lengths)
+    pool.pairs.swap(np.array([1]))
+    assert pool.pairs.lengths[1].tolist() == [1, 7, 3] and store.lengths[1].tolist() == [1, 3, 7]
+    assert pool.pairs.unsafe[1].tolist() == [0, 1] and store.unsafe[1].tolist() == [1, 0]
 
 
 class RankedStore(Store):
@@ -163,14 +163,14 @@ class LabelledStore(Store):
 
 def test_a_labelled_answer_is_there_once_and_has_nothing_to_swap():
     pool = PairPool([LabelledStore()])
-    assert pool.noun == "rows"
+    assert pool.pairs.noun == "rows"
     assert [len(pool.group(group).group.answers) for group in range(4)] == [2, 1, 2, 1]
     assert pool.group(1).answers.tolist() == [[0, 0]]
     assert pool.sizes(share_prompts=True).tolist() == [1 + 2 + 6, 1 + 3, 1 + 4 + 8, 1 + 5]
     assert pool.sizes(share_prompts=False).tolist() == [2 + 2 + 6, 1 + 3, 2 + 4 + 8, 1 + 5]
     selection = Selection(np.arange(4))
     select(pool, selection, lambda labels: (np.ones(4, bool), np.ones(4, bool)), labelled=False)
-    assert pool.swapped.tolist() == [True, False, True, False]
+    assert pool.pairs.swapped.tolist() == [True, False, True, False]
     assert selection.notes == ["2 pairs swapped by their safety labels, 0 dropped"]
-    pool.swap(np.arange(4))
-    assert not pool.swapped.any()
+    pool.pairs.swap(np.arange(4))
+    assert not pool.pairs.swapped.any()

@@ -94,7 +94,7 @@ def test_a_pool_is_its_pairs(tmp_path: Path, seed: int) -> None:
     pool = PairPool([store_of(tmp_path / str(index), pairs) for index, pairs in enumerate(of_stores)])
     pairs = [*itertools.chain.from_iterable(of_stores)]
     swapped, left_out = np.flatnonzero(rng.random(len(pairs)) < 0.3), np.flatnonzero(rng.random(len(pairs)) < 0.2)
-    pool.swap(swapped)
+    pool.pairs.swap(swapped)
     pool.grouping.kept[left_out] = False
     pairs = [each.swapped() if place in swapped else each for place, each in enumerate(pairs)]
     groups = list(dict.fromkeys(each.group for each in pairs))
@@ -110,10 +110,13 @@ def test_a_pool_is_its_pairs(tmp_path: Path, seed: int) -> None:
     assert places.tolist() == [place for place, group in enumerate(some) for _ in of_group[group]]
 
     for place, each in enumerate(pairs):
-        assert tuple(pool.reference()[place]) == each.record.reference and pool.margins()[place] == each.record.margin
-        assert pool.unsafe[place].tolist() == [not each.record.chosen_safe, not each.record.rejected_safe]
-        assert pool.scored[place].tolist() == [sum(mask) for _, mask in each.sides]
-        assert pool.lengths[place].tolist() == [len(part) for part in each.pair.parts]
+        assert (
+            tuple(pool.pairs.reference()[place]) == each.record.reference
+            and pool.pairs.margins()[place] == each.record.margin
+        )
+        assert pool.pairs.unsafe[place].tolist() == [not each.record.chosen_safe, not each.record.rejected_safe]
+        assert pool.pairs.scored[place].tolist() == [sum(mask) for _, mask in each.sides]
+        assert pool.pairs.lengths[place].tolist() == [len(part) for part in each.pair.parts]
 
     lengths, expected = pool.group_lengths(some), []
     for group, compared in enumerate(of_group):

@@ -31,7 +31,7 @@ WEIGHT = [0.25, 0.25, 0.5, 0.5, 0.25, 0.25]  # a row is half of a group's, a pai
 
 def batch() -> PackBatch:
     made = batch_of(PACK, 32)
-    maker = PackMaker(SimpleNamespace(label=LABEL), 64)  # type: ignore[arg-type]
+    maker = PackMaker(SimpleNamespace(pairs=SimpleNamespace(label=LABEL)), 64)  # type: ignore[arg-type]
     sides = maker._sides(np.arange(4), made.pairs.weight.numpy())
     return dataclasses.replace(made, pairs=dataclasses.replace(made.pairs, answers=ANSWERS, sides=sides))
 

@@ -49,7 +49,7 @@ def shift_of(mismatched: bool) -> tuple[StepShift, list[Any]]:
         return score
 
     job = SimpleNamespace(
-        pool=SimpleNamespace(grouping=grouping, label=LABEL, scored=places + 100),
+        pool=SimpleNamespace(grouping=grouping, pairs=SimpleNamespace(label=LABEL, scored=places + 100)),
         fits_after_other=np.array([True, True, False, True, True]),
         held_out=SimpleNamespace(ids=np.array([4])),
         groups_of_step=lambda iteration: np.array([[0, 1], [1, 3], [2, 2]][iteration - 1]),
