@@ -75,7 +75,7 @@ def main() -> None:
 def can_train(name: str) -> bool:
     """Whether a loss can do with what this loop gives it: pairs without safety labels."""
     spec = losses.get(name)
-    return not (spec.of_groups or spec.of_answers or spec.requirements(spec.options()).safety)
+    return spec.takes == "pairs" and not spec.requirements(spec.options()).safety
 
 
 def read_pairs(path: Path, tokenizer: Any) -> list[Group]:

@@ -81,7 +81,7 @@ def _of_option(given: dict[str, Any]) -> dict[str, Any]:
 
 def _from_closed_form(name: str, given: dict[str, Any]) -> float:
     spec = losses.get(name)
-    both = _of_groups if spec.of_groups else _of_answers if spec.of_answers else _of_pairs
+    both = {"pairs": _of_pairs, "groups": _of_groups, "answers": _of_answers}[spec.takes]
     off = [((own - one).abs() / one.abs().clamp(min=1)).max().item() for own, one in both(name, given)]
     return rounded_up(max(off))
 

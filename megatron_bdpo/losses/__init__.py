@@ -3,9 +3,9 @@
     options = build_options("bdpo", {"beta": 0.05})
     losses = get("bdpo").function(pairs, options)      # PairLogProbs -> PairLosses, every tensor [P]
 
-    losses = get("pl_dpo").function(groups, options)   # GroupLogProbs -> GroupLosses, where the spec is `of_groups`
+    losses = get("pl_dpo").function(groups, options)   # GroupLogProbs -> GroupLosses, where it takes groups
 
-    losses = get("kto").function(answers, options)     # AnswerLogProbs -> AnswerLosses, where it is `of_answers`
+    losses = get("kto").function(answers, options)     # AnswerLogProbs -> AnswerLosses, where it takes answers
 
 To add one: a file like `dpo.py` with a `SPEC`, and its line below; from another package, see `registry`.
 """

@@ -33,8 +33,8 @@ class AnswerLogProbs:
     reference: Tensor | None = None
     """log pi_ref(y|x)"""
     shift: Tensor | None = None
-    """[], detached, in the unit of the rewards: what `LossSpec.of_step` has found for all answers of the step. None
-    where no step is looked at: it counts as 0"""
+    """[], detached, in the unit of the rewards: what `LossSpec.step_shift` has found for all answers of the step.
+    None where no step is looked at: it counts as 0"""
 
     def __len__(self) -> int:
         """N."""

@@ -105,7 +105,7 @@ PAIRED = LossSpec(
     summary="Alignment by optimal transport: a step's margins against the reference's, each in its order",
     source="arXiv 2406.05882",
     elsewhere=("aot_pair",),
-    of_step=paired_targets,
+    step_targets=paired_targets,
 )
 UNPAIRED = LossSpec(
     name="aot_unpaired",
@@ -114,5 +114,5 @@ UNPAIRED = LossSpec(
     requirements=lambda options: Requirements(reference=True),
     summary="Alignment by optimal transport: a step's chosen answers against its rejected ones, each in its order",
     source="arXiv 2406.05882",
-    of_step=unpaired_targets,
+    step_targets=unpaired_targets,
 )

@@ -35,6 +35,6 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True),
     summary="Anchored Preference Optimization on labelled answers: desirable up, undesirable down",
     source="arXiv 2408.06266, eq. 7",
-    of_answers=True,
+    takes="answers",
     advise=balance,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ from torch import Tensor
 from megatron_bdpo.losses.options import told
 
 BoolArray = npt.NDArray[np.bool_]
+
+Takes = Literal["pairs", "groups", "answers"]
+"""What a loss is of: pairs, prompts with all their answers and these answers' scores, or labelled answers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,7 @@ class PairLogProbs:
     reference_rejected_beginning: Tensor | None = None
     """The same of y_l"""
     chosen_target: Tensor | None = None
-    """What `LossSpec.of_step` has found for the pair among those of its step; None where no step is looked at"""
+    """What `LossSpec.step_targets` has found for the pair among those of its step; None where no step is looked at"""
     rejected_target: Tensor | None = None
     """The other of the two"""
     chosen_score: Tensor | None = None
@@ -143,8 +146,8 @@ class Requirements:
     length_normalised: bool = False
     """The preference term compares log-probs per token, not their sums."""
     mismatched: bool = False
-    """Log-probs of the step's answers after other prompts than their own: `LossSpec.of_step` of a loss of labelled
-    answers gets those in the place of the answers' own."""
+    """Log-probs of the step's answers after other prompts than their own: `LossSpec.step_shift` gets those in the place
+    of the answers' own."""
 
 
 def keep_all(labels: npt.NDArray[np.int8]) -> tuple[BoolArray, BoolArray]:
@@ -184,22 +187,28 @@ class LossSpec[Options, Answers, Losses]:
 
     Their safety labels [P, 2] decide, of chosen and rejected: 1 unsafe, 0 safe, -1 unknown (never with
     `Requirements.safety`: there a pair without labels ends the run). An answer takes its label with it."""
-    of_step: Callable[[Answers, Options], tuple[Tensor, Tensor] | Tensor] | None = None
-    """Looks at all pairs of a step before its gradients, detached, [P]: what the loss of each is a function of beside
-    its own log-probs (`PairLogProbs.chosen_target`, `rejected_target`); or at all of its labelled answers, [N], for one
-    number (`AnswerLogProbs.shift`). It costs a forward pass of the policy per step.
-    Evaluations of pairs do without; of labelled answers each has a shift of its own."""
+    takes: Takes = "pairs"
+    """`PairLogProbs` in, `PairLosses` out; with `"groups"` `groups.GroupLogProbs` in, `groups.GroupLosses` out; with
+    `"answers"`, labelled ones, `answers.AnswerLogProbs` in, `answers.AnswerLosses` out. A pair is read as two."""
+    step_targets: Callable[[Answers, Options], tuple[Tensor, Tensor]] | None = None
+    """Of pairs: looks at all of a step before its gradients, detached, [P], for what the loss of each is a function of
+    beside its own log-probs: `PairLogProbs.chosen_target` and `rejected_target`, [P] each. It costs a forward pass of
+    the policy per step. Evaluations do without."""
+    step_shift: Callable[[Answers, Options], Tensor] | None = None
+    """Of labelled answers: looks at all of a step before its gradients, detached, [N], for the number that their losses
+    share: `AnswerLogProbs.shift`, []. It costs a forward pass of the policy per step. Each evaluation has its own."""
     of_difference: bool = False
     """It reads the reference through `terms.log_ratios` alone, and those in differences of chosen and rejected, so that
     other scores may take their place: it gets the options of `modifiers.ScoreOptions`."""
     jumps: bool = False
     """Its value jumps somewhere near policy == reference, so that the first step's check judges log-probs alone."""
-    of_groups: bool = False
-    """Of all answers to a prompt and their scores: `groups.GroupLogProbs` in, `groups.GroupLosses` out."""
-    of_answers: bool = False
-    """Of labelled answers: `answers.AnswerLogProbs` in, `answers.AnswerLosses` out. A pair is read as two."""
     advise: Callable[[int, int, Options], str | None] | None = None
     """Of labelled answers: what to tell of the numbers of desirable and undesirable ones that are trained on."""
+
+    @property
+    def looks_at_steps(self) -> bool:
+        """Whether a step has a forward pass of the policy more, for what its losses share."""
+        return bool(self.step_targets or self.step_shift)
 
 
 AnyLossSpec = LossSpec[Any, Any, Any]

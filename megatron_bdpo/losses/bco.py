@@ -54,6 +54,6 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True),
     summary="Binary Classifier Optimization: labelled answers, rewards shifted by their step's mean",
     source="arXiv 2404.04656",
-    of_step=mean_reward,
-    of_answers=True,
+    takes="answers",
+    step_shift=mean_reward,
 )

@@ -129,5 +129,5 @@ SPEC = LossSpec(
     summary="Balanced DPO on any number of answers, our extension",
     source="our own, after arXiv 2603.22829",
     settle=settle,
-    of_groups=True,
+    takes="groups",
 )

@@ -12,13 +12,13 @@ def describe(spec: AnyLossSpec) -> dict[str, Any]:
     """Name, summary, what it is of, what it reads with its default options, options, source."""
     needs = spec.requirements(spec.options())
     reads = {
-        "scores of all answers": spec.of_groups,
-        "labels of answers": spec.of_answers,
+        "scores of all answers": spec.takes == "groups",
+        "labels of answers": spec.takes == "answers",
         "reference": needs.reference,
         "comprehension": needs.comprehension,
         "safety labels": needs.safety,
         "answers after other prompts": needs.mismatched,
-        "its step": spec.of_step is not None,
+        "its step": spec.looks_at_steps,
     }
     options = [
         {
@@ -33,7 +33,7 @@ def describe(spec: AnyLossSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "summary": spec.summary,
-        "of": "groups" if spec.of_groups else "answers" if spec.of_answers else "pairs",
+        "of": spec.takes,
         "reads": [name for name, needed in reads.items() if needed],
         "options": options,
         "source": spec.source,

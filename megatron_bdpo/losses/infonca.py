@@ -65,5 +65,5 @@ SPEC = LossSpec(
     summary="InfoNCA: the softmax of rewards drawn to the softmax of scores",
     source="arXiv 2402.05369",
     elsewhere=("InfoNCA",),
-    of_groups=True,
+    takes="groups",
 )

@@ -59,7 +59,7 @@ SPEC = LossSpec(
     summary="Kahneman-Tversky Optimization: labelled answers, each against the policy's drift",
     source="arXiv 2402.01306, eq. 7",
     elsewhere=("kto_pair",),
-    of_step=divergence,
-    of_answers=True,
+    takes="answers",
+    step_shift=divergence,
     advise=balance,
 )

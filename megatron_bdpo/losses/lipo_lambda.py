@@ -106,5 +106,5 @@ SPEC = LossSpec(
     source="arXiv 2402.01878, eq. 8",
     elsewhere=("lipo",),
     jumps=True,
-    of_groups=True,
+    takes="groups",
 )

@@ -16,7 +16,7 @@ import torch
 
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.losses.answers import AnswerLogProbs, AnswerLosses
-from megatron_bdpo.losses.base import AnyLossSpec, LossSpec, PairLogProbs, PairLosses, Requirements
+from megatron_bdpo.losses.base import AnyLossSpec, LossSpec, PairLogProbs, PairLosses, Requirements, Takes
 from megatron_bdpo.losses.groups import GroupLogProbs, GroupLosses
 from megatron_bdpo.user_files import read_regular
 
@@ -93,7 +93,7 @@ def try_loss(file: LossFile) -> None:
         needs = spec.requirements(options)
         if not isinstance(needs, Requirements):
             raise UserError(_wrong(file, f"requirements returns a {type(needs).__name__}", "Return Requirements(...)."))
-        kind = _kind(spec)
+        kind = _KINDS[spec.takes]
         made = kind.made(needs)
         problem = _problem(spec.function(made, options), kind) or _problem_in_a_step(spec, made, options, kind)
     except UserError:
@@ -120,15 +120,6 @@ class _Kind(NamedTuple):
     policy: str = "policy"
 
 
-def _kind(spec: AnyLossSpec) -> _Kind:
-    if spec.of_groups:
-        return _Kind(_two_groups, GroupLosses, {"reward": [2, 3]}, "group")
-    if spec.of_answers:
-        return _Kind(_two_answers, AnswerLosses, {"reward": [2]}, "answer")
-    rewards = {"chosen_reward": [2], "rejected_reward": [2]}
-    return _Kind(_two_pairs, PairLosses, rewards, "pair", "policy_chosen and policy_rejected")
-
-
 def _problem(found: Any, wanted: _Kind) -> tuple[str, str] | None:
     """What is wrong with a loss's results, and what to do."""
     result, first = wanted.losses.__name__, next(iter(wanted.rewards))
@@ -151,12 +142,15 @@ def _problem(found: Any, wanted: _Kind) -> tuple[str, str] | None:
 
 def _problem_in_a_step(spec: AnyLossSpec, answers: Any, options: Any, kind: _Kind) -> tuple[str, str] | None:
     """Of labelled answers that are those of a step, where the loss looks at it."""
-    if not (spec.of_answers and spec.of_step):
+    if not spec.step_shift:
         return None
-    shift = spec.of_step(replace(answers, policy=answers.policy.detach()), options)
+    shift = spec.step_shift(replace(answers, policy=answers.policy.detach()), options)
     if not isinstance(shift, torch.Tensor) or shift.ndim:
         found = list(shift.shape) if isinstance(shift, torch.Tensor) else type(shift).__name__
-        return f"of_step of two answers is {found}, not []", "Give one number for the step, a tensor of no dimension."
+        return (
+            f"step_shift of two answers is {found}, not []",
+            "Give one number for the step, a tensor of no dimension.",
+        )
     return _problem(spec.function(replace(answers, shift=shift), options), kind)
 
 
@@ -219,6 +213,19 @@ def _two_groups(needs: Requirements) -> GroupLogProbs:
         unconditional=torch.where(present, reference - 2.0, 0) if needs.comprehension else None,
         unsafe=torch.tensor([[0, 1, 0], [1, 0, 0]]) if needs.safety else None,
     )
+
+
+_KINDS: dict[Takes, _Kind] = {
+    "pairs": _Kind(
+        _two_pairs,
+        PairLosses,
+        {"chosen_reward": [2], "rejected_reward": [2]},
+        "pair",
+        "policy_chosen and policy_rejected",
+    ),
+    "groups": _Kind(_two_groups, GroupLosses, {"reward": [2, 3]}, "group"),
+    "answers": _Kind(_two_answers, AnswerLosses, {"reward": [2]}, "answer"),
+}
 
 
 def _failed(path: str, error: Exception, what: str, advice: str = "") -> UserError:

@@ -16,11 +16,18 @@ from dataclasses import field, fields, make_dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses.base import AnyLossSpec, LossSpec, PairLogProbs, PairLosses, Requirements, keep_all
+from megatron_bdpo.losses.base import AnyLossSpec, LossSpec, PairLogProbs, PairLosses, Requirements, Takes, keep_all
 from megatron_bdpo.losses.options import LossOptions, field_types, shown
 
 #: In the place of a number: each term's own default.
 OWN = "own"
+
+
+#: What the losses are of that cannot be terms, and the way out.
+_NO_TERMS: dict[Takes, tuple[str, str]] = {
+    "groups": ("all answers to a prompt", "Train with it alone; its --nll-weight adds supervised fine-tuning."),
+    "answers": ("labelled answers, each by itself", "Train with it alone."),
+}
 
 
 class Term(NamedTuple):
@@ -69,19 +76,19 @@ def mix(name: str, get: Callable[[str], AnyLossSpec]) -> AnyLossSpec:
         requirements=lambda options: _requirements(terms, options),
         summary=f"weighted sum of {', '.join(names)}",
         source="; ".join(term.spec.source for term in terms),
-        of_step=_of_step(terms, name),
+        step_targets=_step_targets(terms, name),
     )
 
 
-def _of_step(terms: list[Term], name: str) -> Callable[[PairLogProbs, Any], Any] | None:
+def _step_targets(terms: list[Term], name: str) -> Callable[[PairLogProbs, Any], Any] | None:
     """That of the term that looks at steps, if one does."""
-    looking = [(term, term.spec.of_step) for term in terms if term.spec.of_step]
+    looking = [(term, term.spec.step_targets) for term in terms if term.spec.step_targets]
     if not looking:
         return None
     if len(looking) > 1:
         raise UserError(f"--preference-loss {name}: more than one term sorts the pairs of a step. Keep one.")
-    term, of_step = looking[0]
-    return lambda pairs, options: of_step(pairs, term.options(options))
+    term, targets = looking[0]
+    return lambda pairs, options: targets(pairs, term.options(options))
 
 
 def _each(terms: list[Term], pairs: PairLogProbs, options: Any) -> list[tuple[float, PairLosses]]:
@@ -102,16 +109,9 @@ def _term(text: str, name: str, get: Callable[[str], AnyLossSpec]) -> Term:
     spec = get(loss)
     if spec.select is not keep_all:
         raise UserError(f"--preference-loss {name}: '{loss}' swaps and drops pairs by labels. Train with it alone.")
-    if spec.of_groups:
-        raise UserError(
-            f"--preference-loss {name}: '{loss}' is a loss of all answers to a prompt, and a mix is of pairs. "
-            "Train with it alone; its --nll-weight adds supervised fine-tuning."
-        )
-    if spec.of_answers:
-        raise UserError(
-            f"--preference-loss {name}: '{loss}' is a loss of labelled answers, each by itself, and a mix is of pairs. "
-            "Train with it alone."
-        )
+    if spec.takes != "pairs":
+        what, way_out = _NO_TERMS[spec.takes]
+        raise UserError(f"--preference-loss {name}: '{loss}' is a loss of {what}, and a mix is of pairs. {way_out}")
     return Term(number, spec)
 
 

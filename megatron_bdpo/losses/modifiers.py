@@ -134,7 +134,7 @@ def modified(spec: AnyLossSpec) -> AnyLossSpec:
     Raises:
         UserError: it has an option of such a name itself.
     """
-    if spec.of_groups or spec.of_answers:
+    if spec.takes != "pairs":
         return spec
     own = spec.function
 

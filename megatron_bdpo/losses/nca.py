@@ -49,5 +49,5 @@ SPEC = LossSpec(
     summary="Noise Contrastive Alignment on scores: each answer against its own reference",
     source="arXiv 2402.05369",
     elsewhere=("NCA",),
-    of_groups=True,
+    takes="groups",
 )

@@ -42,5 +42,5 @@ SPEC = LossSpec(
     requirements=lambda options: Requirements(reference=True),
     summary="Plackett-Luce DPO: DPO on a ranking of any number of answers",
     source="arXiv 2305.18290, appendix A.3",
-    of_groups=True,
+    takes="groups",
 )

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses.base import AnyLossSpec, LossSpec, keep_all
+from megatron_bdpo.losses.base import AnyLossSpec, LossSpec, Takes
 from megatron_bdpo.losses.loss_file import FLAG, LossFile, read_loss_file, try_loss
 from megatron_bdpo.losses.mix import is_mix, mix
 from megatron_bdpo.losses.modifiers import modified
@@ -206,9 +206,7 @@ def _load(point: EntryPoint) -> _Plugin:
 def _check(spec: AnyLossSpec) -> None:
     if not isinstance(spec, LossSpec):
         raise UserError(f"a loss has to be a LossSpec, not {type(spec).__name__}")
-    if spec.of_groups and spec.of_step:
-        raise UserError(f"the loss '{spec.name}' is of groups, and of_step is for losses of pairs. Leave it out")
-    _check_answers(spec)
+    _check_kind(spec)
     options = spec.options
     if not (isinstance(options, type) and is_dataclass(options) and options.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise UserError(f"the options of loss '{spec.name}' have to be a frozen dataclass type, not {options!r}")
@@ -218,14 +216,28 @@ def _check(spec: AnyLossSpec) -> None:
     field_types(options)
 
 
-def _check_answers(spec: AnyLossSpec) -> None:
-    """What goes with labelled answers alone, and what does not."""
-    others = {"of_groups": spec.of_groups, "of_difference": spec.of_difference, "settle": spec.settle is not None}
-    others["select"] = spec.select is not keep_all
-    if spec.of_answers and (found := [name for name, is_there in others.items() if is_there]):
-        raise UserError(f"the loss '{spec.name}' is of labelled answers, which {found[0]} is not for. Leave it out")
-    if spec.advise and not spec.of_answers:
-        raise UserError(f"the loss '{spec.name}': advise is for losses of labelled answers. Leave it out")
+#: Field of a spec that not every loss may have -> what those take that may.
+_ONLY_OF: dict[str, tuple[Takes, ...]] = {
+    "of_difference": ("pairs",),
+    "step_targets": ("pairs",),
+    "select": ("pairs", "groups"),
+    "settle": ("pairs", "groups"),
+    "step_shift": ("answers",),
+    "advise": ("answers",),
+}
+
+
+def _check_kind(spec: AnyLossSpec) -> None:
+    """What a loss takes, and what goes with that."""
+    if spec.takes not in get_args(Takes):
+        raise UserError(f"the loss '{spec.name}' takes {spec.takes!r}. Say one of: {', '.join(get_args(Takes))}")
+    defaults = {each.name: each.default for each in fields(spec)}
+    for name, kinds in _ONLY_OF.items():
+        if spec.takes not in kinds and getattr(spec, name) != defaults[name]:
+            only = " or ".join(kinds)
+            raise UserError(
+                f"the loss '{spec.name}' takes {spec.takes}, and {name} is for losses of {only}. Leave it out"
+            )
 
 
 def _unused(key: str, spec: AnyLossSpec) -> str:

@@ -67,5 +67,5 @@ SPEC = LossSpec(
     summary="Triple Preference Optimization: the second best answer against the worst, with the best one's NLL",
     source="arXiv 2405.16681",
     elsewhere=("tpo-l",),
-    of_groups=True,
+    takes="groups",
 )

@@ -46,7 +46,7 @@ def sides_of(batch: PackBatch) -> PackSides:
 
 @dataclass
 class AnswerStep(PreferenceStep):
-    """``forward_step`` of a run whose loss is ``LossSpec.of_answers``."""
+    """``forward_step`` of a run whose loss takes labelled answers."""
 
     shift: Tensor | None = None
     """[] what the loss has found for the whole step or evaluation: see ``step_shift``."""

@@ -27,6 +27,7 @@ from megatron_bdpo.data.packs import IntArray, Pack, lay_out
 from megatron_bdpo.data.pool import ComparedGroup, PairPool
 from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.logprobs import ScoredPositions
+from megatron_bdpo.losses.base import Takes
 from megatron_bdpo.model.attention import AttentionPlan
 from megatron_bdpo.model.reward_head import AnswerEnds
 
@@ -180,8 +181,8 @@ class PackMaker:
             that it is asked for; all packs ask for this one.
         padding_token: see ``lay_out``.
         over_pairs: every pair counts 1 in the step's mean; otherwise every group does, its pairs alike.
-        with_tables: batches have a ``PackTable``.
-        with_sides: batches have ``PackSides``.
+        takes: what the loss does; batches for losses of groups have a ``PackTable``, for those of labelled answers
+            ``PackSides``.
         with_cuts: batches have ``PackCuts``, at the common lengths of their pairs.
     """
 
@@ -192,8 +193,7 @@ class PackMaker:
     padding_token: int | None = None
     context: ContextRank = ALONE
     over_pairs: bool = False
-    with_tables: bool = False
-    with_sides: bool = False
+    takes: Takes = "pairs"
     with_cuts: bool = False
 
     @functools.cached_property
@@ -239,8 +239,8 @@ class PackMaker:
             count=len(ids) if self.over_pairs else len(groups),
             first=np.cumsum(sizes) - sizes,
             group_weight=torch.from_numpy(sizes.astype(np.float64) if self.over_pairs else np.ones(len(sizes))),
-            table=self._table(ids, answers, sizes) if self.with_tables else None,
-            sides=self._sides(ids, weight) if self.with_sides else None,
+            table=self._table(ids, answers, sizes) if self.takes == "groups" else None,
+            sides=self._sides(ids, weight) if self.takes == "answers" else None,
         )
 
     def _sides(self, ids: IntArray, weight: npt.NDArray[np.float64]) -> PackSides:

@@ -77,9 +77,11 @@ def _selected(settings: Settings, loss: PairLossFunction, pool: PairPool) -> tup
     if not settings.schedule.evaluates:
         held_out = Selection(held_out.ids[:0], _never_evaluated(settings, len(held_out.ids)))
     named = "--objective reward" if settings.objective.is_reward else f"--preference-loss {loss.spec.name}"
-    readers = [spec.name for spec in registry.all_specs() if spec.of_answers and not settings.objective.is_reward]
+    readers = [
+        spec.name for spec in registry.all_specs() if spec.takes == "answers" and not settings.objective.is_reward
+    ]
     for selection in (train, held_out):
-        if not loss.spec.of_answers:
+        if loss.spec.takes != "answers":
             refuse_labelled_answers(pool, selection, named, readers)
         select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
     return train, held_out, split_digest

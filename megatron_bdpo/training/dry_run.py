@@ -182,14 +182,14 @@ class Work:
         step = whole - layers / 3 if arguments.settings.lora.is_wanted else whole
         needs = job.loss.requirements
         # A resident reference takes part in what the policy does to look at a step of answers.
-        looks_too = job.resident and job.loss.spec.of_answers and job.loss.spec.of_step is not None
+        looks_too = job.resident and job.loss.spec.step_shift is not None
         passes = sum([needs.reference or needs.comprehension, needs.comprehension, needs.mismatched or looks_too])
         scored = len(job.train.ids) + len(job.held_out.ids)
         if job.resident:
             scored = len(plan.steps) * plan.steps.shape[1]
         # A forward pass is a third of all this; answers without their prompts are shorter than pairs.
         scoring = passes * scored / plan.steps.shape[1] * whole / 3
-        if job.loss.spec.of_step:  # looks at each step once more
+        if job.loss.spec.looks_at_steps:
             step += whole / 3
         steps = len(plan.steps)
         layout = arguments.settings.layout

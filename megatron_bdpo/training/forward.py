@@ -54,7 +54,7 @@ class ReferenceValues(Protocol):
 
 
 class StepTargets(Protocol):
-    """What the losses of a batch's pairs hang on beside the pairs: other pairs of the step (``LossSpec.of_step``)."""
+    """What the losses of a batch's pairs hang on beside the pairs: ``LossSpec.step_targets``, of the whole step."""
 
     def lookup(self, batch: PackBatch) -> tuple[Tensor, Tensor]:
         """[P] each, on the device, in a training step."""

@@ -52,7 +52,7 @@ def _table(batch: PackBatch) -> PackTable:
 
 @dataclass
 class GroupStep(PreferenceStep):
-    """``forward_step`` of a run whose loss is ``LossSpec.of_groups``."""
+    """``forward_step`` of a run whose loss takes groups."""
 
     def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
         policy, entropy, _ = self.scoring.apart(scores)

@@ -69,8 +69,7 @@ class PairJob:
             self.padding_token,
             context,
             self.over_pairs,
-            with_tables=self.loss.spec.of_groups,
-            with_sides=self.loss.spec.of_answers,
+            self.loss.spec.takes,
             with_cuts=self.loss.requirements.beginnings,
         )
 
@@ -101,7 +100,7 @@ class PairJob:
     @property
     def compared(self) -> int:
         """Number of losses over all training pairs: one for each of them, or for each group."""
-        return len(self.train.ids) if self.loss.spec.of_groups else self.training_pairs
+        return len(self.train.ids) if self.loss.spec.takes == "groups" else self.training_pairs
 
     def groups_of_step(self, iteration: int) -> IntArray:
         """Ids of the groups of a step; steps are counted from 1."""

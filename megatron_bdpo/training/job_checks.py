@@ -39,7 +39,7 @@ def check_loss(settings: Settings, loss: PairLossFunction) -> None:
             "--reference columns has the log-probs of whole answers, and --ld-alpha compares their beginnings, too. "
             "Leave one of them out."
         )
-    if loss.spec.of_groups and settings.steps.mean_over:
+    if loss.spec.takes == "groups" and settings.steps.mean_over:
         raise UserError(
             f"--mean-over {settings.steps.mean_over}: --preference-loss {settings.loss.name} is a loss of groups, and "
             "a step's mean is over them. Leave it out."
@@ -88,8 +88,7 @@ def check_selected(
         _refuse_no_pairs(pool, train, len(pool.grouping.pairs_of(held_out.ids)))
     if loss.requirements.mismatched:
         _ = pool.prompts.other_group  # refuses a single prompt
-    sorts = loss.spec.of_step and not loss.spec.of_answers
-    if sorts and settings.steps.mean_over != "pairs" and len(pairs) > len(train.ids):
+    if loss.spec.step_targets and settings.steps.mean_over != "pairs" and len(pairs) > len(train.ids):
         raise UserError(
             f"--preference-loss {loss.spec.name} sorts a step's pairs, each of which is to count alike; in a mean over "
             "rows with several pairs they do not. Add --mean-over pairs."

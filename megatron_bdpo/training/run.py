@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_bdpo.data.step_plan import IntArray
 from megatron_bdpo.display import Block
 from megatron_bdpo.logprobs import TokenScoring
+from megatron_bdpo.losses.base import Takes
 from megatron_bdpo.model.evaluation import weights_at_rest
 from megatron_bdpo.model.pair_gpt import PairGPTConfig
 from megatron_bdpo.platform.seams import trainer_seams
@@ -56,6 +57,8 @@ from megatron_bdpo.training.suspects import likely_cause
 
 Schedule = Callable[..., Any]
 """Megatron's, of one step or evaluation."""
+
+_STEPS: dict[Takes, type[PreferenceStep]] = {"pairs": PreferenceStep, "groups": GroupStep, "answers": AnswerStep}
 
 
 class PreferenceRun:
@@ -103,8 +106,7 @@ class PreferenceRun:
         self.setup = setup = set_up(arguments, keeps_status=True)
         self.settings, self.job, self.config, self.scoring = setup.settings, setup.job, setup.config, setup.scoring
         schedule, job = self.settings.schedule, self.job
-        step = RewardStep if self.settings.objective.is_reward else PreferenceStep
-        step = GroupStep if job.loss.spec.of_groups else AnswerStep if job.loss.spec.of_answers else step
+        step = RewardStep if self.settings.objective.is_reward else _STEPS[job.loss.spec.takes]
         self.step = step(
             job.loss,
             NoReference(),
@@ -286,9 +288,11 @@ def _as_it_is(schedule: Schedule) -> Schedule:
 def _looking_at_steps(run: PreferenceRun, reference: ReferenceValues) -> Callable[[Schedule], Schedule]:
     """What gives the losses that look at whole steps what they need, before each step."""
     loss, job = run.step.loss, run.job
-    if loss.spec.of_step is None:
-        return _as_it_is
-    if isinstance(run.step, AnswerStep):
+    if loss.spec.step_targets:
+        run.step.targets = targets = SortedStep(job, loss, reference, ScoringStep(run.scoring))
+        return functools.partial(targets.wrap, model=run.model, done=lambda: run.iteration)
+    if loss.spec.step_shift:
+        assert isinstance(run.step, AnswerStep)
         groups = np.concatenate([job.train.ids, job.held_out.ids])
         policy = passes_of(replace(make_scorer(run.setup, run.model, groups), with_adapters=True))
         if isinstance(reference, ReferenceTable):
@@ -299,8 +303,7 @@ def _looking_at_steps(run: PreferenceRun, reference: ReferenceValues) -> Callabl
         return functools.partial(
             shift.wrap, step=run.step, done=lambda: run.iteration, pause=run.evaluation.leave_if_asked
         )
-    run.step.targets = targets = SortedStep(job, loss, reference, ScoringStep(run.scoring))
-    return functools.partial(targets.wrap, model=run.model, done=lambda: run.iteration)
+    return _as_it_is
 
 
 def _reason(run: PreferenceRun, leaving: SystemExit) -> str:

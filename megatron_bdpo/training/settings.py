@@ -335,7 +335,7 @@ class Settings:
         Raises:
             UserError: there is no such loss.
         """
-        return not self.objective.is_reward and registry.get(self.loss.name).of_groups
+        return not self.objective.is_reward and registry.get(self.loss.name).takes == "groups"
 
     @property
     def length_unit(self) -> int:

@@ -35,7 +35,7 @@ _BLOCKS = 4
 
 
 class StepShift:
-    """Asks ``LossSpec.of_step`` once a step, and once an evaluation.
+    """Asks ``LossSpec.step_shift`` once a step, and once an evaluation.
 
     Attributes:
         kind: the prompt that answers are scored after.
@@ -66,10 +66,9 @@ class StepShift:
         policy, reference = (torch.from_numpy(values[sides]) for values in scores.values())
         tokens = torch.from_numpy(pool.pairs.scored[pairs][sides])
         desirable = torch.from_numpy(np.flatnonzero(sides) % 2 == 0)
-        assert self._loss.spec.of_step is not None
+        assert self._loss.spec.step_shift is not None
         answers = AnswerLogProbs(policy, tokens, desirable, reference=reference)
-        found = self._loss.spec.of_step(answers, self._loss.options)
-        assert isinstance(found, Tensor)
+        found = self._loss.spec.step_shift(answers, self._loss.options)
         if step is not None and not bool(torch.isfinite(found)):
             self._refuse(scores, groups, step)
         return found.cuda()

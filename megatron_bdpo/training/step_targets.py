@@ -17,11 +17,11 @@ from megatron_bdpo.training.job import PairJob
 
 
 class SortedStep:
-    """A pass of the policy over the step's microbatches just before it, and what ``LossSpec.of_step`` makes of that.
+    """A pass of the policy over the step's microbatches just before it: ``LossSpec.step_targets`` is asked about it.
 
     Attributes:
         job: with the plan of the steps.
-        loss: its ``of_step`` is asked.
+        loss: its ``step_targets`` is asked.
         reference: has scored the step's microbatches already.
         step: a forward step that collects [P, 2] of each pack's pairs.
     """
@@ -65,8 +65,8 @@ class SortedStep:
         start, everyone = self._gathered(torch.cat(own), step)
         tokens, policy, *reference = everyone.unflatten(1, (-1, 2)).unbind(1)
         pairs = PairLogProbs.of_pairs(tokens, policy, *reference)
-        assert self.loss.spec.of_step is not None
-        targets = self.loss.spec.of_step(pairs, self.loss.options)
+        assert self.loss.spec.step_targets is not None
+        targets = self.loss.spec.step_targets(pairs, self.loss.options)
         counts = [len(each) for each in own]
         chosen, rejected = (each[start : start + sum(counts)].split(counts) for each in targets)
         keys = [batch.pairs.key for batch in batches[-1]]

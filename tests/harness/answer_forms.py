@@ -87,7 +87,7 @@ EXTREME = [  # |r| = 1e3 at beta 0.1, and policy = reference, of either label
 
 
 def inputs(answers: list[Answer], dtype: torch.dtype, *, mismatched: bool = False) -> AnswerLogProbs:
-    """As a loss takes them; or as its ``of_step`` takes answers after other prompts."""
+    """As a loss takes them; or as its ``step_shift`` takes answers after other prompts."""
     policy = torch.tensor([a.m if mismatched else a.l for a in answers], dtype=dtype)
     return AnswerLogProbs(
         policy=policy if mismatched else policy.requires_grad_(),
@@ -99,10 +99,10 @@ def inputs(answers: list[Answer], dtype: torch.dtype, *, mismatched: bool = Fals
 
 def shift_of(spec: LossSpec[Any, Any, Any], step: list[Answer], options: Any, dtype: torch.dtype) -> Any:
     """What the loss finds in a step; None where there is none, or it looks at none."""
-    if spec.of_step is None or not step:
+    if spec.step_shift is None or not step:
         return None
     answers = inputs(step, dtype, mismatched=spec.requirements(options).mismatched)
-    return spec.of_step(replace(answers, policy=answers.policy.detach()), options)
+    return spec.step_shift(replace(answers, policy=answers.policy.detach()), options)
 
 
 def evaluate(

@@ -71,12 +71,12 @@ class Result(NamedTuple):
 
 def with_targets(spec: LossSpec[Any, Any, Any], pairs: PairLogProbs, options: Any) -> PairLogProbs:
     """The pairs as those of one step."""
-    if spec.of_step is None:
+    if spec.step_targets is None:
         return pairs
     detached = replace(
         pairs, policy_chosen=pairs.policy_chosen.detach(), policy_rejected=pairs.policy_rejected.detach()
     )
-    chosen, rejected = spec.of_step(detached, options)
+    chosen, rejected = spec.step_targets(detached, options)
     return replace(pairs, chosen_target=chosen, rejected_target=rejected)
 
 

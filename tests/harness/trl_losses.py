@@ -233,7 +233,7 @@ def ours(
     name: str, options: dict[str, Any], tokens: Lengths, values: Values, collision_entropies: Tensor | None = None
 ) -> Tensor:
     """Our loss, a mean over the pairs; of labelled answers the mean of what a pair's two add up to."""
-    if losses.get(name).of_answers:
+    if losses.get(name).takes == "answers":
         assert isinstance(tokens, int)
         return ours_of_answers(name, options, tokens, values)
     known: dict[str, Any] = {"beta": BETA} if "beta" in vars(losses.build_options(name, {})) else {}
@@ -256,10 +256,10 @@ def ours_of_answers(name: str, options: dict[str, Any], tokens: int, values: Val
     policy, reference = (tokens * torch.stack(each, 1).flatten() for each in (values[:2], values[2:]))
     length, labels = torch.full((2 * PAIRS,), tokens), torch.tensor([True, False] * PAIRS)
     answers = AnswerLogProbs(policy, length, labels, reference)
-    if spec.of_step:
+    if spec.step_shift:
         others = (tokens * each for each in mismatched(values))
         seen = replace(answers, **dict(zip(("policy", "reference"), others, strict=True)))
-        shift = spec.of_step(seen, all_options)
+        shift = spec.step_shift(seen, all_options)
         assert isinstance(shift, Tensor) and shift > 0
         answers = replace(answers, shift=shift)
     return 2 * spec.function(answers, all_options).loss.mean()

@@ -16,7 +16,7 @@ from tests.harness.ranks import RankFailure
 from tests.parity.matrix import ALLOWED, CP2, PP2, TP2_SP, VPP2
 from tests.parity.test_groups import job
 
-LOSSES = [spec.name for spec in registry.all_specs() if spec.of_answers]
+LOSSES = [spec.name for spec in registry.all_specs() if spec.takes == "answers"]
 LAYOUTS = {
     "DP2": (2, ""),
     "CP2 DP2": (4, CP2),

@@ -30,7 +30,7 @@ MODIFIED = {
 }
 
 #: Of rows with several answers, and with one: see ``test_groups`` and ``test_labelled_answers``.
-OTHERS = {spec.name for spec in registry.all_specs() if spec.of_groups or spec.of_answers}
+OTHERS = {spec.name for spec in registry.all_specs() if spec.takes != "pairs"}
 
 LOSSES = [*sorted(set(registry.names()) - ELSEWHERE - OTHERS), "bdpo=1.0,sft=0.2,bco_pair=0.5", *MODIFIED]
 
@@ -43,7 +43,7 @@ CONDITIONED: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 
 #: Of losses whose pairs hang on others of the step: on other ranks, in other microbatches.
-OF_STEPS = [spec.name for spec in registry.all_specs() if spec.of_step and spec.name not in OTHERS]
+OF_STEPS = [spec.name for spec in registry.all_specs() if spec.step_targets]
 DATA_PARALLEL = {"DP4": "", "PP2 DP2": PP2}
 
 

@@ -201,7 +201,7 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="flags in a YAML file, or in braces: '{lr: 1e-6}'. Later recipes win, the command line wins over all",
     )
-    looking = [each.name for each in registry.all_specs() if each.of_step]
+    looking = [each.name for each in registry.all_specs() if each.looks_at_steps]
     group.add_argument(
         "--preference-loss",
         default="bdpo",

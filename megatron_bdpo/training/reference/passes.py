@@ -50,7 +50,7 @@ class ReferenceTable:
 
     def training_values(self, job: PairJob) -> PairLogProbs | GroupLogProbs:
         """What the loss reads of all that the run trains on and uses, in float64, with the reference as the policy."""
-        return self._groups(job) if job.loss.spec.of_groups else self._pairs(job)
+        return self._groups(job) if job.loss.spec.takes == "groups" else self._pairs(job)
 
     def _groups(self, job: PairJob) -> GroupLogProbs:
         pairs, place = job.pool.grouping.pairs_and_places(job.train.ids)

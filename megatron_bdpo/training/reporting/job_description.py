@@ -31,7 +31,7 @@ def describe_job(job: PairJob) -> list[str]:
     if unit == "groups":
         over = "pairs" if job.over_pairs else "groups, of the mean over a group's pairs"
         lines.append(f"groups: pairs of one row and prompt; a step's loss is the mean over its {over}")
-    if job.loss.spec.of_answers:
+    if job.loss.spec.takes == "answers":
         lines.append(_describe_labels(job))
     if job.fixed_length:
         fullest = per_pack(job.sizes[plan.steps], plan.pack_of, plan.packs_per_step).max()

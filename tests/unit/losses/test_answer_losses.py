@@ -27,8 +27,8 @@ from tests.harness.answer_forms import (
     shift_of,
 )
 
-OF_ANSWERS = sorted(spec.name for spec in losses.all_specs() if spec.of_answers)
-OF_STEPS = [name for name in OF_ANSWERS if losses.get(name).of_step]
+OF_ANSWERS = sorted(spec.name for spec in losses.all_specs() if spec.takes == "answers")
+OF_STEPS = [name for name in OF_ANSWERS if losses.get(name).step_shift]
 
 ANSWERS = random_answers(100) + EXTREME
 #: What the loss's step may be: the answers, those whose drift is negative, so that z is 0, and none.
@@ -74,7 +74,7 @@ def test_the_shift_is_one_number_without_a_gradient(name):
     spec, options = losses.get(name), losses.build_options(name, {})
     for dtype in (torch.float64, torch.float32):
         with_gradient = inputs(ANSWERS, dtype)
-        shift = spec.of_step(with_gradient, options)
+        shift = spec.step_shift(with_gradient, options)
         assert shift.shape == () and shift.dtype == dtype and not shift.requires_grad
 
 
@@ -208,7 +208,7 @@ def test_the_report():
 def test_what_they_say_of_themselves(name, expected_requirements, looks):
     spec = losses.get(name)
     assert spec.requirements(spec.options()) == expected_requirements
-    assert (spec.of_step is not None) is looks and spec.of_answers and not spec.of_groups
+    assert (spec.step_shift is not None) is looks and spec.takes == "answers"
     assert {each.name for each in fields(spec.options)} == {"beta", "desirable_weight", "undesirable_weight"}
 
 

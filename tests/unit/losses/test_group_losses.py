@@ -18,7 +18,7 @@ from megatron_bdpo.losses.options import field_types, flag
 from tests.harness.group_cases import EXTREME, GROUPS, evaluate, inputs, random_groups, told
 from tests.harness.group_forms import GROUP_CASES, GROUP_FORMS, Answer, expected_rewards, with_nll
 
-OF_GROUPS = sorted(spec.name for spec in losses.all_specs() if spec.of_groups)
+OF_GROUPS = sorted(spec.name for spec in losses.all_specs() if spec.takes == "groups")
 
 every_case = pytest.mark.parametrize(("name", "given"), GROUP_CASES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

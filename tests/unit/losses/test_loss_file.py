@@ -88,7 +88,7 @@ def spread(groups, options):
     delta = (groups.policy - groups.reference) * groups.present
     return GroupLosses(delta.var(1), delta.detach())
 
-SPEC = LossSpec("spread", spread, LossOptions, lambda options: Requirements(reference=True), "", "", of_groups=True)
+SPEC = LossSpec("spread", spread, LossOptions, lambda options: Requirements(reference=True), "", "", takes="groups")
 """
 
 WRONG_OF_GROUPS = {
@@ -108,7 +108,7 @@ WRONG_OF_GROUPS = {
 
 def test_a_loss_of_groups_in_a_file(file):
     found = registry.use_file(file(OF_GROUPS))
-    assert found is not None and found.spec.of_groups and "spread" in registry.names()
+    assert found is not None and found.spec.takes == "groups" and "spread" in registry.names()
 
 
 @pytest.mark.parametrize("case", WRONG_OF_GROUPS)
@@ -131,7 +131,7 @@ def mean(answers, options):
     return (answers.policy - answers.reference).mean()
 
 READS = Requirements(reference=True)
-SPEC = LossSpec("pulled", pulled, LossOptions, lambda options: READS, "", "", of_answers=True, of_step=mean)
+SPEC = LossSpec("pulled", pulled, LossOptions, lambda options: READS, "", "", takes="answers", step_shift=mean)
 """
 
 WRONG_OF_ANSWERS = {
@@ -140,14 +140,14 @@ WRONG_OF_ANSWERS = {
     "carried": ("delta.detach()", "delta", "reward carries a gradient. Detach it"),
     "unread": ("reference=True", "", "Say in requirements what it reads"),
     "without-a-step": ("0 if answers.shift is None else ", "", "cannot be computed: TypeError"),
-    "shift": (").mean()", ")", "of_step of two answers is [2], not []. Give one number for the step"),
+    "shift": (").mean()", ")", "step_shift of two answers is [2], not []. Give one number for the step"),
     "no-shift": ("return (answers.policy - answers.reference).mean()", "return 0.5", "of two answers is float, not []"),
 }
 
 
 def test_a_loss_of_answers_in_a_file(file):
     found = registry.use_file(file(OF_ANSWERS))
-    assert found is not None and found.spec.of_answers and "pulled" in registry.names()
+    assert found is not None and found.spec.takes == "answers" and "pulled" in registry.names()
 
 
 @pytest.mark.parametrize("case", WRONG_OF_ANSWERS)

@@ -110,7 +110,7 @@ def run(tree: ast.Module, module: ModuleType) -> dict[str, Any]:
 
 def is_right(spec: LossSpec, cases: list[dict[str, Any]]) -> bool:
     """Whether the losses are those of the closed forms. One that looks at steps is DPO where there is none."""
-    alone = ["dpo"] if spec.of_step else []
+    alone = ["dpo"] if spec.step_targets else []
     return all(agrees(spec, given, name) for given in cases for name in (spec.name, *alone))
 
 

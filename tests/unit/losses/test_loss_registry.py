@@ -280,28 +280,25 @@ class TestRegister:
         with pytest.raises(UserError, match=r"Odd\.margins: .* not <class 'tuple'>"):
             losses.register(spec("mine", odd))
 
-    def test_a_loss_of_groups_that_looks_at_steps(self):
-        both = replace(spec("mine", LossOptions), of_groups=True, of_step=lambda groups, options: None)
-        with pytest.raises(UserError, match="of_step is for losses of pairs"):
-            losses.register(both)
+    def test_what_nothing_takes(self):
+        with pytest.raises(UserError, match=r"'mine' takes 'group'\. Say one of: pairs, groups, answers"):
+            losses.register(replace(spec("mine", LossOptions), takes="group"))
 
     @pytest.mark.parametrize(
-        ("field", "value"),
+        ("takes", "field", "value", "only"),
         [
-            ("of_groups", True),
-            ("of_difference", True),
-            ("settle", lambda answers, options: (options, "")),
-            ("select", lambda labels: (labels[:, 0] == 0, labels[:, 0] == 1)),
+            ("pairs", "step_shift", lambda answers, options: None, "answers"),
+            ("pairs", "advise", lambda desirable, undesirable, options: None, "answers"),
+            ("groups", "step_targets", lambda groups, options: None, "pairs"),
+            ("groups", "of_difference", True, "pairs"),
+            ("answers", "of_difference", True, "pairs"),
+            ("answers", "settle", lambda answers, options: (options, ""), "pairs or groups"),
+            ("answers", "select", lambda labels: (labels[:, 0] == 0, labels[:, 0] == 1), "pairs or groups"),
         ],
     )
-    def test_what_a_loss_of_labelled_answers_has_no_use_for(self, field, value):
-        with pytest.raises(UserError, match=f"is of labelled answers, which {field} is not for"):
-            losses.register(replace(spec("mine", LossOptions), of_answers=True, **{field: value}))
-
-    def test_advice_about_labels_that_are_not_there(self):
-        advising = replace(spec("mine", LossOptions), advise=lambda desirable, undesirable, options: None)
-        with pytest.raises(UserError, match="advise is for losses of labelled answers"):
-            losses.register(advising)
+    def test_what_a_loss_of_its_kind_has_no_use_for(self, takes, field, value, only):
+        with pytest.raises(UserError, match=f"takes {takes}, and {field} is for losses of {only}. Leave it out"):
+            losses.register(replace(spec("mine", LossOptions), takes=takes, **{field: value}))
 
     def test_one_option_name_with_two_types(self):
         losses.register(spec("mine", ClashingOptions))

@@ -21,7 +21,7 @@ from tests.harness.loss_cases import PAIRS, evaluate, inputs, of_beginnings, ran
 
 #: Losses that compare the two answers' scores.
 OF_DIFFERENCE = ("discopop", "dpo", "exo_pair", "hinge", "ipo", "robust", "safedpo", "sigmoid_norm")
-OF_PAIRS = tuple(each.name for each in losses.all_specs() if not (each.of_groups or each.of_answers))
+OF_PAIRS = tuple(each.name for each in losses.all_specs() if each.takes == "pairs")
 
 
 def as_written(name: str) -> LossSpec:

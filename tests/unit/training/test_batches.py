@@ -128,10 +128,10 @@ def group_read(over_pairs: bool) -> dict[str, Any]:
     from megatron_bdpo.training.group_step import groups_of
 
     pool = PairPool([RankedStore()])
-    batch = PackMaker(pool, 64, over_pairs=over_pairs, with_tables=True)(np.array([1, 0]), 48)
+    batch = PackMaker(pool, 64, over_pairs=over_pairs, takes="groups")(np.array([1, 0]), 48)
     policy = torch.arange(6, dtype=torch.float64)  # of the pack's answers: the pair's, then the row's
     read = groups_of(batch, policy, policy[batch.pairs.answers] - 100, None)
-    empty = PackMaker(pool, 64, with_tables=True)(np.zeros(0, np.int64), 8)
+    empty = PackMaker(pool, 64, takes="groups")(np.zeros(0, np.int64), 8)
     return {
         "pairs": batch.pairs.ids.tolist(),
         "answers": batch.pairs.answers.tolist(),

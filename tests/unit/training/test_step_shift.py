@@ -36,7 +36,7 @@ def shift_of(mismatched: bool) -> tuple[StepShift, list[Any]]:
     grouping = Grouping([np.stack([PROMPTS] * 3, axis=1)])
     places = np.arange(2 * len(LABEL)).reshape(-1, 2)
 
-    def of_step(answers: AnswerLogProbs, options: Any) -> torch.Tensor:
+    def mean(answers: AnswerLogProbs, options: Any) -> torch.Tensor:
         asked.append(answers)
         return torch.tensor(float(len(answers)))
 
@@ -55,7 +55,7 @@ def shift_of(mismatched: bool) -> tuple[StepShift, list[Any]]:
         groups_of_step=lambda iteration: np.array([[0, 1], [1, 3], [2, 2]][iteration - 1]),
     )
     requirements = Requirements(reference=True, mismatched=mismatched)
-    loss: Any = SimpleNamespace(requirements=requirements, options=None, spec=SimpleNamespace(of_step=of_step))
+    loss: Any = SimpleNamespace(requirements=requirements, options=None, spec=SimpleNamespace(step_shift=mean))
     return StepShift(job, loss, scores(0.25), scores(0.5)), asked  # type: ignore[arg-type]
 
 
@@ -95,7 +95,7 @@ def test_the_answer_that_breaks_it_is_named(mismatched):
         values[1] = np.nan
         return values
 
-    shift._policy, shift._loss.spec.of_step = broken, lambda answers, options: answers.policy.sum()
+    shift._policy, shift._loss.spec.step_shift = broken, lambda answers, options: answers.policy.sum()
     step: Any = SimpleNamespace(place="step 7", suspect="", describe="pair {}".format)
     named = "pair 1, after the prompt of group 0: " if mismatched else "pair 1: "
     with pytest.raises(UserError, match=f"^step 7: .* of 1 answer:\n  {named}policy nan, reference [^,]*\n"):

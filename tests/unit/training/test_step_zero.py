@@ -42,15 +42,15 @@ def verdict(
     with process_groups():
         gate = StepZeroGate(Precision(dtype))
         for answers in microbatches_by_rank[torch.distributed.get_rank()]:
-            of_groups = function.spec.of_groups  # all answers of a microbatch are one, every other scored alike
+            of_groups = function.spec.takes == "groups"  # all answers of a microbatch are one, every other scored alike
             shape = (1, -1, 2) if of_groups else (-1, 2, 2)
             off, tokens = torch.tensor(answers, dtype=torch.float64).reshape(shape).unbind(2)
             reference, safe = -3 * tokens, torch.zeros_like(tokens)
-            if function.spec.of_answers:
+            if function.spec.takes == "answers":
                 off, tokens, reference = (each.flatten() for each in (off, tokens, reference))
                 desirable = torch.arange(len(tokens)) % 2 == 0
-                of_step = torch.tensor(shift, dtype=torch.float64) if function.spec.of_step else None
-                answers = AnswerLogProbs(reference + off, tokens, desirable, reference=reference, shift=of_step)
+                found = torch.tensor(shift, dtype=torch.float64) if function.spec.step_shift else None
+                answers = AnswerLogProbs(reference + off, tokens, desirable, reference=reference, shift=found)
                 gate.observe_answers(answers, function)
                 continue
             given = (reference, reference - 0.5 * tokens)  # unconditional: the reference comprehends them alike
