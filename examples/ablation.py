@@ -6,7 +6,7 @@
     python examples/ablation.py --recipe recipes/qwen2_7b.yaml --sft-epochs 0 --launcher "torchrun --nproc-per-node 8" \
         --pair-data train.jsonl --eval-pair-data heldout.jsonl --output runs/qwen2
 
-1. A held-out part is split off, the same for all runs (or given: --eval-pair-data).
+1. A share of the pairs is held out, in whole prompts, the same for all runs (or given: --eval-pair-data).
 2. The recipe's model, from random weights, learns the chosen answers by next-token prediction (--sft-epochs; 0 starts
    from what the recipe names). This is where every run starts, and its reference.
 3. Every loss is trained from there with every seed. A seed decides the order of the pairs and nothing else.
@@ -20,7 +20,6 @@ accuracy is reported by quartile of imbalance as well.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import re
 import shlex
@@ -31,8 +30,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import numpy as np
 
 from examples.ablation_results import Run, collect, plot, write
 from examples.smollm2 import fetch
@@ -117,10 +114,8 @@ def _command_text(run: Run) -> str:
 def plan(options: argparse.Namespace) -> tuple[Run | None, list[Run]]:
     """The start, if it is to be trained, and the runs."""
     output = options.output
-    train_data, held_out = split(options)
     common = [
-        "--recipe", str(options.recipe), "--recipe", OURS,
-        "--pair-data", *map(str, train_data), "--eval-pair-data", *map(str, held_out),
+        "--recipe", str(options.recipe), "--recipe", OURS, *data_flags(options),
         "--pair-cache-dir", str(output / "cache"),
         "--pairs-per-step", str(options.pairs_per_step), "--seq-length", str(options.seq_length),
         "--long-pairs", "drop", *options.own_flags, *options.flags,
@@ -151,27 +146,17 @@ def plan(options: argparse.Namespace) -> tuple[Run | None, list[Run]]:
     return start, runs
 
 
-def split(options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The training and the held-out data: as given, or a JSONL file in two parts, the same for every run."""
+def data_flags(options: argparse.Namespace) -> list[str]:
+    """The training and the held-out pairs, the same for every seed: as given, or a share of them."""
     if options.eval_pair_data or options.pair_data is None:
-        given = options.pair_data or [str(EXAMPLE / "train.jsonl")]
-        return given, options.eval_pair_data or [str(EXAMPLE / "heldout.jsonl")]
-    source = Path(options.pair_data[0])
-    if len(options.pair_data) > 1 or not source.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
-        raise UserError("to hold out a part, --pair-data has to be one JSONL file. Else give --eval-pair-data.")
-    if not source.is_file():
-        raise UserError(f"--pair-data {source}: there is no such file.")
-    parts = [options.output / "data" / "train.jsonl", options.output / "data" / "heldout.jsonl"]
-    with (gzip.open if source.name.endswith(".gz") else open)(source, "rt", encoding="utf-8") as file:
-        lines = [line if line.endswith("\n") else line + "\n" for line in file if line.strip()]
-    order = np.random.default_rng(0).permutation(len(lines))
-    count = round(len(lines) * options.held_out_share)
-    if not 0 < count < len(lines):
-        raise UserError(f"--held-out-share {options.held_out_share} of {len(lines)} pairs leaves nothing on a side.")
-    parts[0].parent.mkdir(parents=True, exist_ok=True)
-    for path, rows in zip(parts, (np.sort(order[count:]), np.sort(order[:count])), strict=True):
-        path.write_text("".join(lines[row] for row in rows), "utf-8")
-    return [str(parts[0])], [str(parts[1])]
+        train_data = options.pair_data or [str(EXAMPLE / "train.jsonl")]
+        return [
+            "--pair-data",
+            *train_data,
+            "--eval-pair-data",
+            *(options.eval_pair_data or [str(EXAMPLE / "heldout.jsonl")]),
+        ]
+    return ["--pair-data", *options.pair_data, "--eval-share", str(options.held_out_share), "--eval-seed", "0"]
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """What tells this split from others of the same numbers; empty where no prompt repeats."""
-        return blake2b(self.held_out.tobytes(), digest_size=8).hexdigest() if self.prompts_repeat else ""
+        """What tells this split from others of the same numbers."""
+        return blake2b(self.held_out.tobytes(), digest_size=8).hexdigest()
 
 
 def hold_out(groups: IntArray, prompts: Digests, share: float, seed: int) -> Split:

@@ -71,9 +71,10 @@ def _selected(settings: Settings, loss: PairLossFunction, pool: PairPool) -> tup
     else:
         train, held_out = Selection(pool.grouping.of_store(0)), Selection(np.zeros(0, np.int64))
         if share := settings.pairs.eval_share:
-            split = hold_out(train.ids, pool.prompts.digests(0), share, settings.schedule.seed)
+            own, seed = settings.pairs.eval_seed, settings.schedule.seed
+            split = hold_out(train.ids, pool.prompts.digests(0), share, seed if own is None else own)
             train, held_out = Selection(split.train), Selection(split.held_out, split.notes)
-            split_digest = split.digest
+            split_digest = split.digest if split.prompts_repeat or own not in (None, seed) else ""
     if not settings.schedule.evaluates:
         held_out = Selection(held_out.ids[:0], _never_evaluated(settings, len(held_out.ids)))
     named = "--objective reward" if settings.objective.is_reward else f"--preference-loss {loss.spec.name}"

@@ -27,7 +27,7 @@ class PairJob:
     Attributes:
         plan: the optimizer steps.
         train, held_out: groups of the pool.
-        split: digest of --eval-share's choice; empty where it follows from the number of pairs and the seed.
+        split: digest of --eval-share's choice; empty where it follows from the number of pairs and --seed.
         eval_packs: packs of the held-out groups, a multiple of the data-parallel ranks; empty without held-out pairs.
         eval_length: the length that all of these have.
         sizes: [G] pack positions of every group of the pool.

@@ -24,6 +24,8 @@ class PairSettings:
     eval_share: float = 0.0
     """share of the training pairs to hold out instead of --eval-pair-data, in whole prompts: no prompt of theirs is
     trained on"""
+    eval_seed: int | None = None
+    """draws what --eval-share holds out; default: --seed. The same one for runs of several seeds, to compare them"""
     pair_format: str = flag(AUTO, choices=(AUTO, *NAMES))
     """form of the rows; auto: of each source the one that its first readable row has"""
     pair_columns: str | None = flag(metavar="OURS=THEIRS,...")

@@ -53,6 +53,21 @@ def test_no_answer_to_a_held_out_prompt_is_trained_on(ranks, rows, prompts):
         assert ranks(count)(sides, flags, pair_data=[rows], pairs_per_step=8, **JOB) == [alone] * count
 
 
+def test_seeds_share_a_split_and_a_run_goes_on_with_its_own(ranks, tmp_path, rows):
+    """Also where no prompt repeats, so that its numbers and --seed alone do not tell it."""
+    ((_, first), (_, second), (_, other)) = (
+        ranks(1)(sides, [], pair_data=[rows], pairs_per_step=8, eval_seed=own, seed=seed, **JOB)[0]
+        for own, seed in ((5, 1), (5, 2), (None, 2))
+    )
+    assert first == second != other
+    flags = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2"]
+    job = JOB | {"preference_loss": "dpo", "max_pairs": 16}
+    ranks(1)(train, [*flags, "--exit-interval", "2"], eval_seed=5, **job)
+    with pytest.raises(RankFailure, match=r"--eval-share: that run held out other prompts.*--finetune"):
+        ranks(1)(train, flags, eval_seed=6, **job)
+    assert [step["iteration"] for step in last_stage(ranks(1)(train, flags, eval_seed=5, **job)).steps] == [3, 4]
+
+
 def by_rows(flags: list[str], **overrides):
     """Train as runs did before prompts were kept together."""
     from unittest import mock

@@ -38,6 +38,10 @@ _REFUSALS = (
         "--eval-pair-data and --eval-share both name held-out pairs. Give one.",
     ),
     _Refusal(
+        lambda a: a.eval_seed is not None and (a.eval_pair_data or not a.eval_share),
+        "--eval-seed draws what --eval-share holds out. Give both, or neither.",
+    ),
+    _Refusal(
         lambda a: a.loss_file and not registry.file_of(a.preference_loss),
         "--loss-file: --preference-loss names a loss that is not the file's. Give one of the two.",
     ),

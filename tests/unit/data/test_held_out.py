@@ -73,13 +73,13 @@ def test_prompts_that_do_not_repeat_are_split_by_the_seed_alone(groups, share, s
     prompts = np.random.default_rng(seed).permutation(groups).astype(np.uint64)
     split = hold_out(np.arange(groups), prompts, share, seed)
     assert split.held_out.tolist() == expected.tolist()
-    assert split.digest == "" and split.notes == []
+    assert not split.prompts_repeat and split.notes == []
 
 
 def test_what_is_held_out_depends_on_seed_and_repeats():
     prompts = np.repeat(np.arange(20, dtype=np.uint64), 5)
     splits = [hold_out(np.arange(100), prompts, 0.25, seed) for seed in range(6)]
-    assert len({split.digest for split in splits}) == 6 and "" not in {split.digest for split in splits}
+    assert len({split.digest for split in splits}) == 6 and all(split.prompts_repeat for split in splits)
     assert all(len(split.held_out) == 25 for split in splits)
 
 

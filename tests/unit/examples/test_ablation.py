@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 from pathlib import Path
 
@@ -114,34 +113,12 @@ def test_rates_have_a_row_of_the_base_and_quartiles_a_table(tmp_path):
     assert "| DPO | 0.500 ± 0.000 | – | – | – | – | – | – | +2.00 ± 0.00 |" in text.split("by quartile")[1]
 
 
-def test_held_out_part_is_the_same_for_every_call(tmp_path):
-    source = tmp_path / "pairs.jsonl.gz"
-    lines = [f'{{"prompt": "{i}"}}' for i in range(50)]
-    source.write_bytes(gzip.compress("\n".join(lines).encode()))
-    parts = []
-    for name in ("a", "b"):
-        options = ablation.parse(["--output", str(tmp_path / name), "--pair-data", str(source)])
-        (train,), (held_out,) = ablation.split(options)
-        parts.append((Path(train).read_text().splitlines(), Path(held_out).read_text().splitlines()))
-    assert parts[0] == parts[1]
-    train, held_out = parts[0]
-    assert len(held_out) == 10 and sorted(train + held_out) == sorted(lines)
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--pair-data", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
-        (["--pair-data", "some/dataset"], "has to be one JSONL file"),
-        (
-            ["--held-out-share", "0.001", "--pair-data", str(ROOT / "examples/data/train.jsonl")],
-            "leaves nothing on a side",
-        ),
-    ],
-)
-def test_what_cannot_be_split_is_refused(tmp_path, capsys, flags, expected):
-    assert ablation.main(["--output", str(tmp_path), *flags]) == 2
-    assert expected in capsys.readouterr().err
+def test_the_held_out_part_is_the_same_for_every_seed(tmp_path):
+    options = ablation.parse(["--output", str(tmp_path), "--pair-data", "2", "a.jsonl.gz", "some/dataset"])
+    start, runs = ablation.plan(options)
+    expected = "--pair-data 2 a.jsonl.gz some/dataset --eval-share 0.2 --eval-seed 0"
+    assert start is not None and {run.seed for run in runs} == {1, 2, 3}
+    assert all(expected in " ".join(run.flags) for run in (start, *runs))
 
 
 def test_a_run_that_fails_is_named(tmp_path, capsys):

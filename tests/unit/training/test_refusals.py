@@ -18,6 +18,7 @@ REFUSED = {
     "--pair-epochs 0": "give one of --train-iters",
     "--pair-epochs -3": "give one of --train-iters",
     "--eval-pair-data held.jsonl --eval-share 0.1": "--eval-pair-data and --eval-share",
+    "--eval-seed 7": "--eval-seed draws what --eval-share holds out",
     "--save run": "--save DIR goes together with --save-interval",
     "--save-interval 5": "--save DIR goes together with --save-interval",
     "--save-every 5m": "--save DIR goes together with --save-interval",
