@@ -1,4 +1,4 @@
-"""One step of TRL's trainers (DPO, KTO, TPO) on the CPU: its metrics and the gradient of every parameter."""
+"""One step of TRL's trainers (DPO, KTO, TPO, CPO, ORPO) on the CPU: its metrics and the gradient of every parameter."""
 
 from __future__ import annotations
 
@@ -99,6 +99,37 @@ def trl_tpo_step(
 
     kinds = (TPOTrainer, TPOConfig)
     return _step(kinds, {"model": policy}, triples, tokenizer, directory, 1, settings, double=double)
+
+
+def trl_step_without_reference(
+    policy: Any,
+    pairs: list[dict[str, Any]],
+    tokenizer: Any,
+    directory: Path,
+    *,
+    double: bool = False,
+    **settings: Any,
+) -> TrlStep:
+    """One optimizer step of ``CPOTrainer``, or without a ``loss_type`` of ``ORPOTrainer``, over all pairs.
+
+    One at a time: their NLL is a mean over a batch's tokens. ORPO's is over those of prompt and answer there, and here
+    over those of the answer, as in CPO.
+
+    Args:
+        pairs: prompt, chosen and rejected, as texts.
+        double: compute in float64.
+        settings: of ``CPOConfig`` or ``ORPOConfig``.
+    """
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    class OfAnswers(ORPOTrainer):
+        def concatenated_forward(self, model: Any, batch: Any) -> Any:
+            chosen, *others, _ = super().concatenated_forward(model, batch)  # chosen: per token
+            return chosen, *others, -chosen.mean()
+
+    kinds = (CPOTrainer, CPOConfig) if "loss_type" in settings else (OfAnswers, ORPOConfig)
+    return _step(kinds, {"model": policy}, pairs, tokenizer, directory, 1, settings, double=double)
 
 
 def _step(kinds: tuple[Any, Any], models: dict[str, Any], *given: Any, double: bool = False, **more: bool) -> TrlStep:
