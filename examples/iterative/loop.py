@@ -6,8 +6,8 @@
 What follows `--` are flags of `megatron-bdpo train`, the same in every round. Round N is runs/iterative/N:
 answers.jsonl (prompt, responses, scores, ended), train.jsonl (what of them is trained on), run (metrics, checkpoint),
 model (for transformers, and the next round's start and reference), held_out.jsonl (its answers to the held-out
-prompts; 0/ has those of the start). What is there is not made again: the same command goes on where the last one
-stopped.
+prompts; 0/ has those of the start). With --reward-model the scores are in files of their own, judged_answers.jsonl and
+judged_held_out.jsonl. What is there is not made again: the same command goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -37,15 +38,38 @@ HERE = Path(__file__).resolve().parent
 
 type Judge = Callable[[Prompt, str], float]
 type Row = dict[str, Any]
-type Train = Callable[[list[str]], int]
-"""``megatron-bdpo train`` with these flags; its exit code."""
+type Job = Callable[[list[str]], int]
+"""``megatron-bdpo train``, or ``score``, with these flags; its exit code."""
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A judge that reads answers as it was trained to: by a scoring job, once all answers of a file are there."""
+
+    directory: Path
+    flags: list[str]
+    score: Job
+
+    def judged(self, path: Path) -> list[Row]:
+        """The rows of a file with the scores of their answers, null for an empty one; without those that it left out.
+        They are kept in a file beside it."""
+        target = path.with_name(f"judged_{path.name}")
+        if not target.is_file():
+            own = ["--objective", "reward", "--hf-model", str(self.directory), "--pair-data", str(path)]
+            own += ["--scored-rows", str(target), "--pair-cache-dir", str(path.parent / "cache")]
+            if code := self.score([*own, *self.flags]):
+                raise UserError(
+                    f"--reward-model: scoring {path} has ended with {code}. Its own lines above say why. What it needs "
+                    "beside the model, such as --seq-length, stands in --reward-flags."
+                )
+        return [json.loads(line) for line in target.read_text("utf-8").splitlines()]
 
 
 @dataclass(frozen=True)
 class Answering:
     """Who answers, and who judges the answers."""
 
-    judge: Judge
+    judge: Judge | RewardModel
     sampling: Sampling
     seed: int
     at_once: int
@@ -54,7 +78,11 @@ class Answering:
     serve: str
 
     def answers(self, what: str, number: int, model: str, prompts: list[Prompt], path: Path) -> list[Row]:
-        """The judged answers of a round's model, one row for each prompt. They are kept in a file, batch by batch."""
+        """The judged answers of a round's model, a row for each prompt. They are kept in a file, batch by batch."""
+        rows = self._generated(what, number, model, prompts, path)
+        return self.judge.judged(path) if isinstance(self.judge, RewardModel) else rows
+
+    def _generated(self, what: str, number: int, model: str, prompts: list[Prompt], path: Path) -> list[Row]:
         rows = _kept(path, prompts)
         if len(rows) == len(prompts):
             return rows
@@ -74,7 +102,7 @@ class Answering:
         return rows
 
     def _batches(self, number: int, model: str, prompts: list[Prompt], start: int) -> Iterator[list[Row]]:
-        """The judged answers to the prompts from one on."""
+        """The answers to the prompts from one on, judged where a function does it."""
         to = by_server(self.server, model, self.sampling) if self.server else by_transformers(model, self.sampling)
         for first in range(start, len(prompts), self.at_once):
             batch = prompts[first : first + self.at_once]
@@ -82,9 +110,10 @@ class Answering:
             yield [self._judged(*each) for each in zip(batch, answers, strict=True)]
 
     def _judged(self, prompt: Prompt, answers: list[Answer]) -> Row:
-        texts = [each.text for each in answers]
-        scores = [_number(self.judge(prompt, text), text) for text in texts]
-        return {"prompt": prompt, "responses": texts, "scores": scores, "ended": [each.ended for each in answers]}
+        row: Row = {"prompt": prompt, "responses": [each.text for each in answers]}
+        if not isinstance(self.judge, RewardModel):
+            row["scores"] = [_number(self.judge(prompt, each.text), each.text) for each in answers]
+        return row | {"ended": [each.ended for each in answers]}
 
 
 def _number(score: object, answer: str) -> float:
@@ -104,7 +133,7 @@ class Loop:
     held_out: list[Prompt]
     directory: Path
     cut_penalty: float
-    train: Train
+    train: Job
     flags: list[str]
 
     def run(self, model: str, rounds: int) -> str:
@@ -149,8 +178,11 @@ class Loop:
 
 def _summary(rows: list[Row]) -> str:
     """With the standard error of the mean score over prompts, for the answers to one prompt are alike."""
-    of_prompts = [fmean(row["scores"]) for row in rows]
-    error = stdev(of_prompts) / len(rows) ** 0.5 if len(rows) > 1 else float("nan")
+    known = [[score for score in row["scores"] if score is not None] for row in rows]
+    of_prompts = [fmean(scores) for scores in known if scores]
+    if not of_prompts:
+        return "no answer has a score"
+    error = stdev(of_prompts) / len(of_prompts) ** 0.5 if len(of_prompts) > 1 else float("nan")
     ended = fmean(each for row in rows for each in row["ended"])
     characters = fmean(len(each) for row in rows for each in row["responses"])
     return (
@@ -169,7 +201,7 @@ def trained_on(row: Row, cut_penalty: float) -> Row | None:
     kept = [
         (score if ended else score - cut_penalty, ended, text)
         for text, score, ended in zip(row["responses"], row["scores"], row["ended"], strict=True)
-        if text.strip()
+        if text.strip() and score is not None
     ]
     scores = [score for score, _, _ in kept]
     best_was_cut = any(not ended for score, ended, _ in kept if score == max(scores))
@@ -229,11 +261,43 @@ def load_judge(path: Path) -> Judge:
     return judge
 
 
+def load_reward_model(directory: Path, flags: str, score: Job) -> RewardModel:
+    """See ``RewardModel``. The directory is looked at, as answers would be made before it is read."""
+    try:
+        (architecture,) = json.loads((directory / "config.json").read_text("utf-8"))["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        architecture = "no model"
+    if not str(architecture).endswith("ForSequenceClassification"):
+        raise UserError(
+            f"--reward-model {directory} holds {architecture}. Name the directory of a reward model: what "
+            "megatron-bdpo train --objective reward --save-hf DIR has written."
+        )
+    return RewardModel(directory, shlex.split(flags), score)
+
+
 def run_training(flags: list[str]) -> int:
-    return subprocess.run([sys.executable, "-m", "megatron_bdpo.cli.main", "train", *flags]).returncode
+    return _run("train", flags)
 
 
-def main(argv: list[str] | None = None, train: Train = run_training) -> int:
+def run_scoring(flags: list[str]) -> int:
+    return _run("score", flags)
+
+
+def _run(command: str, flags: list[str]) -> int:
+    return subprocess.run([sys.executable, "-m", "megatron_bdpo.cli.main", command, *flags]).returncode
+
+
+def _judge(options: argparse.Namespace, score: Job) -> Judge | RewardModel:
+    if options.reward_model:
+        if options.judge:
+            raise UserError("--judge and --reward-model are two judges. Leave one out.")
+        return load_reward_model(options.reward_model, options.reward_flags, score)
+    if options.reward_flags:
+        raise UserError("--reward-flags are of --reward-model. Name one, or leave them out.")
+    return load_judge(options.judge or HERE / "judge.py")
+
+
+def main(argv: list[str] | None = None, train: Job = run_training, score: Job = run_scoring) -> int:
     """All rounds. Returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     cut = words.index("--") if "--" in words else len(words)
@@ -242,7 +306,7 @@ def main(argv: list[str] | None = None, train: Train = run_training) -> int:
         if options.serve and not options.server:
             raise UserError("--serve starts what --server names. Give its address, too.")
         sampling = Sampling(options.answers, options.tokens, options.temperature)
-        judge = load_judge(options.judge)
+        judge = _judge(options, score)
         answering = Answering(judge, sampling, options.seed, options.at_once, options.server, options.serve)
         prompts = read_prompts("--prompts", options.prompts)
         held_out = read_prompts("--held-out", options.held_out)
@@ -275,7 +339,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", type=Path, help="more such prompts, answered and judged before and after")
     parser.add_argument("--output", type=Path, default=Path("runs/iterative"), help="(runs/iterative)")
     parser.add_argument("--rounds", type=_from(1), default=2, help="(2)")
-    parser.add_argument("--judge", type=Path, default=HERE / "judge.py", help="Python file with score(prompt, answer)")
+    parser.add_argument("--judge", type=Path, help="Python file with score(prompt, answer) (judge.py beside this)")
+    parser.add_argument("--reward-model", type=Path, metavar="DIR", help="judge by a reward model instead")
+    parser.add_argument(
+        "--reward-flags", default="", metavar="FLAGS", help="of its scoring jobs: '--seq-length 2048 --bf16'"
+    )
     parser.add_argument("--answers", type=_from(2), default=4, help="to each prompt (4)")
     parser.add_argument("--tokens", type=_from(1), default=512, help="of an answer, at most (512)")
     parser.add_argument("--temperature", type=float, default=1.0, help="(1.0)")

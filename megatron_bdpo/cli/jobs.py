@@ -66,7 +66,8 @@ def score(context: click.Context, flags: tuple[str, ...]) -> None:
     FLAGS are those of the training run; those about steps and optimizer may be left out. They follow below. On
     several ranks: torchrun --nproc-per-node N -m megatron_bdpo.score FLAGS
 
-    With --objective reward, --hf-model names a reward model, and --rewards the file for the rewards of all answers.
+    With --objective reward, --hf-model names a reward model, and --rewards the file for the rewards of all pairs, or
+    --scored-rows that for rows of answers that nobody has judged, with their scores.
     """
     if common.asks_for_help(flags):
         click.echo(context.get_help() + "\n")

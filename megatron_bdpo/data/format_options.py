@@ -23,6 +23,9 @@ class FormatOptions:
     preference: str = PREFERENCES[0]
     """Of answers that are judged twice: the better one is chosen, or the safer one."""
 
+    each_answer: bool = False
+    """Of the format ``responses``: rows whose answers nobody has judged, each to be read by itself."""
+
     def __post_init__(self) -> None:
         if self.pairs_from not in PAIRS_FROM[:-1] and self.margin is None:
             raise UserError(f"--pairs-from {self.pairs_from} is none of {', '.join(PAIRS_FROM)}, X a number above 0.")

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 PAIR, UNDESIRABLE, DESIRABLE = -1, 0, 1
+#: An answer that is read by itself, for a reward model to judge. Nothing trains on it.
+UNJUDGED = 2
 
 
 def labelled_sides(label: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:

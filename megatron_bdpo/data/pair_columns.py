@@ -20,7 +20,7 @@ class PairColumns:
         starts: [P, 3] where these begin in their store's tokens.
         scored: [P, 2] tokens of chosen and rejected that are scored: all but the turns of others in them.
         unsafe: [P, 2] of chosen, rejected: 1 unsafe, 0 safe, -1 unknown.
-        label: [P] of labelled answers, which are pairs of themselves: 1 desirable, 0 undesirable; -1: a pair.
+        label: [P] of labelled answers, which are pairs of themselves: see ``labels``; -1: a pair.
         swapped: [P] pairs whose chosen and rejected change place, as the loss wants it; applies to everything but
             the stores' own numbers.
     """

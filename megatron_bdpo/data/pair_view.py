@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.labels import DESIRABLE, UNDESIRABLE, UNJUDGED
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.token_pieces import TokenPieces
 from megatron_bdpo.data.tokenization import BoolArray, PairTokenizer, TokenArray
@@ -17,7 +18,7 @@ from megatron_bdpo.data.truncation import truncate
 from megatron_bdpo.errors import visible
 
 _WIDTH = 96
-_LABELLED = {True: "desirable answer", False: "undesirable answer"}
+_LABELLED = {DESIRABLE: "desirable answer", UNDESIRABLE: "undesirable answer", UNJUDGED: "answer"}
 
 
 def pair_view(

@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_bdpo.data.format_options import FormatOptions
 from megatron_bdpo.data.messages import ASSISTANT, USER
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
-from megatron_bdpo.data.records import as_label, as_log_prob, is_finite
+from megatron_bdpo.data.records import COMPLETION, LABEL, NO_LABEL, as_label, as_log_prob, is_finite
 from megatron_bdpo.data.row_parts import (
     FOR_TEMPLATE,
     Messages,
@@ -31,6 +31,8 @@ from megatron_bdpo.data.row_parts import (
 )
 
 RESPONSES, RESPONSES_REFERENCE = "responses", "ref_responses_logps"
+SCORES = "scores"
+GRADES = (SCORES, "ranks")
 _SAFE = "responses_safe"
 #: What a row may say of each of its answers -> what of a pair's two it becomes.
 OF_EACH_ANSWER = {_SAFE: "{}_safe", RESPONSES_REFERENCE: "ref_{}_logps"}
@@ -39,14 +41,24 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def responses(row: Row, options: FormatOptions) -> list[Row | RowProblem]:
-    """``responses`` with ``scores``, the highest the best, or with ``ranks``, the lowest the best."""
-    prompt, texts = column_of(row, "prompt"), _listed(row, RESPONSES, 2)
+    """``responses`` with ``scores``, the highest the best, or with ``ranks``, the lowest the best; or each by itself.
+
+    An answer whose score or rank is null takes no part.
+    """
+    prompt, texts = column_of(row, "prompt"), _listed(row, RESPONSES, 1 if options.each_answer else 2)
     if not all(isinstance(each, str) for each in (prompt, *texts)):  # else text, as it is
         prompt = as_conversation(prompt, "column 'prompt'")
         texts = [as_answer(each, f"'responses', answer {number}") for number, each in enumerate(texts, start=1)]
+    if options.each_answer:
+        _refuse_judged(row)
+        shared = {"prompt": prompt, **passed_on(row, *FOR_TEMPLATE)}
+        return [{**shared, COMPLETION: each, LABEL: NO_LABEL} for each in texts]
     by = _graded_by(row)
     grades = _of_each(row, by, len(texts))
-    ranks = [grade_of({by: grade}, by, f"answer {number}") for number, grade in enumerate(grades, start=1)]
+    ranks = [
+        None if grade is None else grade_of({by: grade}, by, f"answer {number}")
+        for number, grade in enumerate(grades, start=1)
+    ]
     beside = {name: _of_each(row, name, len(texts)) for name in OF_EACH_ANSWER if row.get(name) is not None}
     answers = [{"answer": text, **{name: each[i] for name, each in beside.items()}} for i, text in enumerate(texts)]
     for number, each in enumerate(answers, start=1):
@@ -56,13 +68,21 @@ def responses(row: Row, options: FormatOptions) -> list[Row | RowProblem]:
     return _compared({"prompt": prompt, **passed_on(row, *FOR_TEMPLATE)}, answers, ranks, by, options)
 
 
+def _refuse_judged(row: Row) -> None:
+    if given := [name for name in GRADES if row.get(name) is not None]:
+        what = f"the row has '{given[0]}'; leave the column out to have its answers judged"
+        raise RowProblem(ProblemKind.WRONG_TYPE, what)
+
+
 def _graded_by(row: Row) -> str:
-    given = [name for name in ("scores", "ranks") if row.get(name) is not None]
+    given = [name for name in GRADES if row.get(name) is not None]
     if len(given) == 2:
         raise RowProblem(ProblemKind.WRONG_TYPE, "the row has both 'scores' and 'ranks'; leave one out")
     if not given:
         has = ", ".join(sorted(name for name in row if row[name] is not None))
-        raise RowProblem(ProblemKind.MISSING_COLUMN, f"there are neither 'scores' nor 'ranks'; the row has {has}")
+        advice = "a reward model gives scores: megatron-bdpo score --objective reward --scored-rows FILE"
+        told = f"there are neither 'scores' nor 'ranks'; the row has {has}; {advice}"
+        raise RowProblem(ProblemKind.MISSING_COLUMN, told)
     return given[0]
 
 
@@ -122,7 +142,8 @@ def _ranked(
         text: the answers' field that holds the answer.
         by: the answers' field that ranks them.
     """
-    ranks, texts = [], []
+    ranks: list[float | None] = []
+    texts = []
     for number, each in enumerate(answers, start=1):
         ranks.append(grade_of(each, by, f"answer {number}"))
         texts.append(as_answer(column_of(each, text, f"answer {number}"), f"'{text}' of answer {number}"))
@@ -135,20 +156,22 @@ _LOWEST_FIRST = ("rank", "ranks")
 
 
 def _compared(
-    shared: Row, answers: list[Row], ranks: list[float], by: str, options: FormatOptions
+    shared: Row, answers: list[Row], ranks: list[float | None], by: str, options: FormatOptions
 ) -> list[Row | RowProblem]:
     """The pairs that ``options.pairs_from`` asks for; those of equal rank are told as problems.
 
     Args:
         shared: of all pairs.
         answers: each one's ``answer``, and what else the row says of it by the names of ``OF_EACH_ANSWER``.
-        ranks: of each; equal ones keep their order.
+        ranks: of each; equal ones keep their order. None: it takes no part.
         by: the name of the ranks.
     """
-    if len(set(ranks)) == 1:
-        raise RowProblem(ProblemKind.TIED, f"all answers have '{by}' {ranks[0]}")
-    scores = [-rank if by in _LOWEST_FIRST else rank for rank in ranks]
-    order = sorted(range(len(answers)), key=scores.__getitem__, reverse=True)
+    scores = {i: -rank if by in _LOWEST_FIRST else rank for i, rank in enumerate(ranks) if rank is not None}
+    if len(scores) < 2:
+        raise RowProblem(ProblemKind.UNRANKED, f"{len(scores)} of {len(answers)} answers have '{by}'; two are needed")
+    order = sorted(scores, key=scores.__getitem__, reverse=True)
+    if len(set(scores.values())) == 1:
+        raise RowProblem(ProblemKind.TIED, f"all answers have '{by}' {ranks[order[0]]}")
     pairs: list[Row | RowProblem] = []
     for better, worse in _places(order, scores, options):
         if scores[better] == scores[worse]:
@@ -159,7 +182,7 @@ def _compared(
         has_reference = all(answers[place].get(RESPONSES_REFERENCE) is not None for place in (better, worse))
         for side, place in (("chosen", better), ("rejected", worse)):
             pair[side] = answers[place]["answer"]
-            if all(map(is_finite, scores)):
+            if all(map(is_finite, scores.values())):
                 pair[f"{side}_score"] = scores[place]
             if answers[place].get(_SAFE) is not None:
                 pair[OF_EACH_ANSWER[_SAFE].format(side)] = answers[place][_SAFE]
@@ -171,7 +194,7 @@ def _compared(
     return pairs
 
 
-def _places(order: list[int], scores: list[float], options: FormatOptions) -> Iterable[tuple[int, int]]:
+def _places(order: list[int], scores: Mapping[int, float], options: FormatOptions) -> Iterable[tuple[int, int]]:
     """Which answers are compared, the better one first."""
     if options.margin is not None:
         margin = options.margin

@@ -29,8 +29,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+from megatron_bdpo.data.labels import UNJUDGED
 from megatron_bdpo.data.messages import (
     ASSISTANT,
     USER,
@@ -67,8 +68,8 @@ class PreferenceRecord:
     """Of the rewards of ``chosen`` and ``rejected``, that a reward model should have at least; None: not asked for."""
     scores: tuple[float, float] | None = None
     """A judge's of ``chosen`` and ``rejected``, the higher the better; None when unknown."""
-    label: bool | None = None
-    """Of a labelled answer, which ``chosen`` and ``rejected`` both are: whether it is desirable. None: it is a pair."""
+    label: int | None = None
+    """Of a labelled answer, which ``chosen`` and ``rejected`` both are: see ``labels``. None: it is a pair."""
     is_dialogue: bool = False
     """Strings that may hold further turns, which HH-RLHF's markers tell apart."""
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +89,8 @@ class PreferenceRecord:
 
 
 COMPLETION, LABEL = "completion", "label"
+#: In the place of a label, of an answer that nobody has judged. No file can hold it.
+NO_LABEL: Final = object()
 
 
 def is_labelled(row: Mapping[str, Any]) -> bool:
@@ -137,7 +140,8 @@ def _parse_pair(row: dict[str, Any]) -> PreferenceRecord:
 def _parse_answer(row: dict[str, Any]) -> PreferenceRecord:
     """A labelled answer, as a pair of itself."""
     prompt = _text_or_messages(row, "prompt") if row.get("prompt") is not None else None
-    completion, label = _text_or_messages(row, COMPLETION), is_desirable(row, LABEL)
+    completion = _text_or_messages(row, COMPLETION)
+    label = UNJUDGED if row.get(LABEL) is NO_LABEL else int(is_desirable(row, LABEL))
     if isinstance(completion, str):
         if prompt is None:
             raise _missing(row, "prompt")

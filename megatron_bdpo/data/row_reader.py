@@ -12,6 +12,7 @@ from megatron_bdpo.data import formats
 from megatron_bdpo.data.format_options import FormatOptions
 from megatron_bdpo.data.formats import AUTO, RowFormat
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
+from megatron_bdpo.data.ranked_answers import RESPONSES
 from megatron_bdpo.data.sources import Row, SourceSpec, describe_row, read_rows
 from megatron_bdpo.errors import UserError
 
@@ -37,6 +38,9 @@ class FormatSettings:
     usual_pairs_from: str = FormatOptions.pairs_from
     """What the job takes of ranked answers, unless the user says something else."""
 
+    each_answer: bool = False
+    """See ``FormatOptions.each_answer``."""
+
     @classmethod
     def parse(
         cls,
@@ -45,6 +49,7 @@ class FormatSettings:
         pairs_from: str | None = None,
         pair_preference: str | None = None,
         usual_pairs_from: str = FormatOptions.pairs_from,
+        each_answer: bool = False,
     ) -> FormatSettings:
         """From the flags of these names.
 
@@ -52,18 +57,19 @@ class FormatSettings:
             UserError: an unknown format, or columns that are not named right.
         """
         known = formats.COLUMNS if pair_format == AUTO else formats.named(pair_format).reads
-        settings = cls(pair_format, _parse_columns(pair_columns, known), pairs_from, pair_preference, usual_pairs_from)
+        columns = _parse_columns(pair_columns, known)
+        settings = cls(pair_format, columns, pairs_from, pair_preference, usual_pairs_from, each_answer)
         _ = settings.options  # raises for what is no option
         return settings
 
     @property
     def options(self) -> FormatOptions:
-        given = {"pairs_from": self.pairs_from or self.usual_pairs_from, "preference": self.preference}
-        return FormatOptions(**{name: value for name, value in given.items() if value is not None})
+        preference = FormatOptions.preference if self.preference is None else self.preference
+        return FormatOptions(self.pairs_from or self.usual_pairs_from, preference, self.each_answer)
 
     def decisive(self) -> dict[str, Any]:
         """What decides the pairs, by name; nothing where all is as by default."""
-        changed = {"pair_format": self.format} if self.format != AUTO else {}
+        changed: dict[str, Any] = {"pair_format": self.format} if self.format != AUTO else {}
         if self.columns:
             changed["pair_columns"] = ",".join(f"{ours}={theirs}" for ours, theirs in sorted(self.columns))
         default = FormatOptions()
@@ -72,6 +78,8 @@ class FormatSettings:
             changed["pairs_from"] = self.options.pairs_from if margin is None else f"margin:{margin!r}"
         if self.options.preference != default.preference:
             changed["pair_preference"] = self.options.preference
+        if self.each_answer:
+            changed["each_answer"] = True
         return changed
 
 
@@ -200,6 +208,17 @@ def refuse_unused(settings: FormatSettings, readers: Iterable[RowReader]) -> Non
             raise UserError(
                 f"{flag} {value} makes no difference to pairs of the format {found}. It is for {users}: leave it out, "
                 "or name the format with --pair-format."
+            )
+
+
+def refuse_other_rows(readers: Iterable[RowReader], sources: Iterable[SourceSpec], flag: str) -> None:
+    """Raise UserError, with the flag's name, for a source that is not of the format ``responses``."""
+    for reader, source in zip(readers, sources, strict=True):
+        if reader.format.name != RESPONSES:
+            raise UserError(
+                f"{flag} is for rows with a column {RESPONSES}, and {source.path} has others: {reader.known_from}. "
+                "Give each row a prompt and its answers in a list, or name your columns: "
+                f"--pair-columns {RESPONSES}=answers."
             )
 
 

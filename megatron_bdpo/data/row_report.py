@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.data.labels import DESIRABLE, UNDESIRABLE
+from megatron_bdpo.data.labels import DESIRABLE, UNDESIRABLE, UNJUDGED
 from megatron_bdpo.data.problems import ProblemKind, printable
 from megatron_bdpo.data.tokenized_rows import (
     MAX_EXAMPLES,
@@ -24,6 +24,8 @@ from megatron_bdpo.display import Block, Table, plain
 from megatron_bdpo.json_shape import Each, is_count, is_number, schema_error
 
 _MAX_LINES = 20
+#: What tokens of answers that nobody has judged are told as.
+_ANSWER = "answer"
 _MAX_NAMES = 12
 _MAX_SPELLED = 4
 
@@ -72,7 +74,7 @@ class DataReport:
     truncated_prompts: int = 0
     truncated_responses: int = 0  # a pair counts twice when both of its responses are cut
     tokens: dict[str, LengthStats] = field(default_factory=dict)
-    """By part: prompt; chosen and rejected of pairs; desirable and undesirable labelled answers"""
+    """By part: prompt; chosen and rejected of pairs; desirable and undesirable labelled answers; answers not judged"""
     prompt_token_share: float = 0.0  # prompt tokens / all tokens, each prompt and answer counted once per group
     groups: int = 0  # of the pairs kept; 0: not known
     desirable: int = 0
@@ -140,6 +142,7 @@ class DataReport:
         prompt, chosen, rejected = lengths.T
         parts = {"prompt": prompt, "chosen": chosen[label == PAIR], "rejected": rejected[label == PAIR]}
         parts |= {"desirable": chosen[label == DESIRABLE], "undesirable": chosen[label == UNDESIRABLE]}
+        parts |= {_ANSWER: chosen[label == UNJUDGED]}
         for part, column in parts.items():
             if len(column):
                 p50, p95 = np.percentile(column, (50, 95))
@@ -157,10 +160,12 @@ class DataReport:
         read, kept = sum(self.rows_read), sum(self.pairs_kept)
         groups = f" in {self.groups:,} groups" if 0 < self.groups < kept else ""
         dropped = f"({self.dropped_rows:,} dropped, {self.dropped_share:.2%})"
-        what, labelled = "pairs", self.desirable + self.undesirable
+        labelled = self.desirable + self.undesirable
+        what = "answers" if _ANSWER in self.tokens else "pairs"
         if labelled:
             what = "labelled answers" if labelled == kept else "pairs and labelled answers"
-        lines = [f"{what}: {kept:,}{groups} kept of {read:,} {'pairs' if groups else 'rows'} {dropped}"]
+        counted = "answers" if what == "answers" else "pairs" if groups else "rows"
+        lines = [f"{what}: {kept:,}{groups} kept of {read:,} {counted} {dropped}"]
         if labelled:
             lines.append(f"  {self._describe_labels()}")
         if len(self.sources) > 1:

@@ -8,7 +8,7 @@ A store is a directory, written once and never changed:
     source.bin       int16  [P]     index of the source the pair comes from
     row.bin          int64  [P]     its row there, counted from 1
     unsafe.bin       int8   [P, 2]  safety of chosen, rejected: 0 safe, 1 unsafe, -1 unknown
-    label.bin        int8   [P]     of a labelled answer: 1 desirable, 0 undesirable; -1: it is a pair
+    label.bin        int8   [P]     of a labelled answer: 1 desirable, 0 undesirable, 2 not judged; -1: it is a pair
     reference.bin    fp64   [P, 2]  log-probs of chosen, rejected that the rows bring, NaN: none; empty if none does
     margin.bin       fp64   [P]     margin of rewards that the rows ask for, NaN: none; empty if none does
     score.bin        fp64   [P, 2]  a judge's of chosen, rejected, NaN: none; empty if none has any
@@ -90,7 +90,7 @@ class PairStore:
         source: int16 [P], index into ``sources``.
         row: int64 [P], row or line in that source, counted from 1.
         unsafe: int8 [P, 2], safety of chosen and rejected: 0 safe, 1 unsafe, -1 unknown.
-        label: int8 [P], of labelled answers, whose chosen and rejected are one: 1 desirable, 0 undesirable; -1: a pair.
+        label: int8 [P], of labelled answers, whose chosen and rejected are one: see ``labels``; -1: a pair.
         reference: float64 [P, 2], log-probs of chosen and rejected that the rows bring; NaN: none. None: no row does.
         margin: float64 [P], margin of rewards that the rows ask for; NaN: none. None: no row does.
         score: float64 [P, 2], a judge's of chosen and rejected; NaN: none. None: no row has any.

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.labels import PAIR, UNJUDGED
+
 TOKENS = "tokens"
 #: Name -> dtype and columns.
 ARRAYS: dict[str, tuple[str, int | None]] = {
@@ -51,8 +53,8 @@ def inconsistency(arrays: Mapping[str, npt.NDArray[Any]], sources: int) -> str |
     if any((each[more] != each[more - 1]).any() for each in of_one_group):
         return "the pairs of a group are not of one row and prompt"
     label, is_one = arrays["label"], starts[:, 1] == starts[:, 2]
-    if pairs and not -1 <= label.min() <= label.max() <= 1:
-        return "it has labels other than 1, 0 and -1"
+    if pairs and not PAIR <= label.min() <= label.max() <= UNJUDGED:
+        return f"it has labels other than {PAIR} to {UNJUDGED}"
     if (is_one != (label >= 0)).any() or (lengths[is_one, 1] != lengths[is_one, 2]).any():
         return "its labels are not those of single answers"
     if int(arrays["source"].max(initial=-1)) >= sources:

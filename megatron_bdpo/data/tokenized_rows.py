@@ -18,7 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from megatron_bdpo.data.labels import PAIR
+from megatron_bdpo.data.labels import DESIRABLE, PAIR, UNDESIRABLE
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import PreferenceRecord
 from megatron_bdpo.data.tokenization import BoolArray, PairTokens, TokenArray
@@ -77,10 +77,10 @@ class Outcome:
             known = name if name in self.unread or len(self.unread) < _MOST_NAMES else "others"
             self.unread[known] = self.unread.get(known, 0) + rows
 
-    def add_label(self, label: bool | None) -> None:
+    def add_label(self, label: int | None) -> None:
         """Count what is kept of a row; None: a pair, which has none."""
-        self.desirable += label is True
-        self.undesirable += label is False
+        self.desirable += label == DESIRABLE
+        self.undesirable += label == UNDESIRABLE
 
     def add_spelled_out(self, token: str, pairs: int, rows: list[int]) -> None:
         """Count pairs whose texts spell out a control token."""
@@ -130,7 +130,7 @@ class TokenizedRows:
     unsafe: npt.NDArray[np.int8]
     """int8 [P, 2] safety of chosen, rejected: 0 safe, 1 unsafe, -1 unknown"""
     label: npt.NDArray[np.int8]
-    """int8 [P] of labelled answers: 1 desirable, 0 undesirable; -1: a pair"""
+    """int8 [P] of labelled answers: see ``labels``; -1: a pair"""
     reference: npt.NDArray[np.float64]
     """float64 [P, 2] log-probs of chosen, rejected that the rows bring, in nats; NaN: none"""
     margin: npt.NDArray[np.float64]
@@ -226,7 +226,7 @@ class RowsBuilder:
         self._lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
         self._rows.append(row)
         self._unsafe.append((_safety(record.chosen_safe), _safety(record.rejected_safe)))
-        self._label.append(PAIR if record.label is None else int(record.label))
+        self._label.append(PAIR if record.label is None else record.label)
         self._reference.append(record.reference or (math.nan, math.nan))
         self._margin.append(math.nan if record.margin is None else record.margin)
         self._score.append(record.scores or (math.nan, math.nan))

@@ -82,7 +82,7 @@ def _selected(settings: Settings, loss: PairLossFunction, pool: PairPool) -> tup
         spec.name for spec in registry.all_specs() if spec.takes == "answers" and not settings.objective.is_reward
     ]
     for selection in (train, held_out):
-        if loss.spec.takes != "answers":
+        if not (loss.spec.takes == "answers" or settings.objective.scored_rows):
             refuse_labelled_answers(pool, selection, named, readers)
         select(pool, selection, loss.spec.select, labelled=loss.requirements.safety)
     return train, held_out, split_digest

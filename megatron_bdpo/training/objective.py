@@ -22,6 +22,10 @@ class ObjectiveSettings:
     rewards: str | None = flag(metavar="FILE")
     """with --objective reward, where `megatron-bdpo score` writes the rewards of all pairs, as lines of JSON"""
 
+    scored_rows: str | None = flag(metavar="FILE")
+    """with --objective reward, where `megatron-bdpo score` writes rows of answers that nobody has judged, with the
+    reward of each answer as its score"""
+
     @property
     def is_reward(self) -> bool:
         return self.objective == "reward"

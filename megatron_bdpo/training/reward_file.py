@@ -21,8 +21,10 @@ from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, sa
 from megatron_bdpo.training.hf.start import architecture_of
 from megatron_bdpo.training.reference.passes import FloatArray, Groups
 from megatron_bdpo.training.reference.scoring_loop import make_scorer
+from megatron_bdpo.training.scored_rows import ScoredRows
 from megatron_bdpo.training.settings import Settings
 from megatron_bdpo.training.setup import RunSetup
+from megatron_bdpo.training.token_stores import form_of_rows
 
 #: Blocks of packs in one call of the model; a stop is heard between calls. With pipeline stages it keeps them busy.
 _BLOCKS = 8
@@ -43,9 +45,9 @@ def check_reward_model(settings: Settings) -> None:
                 f"{f'--hf-model {named}' if named else 'the model'} has no head to score with. Name a reward model "
                 "with --hf-model, or a checkpoint of one with --load."
             )
-        target = Path(settings.objective.rewards or "")
+        flag, target = _target(settings)
         if is_rank_zero() and target.exists():
-            raise UserError(f"--rewards {target} is there already. Remove it, or name another file.")
+            raise UserError(f"{flag} {target} is there already. Remove it, or name another file.")
 
 
 def write_rewards(setup: RunSetup, model: list[Any], pause: Callable[[], None]) -> Path:
@@ -58,22 +60,34 @@ def write_rewards(setup: RunSetup, model: list[Any], pause: Callable[[], None]) 
     Raises:
         UserError: on every rank; the file cannot be written.
     """
-    job, target = setup.job, Path(setup.settings.objective.rewards or "")
+    job, (flag, target) = setup.job, _target(setup.settings)
     groups = np.sort(np.concatenate([job.train.ids, job.held_out.ids]))
     ids = job.pool.grouping.pairs_of(groups)
     start = time.perf_counter()
     rewards = _rewards(setup, model, groups, pause)
+    written = ScoredRows(job.pool, form_of_rows(setup.settings)) if setup.settings.objective.scored_rows else None
     with all_ranks_agree():
         if is_rank_zero():
+            lines = written.lines(ids, rewards[:, 0]) if written else _lines(job.pool, ids, rewards)
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(target, _lines(job.pool, ids, rewards))
+                write_whole(target, lines)
             except OSError as error:
-                raise UserError(f"--rewards {target} cannot be written: {error.strerror or error}.") from error
-    wins = float(np.mean(rewards[:, 0] > rewards[:, 1]))
-    seconds = time.perf_counter() - start
-    say(f"rewards of {len(ids)} pairs written to {target} in {seconds:.1f} s: chosen above rejected in {wins:.1%}")
+                raise UserError(f"{flag} {target} cannot be written: {error.strerror or error}.") from error
+    if written:
+        what = written.told()
+    else:
+        wins = float(np.mean(rewards[:, 0] > rewards[:, 1]))
+        what = f"rewards of {len(ids)} pairs, chosen above rejected in {wins:.1%},"
+    say(f"{what} written to {target} in {time.perf_counter() - start:.1f} s")
     return target
+
+
+def _target(settings: Settings) -> tuple[str, Path]:
+    """The flag that names the file, and it."""
+    objective = settings.objective
+    flag, file = ("--rewards", objective.rewards) if objective.rewards else ("--scored-rows", objective.scored_rows)
+    return flag, Path(file or "")
 
 
 def _rewards(setup: RunSetup, model: list[Any], groups: IntArray, pause: Callable[[], None]) -> FloatArray:

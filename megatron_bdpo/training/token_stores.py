@@ -17,7 +17,14 @@ from megatron_bdpo.data.prepare import PairDataSettings, make_part, prepare_pair
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.quality import leak
 from megatron_bdpo.data.records import parse_row
-from megatron_bdpo.data.row_reader import FormatSettings, pair_rows, refuse_unused, row_of, row_readers
+from megatron_bdpo.data.row_reader import (
+    FormatSettings,
+    pair_rows,
+    refuse_other_rows,
+    refuse_unused,
+    row_of,
+    row_readers,
+)
 from megatron_bdpo.data.sources import Row, check_sources, describe_row, parse_sources
 from megatron_bdpo.data.store import PairStore
 from megatron_bdpo.data.token_pieces import TokenPieces
@@ -145,7 +152,6 @@ def make_pair_tokenizer(library: Any, pairs: PairSettings) -> PairTokenizer:
 
 def _data_settings(settings: Settings, paths: list[str], limit: int | None, cache: Path) -> PairDataSettings:
     pairs = settings.pairs
-    usual = _ALL if settings.compares_groups else FormatOptions.pairs_from
     return PairDataSettings(
         sources=parse_sources(paths),
         cache_dir=cache,
@@ -156,9 +162,20 @@ def _data_settings(settings: Settings, paths: list[str], limit: int | None, cach
         max_dropped_share=pairs.max_dropped_share,
         workers=pairs.tokenizer_workers,
         refuse_control_tokens=pairs.control_tokens == "refuse",
-        form=FormatSettings.parse(
-            pairs.pair_format, pairs.pair_columns, pairs.pairs_from, pairs.pair_preference, usual
-        ),
+        form=form_of_rows(settings),
+    )
+
+
+def form_of_rows(settings: Settings) -> FormatSettings:
+    """What the job says of the form of its rows."""
+    pairs = settings.pairs
+    return FormatSettings.parse(
+        pairs.pair_format,
+        pairs.pair_columns,
+        pairs.pairs_from,
+        pairs.pair_preference,
+        usual_pairs_from=_ALL if settings.compares_groups else FormatOptions.pairs_from,
+        each_answer=settings.objective.scored_rows is not None,
     )
 
 
@@ -168,6 +185,9 @@ _ALL = "all"
 
 def _refuse_unused_options(wanted: list[PairDataSettings]) -> None:
     """See ``refuse_unused``: what makes a difference to some source, of training or held out, is no mistake."""
+    for each in wanted:
+        if each.form.each_answer:
+            refuse_other_rows(row_readers(each.sources, each.form), each.sources, "--scored-rows")
     for form in {each.form for each in wanted if each.form.pairs_from or each.form.preference}:  # they have one
         refuse_unused(form, [reader for each in wanted for reader in row_readers(each.sources, form)])
 

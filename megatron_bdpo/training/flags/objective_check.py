@@ -21,6 +21,10 @@ _WITHOUT = {
 }  # fmt: skip
 
 
+#: Of a reward model alone.
+_OWN = ("center_rewards_coefficient", "rewards", "scored_rows")
+
+
 def check_objective(settings: Settings, *, trains: bool = True) -> None:
     """Refuse flags of a policy beside ``--objective reward``, and those of a reward model without it.
 
@@ -32,13 +36,10 @@ def check_objective(settings: Settings, *, trains: bool = True) -> None:
     """
     given = settings.given
     if not settings.objective.is_reward:
-        if own := [given[name] for name in ("center_rewards_coefficient", "rewards") if name in given]:
+        if own := [given[name] for name in _OWN if name in given]:
             raise UserError(f"{', '.join(own)}: only for reward models. Add --objective reward, or leave it out.")
         return
-    if trains and settings.objective.rewards:
-        raise UserError("--rewards is where megatron-bdpo score writes. Leave it out to train.")
-    if not trains and not settings.objective.rewards:
-        raise UserError("--objective reward: name the file that scoring is to write with --rewards FILE.")
+    _check_output(settings, trains=trains)
     without = {**_WITHOUT, "the options of preference losses are not its own": tuple(settings.loss.options)}
     problems = [
         f"  {', '.join(given[name] for name in names if name in given)}: {why}"
@@ -48,4 +49,25 @@ def check_objective(settings: Settings, *, trains: bool = True) -> None:
     if problems:
         raise UserError(
             "\n".join(["--objective reward trains a reward model. Leave these out, or train a policy:", *problems])
+        )
+
+
+def _check_output(settings: Settings, *, trains: bool) -> None:
+    """The file that scoring writes is named, once, and by scoring alone."""
+    objective, pairs = settings.objective, settings.pairs
+    named = {"--rewards": objective.rewards, "--scored-rows": objective.scored_rows}
+    flags = [flag for flag, file in named.items() if file]
+    if trains and flags:
+        raise UserError(f"{flags[0]} is where megatron-bdpo score writes. Leave it out to train.")
+    if not trains and not flags:
+        raise UserError(
+            "--objective reward: name the file that scoring is to write with --rewards FILE; of rows whose answers "
+            "nobody has judged, with --scored-rows FILE."
+        )
+    if len(flags) > 1:
+        raise UserError(f"{' and '.join(flags)} are of different rows, pairs and unjudged answers. Leave one out.")
+    if objective.scored_rows and pairs.pairs_from:
+        raise UserError(
+            f"--pairs-from {pairs.pairs_from} is about pairs, and --scored-rows judges each answer by itself. Leave "
+            "one of them out."
         )

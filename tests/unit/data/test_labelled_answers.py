@@ -213,8 +213,8 @@ def test_pairs_and_labelled_answers_may_be_mixed(tmp_path: Path, make: Callable[
 @pytest.mark.parametrize(
     ("column", "values", "words"),
     [
-        ("label", [2, -1, 0, -1, 0, 1], "labels other than 1, 0 and -1"),
-        ("label", [-2, -1, 0, -1, 0, 1], "labels other than 1, 0 and -1"),
+        ("label", [3, -1, 0, -1, 0, 1], "labels other than -1 to 2"),
+        ("label", [-2, -1, 0, -1, 0, 1], "labels other than -1 to 2"),
         ("label", [-1, -1, 0, -1, 0, 1], "labels are not those of single answers"),
         ("label", [1, 1, 0, -1, 0, 1], "labels are not those of single answers"),
         ("label", [1, -1, 0, -1, 0], "different numbers of pairs"),

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_bdpo.data.formats import FORMATS
+from megatron_bdpo.data.labels import UNJUDGED
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import parse_row
-from megatron_bdpo.data.row_reader import FormatSettings
+from megatron_bdpo.data.row_reader import FormatSettings, RowReader
 from megatron_bdpo.errors import UserError
 from tests.unit.data.format_examples import assistant, example, graded, reader
 
@@ -85,6 +87,31 @@ def test_a_pair_has_log_probs_where_both_of_its_answers_have():
     assert [each.reference for each in made] == [None, (-1, -3), None]
 
 
+def test_an_answer_without_a_score_takes_no_part():
+    row = {"prompt": "", "responses": ["a", "b", "c"], "scores": [None, 1, 2]}
+    made = [parse_row(each) for each in reader("responses", pairs_from="all").records(row)]
+    assert [(each.chosen, each.rejected, each.scores) for each in made] == [("c", "b", (2, 1))]
+
+
+def test_each_answer_by_itself():
+    """For a reward model: rows of any number of answers that nobody has judged, and of no others."""
+    each = FormatSettings(each_answer=True)
+    (responses,) = (form for form in FORMATS if form.name == "responses")
+    alone = RowReader(responses, each, "")
+    row = {"prompt": [{"role": "user", "content": "?"}], "responses": ["a", "b", "a"], "tools": [{"x": 1}]}
+    made = [parse_row(form) for form in alone.records(row)]
+    assert [record.chosen[0]["content"] for record in made] == ["a", "b", "a"]
+    assert all(record.rejected == record.chosen and record.label == UNJUDGED for record in made)
+    assert each.decisive() == {"each_answer": True} and not FormatSettings().decisive()
+    with pytest.raises(RowProblem, match="leave the column out"):
+        alone.records(row | {"scores": [1, 2, 3]})
+
+
+def test_no_file_has_an_answer_that_nobody_has_judged():
+    with pytest.raises(RowProblem, match="column 'label' is 2; true or 1"):
+        parse_row({"prompt": "a", "completion": "b", "label": UNJUDGED})
+
+
 def test_no_answers_as_far_apart_as_asked_for():
     with pytest.raises(RowProblem, match=r"no two answers are 5 apart in 'rank'"):
         reader("nectar", pairs_from="margin:5").records(example("nectar"))
@@ -104,6 +131,9 @@ def test_what_pairs_are_made_from_is_checked(given):
         ({"scores": [1, 2, "3", 4]}, "'scores' of answer 3 is str"),
         ({"scores": 3}, "'scores' is int; a list"),
         ({"scores": None}, "there are neither 'scores' nor 'ranks'; the row has prompt, re"),
+        ({"scores": None}, "a reward model gives scores: megatron-bdpo score --objective reward --scored-rows FILE"),
+        ({"scores": [None, 3, None, None]}, "1 of 4 answers have 'scores'; two are needed"),
+        ({"scores": [None, 3, 3, None]}, "all answers have 'scores' 3"),
         ({"responses": ["one"]}, "'responses' holds 1 answers; two are needed"),
         ({"responses_safe": [True]}, "'responses_safe' has 1 entries for 4 answers"),
         ({"responses_safe": [True, True, 3, True]}, "'responses_safe' of answer 3 is 3; true, false"),

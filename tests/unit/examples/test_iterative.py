@@ -111,6 +111,83 @@ def test_generation_goes_on_where_it_stopped(loop, made, tmp_path, monkeypatch):
         loop._kept(path, ["a"])
 
 
+@pytest.fixture(scope="module")
+def reward_model(made) -> Path:
+    """Of the model, with its tokenizer and a head that tells answers apart."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(made / "MODEL", num_labels=1, dtype=torch.float32)
+    with torch.no_grad():
+        model.score.weight.normal_(generator=torch.Generator().manual_seed(3))
+    model.save_pretrained(made / "REWARD")
+    AutoTokenizer.from_pretrained(made / "MODEL").save_pretrained(made / "REWARD")
+    return made / "REWARD"
+
+
+def reward_by_transformers(directory: Path, prompt: str, answer: str) -> float:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+    text = tokenizer(prompt + answer).input_ids
+    ids = torch.tensor([[tokenizer.bos_token_id, *text, tokenizer.eos_token_id]])
+    with torch.no_grad():
+        return float(model(ids).logits)
+
+
+def test_a_reward_model_judges(loop, made, reward_model, ranks, tmp_path, capsys):
+    """Its scores are transformers' own rewards of prompt and answer; the next start does not ask it again."""
+    jobs: list[str] = []
+
+    def job(command: str):
+        def run_on_rank(flags: list[str]) -> int:
+            jobs.append(command)
+            ((code, _, errors),) = ranks(1)(run, command, *flags)
+            assert code == 0, errors
+            return code
+
+        return run_on_rank
+
+    words = ["--model", str(made / "MODEL"), "--prompts", str(made / "prompts.jsonl"), "--output", str(tmp_path)]
+    words += ["--held-out", str(made / "prompts.jsonl"), "--tokens", "8", "--answers", "3", "--cut-penalty", "0"]
+    words += ["--reward-model", str(reward_model), "--reward-flags", "--seq-length 128", "--rounds", "1", *FLAGS]
+    assert loop.main(words, job("train"), job("score")) == 0
+    assert jobs == ["score", "score", "train", "score"]
+    judged = lines(tmp_path / "1" / "judged_answers.jsonl")
+    assert [row | {"scores": 0} for row in judged] == [
+        row | {"scores": 0} for row in lines(tmp_path / "1" / "answers.jsonl")
+    ]
+    texts, scores = judged[0]["responses"], judged[0]["scores"]
+    expected = [reward_by_transformers(reward_model, judged[0]["prompt"], text) for text in texts]
+    assert scores == pytest.approx(expected, rel=2e-5, abs=2e-5) and len(set(expected)) > 1
+    trained = lines(tmp_path / "1" / "train.jsonl")
+    assert (trained[0]["responses"], trained[0]["scores"]) == (texts, scores)
+    told = capsys.readouterr().out
+    assert loop.main(words, job("train"), job("score")) == 0 and len(jobs) == 4
+    assert capsys.readouterr().out.splitlines() == told.splitlines()[-3:]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--reward-model {made}/REWARD --judge judge.py", "--judge and --reward-model are two judges"),
+        ("--reward-flags --bf16", "--reward-flags are of --reward-model"),
+        ("--reward-model {made}/MODEL", "MODEL holds LlamaForCausalLM. Name the directory of a reward model"),
+        ("--reward-model nowhere", "nowhere holds no model"),
+        ("--reward-model {made}/REWARD", "has ended with 3. Its own lines above say why"),
+    ],
+    ids=["two judges", "flags of none", "a policy", "nowhere", "scoring fails"],
+)
+def test_what_a_reward_model_may_not_be(words, expected, loop, made, reward_model, server, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}')
+    given = words.format(made=made).replace("--reward-flags --bf16", "--reward-flags=--bf16").split()
+    given += ["--model", "m", "--prompts", str(tmp_path / "prompts.jsonl"), "--server", server]
+    assert loop.main([*given, "--output", str(tmp_path)], score=lambda flags: 3) == 2
+    assert expected in " ".join(capsys.readouterr().err.split()).replace(" advice:", "")
+
+
 class _Server(BaseHTTPRequestHandler):
     """Answers with what it was asked, n times."""
 

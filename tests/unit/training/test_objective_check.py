@@ -14,6 +14,8 @@ LINES = {
     "--center-rewards-coefficient 0.01": "--center-rewards-coefficient: only for reward models",
     "--rewards out.jsonl": "--rewards: only for reward models",
     "--objective reward --rewards out.jsonl": "--rewards is where megatron-bdpo score writes",
+    "--scored-rows out.jsonl": "--scored-rows: only for reward models",
+    "--objective reward --scored-rows out.jsonl": "--scored-rows is where megatron-bdpo score writes",
     "--objective reward --preference-loss dpo": "--preference-loss: its loss is Bradley-Terry",
     "--objective reward --beta 0.2 --no-bdpo-weights": "--beta, --bdpo-weights: the options of preference losses",
     "--objective reward --reference resident": "--reference: it is measured against no reference",
