@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import http.client
 import json
 import shlex
 import subprocess
@@ -102,21 +103,20 @@ def release_gpu() -> None:
 
 def by_server(server: str, model: str, sampling: Sampling) -> Generate:
     """The same of a server, which is asked for all prompts of a call at once: for messages through /chat/completions,
-    for text through /completions. A call raises UserError where the server does not answer, or with an error."""
-    settings = {
-        "model": model,
-        "n": sampling.answers,
-        "max_tokens": sampling.tokens,
-        "temperature": sampling.temperature,
-    }
+    for text through /completions. One that gives fewer answers than it was asked for is asked again.
+
+    A call raises UserError where the server does not answer, or with an error, or with what is no answer.
+    """
+    settings = {"model": model, "max_tokens": sampling.tokens, "temperature": sampling.temperature}
 
     def generate(prompts: list[Prompt], seed: int) -> list[list[Answer]]:
         def ask(prompt: Prompt) -> list[Answer]:
-            if isinstance(prompt, str):
-                choices = _asked(f"{server}/completions", settings | {"seed": seed, "prompt": prompt})
-                return [Answer(choice["text"], _has_ended(choice)) for choice in choices]
-            choices = _asked(f"{server}/chat/completions", settings | {"seed": seed, "messages": prompt})
-            return [Answer(choice["message"]["content"] or "", _has_ended(choice)) for choice in choices]
+            found: list[Answer] = []
+            while missing := sampling.answers - len(found):
+                # A seed of its own for each answer: those that a server draws with the next ones are no one else's.
+                own = settings | {"n": missing, "seed": seed * sampling.answers + len(found)}
+                found += _asked(server, prompt, own)[:missing]
+            return found
 
         with ThreadPoolExecutor(len(prompts)) as threads:
             return list(threads.map(ask, prompts))
@@ -124,19 +124,30 @@ def by_server(server: str, model: str, sampling: Sampling) -> Generate:
     return generate
 
 
-def _has_ended(choice: dict[str, Any]) -> bool:
-    return choice.get("finish_reason") != "length"
-
-
-def _asked(address: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def _asked(server: str, prompt: Prompt, settings: dict[str, Any]) -> list[Answer]:
+    """What a server answers to one request, at least one answer."""
+    kind, column = ("completions", "prompt") if isinstance(prompt, str) else ("chat/completions", "messages")
+    address, body = f"{server}/{kind}", json.dumps(settings | {column: prompt}).encode()
     try:
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=600) as reply:
-            return list(json.load(reply)["choices"])
-    except (OSError, ValueError, KeyError) as error:
+            choices = json.load(reply)["choices"]
+        answers = [Answer(_text(choice), choice.get("finish_reason") != "length") for choice in choices]
+    except urllib.error.HTTPError as error:
+        said = error.read(300).decode(errors="replace")
+        raise UserError(f"{address} refused: {error}. It says: {said!r}. Is {settings['model']} there?") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, http.client.HTTPException) as error:
         raise UserError(
-            f"{address} gave no answers: {error}. Is the server up, and is {body['model']} there?"
+            f"{address} gave no answers: {error!r}. Is the server up, and is {settings['model']} there?"
         ) from error
+    if not answers:
+        raise UserError(f"{address} gave a reply of no choices. Look at the server's own lines.")
+    return answers
+
+
+def _text(choice: dict[str, Any]) -> str:
+    """Of a choice; a chat's may be null where the model has said nothing."""
+    return str(choice["text"] if "text" in choice else choice["message"]["content"] or "")
 
 
 @contextlib.contextmanager
@@ -149,6 +160,8 @@ def served(command: str, server: str, model: str, minutes: float = 30) -> Iterat
     if not command:
         yield
         return
+    if _answers(server):
+        raise UserError(f"--serve: something answers at {server} already. End it, or leave --serve out to use it.")
     process = subprocess.Popen(shlex.split(command.replace("{model}", shlex.quote(model))))
     try:
         until = time.monotonic() + 60 * minutes
@@ -159,10 +172,23 @@ def served(command: str, server: str, model: str, minutes: float = 30) -> Iterat
         yield
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _answers(server: str) -> bool:
-    with contextlib.suppress(OSError), urllib.request.urlopen(f"{server}/models", timeout=5) as reply:
-        return bool(reply.status == 200)
-    return False
+    """Whether the server is up: an error is an answer, too, unless it says that it is not ready."""
+    try:
+        with urllib.request.urlopen(f"{server}/models", timeout=5):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code not in _NOT_READY
+    except OSError:
+        return False
+
+
+#: Of a server that still loads its model, or of a proxy before one.
+_NOT_READY = (502, 503, 504)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.iterative.generate import Sampling, by_transformers
+from examples.iterative.generate import Sampling, _answers, by_server, by_transformers
 from megatron_bdpo.errors import UserError
 from tests.harness.program import run
 
@@ -189,20 +189,72 @@ def test_what_a_reward_model_may_not_be(words, expected, loop, made, reward_mode
 
 
 class _Server(BaseHTTPRequestHandler):
-    """Answers with what it was asked, n times."""
+    """Answers with what it was asked, n times; a model of a name in ``REPLIES`` as that says."""
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         chat = self.path == "/v1/chat/completions"
         texts = [f"{asked['model']} {number}" for number in range(asked["n"])]
         choices = [{"message": {"content": text}} if chat else {"text": text} for text in texts]
-        choices[2]["finish_reason"] = "length"
-        body = json.dumps({"choices": choices}).encode() if "lost" not in asked["model"] else b"no"
-        self.send_response(200)
+        for choice in choices[2:3]:
+            choice["finish_reason"] = "length"
+        reply = REPLIES.get(asked["model"], lambda asked: {"choices": choices})(asked)
+        body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+        self.send_response(400 if asked["model"] == "refused" else 200)
         self.end_headers()
         self.wfile.write(body)
 
+    def do_GET(self) -> None:
+        self.send_error(int(self.path.split("/")[1]))
+
     def log_message(self, *_: object) -> None: ...
+
+
+#: Name of a model -> what is answered to a request.
+REPLIES = {
+    "one by one": lambda asked: {"choices": [{"text": f"{asked['n']} {asked['seed']}", "finish_reason": "length"}]},
+    "two at most": lambda asked: {"choices": [{"text": str(asked["seed"] + i)} for i in range(min(2, asked["n"]))]},
+    "too many": lambda asked: {"choices": [{"text": str(number)} for number in range(9)]},
+    "lost": lambda asked: b"no",
+    "empty": lambda asked: {"choices": []},
+    "null": lambda asked: {"choices": None},
+    "other": lambda asked: {"choices": [{"content": "a"}]},
+    "refused": lambda asked: b"it has another model",
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("one by one", [("3 21", False), ("2 22", False), ("1 23", False)]),
+        ("two at most", [("21", True), ("22", True), ("23", True)]),
+        ("too many", [("0", True), ("1", True), ("2", True)]),
+    ],
+)
+def test_a_server_is_asked_until_all_answers_are_there(server, model, expected):
+    """Each request of a prompt has the seeds that follow the last one's, and no other batch has them."""
+    assert by_server(server, model, Sampling(3, 8, 1.0))(["a", "b"], 7) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("lost", "gave no answers"),
+        ("empty", "gave a reply of no choices"),
+        ("null", "gave no answers"),
+        ("other", "gave no answers: KeyError"),
+        ("refused", "refused: HTTP Error 400: Bad Request. It says: 'it has another model'. Is refused there"),
+    ],
+)
+def test_what_is_no_answer_is_refused(server, model, expected):
+    with pytest.raises(UserError, match=expected):
+        by_server(server, model, Sampling(3, 8, 1.0))(["a"], 7)
+
+
+def test_a_server_is_up_when_it_answers_even_with_an_error(server):
+    """One without a list of models, or without a cache of its own to list, is not waited for."""
+    address = server.removesuffix("/v1")
+    assert [code for code in (404, 500, 502, 503, 504) if _answers(f"{address}/{code}")] == [404, 500]
 
 
 @pytest.fixture
@@ -266,6 +318,8 @@ def test_a_server_is_started_for_a_model_and_ended(loop, tmp_path):
     command = f"{sys.executable} -m http.server {port} --bind 127.0.0.1 --directory {{model}}"
     with loop.served(command, address, str(tmp_path / "m")):
         urllib.request.urlopen(f"{address}/models").close()
+        with pytest.raises(UserError, match=r"something answers at .* already"), loop.served(command, address, "m"):
+            pass
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"{address}/models")
     with pytest.raises(UserError, match="the server does not answer"), loop.served("false", address, "m"):
