@@ -230,7 +230,6 @@ class PairLossFunction:
         """What the loss reads, as configured."""
         return self.spec.requirements(self.options)
 
-    def __call__(self, pairs: PairLogProbs) -> PairLosses:
-        """The losses of pairs, every tensor [P]."""
-        losses: PairLosses = self.spec.function(pairs, self.options)
-        return losses
+    def __call__(self, read: Any) -> Any:
+        """The losses of what the loss takes."""
+        return self.spec.function(read, self.options)

@@ -1,4 +1,4 @@
-"""The forward step of a loss of labelled answers, in the shape that ``forward.PreferenceStep`` has.
+"""The forward step of a loss of labelled answers.
 
 A pair of the data is two labelled answers, and its loss the mean of theirs. So a step's loss is the mean over its
 groups, or pairs, as it is with a loss of pairs.
@@ -7,7 +7,6 @@ groups, or pairs, as it is with a loss of pairs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor
 from megatron_bdpo.losses import AnswerLogProbs, AnswerLosses
 from megatron_bdpo.losses.answers import answer_report
 from megatron_bdpo.training.batches import PackBatch, PackSides
-from megatron_bdpo.training.finite import check_losses
-from megatron_bdpo.training.forward import PreferenceStep, Report, counted_here, report_of
+from megatron_bdpo.training.forward import LossInputs, PreferenceStep, Report
 from megatron_bdpo.training.reporting.part_means import part_report
 
 
@@ -28,7 +26,7 @@ def answers_of(batch: PackBatch, policy: Tensor, reference: Tensor | None) -> An
         policy: [A] log-probs of the batch's answers.
         reference: [P, 2] of its pairs, or None.
     """
-    sides = sides_of(batch)
+    sides = _sides(batch)
     answers = batch.pairs.answers.reshape(-1)[sides.source]
     return AnswerLogProbs(
         policy[answers],
@@ -38,8 +36,7 @@ def answers_of(batch: PackBatch, policy: Tensor, reference: Tensor | None) -> An
     )
 
 
-def sides_of(batch: PackBatch) -> PackSides:
-    """Which sides of the batch's pairs the answers are."""
+def _sides(batch: PackBatch) -> PackSides:
     assert batch.pairs.sides is not None, "the pack was made for a loss of pairs"
     return batch.pairs.sides
 
@@ -51,38 +48,25 @@ class AnswerStep(PreferenceStep):
     shift: Tensor | None = None
     """[] what the loss has found for the whole step or evaluation: see ``step_shift``."""
 
-    def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
+    def _inputs(self, batch: PackBatch, scores: Tensor) -> LossInputs:
         policy, entropy, _ = self.scoring.apart(scores)
         answers = answers_of(batch, policy, self.reference.lookup(batch).conditional)
-        answers = dataclasses.replace(answers, shift=self.shift)
-        losses: AnswerLosses = self.loss.spec.function(answers, self.loss.options)
-        sides = sides_of(batch)
-        loss_sum = (losses.loss * sides.weight.to(losses.loss.dtype)).sum().float()
-        if self.check_nan:
-            check_losses(losses.loss, answers, batch.pairs.ids[sides.pair], self.describe, self.place, self.suspect)
-        if self.gate is not None:
-            self.gate.observe_answers(answers, self.loss)
-        if self.observe is not None and self.evaluates:
-            rewards = losses.reward.new_full((2 * len(batch.pairs),), torch.nan)  # of a labelled answer one is missing
-            self.observe(batch.pairs.ids, rewards.index_copy(0, sides.source, losses.reward).reshape(-1, 2))
-        beside = {}
-        if entropy is not None:
-            of_answers = entropy[batch.pairs.answers.reshape(-1)[sides.source]]
-            beside["entropy"] = of_answers / answers.tokens
-        report = _report(answers, losses, sides, batch.pairs.count, beside)
-        return loss_sum, counted_here(batch, loss_sum.device), report
+        sides = _sides(batch)
+        shifted = dataclasses.replace(answers, shift=self.shift)
+        return LossInputs(shifted, sides.weight, batch.pairs.ids[sides.pair], entropy)
 
+    def _rewards(self, batch: PackBatch, losses: AnswerLosses) -> Tensor:
+        rewards = losses.reward.new_full((2 * len(batch.pairs),), torch.nan)  # of a labelled answer one is missing
+        return rewards.index_copy(0, _sides(batch).source, losses.reward).reshape(-1, 2)
 
-def _report(
-    answers: AnswerLogProbs, losses: AnswerLosses, sides: PackSides, count: int, beside: Mapping[str, Tensor]
-) -> Report:
-    """The metrics of a batch: of all answers, and of the desirable (chosen) and undesirable (rejected) ones.
+    def _metrics(self, answers: AnswerLogProbs, losses: AnswerLosses) -> dict[str, Tensor]:
+        return {"rewards/accuracies": answer_report(answers, losses).accuracy}
 
-    Args:
-        beside: more of the latter, [N] each.
-    """
-    of_all = {"loss": losses.loss, "rewards/accuracies": answer_report(answers, losses).accuracy, **losses.metrics}
-    report = report_of(of_all, sides.weight, count)
-    of_label = torch.stack([answers.desirable, ~answers.desirable])
-    parts = {"rewards": losses.reward, "logps": answers.policy, **beside}
-    return report | part_report(parts, of_label, ("chosen", "rejected"), sides.weight, count)
+    def _side_metrics(self, batch: PackBatch, inputs: LossInputs, losses: AnswerLosses) -> Report:
+        """Desirable answers are told of as chosen, undesirable ones as rejected."""
+        answers: AnswerLogProbs = inputs.read
+        values = {"rewards": losses.reward, "logps": answers.policy}
+        if inputs.entropy is not None:
+            values["entropy"] = inputs.entropy[batch.pairs.answers.reshape(-1)[_sides(batch).source]] / answers.tokens
+        of_label = torch.stack([answers.desirable, ~answers.desirable])
+        return part_report(values, of_label, ("chosen", "rejected"), inputs.weight, batch.pairs.count)

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,7 +26,7 @@ from megatron_bdpo.losses.wins import wins
 from megatron_bdpo.model.attention import KeptKeys
 from megatron_bdpo.model.evaluation import evaluating, weights_at_rest
 from megatron_bdpo.model.pair_gpt import NextTokenContext, ScoringContext, next_tokens, score_answers
-from megatron_bdpo.training.batches import IntArray, PackBatch, PackPairs
+from megatron_bdpo.training.batches import IntArray, PackBatch
 from megatron_bdpo.training.finite import check_losses
 from megatron_bdpo.training.phases import beat
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_report
@@ -105,9 +104,23 @@ def pairs_of(
     )
 
 
+class LossInputs(NamedTuple):
+    """What a batch's N losses are of: its pairs, its groups or its labelled answers."""
+
+    read: Any
+    """As the loss takes them."""
+    weight: Tensor
+    """[N] float64, of each in the step's mean."""
+    ids: IntArray
+    """[N] on the host: the pair, or one of the pairs, that messages name each by."""
+    entropy: Tensor | None = None
+    """[A] of the policy's answers, where it is logged."""
+
+
 @dataclass
 class PreferenceStep:
-    """``forward_step`` of a preference run."""
+    """``forward_step`` of a preference run. Its loss takes pairs; of what else a loss takes there are subclasses, with
+    inputs, rewards and metrics of their own."""
 
     loss: PairLossFunction
     reference: ReferenceValues
@@ -125,7 +138,7 @@ class PreferenceStep:
     """Told the ids of an evaluation's pairs and the rewards [P, 2] of chosen and rejected, pack by pack, on the last
     pipeline stage."""
     gate: StepZeroGate | None = None
-    """During the first step: told how far each pair's loss is from its value at policy == reference."""
+    """During the first step: told how far each loss is from its value at policy == reference."""
     targets: StepTargets | None = None
     """Where the loss looks at whole steps."""
     imbalance_edges: Tensor | None = None
@@ -134,9 +147,30 @@ class PreferenceStep:
     def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         beat()
         batch = next(data_iterator).to_device()
-        return score_pack(model, batch, self.scoring), partial(self._loss_func, batch)
+        return self._scores(model, batch), partial(self._loss_func, batch)
+
+    def _scores(self, model: Any, batch: PackBatch) -> Tensor:
+        return score_pack(model, batch, self.scoring)
 
     def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
+        inputs, count = self._inputs(batch, scores), batch.pairs.count
+        losses = self.loss(inputs.read)
+        loss_sum = (losses.loss * inputs.weight.to(losses.loss.dtype)).sum().float()
+        if self.check_nan:
+            check_losses(losses.loss, inputs.read, inputs.ids, self.describe, self.place, self.suspect)
+        if self.gate is not None:
+            self.gate.observe(inputs.read, self.loss)
+        if self.observe is not None and self.evaluates:
+            self.observe(batch.pairs.ids, self._rewards(batch, losses))
+        metrics = {"loss": losses.loss, **self._metrics(inputs.read, losses)}
+        report = report_of(metrics | losses.metrics, inputs.weight, count)
+        if self.imbalance_edges is not None:
+            main = {name: metrics[name] for name in ("loss", "rewards/accuracies", "rewards/margins")}
+            report |= quartile_report(main, losses.metrics[IMBALANCE], self.imbalance_edges, inputs.weight, count)
+        report |= self._side_metrics(batch, inputs, losses)
+        return loss_sum, counted_here(batch, loss_sum.device), report
+
+    def _inputs(self, batch: PackBatch, scores: Tensor) -> LossInputs:
         scored, reference = self.scoring.apart(scores), self.reference.lookup(batch)
         policy, entropy, collision_entropy = (None if each is None else batch.over_answers(each) for each in scored)
         assert policy is not None
@@ -154,23 +188,23 @@ class PreferenceStep:
         if self.targets is not None and not self.evaluates:
             chosen, rejected = self.targets.lookup(batch)
             pairs = dataclasses.replace(pairs, chosen_target=chosen, rejected_target=rejected)
-        losses = self.loss(pairs)
-        loss_sum = weighted_sum(losses.loss, batch)
-        if self.check_nan:
-            check_losses(losses.loss, pairs, batch.pairs.ids, self.describe, self.place, self.suspect)
-        if self.gate is not None:
-            self.gate.observe(pairs, self.loss)
-        if self.observe is not None and self.evaluates:
-            self.observe(batch.pairs.ids, losses.rewards)
-        report = pair_report(pairs, losses, batch.pairs, self.imbalance_edges)
-        if entropy is not None:
-            report |= entropy_report(entropy[batch.pairs.answers], batch.answer_tokens[batch.pairs.answers])
-        return loss_sum, counted_here(batch, loss_sum.device), report
+        return LossInputs(pairs, batch.pairs.weight, batch.pairs.ids, entropy)
 
+    def _rewards(self, batch: PackBatch, losses: Any) -> Tensor:
+        """[P, 2] of chosen and rejected."""
+        rewards: Tensor = losses.rewards
+        return rewards
 
-def weighted_sum(losses: Tensor, batch: PackBatch) -> Tensor:
-    """Of a batch's pair losses [P], in fp32."""
-    return (losses * batch.pairs.weight.to(losses.dtype)).sum().float()
+    def _metrics(self, read: Any, losses: Any) -> dict[str, Tensor]:
+        """[N] each, beside the loss and what its function tells, with TRL's names where TRL has them."""
+        return reward_metrics(losses) | {"logps/chosen": read.policy_chosen, "logps/rejected": read.policy_rejected}
+
+    def _side_metrics(self, batch: PackBatch, inputs: LossInputs, losses: Any) -> Report:
+        """What is told of chosen and of rejected answers each by themselves."""
+        if inputs.entropy is None:
+            return {}
+        answers = batch.pairs.answers
+        return entropy_report(inputs.entropy[answers], batch.answer_tokens[answers])
 
 
 def counted_here(batch: PackBatch, device: torch.device) -> Tensor:
@@ -180,25 +214,15 @@ def counted_here(batch: PackBatch, device: torch.device) -> Tensor:
     return torch.full((), count, dtype=torch.int, device=device)
 
 
-def pair_report(
-    pairs: PairLogProbs, losses: PairLosses, of: PackPairs, imbalance_edges: Tensor | None = None
-) -> Report:
-    """The metrics of a batch, with TRL's names where TRL has them; the main ones by quartile too, given its edges."""
-    report = loss_report(losses, of, {"logps/chosen": pairs.policy_chosen, "logps/rejected": pairs.policy_rejected})
-    if imbalance_edges is not None:
-        report |= quartile_report(_main(losses), losses.metrics[IMBALANCE], imbalance_edges, of.weight, of.count)
-    return report
-
-
-def loss_report(losses: PairLosses, of: PackPairs, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Report:
-    """The metrics that the losses of a batch's pairs tell, and others of the pairs, [P] each; weighted as they are."""
-    rewards = {"rewards/chosen": losses.chosen_reward, "rewards/rejected": losses.rejected_reward}
-    return report_of({**_main(losses), **rewards, **beside, **losses.metrics}, of.weight, of.count)
-
-
-def _main(losses: PairLosses) -> dict[str, Tensor]:
+def reward_metrics(losses: PairLosses) -> dict[str, Tensor]:
+    """What the rewards of pairs are told by, [P] each."""
     margin = losses.chosen_reward - losses.rejected_reward
-    return {"loss": losses.loss, "rewards/accuracies": wins(margin), "rewards/margins": margin}
+    return {
+        "rewards/accuracies": wins(margin),
+        "rewards/margins": margin,
+        "rewards/chosen": losses.chosen_reward,
+        "rewards/rejected": losses.rejected_reward,
+    }
 
 
 def entropy_report(entropy: Tensor, tokens: Tensor) -> Report:
@@ -213,7 +237,7 @@ def entropy_report(entropy: Tensor, tokens: Tensor) -> Report:
 
 
 def report_of(values: Mapping[str, Tensor], weight: Tensor, count: int) -> Report:
-    """Values [P] each, weighted with ``weight`` [P]; added up together, and ``count``, the sum of the weights, filled
+    """Values [N] each, weighted with ``weight`` [N]; added up together, and ``count``, the sum of the weights, filled
     in on the device: nothing waits for the host."""
     sums = (torch.stack([value.detach().double() for value in values.values()]) * weight).sum(dim=1)
     return dict(zip(values, torch.stack([sums, torch.full_like(sums, count)], dim=1).float(), strict=True))

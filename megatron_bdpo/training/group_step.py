@@ -1,4 +1,4 @@
-"""The forward step of a loss of whole groups, in the shape that ``forward.PreferenceStep`` has.
+"""The forward step of a loss of whole groups.
 
 A step's loss is the mean over its groups. What is told of pairs beside it, as rewards and entropies, is told of the
 pairs that --pairs-from makes.
@@ -6,17 +6,12 @@ pairs that --pairs-from makes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
 from megatron_bdpo.losses import GroupLogProbs, GroupLosses
 from megatron_bdpo.losses.groups import answer_mean, group_report
 from megatron_bdpo.training.batches import PackBatch, PackTable
-from megatron_bdpo.training.finite import check_losses
-from megatron_bdpo.training.forward import PreferenceStep, Report, counted_here, entropy_report, report_of
-from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_report
+from megatron_bdpo.training.forward import LossInputs, PreferenceStep
 
 
 def groups_of(
@@ -50,39 +45,26 @@ def _table(batch: PackBatch) -> PackTable:
     return batch.pairs.table
 
 
-@dataclass
 class GroupStep(PreferenceStep):
     """``forward_step`` of a run whose loss takes groups."""
 
-    def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
+    def _inputs(self, batch: PackBatch, scores: Tensor) -> LossInputs:
         policy, entropy, _ = self.scoring.apart(scores)
-        reference = self.reference.lookup(batch)
+        pairs, reference = batch.pairs, self.reference.lookup(batch)
         groups = groups_of(batch, policy, reference.conditional, reference.unconditional)
-        losses: GroupLosses = self.loss.spec.function(groups, self.loss.options)
-        loss_sum = losses.loss.sum().float()
-        if self.check_nan:
-            one_of_each = batch.pairs.ids[batch.pairs.first]
-            check_losses(losses.loss, groups, one_of_each, self.describe, self.place, self.suspect)
-        if self.gate is not None:
-            self.gate.observe_groups(groups, self.loss)
-        if self.observe is not None and self.evaluates:
-            self.observe(batch.pairs.ids, losses.reward.reshape(-1)[_table(batch).place])
-        report = self._report(groups, losses)
-        if entropy is not None:
-            report |= entropy_report(entropy[batch.pairs.answers], batch.answer_tokens[batch.pairs.answers])
-        return loss_sum, counted_here(batch, loss_sum.device), report
+        return LossInputs(groups, pairs.group_weight, pairs.ids[pairs.first], entropy)
 
-    def _report(self, groups: GroupLogProbs, losses: GroupLosses) -> Report:
-        """The metrics of a batch, by the names of those of pairs."""
-        found, weight = group_report(groups, losses), torch.ones(len(groups), device=losses.loss.device).double()
-        main = {"loss": losses.loss, "rewards/accuracies": found.accuracy, "rewards/margins": found.margin}
-        rewards = {"rewards/chosen": found.chosen, "rewards/rejected": found.rejected}
-        policy = groups.policy.detach()
-        log_probs = {
+    def _rewards(self, batch: PackBatch, losses: GroupLosses) -> Tensor:
+        return losses.reward.reshape(-1)[_table(batch).place]
+
+    def _metrics(self, groups: GroupLogProbs, losses: GroupLosses) -> dict[str, Tensor]:
+        """By the names of what is told of pairs."""
+        found, policy = group_report(groups, losses), groups.policy.detach()
+        return {
+            "rewards/accuracies": found.accuracy,
+            "rewards/margins": found.margin,
+            "rewards/chosen": found.chosen,
+            "rewards/rejected": found.rejected,
             "logps/chosen": answer_mean(policy, groups.best()),
             "logps/rejected": answer_mean(policy, groups.worst()),
         }
-        report = report_of({**main, **rewards, **log_probs, **losses.metrics}, weight, len(groups))
-        if self.imbalance_edges is not None:
-            report |= quartile_report(main, losses.metrics[IMBALANCE], self.imbalance_edges, weight, len(groups))
-        return report

@@ -1,21 +1,18 @@
-"""The forward step of a reward model, in the shape that ``forward.PreferenceStep`` has."""
+"""The forward step of a reward model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_bdpo.losses import PairLosses
 from megatron_bdpo.losses.bradley_terry import PairRewards
 from megatron_bdpo.model.reward_head import RewardContext, reward_answers
 from megatron_bdpo.training.batches import PackBatch
-from megatron_bdpo.training.finite import check_losses
-from megatron_bdpo.training.forward import PreferenceStep, Report, counted_here, loss_report, weighted_sum
-from megatron_bdpo.training.phases import beat
+from megatron_bdpo.training.forward import LossInputs, PreferenceStep, reward_metrics
 
 
 def reward_pack(model: Any, batch: PackBatch) -> Tensor:
@@ -39,24 +36,17 @@ def rewards_of(batch: PackBatch, rewards: Tensor) -> PairRewards:
     return PairRewards(chosen, rejected, batch.pairs.margin)
 
 
-@dataclass
 class RewardStep(PreferenceStep):
     """``forward_step`` of a reward model's run. It has no reference and scores no tokens."""
 
-    def __call__(self, data_iterator: Iterator[PackBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        beat()
-        batch = next(data_iterator).to_device()
-        return reward_pack(model, batch), partial(self._loss_func, batch)
+    def _scores(self, model: Any, batch: PackBatch) -> Tensor:
+        return reward_pack(model, batch)
 
-    def _loss_func(self, batch: PackBatch, scores: Tensor) -> tuple[Tensor, Tensor, Report]:
-        pairs = rewards_of(batch, scores)
-        losses = self.loss.spec.function(pairs, self.loss.options)
-        loss_sum = weighted_sum(losses.loss, batch)
-        if self.check_nan:
-            check_losses(losses.loss, pairs, batch.pairs.ids, self.describe, self.place, self.suspect)
-        if self.observe is not None and self.evaluates:
-            self.observe(batch.pairs.ids, losses.rewards)
-        return loss_sum, counted_here(batch, loss_sum.device), loss_report(losses, batch.pairs)
+    def _inputs(self, batch: PackBatch, scores: Tensor) -> LossInputs:
+        return LossInputs(rewards_of(batch, scores), batch.pairs.weight, batch.pairs.ids)
+
+    def _metrics(self, pairs: PairRewards, losses: PairLosses) -> dict[str, Tensor]:
+        return reward_metrics(losses)
 
 
 class RewardScoringStep:

@@ -11,6 +11,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,9 +96,17 @@ class StepZeroGate:
     precision: Precision
     _sums: list[Tensor] = field(default_factory=list)
 
-    def observe(self, pairs: PairLogProbs, loss: Callable[[PairLogProbs], PairLosses]) -> None:
-        """Record the P pairs of a microbatch under the run's loss, which reads the reference's log-probs."""
+    def observe(self, read: PairLogProbs | GroupLogProbs | AnswerLogProbs, loss: PairLossFunction) -> None:
+        """Record a microbatch's pairs, groups or labelled answers, N of them, under the run's loss, which reads the
+        reference's log-probs."""
+        observers: dict[type, Callable[[Any, PairLossFunction], None]] = {
+            PairLogProbs: self._observe_pairs,
+            GroupLogProbs: self._observe_groups,
+            AnswerLogProbs: self._observe_answers,
+        }
+        observers[type(read)](read, loss)
 
+    def _observe_pairs(self, pairs: PairLogProbs, loss: PairLossFunction) -> None:
         names = ["chosen", "rejected"]
         counts = [pairs.chosen_tokens, pairs.rejected_tokens]
         if pairs.policy_chosen_beginning is not None:
@@ -106,7 +115,8 @@ class StepZeroGate:
 
         def losses(log_probs: Tensor) -> Tensor:
             values = {f"policy_{name}": column for name, column in zip(names, log_probs.unbind(1), strict=True)}
-            return loss(replace(pairs, **values)).loss
+            found: PairLosses = loss(replace(pairs, **values))
+            return found.loss
 
         policy, reference = (
             torch.stack([getattr(pairs, f"{model}_{name}") for name in names], dim=1)
@@ -116,13 +126,13 @@ class StepZeroGate:
         # All losses are convex there, or rise or fall with each log-prob (`LossSpec.function`): farthest in a corner.
         self._observe(policy, reference, tokens, losses, _farthest_corner)
 
-    def observe_groups(self, groups: GroupLogProbs, loss: PairLossFunction) -> None:
-        """Record the G groups of a microbatch in the same way; of a loss that jumps, its log-probs alone."""
+    def _observe_groups(self, groups: GroupLogProbs, loss: PairLossFunction) -> None:
+        """Of a loss that jumps, its log-probs alone."""
 
         def losses(log_probs: Tensor) -> Tensor:
             if loss.spec.jumps:
                 return log_probs.new_zeros(len(log_probs))
-            found: GroupLosses = loss.spec.function(replace(groups, policy=log_probs), loss.options)
+            found: GroupLosses = loss(replace(groups, policy=log_probs))
             return found.loss
 
         assert groups.reference is not None
@@ -130,8 +140,8 @@ class StepZeroGate:
         policy = torch.where(groups.present, groups.policy, reference)  # elsewhere nothing may be off
         self._observe(policy, reference, groups.tokens, losses, _one_by_one)
 
-    def observe_answers(self, answers: AnswerLogProbs, loss: PairLossFunction) -> None:
-        """Record the N labelled answers of a microbatch in the same way; there the step would have found 0 for them.
+    def _observe_answers(self, answers: AnswerLogProbs, loss: PairLossFunction) -> None:
+        """There the step would have found 0 for them.
 
         What is wrong with that raises the losses of one label and lowers those of the other: it is not their mean that
         counts, but how far each is off.
@@ -140,7 +150,7 @@ class StepZeroGate:
 
         def losses(log_probs: Tensor, shift: Tensor | None) -> Tensor:
             policy = log_probs.squeeze(1)
-            found: AnswerLosses = loss.spec.function(replace(answers, policy=policy, shift=shift), loss.options)
+            found: AnswerLosses = loss(replace(answers, policy=policy, shift=shift))
             return found.loss
 
         at_reference = functools.partial(losses, shift=None if answers.shift is None else answers.shift * 0)

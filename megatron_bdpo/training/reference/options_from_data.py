@@ -57,7 +57,7 @@ def imbalance_edges(
     """
     if not loss.requirements.comprehension:
         return []
-    if IMBALANCE not in loss.spec.function(pairs[:1], loss.options).metrics:
+    if IMBALANCE not in loss(pairs[:1]).metrics:
         return []
     edges = broadcast(list(kept) or quartile_edges(_imbalances(loss, pairs)).tolist())
     say(f"quartiles of the imbalance: {', '.join(f'{edge:.4g}' for edge in edges)}, {_origin(bool(kept), pairs, of)}")
@@ -67,7 +67,7 @@ def imbalance_edges(
 def _imbalances(loss: PairLossFunction, pairs: PairLogProbs | GroupLogProbs) -> npt.NDArray[np.float64]:
     """Of all pairs, [P]; some at a time, because a loss makes many other arrays beside it."""
     blocks = (pairs[start : start + _BLOCK] for start in range(0, len(pairs), _BLOCK))
-    losses = (loss.spec.function(block, loss.options) for block in blocks)
+    losses = (loss(block) for block in blocks)
     return np.concatenate([each.metrics[IMBALANCE].numpy() for each in losses])
 
 

@@ -47,7 +47,7 @@ def step_of(**fields: Any) -> AnswerStep:
 
 def test_each_side_with_its_label_and_weight():
     seen: list[Any] = []
-    gate: Any = SimpleNamespace(observe_answers=lambda answers, loss: seen.append(answers))
+    gate: Any = SimpleNamespace(observe=lambda answers, loss: seen.append(answers))
     made = batch()
     loss_sum, count, _ = step_of(gate=gate)._loss_func(made, torch.arange(9, dtype=torch.float64))
     (answers,) = seen

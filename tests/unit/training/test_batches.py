@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,12 +126,18 @@ def group_read(over_pairs: bool) -> dict[str, Any]:
 
     from megatron_bdpo.data.pool import PairPool
     from megatron_bdpo.training.batches import PackMaker
-    from megatron_bdpo.training.group_step import groups_of
+    from megatron_bdpo.training.forward import ReferenceLogProbs
+    from megatron_bdpo.training.group_step import GroupStep, groups_of
 
     pool = PairPool([RankedStore()])
-    batch = PackMaker(pool, 64, over_pairs=over_pairs, takes="groups")(np.array([1, 0]), 48)
+    make = PackMaker(pool, 64, over_pairs=over_pairs, takes="groups")
+    batch, other_way = make(np.array([1, 0]), 48), make(np.array([0, 1]), 48)
     policy = torch.arange(6, dtype=torch.float64)  # of the pack's answers: the pair's, then the row's
-    read = groups_of(batch, policy, policy[batch.pairs.answers] - 100, None)
+    reference: Any = SimpleNamespace(lookup=lambda batch: ReferenceLogProbs(policy[batch.pairs.answers] - 100))
+    scoring: Any = SimpleNamespace(apart=lambda scores: (scores, None, None))
+    loss: Any = None
+    step = GroupStep(loss, reference, scoring)
+    read, (_, weight, ids, _) = step._inputs(batch, policy).read, step._inputs(other_way, policy)
     empty = PackMaker(pool, 64, takes="groups")(np.zeros(0, np.int64), 8)
     return {
         "pairs": batch.pairs.ids.tolist(),
@@ -139,6 +146,8 @@ def group_read(over_pairs: bool) -> dict[str, Any]:
         "count": batch.pairs.count,
         "groups": len(batch.attention.group_weight),
         "first": batch.pairs.first.tolist(),
+        "named": ids.tolist(),
+        "weights": weight.tolist(),
         **{name: value.tolist() for name, value in vars(read).items() if value is not None},
         "none": [len(groups_of(empty, policy[:0], policy[:0].view(0, 2), None)), empty.pairs.count, len(empty.pairs)],
     }
@@ -151,6 +160,7 @@ def test_a_pack_of_groups(ranks, over_pairs):
     assert found["answers"] == [[0, 1], *([a + 2, b + 2] for a, b in RankedStore.PAIRS)]
     assert found["weight"] == ([1] * 7 if over_pairs else pytest.approx([1, *[1 / 6] * 6]))
     assert (found["count"], found["groups"]) == (7 if over_pairs else 2, 2)
+    assert found["named"] == [0, 6] and found["weights"] == ([6, 1] if over_pairs else [1, 1])
     assert found["present"] == [[True, True, False, False], [True] * 4]
     there = [
         [value for value, is_there in zip(row, found["present"][index], strict=True) if is_there]

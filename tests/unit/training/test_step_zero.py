@@ -51,13 +51,13 @@ def verdict(
                 desirable = torch.arange(len(tokens)) % 2 == 0
                 found = torch.tensor(shift, dtype=torch.float64) if function.spec.step_shift else None
                 answers = AnswerLogProbs(reference + off, tokens, desirable, reference=reference, shift=found)
-                gate.observe_answers(answers, function)
+                gate.observe(answers, function)
                 continue
             given = (reference, reference - 0.5 * tokens)  # unconditional: the reference comprehends them alike
             if of_groups:
                 score, present = torch.arange(tokens.shape[1]) % 2 == 0, torch.ones_like(tokens, dtype=torch.bool)
                 groups = GroupLogProbs(reference + off, tokens, score[None].double(), present, *given)
-                gate.observe_groups(groups, function)
+                gate.observe(groups, function)
                 continue
             gate.observe(PairLogProbs.of_pairs(tokens, reference + off, *given, safe), function)
         try:
