@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -54,7 +53,7 @@ def process_groups(process: ProcessSettings) -> Iterator[None]:
         torch.cuda.set_device(process.local_rank)
     if process.ranks == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", "0")  # any that is free
     distributed.init_process_group(
         backend=backend,
         world_size=process.ranks,
@@ -186,12 +185,6 @@ def _reaches(store: Any, key: str, count: int) -> bool:
 def show_error(error: UserError, where: str = "") -> None:
     """Print an error for the user."""
     print(error.as_text(where), file=sys.stderr, flush=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def host_group() -> Any:

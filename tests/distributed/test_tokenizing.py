@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from megatron_bdpo.data.store import PairStore
 from tests.harness.jobs import DATA
+from tests.harness.rendezvous import free_port
 
 ROWS = 800
 PATIENCE = 300.0
@@ -38,12 +38,6 @@ tokenize_main()
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "pairs.jsonl"
@@ -60,7 +54,7 @@ class Nodes:
         flags = ["--pair-data", data, "--pair-cache-dir", self.directory / "cache", "--tokenizer-workers", "2"]
         flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", DATA / "tokenizer.model"]
         environment = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        environment |= {"MASTER_PORT": str(_free_port()), "SLOW": str(slow), "MARKS": str(self.directory / "marks")}
+        environment |= {"MASTER_PORT": str(free_port()), "SLOW": str(slow), "MARKS": str(self.directory / "marks")}
         environment |= {"BDPO_STATUS_FILE": str(self.directory / "status.json")}
         self.processes = [
             subprocess.Popen(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from tests.harness.rendezvous import free_port
 
 GRACE = 10.0
 """Seconds that the launcher leaves ranks to end by themselves after one has failed; torchrun's default is 30."""
@@ -26,7 +27,7 @@ class JobTree:
     """
 
     def __init__(self, world_size: int, job: Callable[[], Any]) -> None:
-        port = _free_port()
+        port = free_port()
         self._exit: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
@@ -95,9 +96,3 @@ def _fork_rank(rank: int, world_size: int, port: int, job: Callable[[], Any]) ->
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

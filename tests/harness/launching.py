@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.harness.ranks import free_port, start_server
+from tests.harness.ranks import start_server
+from tests.harness.rendezvous import free_port
 
 
 def torchrun(

@@ -14,7 +14,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -128,13 +127,6 @@ def start_server() -> Any:
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, dict.fromkeys(search)))):
         multiprocessing.forkserver.ensure_running()
     return context
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, log: Path) -> None:

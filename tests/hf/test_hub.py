@@ -14,6 +14,7 @@ from megatron_bdpo import hub
 from megatron_bdpo.errors import UserError
 from megatron_bdpo.model.hf.directory import model_directory, tokenizer_directory
 from tests.distributed.test_bad_input import refusal
+from tests.harness.rendezvous import free_port
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -28,12 +29,9 @@ def silent():
 
 
 @pytest.fixture
-def refusing(silent):
+def refusing():
     """The address of no server."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    return f"http://127.0.0.1:{port}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 @pytest.fixture
