@@ -44,8 +44,8 @@ class Sampling:
 
 
 def by_transformers(model: str, sampling: Sampling) -> Generate:
-    """The prompts of a call are one batch, each rendered as the training run renders it: text as it is, messages by the
-    model's chat template. A call raises UserError where there are messages and no template."""
+    """The prompts of a call are one batch, each rendered as the training run renders it: text as it is after the start
+    token, messages by the model's chat template. A call raises UserError where there are messages and no template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -60,7 +60,8 @@ def by_transformers(model: str, sampling: Sampling) -> Generate:
 
     def encode(prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return list(tokenizer(prompt).input_ids)
+            ids, start = list(tokenizer(prompt).input_ids), tokenizer.bos_token_id
+            return ids if start is None or ids[:1] == [start] else [start, *ids]
         if not tokenizer.chat_template:
             raise UserError(f"{model} has no chat template, and prompts are messages. Give prompts in text.")
         rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)

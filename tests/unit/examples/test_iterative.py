@@ -94,6 +94,21 @@ def test_answers_of_a_batch_are_those_of_its_prompts_alone(made, tmp_path):
         assert answer == again and answer.text
 
 
+def test_text_is_answered_as_training_reads_it(made):
+    """Behind the start token, which this tokenizer does not put there by itself."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompt = json.loads((made / "prompts.jsonl").read_text().splitlines()[0])["prompt"]
+    model, tokenizer = (kind.from_pretrained(made / "MODEL") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt).input_ids]])
+    assert ids[0, 1] != tokenizer.bos_token_id
+    greedy = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+    expected = tokenizer.decode(greedy[0, ids.shape[1] :], skip_special_tokens=True)
+    ((answer,),) = by_transformers(str(made / "MODEL"), Sampling(answers=1, tokens=12, temperature=1e-4))([prompt], 1)
+    assert answer.text == expected
+
+
 def test_generation_goes_on_where_it_stopped(loop, made, tmp_path, monkeypatch):
     """A file with a batch and a half, its last line cut, becomes the one of an undisturbed start, byte for byte."""
     words = ["--model", str(made / "MODEL"), "--prompts", str(made / "prompts.jsonl"), "--rounds", "1"]
