@@ -204,6 +204,11 @@ def _draw_steps(
     per_step, per_epoch = settings.pairs_per_step, epoch_pairs(pools)
     if not per_epoch:
         raise UserError("there is no pair to train on. Give --pair-data with rows that can be used.")
+    if per_epoch < settings.data_parallel:
+        raise UserError(
+            f"{per_epoch} usable {settings.unit} cannot be split over {settings.data_parallel} data-parallel ranks of "
+            "which each needs one. Use fewer ranks, or more data."
+        )
     if per_epoch < per_step:
         raise UserError(
             f"--pairs-per-step {per_step} is more than the {per_epoch} usable {settings.unit} of an epoch. "

@@ -136,6 +136,15 @@ def test_rows_that_do_not_fit_may_be_left_out(ranks, reward_model, tmp_path):
     assert found == [ROWS[0]["responses"], ROWS[1]["responses"]]
 
 
+def test_one_row_for_two_ranks(ranks, reward_model, tmp_path):
+    """They may share its tensors, but not it."""
+    words = flags(reward_model, tmp_path, ROWS[:1])
+    (found, _) = ranks(2)(refused_score, words, **JOB)
+    assert "1 usable groups cannot be split over 2 data-parallel ranks" in found
+    ranks(2)(score, [*words, *TP2.split()], **JOB)
+    assert len(json.loads((tmp_path / "out.jsonl").read_text())["scores"]) == 2
+
+
 def stopped_score(words: list[str], **overrides: Any) -> str:
     """What scoring ends with when it is asked to stop before its first call of the model."""
     import os

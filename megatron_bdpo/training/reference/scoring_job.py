@@ -96,10 +96,11 @@ def _without_training(settings: Settings) -> dict[str, object]:
 
     Held-out pairs are scored with the others, whether a training run evaluates them or not.
     """
-    steps, schedule = settings.steps, settings.schedule
+    steps, schedule, layout = settings.steps, settings.schedule, settings.layout
+    fewest = layout.data * (layout.pipeline if layout.chunks > 1 else 1)
     return {
         "train_iters": 1 if schedule.train_iters is None and steps.pair_epochs is None else schedule.train_iters,
-        "pairs_per_step": settings.layout.ranks if steps.pairs_per_step is None else steps.pairs_per_step,
+        "pairs_per_step": fewest if steps.pairs_per_step is None else steps.pairs_per_step,
         "lr": schedule.lr or 0.0,
         "eval_iters": None,
         "tensorboard_dir": None,
