@@ -50,8 +50,8 @@ def check_rows(
         outcome, pairs = Outcome(), 0
         for number, row in itertools.islice(read_rows(source), max_rows):
             prompts: list[str | list[Message]] = []  # of the row's pairs, each once: they are its groups
-            for record in pair_rows(row, reader):
-                outcome.read += 1
+            for place, record in enumerate(pair_rows(row, reader)):
+                outcome.add_read(place)
                 try:
                     if isinstance(record, RowProblem):
                         raise record

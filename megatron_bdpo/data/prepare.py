@@ -274,7 +274,7 @@ def excess(report: DataReport, max_malformed_share: float, max_dropped_share: fl
         ("dropped", report.dropped_share, max_dropped_share, "--max-dropped-share"),
     ):
         if share > limit:
-            return f"{share:.1%} of the rows are {what}; {flag} allows {limit:.1%}."
+            return f"{share:.1%} of the {report.counted} are {what}; {flag} allows {limit:.1%}."
     return None
 
 

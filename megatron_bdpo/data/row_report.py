@@ -62,7 +62,10 @@ class LengthStats:
 
 @dataclass
 class DataReport:
-    """Counts over all rows read. `rows_read` = `pairs_kept` + the counts of `problems`."""
+    """Counts over all rows read. `rows_read` = `pairs_kept` + the counts of `problems`.
+
+    A row that gives several pairs counts as often, but once in `rows`.
+    """
 
     sources: list[str]
     rows_read: list[int] = field(default_factory=list)  # per source
@@ -80,6 +83,8 @@ class DataReport:
     desirable: int = 0
     """Of the pairs kept, labelled answers: a pair of itself each"""
     undesirable: int = 0
+    rows: int = 0
+    """0: not known"""
 
     def __post_init__(self) -> None:
         self.rows_read = self.rows_read or [0] * len(self.sources)
@@ -105,8 +110,16 @@ class DataReport:
         """Share of the rows read that gave no pair."""
         return self.dropped_rows / max(1, sum(self.rows_read))
 
+    @property
+    def counted(self) -> str:
+        """What `rows_read` counts, for messages."""
+        if _ANSWER in self.tokens:
+            return "answers"
+        return "pairs" if 0 < self.rows < sum(self.rows_read) else "rows"
+
     def add(self, source: int, pairs: int, outcome: Outcome) -> None:
         """Count the rows of a source that follow those before."""
+        self.rows += outcome.rows
         self.rows_read[source] += outcome.read
         self.pairs_kept[source] += pairs
         self.desirable += outcome.desirable
@@ -164,8 +177,8 @@ class DataReport:
         what = "answers" if _ANSWER in self.tokens else "pairs"
         if labelled:
             what = "labelled answers" if labelled == kept else "pairs and labelled answers"
-        counted = "answers" if what == "answers" else "pairs" if groups else "rows"
-        lines = [f"{what}: {kept:,}{groups} kept of {read:,} {counted} {dropped}"]
+        of_rows = f" of {self.rows:,} rows" if self.counted == "pairs" else ""
+        lines = [f"{what}: {kept:,}{groups} kept of {read:,} {self.counted}{of_rows} {dropped}"]
         if labelled:
             lines.append(f"  {self._describe_labels()}")
         if len(self.sources) > 1:
@@ -209,7 +222,8 @@ class DataReport:
         Raises:
             ValueError: it is no report.
         """
-        fields = {"spelled_out": [], "groups": 0, "desirable": 0, "undesirable": 0, **fields}  # younger than the file
+        younger = ("groups", "desirable", "undesirable", "rows")
+        fields = {"spelled_out": [], **dict.fromkeys(younger, 0), **fields}
         if wrong := schema_error(fields, _SHAPE):
             raise ValueError(f"in its report, {wrong}")
         sources = len(fields["sources"])
@@ -252,6 +266,7 @@ _SHAPE = {
     "groups": is_count,
     "desirable": is_count,
     "undesirable": is_count,
+    "rows": is_count,
 }
 
 

@@ -49,9 +49,11 @@ class Problem:
 
 @dataclass
 class Outcome:
-    """Counts over rows: ``read`` is pairs kept plus the counts of ``problems``, where a row gives one pair."""
+    """Counts over rows: ``read`` is pairs kept plus the counts of ``problems``."""
 
     read: int = 0
+    """Pairs, or rows that give none."""
+    rows: int = 0
     desirable: int = 0
     """Of the pairs kept, labelled answers"""
     undesirable: int = 0
@@ -64,6 +66,11 @@ class Outcome:
     """Control tokens in texts, which become real ones -> how many pairs have them, and rows of the first few."""
     forms: dict[str, int] = field(default_factory=dict)
     """``CHATS`` and ``STRINGS`` -> the first row of that form that gave a pair."""
+
+    def add_read(self, place: int) -> None:
+        """Count what a row gives, or that it gives nothing; ``place`` is 0 at the first of a row."""
+        self.read += 1
+        self.rows += place == 0
 
     def add_problem(self, row: int, kind: ProblemKind, detail: str) -> None:
         """Count one row that gives no pair."""
@@ -90,6 +97,7 @@ class Outcome:
     def add(self, other: Outcome) -> None:
         """Count the rows that follow."""
         self.read += other.read
+        self.rows += other.rows
         self.desirable += other.desirable
         self.undesirable += other.undesirable
         self.truncated_prompts += other.truncated_prompts

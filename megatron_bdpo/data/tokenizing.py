@@ -95,10 +95,10 @@ class RowTokenizer:
         builder = RowsBuilder()
         for number, raw in rows:
             row = parse_raw(raw)
-            for made in self._made(source, number, row):
+            for place, made in enumerate(self._made(source, number, row)):
                 if len(builder) == most_pairs:
                     return builder.finish()
-                builder.outcome.read += 1
+                builder.outcome.add_read(place)
                 if isinstance(made, RowProblem):
                     builder.add_problem(number, made)
                     continue

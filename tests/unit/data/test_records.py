@@ -276,7 +276,7 @@ def test_report_stays_short_and_survives_json() -> None:
 
 def test_report_of_groups() -> None:
     """A prompt and an answer of several pairs are there once; so are their tokens."""
-    report, outcome = DataReport(["rows.jsonl"]), Outcome(read=5)
+    report, outcome = DataReport(["rows.jsonl"]), Outcome(read=5, rows=3)
     for row in (1, 1, 2, 1):
         outcome.add_spelled_out("<|im|>", 1, [row])
     report.add(0, 4, outcome)
@@ -284,7 +284,7 @@ def test_report_of_groups() -> None:
     report.set_lengths(lengths, np.array([[0, 10, 14], [0, 10, 20], [0, 14, 20], [25, 55, 60]]), PAIRS)
     assert report.groups == 2 and report.prompt_token_share == 40 / 65
     pairs, spelled_out = report.format().splitlines()[:2]
-    assert pairs == "pairs: 4 in 2 groups kept of 5 pairs (0 dropped, 0.00%)"
+    assert pairs == "pairs: 4 in 2 groups kept of 5 pairs of 3 rows (0 dropped, 0.00%)"
     assert spelled_out.endswith("<|im|> in 4 (row 1, 2)"), "each row once, however many pairs it gives"
 
 

@@ -64,7 +64,8 @@ def test_several_pairs_of_a_row_are_counted(tmp_path):
     tied = example("nectar") | {"answers": graded(1, 1)}
     source = written(tmp_path / "a.jsonl", example("nectar"), tied, example("nectar", 1))
     report = check_rows((source,), form=FormatSettings.parse(pairs_from="all"))
-    assert (report.rows_read, report.pairs_kept, report.dropped_rows) == ([5], [4], 1)
+    assert (report.rows_read, report.rows, report.pairs_kept, report.dropped_rows) == ([5], 3, [4], 1)
+    assert report.format().startswith("pairs: 4 in 2 groups kept of 5 pairs of 3 rows (1 dropped, 20.00%)")
     assert [(each.kind, each.rows) for each in report.problems] == [("TIED", [2])]
     assert check_rows((source,), max_rows=1, form=FormatSettings.parse(pairs_from="all")).pairs_kept == [3]
 
