@@ -82,7 +82,7 @@ def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) 
     from megatron_bdpo.data.packs import lay_out
     from megatron_bdpo.data.pool import PairPool
     from megatron_bdpo.data.store import PairStore
-    from megatron_bdpo.losses import PairLossFunction, registry
+    from megatron_bdpo.losses import LossFunction, registry
     from megatron_bdpo.training.build_job import plan_job
     from megatron_bdpo.training.reference.options_from_data import decide_options, imbalance_edges
     from megatron_bdpo.training.reference.precomputed import PrecomputedReference
@@ -93,7 +93,7 @@ def measure(arguments, store_directory: Path, ranks: int, *, with_scores: bool) 
         raise AssertionError("nothing is to be scored")
 
     torch.set_num_threads(1)
-    loss = PairLossFunction(registry.get("bdpo"), registry.build_options("bdpo", {"bdpo_temperature": "auto"}))
+    loss = LossFunction(registry.get("bdpo"), registry.build_options("bdpo", {"bdpo_temperature": "auto"}))
     planned = arguments.copy()
     planned.set(world_size=ranks)
     with told("open the token store"):

@@ -42,7 +42,7 @@ from megatron_bdpo.losses import (
     tpo,
 )
 from megatron_bdpo.losses.answers import AnswerLogProbs, AnswerLosses
-from megatron_bdpo.losses.base import LossSpec, PairLogProbs, PairLosses, PairLossFunction, Requirements
+from megatron_bdpo.losses.base import LossFunction, LossSpec, PairLogProbs, PairLosses, Requirements
 from megatron_bdpo.losses.groups import GroupLogProbs, GroupLosses
 from megatron_bdpo.losses.options import LossOptions, Range, option
 from megatron_bdpo.losses.registry import OptionField, all_specs, build_options, get, names, option_fields, register
@@ -87,11 +87,11 @@ __all__ = [
     "AnswerLosses",
     "GroupLogProbs",
     "GroupLosses",
+    "LossFunction",
     "LossOptions",
     "LossSpec",
     "OptionField",
     "PairLogProbs",
-    "PairLossFunction",
     "PairLosses",
     "Range",
     "Requirements",

@@ -215,7 +215,7 @@ AnyLossSpec = LossSpec[Any, Any, Any]
 
 
 @dataclass(frozen=True)
-class PairLossFunction:
+class LossFunction:
     """A loss of the registry with its options."""
 
     spec: AnyLossSpec

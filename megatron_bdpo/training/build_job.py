@@ -15,7 +15,7 @@ from megatron_bdpo.data.prompts import EvalPrompts, PromptRow, encode_prompts, r
 from megatron_bdpo.data.selection import Selection, drop_long, refuse_labelled_answers, select
 from megatron_bdpo.data.step_plan import IntArray, PlanSettings, StepPlan, epoch_pairs, plan_steps
 from megatron_bdpo.data.store import PairStore
-from megatron_bdpo.losses import PairLossFunction, registry
+from megatron_bdpo.losses import LossFunction, registry
 from megatron_bdpo.model.hf.checkpoint import CONFIG, read_json
 from megatron_bdpo.model.hf.classifier import padding_token
 from megatron_bdpo.training import job_checks
@@ -63,7 +63,7 @@ def _prompts(arguments: Arguments, rows: list[PromptRow], store: PairStore) -> E
     return broadcast(prompts)
 
 
-def _selected(settings: Settings, loss: PairLossFunction, pool: PairPool) -> tuple[Selection, Selection, str]:
+def _selected(settings: Settings, loss: LossFunction, pool: PairPool) -> tuple[Selection, Selection, str]:
     """The groups to train on and those held out, as the loss takes them, and what ``PairJob.split`` says of them."""
     split_digest = ""
     if len(pool.stores) > 1:
@@ -95,7 +95,7 @@ def _never_evaluated(settings: Settings, kept_apart: int) -> list[str]:
     return [f"{kept_apart} are neither trained on nor evaluated, for --eval-iters 0"] if kept_apart else []
 
 
-def plan_job(settings: Settings, loss: PairLossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:
+def plan_job(settings: Settings, loss: LossFunction, pool: PairPool, prompts: EvalPrompts | None) -> PairJob:
     """Select and plan.
 
     Args:

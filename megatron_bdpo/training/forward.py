@@ -21,7 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_bdpo.logprobs import TokenScoring
-from megatron_bdpo.losses import PairLogProbs, PairLosses, PairLossFunction
+from megatron_bdpo.losses import LossFunction, PairLogProbs, PairLosses
 from megatron_bdpo.losses.wins import wins
 from megatron_bdpo.model.attention import KeptKeys
 from megatron_bdpo.model.evaluation import evaluating, weights_at_rest
@@ -122,7 +122,7 @@ class PreferenceStep:
     """``forward_step`` of a preference run. Its loss takes pairs; of what else a loss takes there are subclasses, with
     inputs, rewards and metrics of their own."""
 
-    loss: PairLossFunction
+    loss: LossFunction
     reference: ReferenceValues
     scoring: TokenScoring
     check_nan: bool = True

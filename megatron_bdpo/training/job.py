@@ -16,7 +16,7 @@ from megatron_bdpo.data.prompt_kinds import PromptKind
 from megatron_bdpo.data.prompts import EvalPrompts
 from megatron_bdpo.data.selection import Selection
 from megatron_bdpo.data.step_plan import IntArray, StepPlan
-from megatron_bdpo.losses import PairLossFunction
+from megatron_bdpo.losses import LossFunction
 from megatron_bdpo.training.batches import PackMaker
 
 
@@ -39,7 +39,7 @@ class PairJob:
         prompts: that the policy answers at every evaluation, if there are any.
     """
 
-    loss: PairLossFunction
+    loss: LossFunction
     pool: PairPool
     train: Selection
     held_out: Selection

@@ -10,11 +10,11 @@ from megatron_bdpo.data.pool import PairPool
 from megatron_bdpo.data.selection import Selection
 from megatron_bdpo.data.step_plan import IntArray
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses import PairLossFunction
+from megatron_bdpo.losses import LossFunction
 from megatron_bdpo.training.settings import Settings
 
 
-def check_loss(settings: Settings, loss: PairLossFunction) -> None:
+def check_loss(settings: Settings, loss: LossFunction) -> None:
     """Refuse what the loss does not read, or reads too early.
 
     Raises:
@@ -76,7 +76,7 @@ def check_groups(settings: Settings, pool: PairPool) -> None:
 
 
 def check_selected(
-    settings: Settings, loss: PairLossFunction, pool: PairPool, train: Selection, held_out: Selection
+    settings: Settings, loss: LossFunction, pool: PairPool, train: Selection, held_out: Selection
 ) -> None:
     """Refuse groups that the loss cannot be trained on, or none.
 

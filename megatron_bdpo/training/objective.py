@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_bdpo.losses.base import PairLossFunction
+from megatron_bdpo.losses.base import LossFunction
 from megatron_bdpo.losses.bradley_terry import SPEC, BradleyTerryOptions
 from megatron_bdpo.training.flag_fields import flag
 
@@ -30,10 +30,10 @@ class ObjectiveSettings:
     def is_reward(self) -> bool:
         return self.objective == "reward"
 
-    def reward_loss(self) -> PairLossFunction:
+    def reward_loss(self) -> LossFunction:
         """The loss of a reward model.
 
         Raises:
             UserError: an option is out of range.
         """
-        return PairLossFunction(SPEC, BradleyTerryOptions(self.center_rewards_coefficient or 0.0))
+        return LossFunction(SPEC, BradleyTerryOptions(self.center_rewards_coefficient or 0.0))

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import torch
 
 from megatron_bdpo.logprobs import KERNELS
-from megatron_bdpo.losses import PairLossFunction, registry
+from megatron_bdpo.losses import LossFunction, registry
 from megatron_bdpo.model.attention_backends import BACKENDS
 from megatron_bdpo.model.layer_options import LayerOptions
 from megatron_bdpo.model.lora.lora_config import KINDS, SCALINGS
@@ -320,13 +320,13 @@ class Settings:
     given: Mapping[str, str]
     """Argument name -> flag, of what the command line and the recipes have."""
 
-    def build_loss(self) -> PairLossFunction:
+    def build_loss(self) -> LossFunction:
         """The loss of the objective.
 
         Raises:
             UserError: there is no such loss, or an option is not its own or out of range.
         """
-        return self.objective.reward_loss() if self.objective.is_reward else PairLossFunction(*self.loss.build())
+        return self.objective.reward_loss() if self.objective.is_reward else LossFunction(*self.loss.build())
 
     @property
     def compares_groups(self) -> bool:

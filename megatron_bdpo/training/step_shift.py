@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_bdpo.data.labels import labelled_sides
 from megatron_bdpo.data.prompt_kinds import PromptKind
-from megatron_bdpo.losses import AnswerLogProbs, PairLossFunction
+from megatron_bdpo.losses import AnswerLogProbs, LossFunction
 from megatron_bdpo.training.answer_step import AnswerStep
 from megatron_bdpo.training.batches import IntArray
 from megatron_bdpo.training.finite import check_shift
@@ -41,7 +41,7 @@ class StepShift:
         kind: the prompt that answers are scored after.
     """
 
-    def __init__(self, job: PairJob, loss: PairLossFunction, policy: Score, reference: Score) -> None:
+    def __init__(self, job: PairJob, loss: LossFunction, policy: Score, reference: Score) -> None:
         self._job, self._loss, self._policy, self._reference = job, loss, policy, reference
         self.kind = PromptKind.OTHER if loss.requirements.mismatched else PromptKind.OWN
 

@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_bdpo.losses import PairLogProbs, PairLossFunction
+from megatron_bdpo.losses import LossFunction, PairLogProbs
 from megatron_bdpo.training.batches import IntArray, PackBatch
 from megatron_bdpo.training.forward import ReferenceValues, ScoringStep, forward_only, looking_ahead
 from megatron_bdpo.training.job import PairJob
@@ -26,7 +26,7 @@ class SortedStep:
         step: a forward step that collects [P, 2] of each pack's pairs.
     """
 
-    def __init__(self, job: PairJob, loss: PairLossFunction, reference: ReferenceValues, step: ScoringStep) -> None:
+    def __init__(self, job: PairJob, loss: LossFunction, reference: ReferenceValues, step: ScoringStep) -> None:
         self.job, self.loss, self.reference, self.step = job, loss, reference, step
         self._targets: dict[bytes, tuple[Tensor, Tensor]] = {}
 

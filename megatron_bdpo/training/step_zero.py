@@ -22,9 +22,9 @@ from megatron_bdpo.losses import (
     AnswerLosses,
     GroupLogProbs,
     GroupLosses,
+    LossFunction,
     PairLogProbs,
     PairLosses,
-    PairLossFunction,
 )
 from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.training.distributed import sum_over_ranks
@@ -96,17 +96,17 @@ class StepZeroGate:
     precision: Precision
     _sums: list[Tensor] = field(default_factory=list)
 
-    def observe(self, read: PairLogProbs | GroupLogProbs | AnswerLogProbs, loss: PairLossFunction) -> None:
+    def observe(self, read: PairLogProbs | GroupLogProbs | AnswerLogProbs, loss: LossFunction) -> None:
         """Record a microbatch's pairs, groups or labelled answers, N of them, under the run's loss, which reads the
         reference's log-probs."""
-        observers: dict[type, Callable[[Any, PairLossFunction], None]] = {
+        observers: dict[type, Callable[[Any, LossFunction], None]] = {
             PairLogProbs: self._observe_pairs,
             GroupLogProbs: self._observe_groups,
             AnswerLogProbs: self._observe_answers,
         }
         observers[type(read)](read, loss)
 
-    def _observe_pairs(self, pairs: PairLogProbs, loss: PairLossFunction) -> None:
+    def _observe_pairs(self, pairs: PairLogProbs, loss: LossFunction) -> None:
         names = ["chosen", "rejected"]
         counts = [pairs.chosen_tokens, pairs.rejected_tokens]
         if pairs.policy_chosen_beginning is not None:
@@ -126,7 +126,7 @@ class StepZeroGate:
         # All losses are convex there, or rise or fall with each log-prob (`LossSpec.function`): farthest in a corner.
         self._observe(policy, reference, tokens, losses, _farthest_corner)
 
-    def _observe_groups(self, groups: GroupLogProbs, loss: PairLossFunction) -> None:
+    def _observe_groups(self, groups: GroupLogProbs, loss: LossFunction) -> None:
         """Of a loss that jumps, its log-probs alone."""
 
         def losses(log_probs: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class StepZeroGate:
         policy = torch.where(groups.present, groups.policy, reference)  # elsewhere nothing may be off
         self._observe(policy, reference, groups.tokens, losses, _one_by_one)
 
-    def _observe_answers(self, answers: AnswerLogProbs, loss: PairLossFunction) -> None:
+    def _observe_answers(self, answers: AnswerLogProbs, loss: LossFunction) -> None:
         """There the step would have found 0 for them.
 
         What is wrong with that raises the losses of one label and lowers those of the other: it is not their mean that

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_bdpo.losses import PairLossFunction, registry
+from megatron_bdpo.losses import LossFunction, registry
 from megatron_bdpo.training.callbacks.callback import Record, Start, StepResult
 
 #: Metrics that every loss has.
@@ -24,7 +24,7 @@ METRICS = {
 
 def start(iteration: int = 0, *, reference: str = "", model: list[Any] | None = None) -> Start:
     """A run of DPO that begins, or goes on; ``reference`` is the directory of its reference's weights."""
-    loss = PairLossFunction(registry.get("dpo"), registry.build_options("dpo", {}))
+    loss = LossFunction(registry.get("dpo"), registry.build_options("dpo", {}))
     identity: Any = SimpleNamespace(reference_weights=reference, base_weights="abc")
     return Start(model or [], iteration, loss, identity, {}, [])
 

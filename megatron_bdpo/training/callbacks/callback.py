@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from megatron_bdpo.display import Block
-from megatron_bdpo.losses import PairLossFunction
+from megatron_bdpo.losses import LossFunction
 
 if TYPE_CHECKING:  # it brings Megatron along, which a callback need not know
     from megatron_bdpo.training.identity import RunIdentity
@@ -25,7 +25,7 @@ class Start:
     """The policy's chunks on this rank, with their weights."""
     iteration: int
     """Steps that are done already: of a run that goes on."""
-    loss: PairLossFunction
+    loss: LossFunction
     """With all its options."""
     identity: RunIdentity
     """What checkpoints say about the run."""

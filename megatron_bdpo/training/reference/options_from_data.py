@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.losses import GroupLogProbs, PairLogProbs, PairLossFunction
+from megatron_bdpo.losses import GroupLogProbs, LossFunction, PairLogProbs
 from megatron_bdpo.losses.options import open_options
 from megatron_bdpo.training.distributed import all_ranks_agree, broadcast, say
 from megatron_bdpo.training.reporting.quartiles import IMBALANCE, quartile_edges
 
 
 def decide_options(
-    loss: PairLossFunction, pairs: PairLogProbs | GroupLogProbs, of: int, kept: Mapping[str, Any]
-) -> tuple[PairLossFunction, dict[str, Any]]:
+    loss: LossFunction, pairs: PairLogProbs | GroupLogProbs, of: int, kept: Mapping[str, Any]
+) -> tuple[LossFunction, dict[str, Any]]:
     """The loss with all its options, and by name the values of those that were open. Collective.
 
     Args:
@@ -48,7 +48,7 @@ def decide_options(
 
 
 def imbalance_edges(
-    loss: PairLossFunction, pairs: PairLogProbs | GroupLogProbs, of: int, kept: Sequence[float]
+    loss: LossFunction, pairs: PairLogProbs | GroupLogProbs, of: int, kept: Sequence[float]
 ) -> list[float]:
     """The three edges between the quartiles of the pairs' imbalance; none where the loss does not read it. Collective.
 
@@ -64,7 +64,7 @@ def imbalance_edges(
     return edges
 
 
-def _imbalances(loss: PairLossFunction, pairs: PairLogProbs | GroupLogProbs) -> npt.NDArray[np.float64]:
+def _imbalances(loss: LossFunction, pairs: PairLogProbs | GroupLogProbs) -> npt.NDArray[np.float64]:
     """Of all pairs, [P]; some at a time, because a loss makes many other arrays beside it."""
     blocks = (pairs[start : start + _BLOCK] for start in range(0, len(pairs), _BLOCK))
     losses = (loss(block) for block in blocks)

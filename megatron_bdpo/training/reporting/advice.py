@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from megatron_bdpo.data.row_report import DataReport
 from megatron_bdpo.data.step_plan import StepPlan
-from megatron_bdpo.losses import PairLossFunction
+from megatron_bdpo.losses import LossFunction
 
 #: Records that a rule about a running job looks at.
 WINDOW = 20
@@ -110,7 +110,7 @@ def about_data(report: DataReport, plan: StepPlan) -> Iterator[str]:
         )
 
 
-def about_labels(loss: PairLossFunction, desirable: int, undesirable: int) -> Iterator[str]:
+def about_labels(loss: LossFunction, desirable: int, undesirable: int) -> Iterator[str]:
     """What the loss has to say of the number of desirable and undesirable answers that it trains on."""
     found = loss.spec.advise(desirable, undesirable, loss.options) if loss.spec.advise else None
     if found:

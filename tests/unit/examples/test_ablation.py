@@ -141,13 +141,13 @@ def test_the_real_models_runs_are_the_recipes():
 def options_of(rows: list[list[str]]) -> list[str]:
     """The loss of each command line with its options, defaults filled in; or why it cannot have them."""
     from megatron_bdpo.errors import UserError
-    from megatron_bdpo.losses import PairLossFunction
+    from megatron_bdpo.losses import LossFunction
     from megatron_bdpo.training.flags.arguments import Arguments
 
     found = []
     for flags in rows:
         try:
-            found.append(PairLossFunction(*Arguments.parse(flags).settings.loss.build()).describe())
+            found.append(LossFunction(*Arguments.parse(flags).settings.loss.build()).describe())
         except UserError as error:
             found.append(str(error))
     return found

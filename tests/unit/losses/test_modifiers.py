@@ -14,7 +14,7 @@ import torch
 
 from megatron_bdpo import losses
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses import LossOptions, LossSpec, PairLossFunction, Requirements, option
+from megatron_bdpo.losses import LossFunction, LossOptions, LossSpec, Requirements, option
 from megatron_bdpo.losses.modifiers import ScoreOptions, modified, scored
 from tests.harness.closed_forms import CASES
 from tests.harness.loss_cases import PAIRS, evaluate, inputs, of_beginnings, random_pairs, with_targets
@@ -210,9 +210,9 @@ def test_they_are_told_where_they_are_set(name):
     """A checkpoint holds the options as text: of a run that does not know them it stays the same."""
     spec, plain = losses.get(name), losses.build_options(name, {})
     set_here = losses.build_options(name, {"f_divergence": "js_divergence"})
-    assert "f_" not in f"{plain} {PairLossFunction(spec, plain).describe()}"
+    assert "f_" not in f"{plain} {LossFunction(spec, plain).describe()}"
     assert "f_divergence='js_divergence'" in str(set_here) and "reference_free" not in str(set_here)
-    assert "f_divergence js_divergence" in PairLossFunction(spec, set_here).describe()
+    assert "f_divergence js_divergence" in LossFunction(spec, set_here).describe()
     if name == "dpo":
         assert str(plain) == str(as_written("dpo").options())
         assert isinstance(plain, as_written("dpo").options) and isinstance(plain, ScoreOptions)

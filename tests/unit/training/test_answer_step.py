@@ -13,7 +13,7 @@ import torch
 from megatron_bdpo import losses
 from megatron_bdpo.data.labels import DESIRABLE, PAIR, UNDESIRABLE
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses import PairLossFunction
+from megatron_bdpo.losses import LossFunction
 from megatron_bdpo.training.answer_step import AnswerStep
 from megatron_bdpo.training.batches import PackBatch, PackMaker
 from megatron_bdpo.training.forward import ReferenceLogProbs
@@ -41,7 +41,7 @@ def step_of(**fields: Any) -> AnswerStep:
     conditional = ANSWERS.double() - torch.arange(1.0, 9.0).reshape(4, 2)
     reference: Any = SimpleNamespace(lookup=lambda batch: ReferenceLogProbs(conditional))
     scoring: Any = SimpleNamespace(apart=lambda scores: (scores, None, None))
-    loss = PairLossFunction(losses.get("apo_zero_unpaired"), losses.build_options("apo_zero_unpaired", {"beta": 1.0}))
+    loss = LossFunction(losses.get("apo_zero_unpaired"), losses.build_options("apo_zero_unpaired", {"beta": 1.0}))
     return AnswerStep(loss, reference, scoring, describe="row {}".format, place="step 3", **fields)
 
 

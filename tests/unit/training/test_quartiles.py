@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_bdpo.losses import PairLogProbs, PairLossFunction, registry
+from megatron_bdpo.losses import LossFunction, PairLogProbs, registry
 from megatron_bdpo.training.job import each_once
 from megatron_bdpo.training.reference import options_from_data
 from megatron_bdpo.training.reporting.part_means import public_metrics
@@ -84,7 +84,7 @@ def test_imbalances_are_computed_in_blocks(monkeypatch):
     random = torch.Generator().manual_seed(1)
     values = -torch.rand((3, 10, 2), generator=random, dtype=torch.float64)
     pairs = PairLogProbs.of_pairs(torch.full((10, 2), 3), values[0], values[1], values[2])
-    loss = PairLossFunction(registry.get("bdpo"), registry.build_options("bdpo", {}))
+    loss = LossFunction(registry.get("bdpo"), registry.build_options("bdpo", {}))
     expected = ((values[1] - values[2]) / 3).diff(dim=1).abs().ravel()
     for block in (1, 3, 10, 20):
         monkeypatch.setattr(options_from_data, "_BLOCK", block)

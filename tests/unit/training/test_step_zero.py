@@ -34,11 +34,11 @@ def verdict(
 ) -> str:
     """What the gate says on this rank; ``shift`` is what a loss of labelled answers has found for the step."""
     from megatron_bdpo.errors import UserError
-    from megatron_bdpo.losses import AnswerLogProbs, GroupLogProbs, PairLogProbs, PairLossFunction, registry
+    from megatron_bdpo.losses import AnswerLogProbs, GroupLogProbs, LossFunction, PairLogProbs, registry
     from megatron_bdpo.model.precision import Precision
     from megatron_bdpo.training.step_zero import StepZeroGate
 
-    function = PairLossFunction(registry.get(loss), registry.build_options(loss, options))
+    function = LossFunction(registry.get(loss), registry.build_options(loss, options))
     with process_groups():
         gate = StepZeroGate(Precision(dtype))
         for answers in microbatches_by_rank[torch.distributed.get_rank()]:
@@ -203,11 +203,11 @@ def test_rank_that_saw_no_pair_takes_part(ranks):
 def beginnings_verdict(off: float) -> str:
     """On a pair whose log-probs are the reference's but for the beginning of the chosen answer."""
     from megatron_bdpo.errors import UserError
-    from megatron_bdpo.losses import PairLogProbs, PairLossFunction, registry
+    from megatron_bdpo.losses import LossFunction, PairLogProbs, registry
     from megatron_bdpo.model.precision import Precision
     from megatron_bdpo.training.step_zero import StepZeroGate
 
-    loss = PairLossFunction(registry.get("dpo"), registry.build_options("dpo", {"ld_alpha": 0.5}))
+    loss = LossFunction(registry.get("dpo"), registry.build_options("dpo", {"ld_alpha": 0.5}))
     tokens = torch.tensor([[8, 3], [5, 5]])
     whole, beginnings = -3.0 * tokens.double(), -3.0 * tokens.amin(1, keepdim=True).double().expand(-1, 2)
     policy = beginnings + torch.tensor([[off, 0], [0, 0]])
