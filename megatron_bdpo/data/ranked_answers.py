@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_bdpo.data.format_options import FormatOptions
-from megatron_bdpo.data.messages import ASSISTANT, USER
+from megatron_bdpo.data.messages import ASSISTANT, USER, says_something
 from megatron_bdpo.data.problems import ProblemKind, RowProblem
 from megatron_bdpo.data.records import COMPLETION, LABEL, NO_LABEL, as_label, as_log_prob, is_finite
 from megatron_bdpo.data.row_parts import (
@@ -158,7 +158,8 @@ _LOWEST_FIRST = ("rank", "ranks")
 def _compared(
     shared: Row, answers: list[Row], ranks: list[float | None], by: str, options: FormatOptions
 ) -> list[Row | RowProblem]:
-    """The pairs that ``options.pairs_from`` asks for; those of equal rank are told as problems.
+    """The pairs that ``options.pairs_from`` asks for; those of equal rank, and answers that say nothing, are told as
+    problems.
 
     Args:
         shared: of all pairs.
@@ -169,6 +170,11 @@ def _compared(
     scores = {i: -rank if by in _LOWEST_FIRST else rank for i, rank in enumerate(ranks) if rank is not None}
     if len(scores) < 2:
         raise RowProblem(ProblemKind.UNRANKED, f"{len(scores)} of {len(answers)} answers have '{by}'; two are needed")
+    empty = [place for place in scores if _is_empty(answers[place]["answer"])]
+    told = [RowProblem(ProblemKind.EMPTY_RESPONSE, f"answer {place + 1} has no text") for place in empty]
+    if len(scores) - len(empty) < 2:
+        raise told[0]
+    scores = {place: score for place, score in scores.items() if place not in empty}
     order = sorted(scores, key=scores.__getitem__, reverse=True)
     if len(set(scores.values())) == 1:
         raise RowProblem(ProblemKind.TIED, f"all answers have '{by}' {ranks[order[0]]}")
@@ -191,7 +197,11 @@ def _compared(
         pairs.append(pair)
     if not pairs:
         raise RowProblem(ProblemKind.TIED, f"no two answers are {options.margin:g} apart in '{by}'")
-    return pairs
+    return [*told, *pairs]
+
+
+def _is_empty(answer: str | Messages) -> bool:
+    return not (answer.strip() if isinstance(answer, str) else answer and says_something(answer[-1]))
 
 
 def _places(order: list[int], scores: Mapping[int, float], options: FormatOptions) -> Iterable[tuple[int, int]]:

@@ -93,6 +93,19 @@ def test_an_answer_without_a_score_takes_no_part():
     assert [(each.chosen, each.rejected, each.scores) for each in made] == [("c", "b", (2, 1))]
 
 
+@pytest.mark.parametrize("nothing", ["", " \n", [{"role": "assistant", "content": ""}]], ids=["none", "space", "turn"])
+@pytest.mark.parametrize("pairs_from", ["best-worst", "all", "adjacent", "margin:1"])
+def test_an_answer_without_text_takes_nothing_of_its_row_along(pairs_from, nothing):
+    """The worst of them, once, whatever the number of its pairs."""
+    texts = ["a", nothing, "b"] if isinstance(nothing, str) else [[assistant("a")], nothing, [assistant("b")]]
+    row = {"prompt": "q" if isinstance(nothing, str) else [{"role": "user", "content": "q"}], "responses": texts}
+    problem, pair = reader("responses", pairs_from=pairs_from).records(row | {"scores": [3, 1, 2]})
+    assert (problem.kind, problem.detail) == (ProblemKind.EMPTY_RESPONSE, "answer 2 has no text")
+    assert parse_row(pair).scores == (3, 2)
+    with pytest.raises(RowProblem, match="answer 2 has no text"):
+        reader("responses", pairs_from=pairs_from).records(row | {"scores": [3, 1, None]})
+
+
 def test_each_answer_by_itself():
     """For a reward model: rows of any number of answers that nobody has judged, and of no others."""
     each = FormatSettings(each_answer=True)
