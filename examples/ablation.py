@@ -55,7 +55,8 @@ USUAL = ["DPO", "DPO+BW", "DPO+SF", "B-DPO", "SimPO"]
 
 #: What a recipe may have settled and the ablation settles itself.
 OURS = (
-    "{train-iters: null, pair-epochs: null, eval-share: null, eval-at-start: null, beta: null, bdpo-temperature: null}"
+    "{train-iters: null, pair-epochs: null, eval-pair-data: null, eval-share: null, eval-seed: null, "
+    "eval-at-start: null, beta: null, bdpo-temperature: null}"
 )
 
 #: Settings by --model, each of which a flag of its own overrides. A checkpoint of a real model without its optimizer.

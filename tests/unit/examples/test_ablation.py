@@ -121,6 +121,23 @@ def test_the_held_out_part_is_the_same_for_every_seed(tmp_path):
     assert all(expected in " ".join(run.flags) for run in (start, *runs))
 
 
+def held_out_by(rows: list[list[str]]) -> list[tuple[list[str] | None, float, int | None]]:
+    """What each command line holds out."""
+    from megatron_bdpo.training.flags.arguments import Arguments
+
+    parsed = (Arguments.parse(flags).settings.pairs for flags in rows)
+    return [(pairs.eval_pair_data, pairs.eval_share, pairs.eval_seed) for pairs in parsed]
+
+
+def test_a_recipes_held_out_pairs_give_way(ranks, tmp_path):
+    """The tiny one has data of its own, another may have a share: a run with both is refused."""
+    shared = tmp_path / "shared.yaml"
+    shared.write_text("eval-share: 0.02\neval-seed: 3\n")
+    words = [["--pair-data", "a.jsonl"], ["--recipe", str(shared), "--eval-pair-data", "b.jsonl"]]
+    rows = [ablation.plan(ablation.parse(["--output", str(tmp_path), *each]))[1][0].flags for each in words]
+    assert ranks(1)(held_out_by, rows)[0] == [(None, 0.2, 0), (["b.jsonl"], 0.0, None)]
+
+
 def test_a_run_that_fails_is_named(tmp_path, capsys):
     assert ablation.main(["--output", str(tmp_path), "--launcher", "false", "--no-plot"]) == 2
     error = capsys.readouterr().err
