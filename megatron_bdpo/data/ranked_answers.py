@@ -43,7 +43,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 def responses(row: Row, options: FormatOptions) -> list[Row | RowProblem]:
     """``responses`` with ``scores``, the highest the best, or with ``ranks``, the lowest the best; or each by itself.
 
-    An answer whose score or rank is null takes no part.
+    An answer whose score or rank is null, or a table's NaN, takes no part.
     """
     prompt, texts = column_of(row, "prompt"), _listed(row, RESPONSES, 1 if options.each_answer else 2)
     if not all(isinstance(each, str) for each in (prompt, *texts)):  # else text, as it is
@@ -56,7 +56,7 @@ def responses(row: Row, options: FormatOptions) -> list[Row | RowProblem]:
     by = _graded_by(row)
     grades = _of_each(row, by, len(texts))
     ranks = [
-        None if grade is None else grade_of({by: grade}, by, f"answer {number}")
+        None if grade is None or grade != grade else grade_of({by: grade}, by, f"answer {number}")
         for number, grade in enumerate(grades, start=1)
     ]
     beside = {name: _of_each(row, name, len(texts)) for name in OF_EACH_ANSWER if row.get(name) is not None}
@@ -91,7 +91,8 @@ def _listed(row: Row, name: str, at_least: int) -> list[Any]:
     if not isinstance(values, list):
         raise wrong_type(f"column '{name}'", values, "a list")
     if len(values) < at_least:
-        raise RowProblem(ProblemKind.UNRANKED, f"column '{name}' holds {len(values)} answers; two are needed")
+        needed = "two are" if at_least == 2 else "one is"
+        raise RowProblem(ProblemKind.UNRANKED, f"column '{name}' holds {len(values)} answers; {needed} needed")
     return values
 
 

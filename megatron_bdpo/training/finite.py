@@ -1,6 +1,7 @@
 """Numbers that are not finite: each ends the run before a checkpoint can hold its consequences, with the pair's name.
 
     reference values   before the first step: the answers are named, and their scores are not used
+    rewards            of a scoring job: the answers are named, and no file is written
     a step's shift     before the step, of losses that have one: the answers are named that it is not finite for
     a pair's loss      in its microbatch, before the optimizer steps: the pair is named, with its log-probs
     a gradient         on the rank that has it, before ranks add theirs, by Megatron's own check; the rank, the step and
@@ -141,6 +142,25 @@ def check_reference(
             f"the reference's {kind} log-probs of {_count(broken, 'answer')} are not finite:\n{_listed(named)}\nNo "
             "step was taken. Look at these answers and at the reference's weights; in fp16 try --bf16. Leave their "
             "rows out of the data if they are to blame."
+        )
+
+
+def check_rewards(values: npt.NDArray[np.float64], answers: npt.NDArray[np.int64], names: Describe) -> None:
+    """Refuse a reward model's rewards, [P, 2], of which one is not finite. The same on every rank.
+
+    Args:
+        answers, names: see :func:`check_reference`.
+
+    Raises:
+        NotFiniteError: with the answers.
+    """
+    broken = _each_once(~np.isfinite(values), answers)
+    if broken:
+        named = [f"{_side(names(pair), answers[pair], side)}: {values[pair, side]}" for pair, side in broken]
+        raise NotFiniteError(
+            f"the rewards of {_count(broken, 'answer')} are not finite:\n{_listed(named)}\nNothing is written. Look at "
+            "these answers and at the reward model's weights; in fp16 try --bf16. Leave their rows out of the data if "
+            "they are to blame."
         )
 
 

@@ -18,6 +18,7 @@ from megatron_bdpo.errors import UserError
 from megatron_bdpo.training import identity
 from megatron_bdpo.training.batches import IntArray
 from megatron_bdpo.training.distributed import all_ranks_agree, is_rank_zero, say
+from megatron_bdpo.training.finite import check_rewards
 from megatron_bdpo.training.hf.start import architecture_of
 from megatron_bdpo.training.reference.passes import FloatArray, Groups
 from megatron_bdpo.training.reference.scoring_loop import make_scorer
@@ -58,13 +59,15 @@ def write_rewards(setup: RunSetup, model: list[Any], pause: Callable[[], None]) 
         pause: called between calls of the model, on all ranks; may raise to leave, and nothing is written then.
 
     Raises:
-        UserError: on every rank; the file cannot be written.
+        UserError: on every rank; a reward is not finite, or the file cannot be written.
     """
     job, (flag, target) = setup.job, _target(setup.settings)
     groups = np.sort(np.concatenate([job.train.ids, job.held_out.ids]))
     ids = job.pool.grouping.pairs_of(groups)
     start = time.perf_counter()
     rewards = _rewards(setup, model, groups, pause)
+    with all_ranks_agree():
+        check_rewards(rewards, job.pool.pairs.starts[ids, 1:], lambda place: job.pool.describe(int(ids[place])))
     written = ScoredRows(job.pool, form_of_rows(setup.settings)) if setup.settings.objective.scored_rows else None
     with all_ranks_agree():
         if is_rank_zero():

@@ -9,6 +9,7 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bdpo.data.grouping import by_row
 from megatron_bdpo.data.pool import IntArray, PairPool
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.ranked_answers import SCORES
@@ -69,9 +70,8 @@ class ScoredRows:
 def _by_row(store: PairStore, source: int, rewards: Rewards) -> dict[int, list[float]]:
     """The rewards of each row of a source all of whose answers follow one prompt, and are judged."""
     ids = np.flatnonzero(store.source == source)
-    rows, starts = np.unique(store.row[ids], return_index=True)  # answers of a row lie beside each other
     found = {}
-    for row, of_row in zip(rows.tolist(), np.split(ids, starts[1:]), strict=True):
+    for row, of_row in by_row(ids, store.row[ids]):
         if np.isfinite(rewards[of_row]).all() and (store.starts[of_row, 0] == store.starts[of_row[0], 0]).all():
             found[row] = rewards[of_row].tolist()
     return found

@@ -114,7 +114,7 @@ def test_training_reads_what_was_written(ranks, reward_model, tmp_path):
         ([*ROWS, {**ROWS[0], "scores": [1, 2]}], "", "line 5: wrong type: the row has 'scores'; leave the column"),
         ([{**ROWS[0], "ranks": [1, 2]}], "", "the row has 'ranks'; leave the column out"),
         (LINES[:2], "", "--scored-rows is for rows with a column responses, and"),
-        ([{"prompt": PROMPT, "responses": []}], "", "column 'responses' holds 0 answers"),
+        ([{"prompt": PROMPT, "responses": []}], "", "column 'responses' holds 0 answers; one is needed"),
         ([{"prompt": PROMPT, "responses": "one"}], "", "column 'responses' is str; a list"),
         ([{"prompt": PROMPT, "responses": ["", " "]}], "", "No row of the pair data can be used"),
         (ROWS, "--seq-length 24", "do not fit a pack of --seq-length 24"),
@@ -134,6 +134,35 @@ def test_rows_that_do_not_fit_may_be_left_out(ranks, reward_model, tmp_path):
     ranks(2)(score, words, **JOB)
     found = [json.loads(line)["responses"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert found == [ROWS[0]["responses"], ROWS[1]["responses"]]
+
+
+def test_rows_of_several_sources_keep_their_columns(ranks, reward_model, tmp_path):
+    """One source after the other; where --max-pairs ends, no part of a row is written."""
+    rows = [{"answers" if name == "responses" else name: value for name, value in row.items()} for row in ROWS]
+    words = [*flags(reward_model, tmp_path, rows), "--pair-columns", "responses=answers"]
+    words.insert(words.index("--pair-data") + 2, written(tmp_path / "more.jsonl", rows[1::-1]))
+    ranks(1)(score, words, **JOB)
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [{**row, "scores": None} for row in found] == [{**row, "scores": None} for row in (*rows, *rows[1::-1])]
+    scores = [row["scores"] for row in found]
+    assert len({*scores[0], *scores[1]}) == 5
+    for again, first in zip(scores[4:], scores[1::-1], strict=True):
+        assert again == pytest.approx(first, rel=ALLOWED, abs=ALLOWED)
+    (tmp_path / "out.jsonl").unlink()
+    ranks(1)(score, words, **JOB | {"max_pairs": 3})
+    assert [json.loads(line)["answers"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [TEXTS[:2]]
+
+
+@pytest.mark.parametrize(("flag", "rows"), [("--scored-rows", ROWS), ("--rewards", LINES[:4])], ids=["rows", "pairs"])
+def test_rewards_that_are_not_finite_are_not_written(ranks, reward_model, tmp_path, flag, rows):
+    broken = load_model(reward_model)
+    with torch.no_grad():
+        broken.score.weight[0, 0] = torch.inf
+    broken.save_pretrained(tmp_path / "broken")
+    words = [flag if word == "--scored-rows" else word for word in flags(tmp_path / "broken", tmp_path, rows)]
+    (found, same) = ranks(2)(refused_score, words, **JOB)
+    assert "the rewards of 8 answers are not finite:" in found and "rows.jsonl, line 1" in found and found == same
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_one_row_for_two_ranks(ranks, reward_model, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bdpo.artifact import write_whole
+from megatron_bdpo.data.grouping import by_row
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.ranked_answers import RESPONSES, RESPONSES_REFERENCE
 from megatron_bdpo.data.records import ANSWER_REFERENCE, REFERENCE_COLUMNS, is_labelled, parse_row
@@ -80,9 +81,8 @@ _DECISIVE = ("pair_format", "pair_columns", "pairs_from", "pair_preference")
 def _by_row(found: Scores, source: int) -> dict[int, LogProbs]:
     """The log-probs of each row of a source all of whose kept pairs are scored."""
     ids = np.flatnonzero(found.source == source)
-    rows, starts = np.unique(found.row[ids], return_index=True)  # pairs of a row lie beside each other
-    values = np.split(found.conditional[ids], starts[1:])
-    return {row: pairs for row, pairs in zip(rows.tolist(), values, strict=True) if np.isfinite(pairs).all()}
+    values = ((row, found.conditional[of_row]) for row, of_row in by_row(ids, found.row[ids]))
+    return {row: pairs for row, pairs in values if np.isfinite(pairs).all()}
 
 
 def _columns(reader: RowReader, row: Row, log_probs: LogProbs, where: str) -> Row | None:

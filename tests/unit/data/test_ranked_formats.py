@@ -87,8 +87,9 @@ def test_a_pair_has_log_probs_where_both_of_its_answers_have():
     assert [each.reference for each in made] == [None, (-1, -3), None]
 
 
-def test_an_answer_without_a_score_takes_no_part():
-    row = {"prompt": "", "responses": ["a", "b", "c"], "scores": [None, 1, 2]}
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_an_answer_without_a_score_takes_no_part(missing):
+    row = {"prompt": "", "responses": ["a", "b", "c"], "scores": [missing, 1, 2]}
     made = [parse_row(each) for each in reader("responses", pairs_from="all").records(row)]
     assert [(each.chosen, each.rejected, each.scores) for each in made] == [("c", "b", (2, 1))]
 

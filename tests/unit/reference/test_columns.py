@@ -27,12 +27,16 @@ Scored = list[tuple[int, tuple[float, float]]]
 """Of each pair the row, counted from 1, and both log-probs."""
 
 
-def written(directory: Path, rows: list[dict[str, Any]], scored: Scored, **decisive: str) -> list[dict[str, Any]]:
-    """What becomes of rows with these scores."""
-    data = directory / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    identity = {"data": [content_digest(SourceSpec(str(data)))], **decisive}
-    cache = ScoreCache.open(directory / "scores", identity, {"sources": [str(data)]})
+def written(
+    directory: Path, rows: list[dict[str, Any]], scored: Scored, *, unscored: int = 0, **decisive: str
+) -> list[dict[str, Any]]:
+    """What becomes of rows with these scores, and of the first so many in a source of which none was scored."""
+    data, other = directory / "data.jsonl", directory / "other.jsonl"
+    for path, of_source in ((data, rows), (other, rows[:unscored])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in of_source))
+    sources = [str(data), str(other)][: 1 + bool(unscored)]
+    identity = {"data": [content_digest(SourceSpec(source)) for source in sources], **decisive}
+    cache = ScoreCache.open(directory / "scores", identity, {"sources": sources})
     count = len(scored)
     columns = {
         "conditional": np.array([values for _, values in scored], np.float64),
@@ -46,7 +50,7 @@ def written(directory: Path, rows: list[dict[str, Any]], scored: Scored, **decis
     output = directory / "rows.jsonl"
     counts = add_columns(directory / "scores", output)
     made = [json.loads(line) for line in output.read_text().splitlines()]
-    assert counts == (len(made), len(rows) - len(made))
+    assert counts == (len(made), len(rows) + unscored - len(made))
     return made
 
 
@@ -61,6 +65,12 @@ def test_an_answer_of_no_pair_gets_none(tmp_path):
     """Of the best and the worst: the first of two that are equally bad."""
     row = LIST | {"scores": [1, 9, 2, 5]}
     assert written(tmp_path, [row], [(1, VALUES[1])])[0]["ref_responses_logps"] == [-1.5, -2.5, None, None]
+
+
+def test_a_source_of_which_nothing_was_scored(tmp_path):
+    """As beyond --max-pairs."""
+    scored: Scored = [(1, values) for values in VALUES]
+    assert len(written(tmp_path, [LIST], scored, unscored=1, pairs_from="all")) == 1
 
 
 def test_columns_of_other_names(tmp_path):
