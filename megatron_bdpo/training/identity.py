@@ -147,10 +147,11 @@ def _refuse_other_routers(found: RunIdentity, current: RunIdentity, directory: P
 
 def _refuse_other_split(found: RunIdentity, current: RunIdentity, directory: Path) -> None:
     if found.split != current.split:
-        there = "other prompts" if found.split else "rows, not whole prompts, as earlier versions did"
+        # Without a digest --seed drew it: there, or of data whose prompts repeat, before these were kept together.
+        there = "other prompts" if found.split else "what its --seed drew, in earlier versions rows, not whole prompts"
         raise UserError(
             f"--load {directory}: --eval-share: that run held out {there}. Rows that it has trained on would be held "
-            "out here. Start a new run from its weights with --finetune."
+            "out here. Give its --eval-share and --eval-seed, or start a new run from its weights with --finetune."
         )
 
 

@@ -63,7 +63,7 @@ def test_seeds_share_a_split_and_a_run_goes_on_with_its_own(ranks, tmp_path, row
     flags = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2"]
     job = JOB | {"preference_loss": "dpo", "max_pairs": 16}
     ranks(1)(train, [*flags, "--exit-interval", "2"], eval_seed=5, **job)
-    with pytest.raises(RankFailure, match=r"--eval-share: that run held out other prompts.*--finetune"):
+    with pytest.raises(RankFailure, match=r"that run held out other prompts\..* Give its --eval-share and --eval-seed"):
         ranks(1)(train, flags, eval_seed=6, **job)
     assert [step["iteration"] for step in last_stage(ranks(1)(train, flags, eval_seed=5, **job)).steps] == [3, 4]
 
@@ -97,6 +97,6 @@ def test_a_run_that_began_with_the_older_rule_is_refused(ranks, tmp_path: Path, 
     flags = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2"]
     job = JOB | {"pair_data": [rows]}
     ranks(1)(by_rows, [*flags, "--exit-interval", "2"], **job)
-    with pytest.raises(RankFailure, match=r"--eval-share: that run held out rows, not whole prompts.*--finetune"):
+    with pytest.raises(RankFailure, match=r"held out what its --seed drew, .* rows, not whole prompts\..*--finetune"):
         ranks(1)(train, flags, **job)
     assert len(last_stage(ranks(1)(train, [*flags, "--finetune"], **job)).steps) == 4

@@ -38,8 +38,8 @@ _REFUSALS = (
         "--eval-pair-data and --eval-share both name held-out pairs. Give one.",
     ),
     _Refusal(
-        lambda a: a.eval_seed is not None and (a.eval_pair_data or not a.eval_share),
-        "--eval-seed draws what --eval-share holds out. Give both, or neither.",
+        lambda a: a.eval_seed is not None and (a.eval_pair_data or not a.eval_share or a.eval_seed < 0),
+        "--eval-seed, at least 0, draws what --eval-share holds out. Give both, or neither.",
     ),
     _Refusal(
         lambda a: a.loss_file and not registry.file_of(a.preference_loss),
