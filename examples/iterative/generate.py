@@ -147,8 +147,8 @@ def _asked(server: str, prompt: Prompt, settings: dict[str, Any]) -> list[Answer
 
 
 def _text(choice: dict[str, Any]) -> str:
-    """Of a choice; a chat's may be null where the model has said nothing."""
-    return str(choice["text"] if "text" in choice else choice["message"]["content"] or "")
+    """Of a choice; null where the model has said nothing."""
+    return str((choice["message"]["content"] if "message" in choice else choice["text"]) or "")
 
 
 @contextlib.contextmanager
@@ -187,7 +187,7 @@ def _answers(server: str) -> bool:
             return True
     except urllib.error.HTTPError as error:
         return error.code not in _NOT_READY
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
 
 

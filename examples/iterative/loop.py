@@ -52,8 +52,10 @@ class RewardModel:
 
     def judged(self, path: Path) -> list[Row]:
         """The rows of a file with the scores of their answers, null for an empty one; without those that it left out.
-        They are kept in a file beside it."""
+        They are kept in a file beside it, as long as no more are answered."""
         target = path.with_name(f"judged_{path.name}")
+        if target.is_file() and target.stat().st_mtime_ns < path.stat().st_mtime_ns:
+            target.unlink()
         if not target.is_file():
             own = ["--objective", "reward", "--hf-model", str(self.directory), "--pair-data", str(path)]
             own += ["--scored-rows", str(target), "--pair-cache-dir", str(path.parent / "cache")]
@@ -84,6 +86,9 @@ class Answering:
 
     def _generated(self, what: str, number: int, model: str, prompts: list[Prompt], path: Path) -> list[Row]:
         rows = _kept(path, prompts)
+        if rows and ("scores" in rows[0]) == isinstance(self.judge, RewardModel):
+            flag = "--judge" if "scores" in rows[0] else "--reward-model"
+            raise UserError(f"{path} has answers that {flag} judges. Go on with that, or name another --output.")
         if len(rows) == len(prompts):
             return rows
         del rows[len(rows) // self.at_once * self.at_once :]  # batches are made whole, so that their seeds are theirs
@@ -305,6 +310,8 @@ def main(argv: list[str] | None = None, train: Job = run_training, score: Job = 
     try:
         if options.serve and not options.server:
             raise UserError("--serve starts what --server names. Give its address, too.")
+        if options.server and not options.server.startswith(("http://", "https://")):
+            raise UserError(f"--server {options.server} is no address. Begin it with http:// or https://.")
         sampling = Sampling(options.answers, options.tokens, options.temperature)
         judge = _judge(options, score)
         answering = Answering(judge, sampling, options.seed, options.at_once, options.server, options.serve)

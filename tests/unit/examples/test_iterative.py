@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
+import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 from examples.iterative.generate import Sampling, _answers, by_server, by_transformers
 from megatron_bdpo.errors import UserError
 from tests.harness.program import run
+from tests.harness.rendezvous import free_port
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "iterative"
@@ -184,6 +186,39 @@ def test_a_reward_model_judges(loop, made, reward_model, ranks, tmp_path, capsys
     assert capsys.readouterr().out.splitlines() == told.splitlines()[-3:]
 
 
+def test_answers_have_one_judge(loop, made, reward_model, server, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}')
+    (tmp_path / "judge.py").write_text("def score(prompt, answer): return 1")
+    words = ["--model", "m", "--prompts", str(tmp_path / "prompts.jsonl"), "--server", server, "--rounds", "1"]
+    judges = {"--judge": str(tmp_path / "judge.py"), "--reward-model": str(reward_model)}
+    for number, (first, other) in enumerate(itertools.permutations(judges)):
+        own = [*words, "--output", str(tmp_path / str(number))]
+        loop.main([*own, first, judges[first]], train=lambda flags: 3, score=lambda flags: 3)
+        assert loop.main([*own, other, judges[other]], train=lambda flags: 3, score=lambda flags: 3) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"answers.jsonl has answers that {first} judges." in told and "name another --output" in told
+
+
+def test_more_answers_are_judged_again(loop, tmp_path):
+    """A file of answers that has grown since; else what is judged stays."""
+    path = tmp_path / "answers.jsonl"
+
+    def score(flags: list[str]) -> int:
+        rows = [row | {"scores": [1.0]} for row in lines(path)]
+        Path(flags[flags.index("--scored-rows") + 1]).write_text("".join(map(loop._line, rows)))
+        return 0
+
+    def answered(count: int) -> int:
+        path.write_text("".join(map(loop._line, [{"prompt": "a", "responses": ["b"]}] * count)))
+        os.utime(path, (count, count))  # seconds: long ago
+        return len(model.judged(path))
+
+    model = loop.RewardModel(tmp_path, [], score)
+    assert answered(1) == 1 and answered(2) == 1
+    os.utime(tmp_path / "judged_answers.jsonl", (1, 1))
+    assert answered(2) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -230,6 +265,7 @@ REPLIES = {
     "one by one": lambda asked: {"choices": [{"text": f"{asked['n']} {asked['seed']}", "finish_reason": "length"}]},
     "two at most": lambda asked: {"choices": [{"text": str(asked["seed"] + i)} for i in range(min(2, asked["n"]))]},
     "too many": lambda asked: {"choices": [{"text": str(number)} for number in range(9)]},
+    "silent": lambda asked: {"choices": [{"text": None}, {"message": {"content": None}, "text": None}]},
     "lost": lambda asked: b"no",
     "empty": lambda asked: {"choices": []},
     "null": lambda asked: {"choices": None},
@@ -244,6 +280,7 @@ REPLIES = {
         ("one by one", [("3 21", False), ("2 22", False), ("1 23", False)]),
         ("two at most", [("21", True), ("22", True), ("23", True)]),
         ("too many", [("0", True), ("1", True), ("2", True)]),
+        ("silent", [("", True), ("", True), ("", True)]),
     ],
 )
 def test_a_server_is_asked_until_all_answers_are_there(server, model, expected):
@@ -295,6 +332,8 @@ def test_answers_of_a_server(loop, server, tmp_path):
         assert loop.main(["--model", "lost", *words, "--output", str(tmp_path / "x")], lambda flags: 0) == 2
         assert loop.main(["--model", "m", *words], lambda flags: 3) == 2
         assert loop.main(["--model", "m", *words[:4], "--serve", "x"], lambda flags: 0) == 2
+        assert loop.main(["--model", "m", *words[:4], "--server", "localhost:8000/v1"], lambda flags: 0) == 2
+    assert "--server localhost:8000/v1 is no address" in " ".join(errors.getvalue().split())
     assert "gave no answers" in errors.getvalue() and "has ended with 3" in errors.getvalue()
     assert not (tmp_path / "x" / "1" / "answers.jsonl").read_text()
 
@@ -326,9 +365,7 @@ def test_what_a_judge_and_prompts_may_not_be(judge, prompt, expected, loop, serv
 def test_a_server_is_started_for_a_model_and_ended(loop, tmp_path):
     (tmp_path / "m" / "v1").mkdir(parents=True)
     (tmp_path / "m" / "v1" / "models").touch()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}/v1"
     command = f"{sys.executable} -m http.server {port} --bind 127.0.0.1 --directory {{model}}"
     with loop.served(command, address, str(tmp_path / "m")):
