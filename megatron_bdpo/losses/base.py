@@ -192,8 +192,9 @@ class LossSpec[Options, Answers, Losses]:
     `"answers"`, labelled ones, `answers.AnswerLogProbs` in, `answers.AnswerLosses` out. A pair is read as two."""
     step_targets: Callable[[Answers, Options], tuple[Tensor, Tensor]] | None = None
     """Of pairs: looks at all of a step before its gradients, detached, [P], for what the loss of each is a function of
-    beside its own log-probs: `PairLogProbs.chosen_target` and `rejected_target`, [P] each. It costs a forward pass of
-    the policy per step. Evaluations do without."""
+    beside its own log-probs: `PairLogProbs.chosen_target` and `rejected_target`, [P] each. Of the pairs it is shown
+    lengths and log-probs of policy and reference. It costs a forward pass of the policy per step. Evaluations do
+    without."""
     step_shift: Callable[[Answers, Options], Tensor] | None = None
     """Of labelled answers: looks at all of a step before its gradients, detached, [N], for the number that their losses
     share: `AnswerLogProbs.shift`, []. It costs a forward pass of the policy per step. Each evaluation has its own."""

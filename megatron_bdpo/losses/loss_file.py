@@ -95,7 +95,11 @@ def try_loss(file: LossFile) -> None:
             raise UserError(_wrong(file, f"requirements returns a {type(needs).__name__}", "Return Requirements(...)."))
         kind = _KINDS[spec.takes]
         made = kind.made(needs)
-        problem = _problem(spec.function(made, options), kind) or _problem_in_a_step(spec, made, options, kind)
+        problem = _problem(spec.function(made, options), kind)
+        if not problem and spec.step_targets:
+            problem = _problem_with_targets(spec, made, options, kind)
+        if not problem and spec.step_shift:
+            problem = _problem_with_a_shift(spec, made, options, kind)
     except UserError:
         raise
     except Exception as error:  # it may raise anything
@@ -129,9 +133,8 @@ def _problem(found: Any, wanted: _Kind) -> tuple[str, str] | None:
     values |= {f"metrics['{name}']": value for name, value in found.metrics.items()}
     for name, value in values.items():
         expected = wanted.rewards.get(name, [2])
-        if not isinstance(value, torch.Tensor) or list(value.shape) != expected:
-            shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            problem = f"{name} of two {wanted.what}s is {shape}, not {expected}"
+        if _shape(value) != expected:
+            problem = f"{name} of two {wanted.what}s is {_shape(value)}, not {expected}"
             return problem, f"Give a value per {wanted.what}: the trainer averages."
         if name != "loss" and value.requires_grad:
             return f"{name} carries a gradient", "Detach it: it is only told."
@@ -140,18 +143,40 @@ def _problem(found: Any, wanted: _Kind) -> tuple[str, str] | None:
     return None
 
 
-def _problem_in_a_step(spec: AnyLossSpec, answers: Any, options: Any, kind: _Kind) -> tuple[str, str] | None:
-    """Of labelled answers that are those of a step, where the loss looks at it."""
-    if not spec.step_shift:
-        return None
+def _problem_with_targets(spec: AnyLossSpec, pairs: PairLogProbs, options: Any, kind: _Kind) -> tuple[str, str] | None:
+    """Of pairs that are those of a step, of which the loss sees what ``step_targets`` is shown in training."""
+    assert spec.step_targets is not None
+    seen = PairLogProbs(
+        pairs.policy_chosen.detach(),
+        pairs.policy_rejected.detach(),
+        pairs.chosen_tokens,
+        pairs.rejected_tokens,
+        pairs.reference_chosen,
+        pairs.reference_rejected,
+    )
+    targets = spec.step_targets(seen, options)
+    found = [_shape(each) for each in targets] if isinstance(targets, tuple | list) else _shape(targets)
+    if found != [[2], [2]]:
+        return f"step_targets of two pairs is {found}, not [[2], [2]]", "Give two tensors of a value per pair each."
+    chosen, rejected = targets
+    return _problem(spec.function(replace(pairs, chosen_target=chosen, rejected_target=rejected), options), kind)
+
+
+def _problem_with_a_shift(
+    spec: AnyLossSpec, answers: AnswerLogProbs, options: Any, kind: _Kind
+) -> tuple[str, str] | None:
+    """Of labelled answers that are those of a step."""
+    assert spec.step_shift is not None
     shift = spec.step_shift(replace(answers, policy=answers.policy.detach()), options)
-    if not isinstance(shift, torch.Tensor) or shift.ndim:
-        found = list(shift.shape) if isinstance(shift, torch.Tensor) else type(shift).__name__
-        return (
-            f"step_shift of two answers is {found}, not []",
-            "Give one number for the step, a tensor of no dimension.",
-        )
+    if _shape(shift) != []:
+        what = f"step_shift of two answers is {_shape(shift)}, not []"
+        return what, "Give one number for the step, a tensor of no dimension."
     return _problem(spec.function(replace(answers, shift=shift), options), kind)
+
+
+def _shape(value: Any) -> list[int] | str:
+    """Of a tensor; of anything else its type."""
+    return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _two_pairs(needs: Requirements) -> PairLogProbs:

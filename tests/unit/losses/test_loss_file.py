@@ -159,6 +159,44 @@ def test_what_is_wrong_with_a_loss_of_answers(file, case):
     assert expected in str(caught.value) and "pulled" not in registry.names()
 
 
+OF_STEPS = """
+from megatron_bdpo.losses import LossOptions, LossSpec, PairLosses, Requirements
+
+def aimed(pairs, options):
+    gap = pairs.policy_rejected - pairs.policy_chosen
+    aim = 0 if pairs.chosen_target is None else pairs.rejected_target - pairs.chosen_target
+    return PairLosses((gap - aim) ** 2, -gap.detach(), gap.detach())
+
+def targets(pairs, options):
+    return pairs.policy_chosen.sort().values, pairs.reference_rejected.sort().values
+
+READS = Requirements(reference=True)
+SPEC = LossSpec("aimed", aimed, LossOptions, lambda options: READS, "", "", step_targets=targets)
+"""
+
+WRONG_OF_STEPS = {
+    "one": (", pairs.reference_rejected.sort().values", "", "step_targets of two pairs is [2], not [[2], [2]]. Give"),
+    "a-number": ("reference_rejected.sort().values", "reference_rejected.mean()", "of two pairs is [[2], []], not"),
+    "unread": ("reference=True", "", "Say in requirements what it reads"),
+    "always-aimed": ("0 if pairs.chosen_target is None else ", "", "cannot be computed: TypeError"),
+    "square": ("- pairs.chosen_target", "- pairs.chosen_target[:, None]", "loss of two pairs is [2, 2], not [2]"),
+}
+
+
+def test_a_loss_that_looks_at_steps_in_a_file(file):
+    found = registry.use_file(file(OF_STEPS))
+    assert found is not None and found.spec.step_targets and "aimed" in registry.names()
+
+
+@pytest.mark.parametrize("case", WRONG_OF_STEPS)
+def test_what_is_wrong_with_a_loss_that_looks_at_steps(file, case):
+    before, after, expected = WRONG_OF_STEPS[case]
+    assert OF_STEPS.count(before) == 1
+    with pytest.raises(UserError) as caught:
+        registry.use_file(file(OF_STEPS.replace(before, after)))
+    assert expected in str(caught.value) and "aimed" not in registry.names()
+
+
 WRONG = {
     "no-python": (changed("def shifted(", "def shifted"), r", line \d+: cannot be run: "),
     "raises": (
