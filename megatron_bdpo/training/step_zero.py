@@ -17,15 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.losses import (
-    AnswerLogProbs,
-    AnswerLosses,
-    GroupLogProbs,
-    GroupLosses,
-    LossFunction,
-    PairLogProbs,
-    PairLosses,
-)
+from megatron_bdpo.losses import AnswerLogProbs, GroupLogProbs, LossFunction, PairLogProbs
 from megatron_bdpo.model.precision import Precision
 from megatron_bdpo.training.distributed import sum_over_ranks
 
@@ -115,8 +107,7 @@ class StepZeroGate:
 
         def losses(log_probs: Tensor) -> Tensor:
             values = {f"policy_{name}": column for name, column in zip(names, log_probs.unbind(1), strict=True)}
-            found: PairLosses = loss(replace(pairs, **values))
-            return found.loss
+            return _judged(loss, replace(pairs, **values))
 
         policy, reference = (
             torch.stack([getattr(pairs, f"{model}_{name}") for name in names], dim=1)
@@ -127,13 +118,8 @@ class StepZeroGate:
         self._observe(policy, reference, tokens, losses, _farthest_corner)
 
     def _observe_groups(self, groups: GroupLogProbs, loss: LossFunction) -> None:
-        """Of a loss that jumps, its log-probs alone."""
-
         def losses(log_probs: Tensor) -> Tensor:
-            if loss.spec.jumps:
-                return log_probs.new_zeros(len(log_probs))
-            found: GroupLosses = loss(replace(groups, policy=log_probs))
-            return found.loss
+            return _judged(loss, replace(groups, policy=log_probs))
 
         assert groups.reference is not None
         reference = groups.reference
@@ -149,9 +135,7 @@ class StepZeroGate:
         assert answers.reference is not None
 
         def losses(log_probs: Tensor, shift: Tensor | None) -> Tensor:
-            policy = log_probs.squeeze(1)
-            found: AnswerLosses = loss(replace(answers, policy=policy, shift=shift))
-            return found.loss
+            return _judged(loss, replace(answers, policy=log_probs.squeeze(1), shift=shift))
 
         at_reference = functools.partial(losses, shift=None if answers.shift is None else answers.shift * 0)
         policy, reference = answers.policy.detach()[:, None], answers.reference[:, None]
@@ -210,6 +194,12 @@ class StepZeroGate:
             "another version (delete the reference cache), weights that did not load, or a kernel that is not "
             "deterministic between passes. --no-step-zero-check trains anyway."
         )
+
+
+def _judged(loss: LossFunction, read: PairLogProbs | GroupLogProbs | AnswerLogProbs) -> Tensor:
+    """[N] the losses; 0 of one that jumps, of which the log-probs alone are judged."""
+    losses: Tensor = loss(read).loss
+    return torch.zeros_like(losses) if loss.spec.jumps else losses
 
 
 def _farthest_corner(losses: Callable[[Tensor], Tensor], reference: Tensor, allowed: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -30,15 +31,26 @@ def process_groups() -> Iterator[None]:
 
 
 def verdict(
-    dtype: torch.dtype, microbatches_by_rank: list[list[Answers]], loss: str = "dpo", shift: float = 0.0, **options: Any
+    dtype: torch.dtype,
+    microbatches_by_rank: list[list[Answers]],
+    loss: str = "dpo",
+    shift: float = 0.0,
+    *,
+    jumps: bool = False,
+    **options: Any,
 ) -> str:
-    """What the gate says on this rank; ``shift`` is what a loss of labelled answers has found for the step."""
+    """What the gate says on this rank; ``shift`` is what a loss of labelled answers has found for the step.
+
+    With ``jumps`` the loss says of itself that it does.
+    """
     from megatron_bdpo.errors import UserError
     from megatron_bdpo.losses import AnswerLogProbs, GroupLogProbs, LossFunction, PairLogProbs, registry
     from megatron_bdpo.model.precision import Precision
     from megatron_bdpo.training.step_zero import StepZeroGate
 
-    function = LossFunction(registry.get(loss), registry.build_options(loss, options))
+    spec = registry.get(loss)
+    spec = dataclasses.replace(spec, jumps=jumps or spec.jumps)
+    function = LossFunction(spec, registry.build_options(loss, options))
     with process_groups():
         gate = StepZeroGate(Precision(dtype))
         for answers in microbatches_by_rank[torch.distributed.get_rank()]:
@@ -152,9 +164,11 @@ def test_every_loss_with_a_reference_is_here(ranks):
 JUMPS = "lipo_lambda"
 
 
-def test_a_loss_that_jumps_is_judged_by_its_log_probs(ranks):
+@pytest.mark.parametrize("loss", [JUMPS, "dpo", "kto"])
+def test_a_loss_that_jumps_is_judged_by_its_log_probs(ranks, loss):
     cases = [
-        {"dtype": torch.bfloat16, "microbatches_by_rank": adverse(torch.bfloat16, share, 1, 3, 40, 25), "loss": JUMPS}
+        {"dtype": torch.bfloat16, "microbatches_by_rank": adverse(torch.bfloat16, share, 1, 3, 40, 25), "loss": loss}
+        | {"jumps": loss != JUMPS}
         for share in (0.9, 1.1)
     ]
     within, beyond = ranks(1)(verdicts, cases)[0]
