@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -64,14 +64,3 @@ class Grouping:
         pairs = self.first_pair[groups][place] + within
         kept = self.kept[pairs]
         return pairs[kept], place[kept]
-
-
-def by_row(ids: IntArray, rows: IntArray) -> Iterator[tuple[int, IntArray]]:
-    """Each row of a source and the ids of its pairs, which lie beside each other; none of a source without pairs.
-
-    Args:
-        ids: [n] of the source's pairs, in order.
-        rows: [n] the row of each.
-    """
-    numbers, starts = np.unique(rows, return_index=True)
-    return zip(numbers.tolist(), np.split(ids, starts)[1:], strict=True)

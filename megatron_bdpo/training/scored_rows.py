@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bdpo.data.grouping import by_row
 from megatron_bdpo.data.pool import IntArray, PairPool
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.ranked_answers import SCORES
 from megatron_bdpo.data.records import parse_row
-from megatron_bdpo.data.row_reader import FormatSettings, RowReader, pair_rows, row_readers
-from megatron_bdpo.data.sources import Row, content_digest, read_rows
+from megatron_bdpo.data.rewriting import Rewriting
+from megatron_bdpo.data.row_reader import FormatSettings, RowReader, pair_rows
+from megatron_bdpo.data.sources import Row
 from megatron_bdpo.data.store import PairStore
-from megatron_bdpo.errors import UserError
 
 type Rewards = npt.NDArray[np.float64]
 
@@ -46,38 +45,28 @@ class ScoredRows:
         of_all = np.full(len(self._pool), np.nan)
         of_all[ids] = rewards
         for store, start in zip(self._pool.stores, self._pool.offsets.tolist(), strict=False):
-            of_store = of_all[start : start + len(store)]
-            digests = store.info.settings["data"]
-            for index, reader in enumerate(row_readers(store.sources, self._form)):
-                source = store.sources[index]
-                if content_digest(source) != digests[index]:
-                    raise UserError(f"{source.path} has changed while its answers were judged. Start again.")
-                by_row = _by_row(store, index, of_store)
-                for number, row in read_rows(source):
-                    scores = _of_answers(reader, row, by_row.get(number, []))
-                    if isinstance(row, RowProblem) or scores is None:
-                        self.left_out += 1
-                        continue
-                    self.rows, self.answers = self.rows + 1, self.answers + sum(each is not None for each in scores)
-                    yield json.dumps({**row, SCORES: scores}, default=str) + "\n"  # a table's values may be dates
+            again = Rewriting(store.sources, store.info.settings["data"], self._form, store.source, store.row)
+            yield from again.lines(partial(self._scores, store, of_all[start : start + len(store)]))
+            self.rows, self.left_out = self.rows + again.written, self.left_out + again.left_out
 
     def told(self) -> str:
         """What was written, in words."""
         left_out = f", {self.left_out} rows left out," if self.left_out else ""
         return f"rewards of {self.answers} answers in {self.rows} rows{left_out}"
 
+    def _scores(
+        self, store: PairStore, rewards: Rewards, reader: RowReader, row: Row, ids: IntArray, where: str
+    ) -> Row | None:
+        """The column of a row whose answers all follow one prompt, and are judged."""
+        is_one = len(np.unique(store.starts[ids, 0])) < 2
+        scores = _of_answers(reader, row, rewards[ids].tolist()) if is_one and np.isfinite(rewards[ids]).all() else None
+        if scores is None:
+            return None
+        self.answers += len(ids)
+        return {SCORES: scores}
 
-def _by_row(store: PairStore, source: int, rewards: Rewards) -> dict[int, list[float]]:
-    """The rewards of each row of a source all of whose answers follow one prompt, and are judged."""
-    ids = np.flatnonzero(store.source == source)
-    found = {}
-    for row, of_row in by_row(ids, store.row[ids]):
-        if np.isfinite(rewards[of_row]).all() and (store.starts[of_row, 0] == store.starts[of_row[0], 0]).all():
-            found[row] = rewards[of_row].tolist()
-    return found
 
-
-def _of_answers(reader: RowReader, row: Row | RowProblem, rewards: list[float]) -> list[float | None] | None:
+def _of_answers(reader: RowReader, row: Row, rewards: list[float]) -> list[float | None] | None:
     """Of each answer of a row; None where it does not follow which is whose."""
     says_something = []
     for form in pair_rows(row, reader):

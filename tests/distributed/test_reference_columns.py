@@ -104,7 +104,7 @@ def test_rows_that_have_changed_since(ranks, tmp_path):
     ranks(1)(train, DPO, pair_cache_dir=str(tmp_path / "cache"), **JOB | {"pair_data": [str(data)]})
     (manifest,) = (tmp_path / "cache").glob("**/manifest.json")
     data.write_text("\n" + data.read_text())
-    with pytest.raises(UserError, match="has changed since its pairs were scored"):
+    with pytest.raises(UserError, match="has changed since its rows were scored"):
         add_columns(manifest.parent, tmp_path / "rows.jsonl")
     assert not (tmp_path / "rows.jsonl").exists()
 

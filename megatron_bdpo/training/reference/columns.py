@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bdpo.artifact import write_whole
-from megatron_bdpo.data.grouping import by_row
 from megatron_bdpo.data.problems import RowProblem
 from megatron_bdpo.data.ranked_answers import RESPONSES, RESPONSES_REFERENCE
 from megatron_bdpo.data.records import ANSWER_REFERENCE, REFERENCE_COLUMNS, is_labelled, parse_row
-from megatron_bdpo.data.row_reader import FormatSettings, RowReader, row_readers
-from megatron_bdpo.data.sources import Row, SourceSpec, content_digest, describe_row, read_rows
+from megatron_bdpo.data.rewriting import IntArray, Rewriting
+from megatron_bdpo.data.row_reader import FormatSettings, RowReader
+from megatron_bdpo.data.sources import Row, SourceSpec
 from megatron_bdpo.errors import UserError
-from megatron_bdpo.training.reference.cache import Scores, open_scores
+from megatron_bdpo.training.reference.cache import open_scores
 
 type LogProbs = npt.NDArray[np.float64]
 """Of the pairs of a row, in the store's order: [pairs, 2], chosen and rejected."""
@@ -44,49 +43,27 @@ def add_columns(scores: Path, output: Path) -> tuple[int, int]:
     """
     if output.exists():
         raise UserError(f"{output} is there already. Remove it, or name another file.")
-    found, counts = open_scores(scores), [0, 0]
+    found = open_scores(scores)
+    identity, sources = found.manifest["identity"], [SourceSpec(path) for path in found.manifest["sources"]]
+    form = FormatSettings.parse(**{name: identity[name] for name in _DECISIVE if name in identity})
+    again = Rewriting(sources, identity["data"], form, found.source, found.row)
     try:
-        write_whole(output, _lines(found, counts), replace=False)
+        write_whole(output, again.lines(partial(_columns, found.conditional)), replace=False)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror or error}.") from error
-    return counts[0], counts[1]
-
-
-def _lines(found: Scores, counts: list[int]) -> Iterator[str]:
-    """The rows, one after the other; ``counts`` are those written and left out so far."""
-    identity = found.manifest["identity"]
-    sources = [SourceSpec(path) for path in found.manifest["sources"]]
-    for source, digest in zip(sources, identity["data"], strict=True):
-        if content_digest(source) != digest:
-            raise UserError(f"{source.path} has changed since its pairs were scored. Score them again.")
-    settings = FormatSettings.parse(**{name: identity[name] for name in _DECISIVE if name in identity})
-    for index, reader in enumerate(row_readers(sources, settings)):
-        by_row = _by_row(found, index)
-        for number, row in read_rows(sources[index]):
-            if isinstance(row, RowProblem) or number not in by_row:
-                counts[1] += 1
-                continue
-            columns = _columns(reader, row, by_row[number], describe_row(sources[index], number))
-            if columns is None:
-                counts[1] += 1
-                continue
-            counts[0] += 1
-            yield json.dumps({**row, **columns}, default=str) + "\n"  # a table's values may be dates, for example
+    return again.written, again.left_out
 
 
 #: What the scored pairs were made with, by the flags' names: see ``FormatSettings.decisive``.
 _DECISIVE = ("pair_format", "pair_columns", "pairs_from", "pair_preference")
 
 
-def _by_row(found: Scores, source: int) -> dict[int, LogProbs]:
-    """The log-probs of each row of a source all of whose kept pairs are scored."""
-    ids = np.flatnonzero(found.source == source)
-    values = ((row, found.conditional[of_row]) for row, of_row in by_row(ids, found.row[ids]))
-    return {row: pairs for row, pairs in values if np.isfinite(pairs).all()}
-
-
-def _columns(reader: RowReader, row: Row, log_probs: LogProbs, where: str) -> Row | None:
-    """The columns that the row's format reads; None where it does not follow which value is whose."""
+def _columns(all_log_probs: LogProbs, reader: RowReader, row: Row, ids: IntArray, where: str) -> Row | None:
+    """The columns that the row's format reads; None where a pair is not scored, or it does not follow which value is
+    whose."""
+    log_probs = all_log_probs[ids]
+    if not len(ids) or not np.isfinite(log_probs).all():
+        return None
     reads, is_ours = reader.format.reads, reader.format.is_ours
     if RESPONSES_REFERENCE in reads:
         of_answers = _of_answers(reader, row, log_probs)
